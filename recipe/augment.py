@@ -1,0 +1,45 @@
+"""Light changes to pictures: shift, scale, mirror; for the judge also colour and blur."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def move(
+    images: torch.Tensor, generator: torch.Generator, shift: float = 0.06, scale: float = 0.1,
+    turn: float = 0.0, mirror: float = 0.3,
+) -> torch.Tensor:  # fmt: skip
+    """Shift by up to ``shift`` of the side, shrink by up to ``scale``, turn by up to ``turn``
+    radians, mirror with probability ``mirror``; what comes in from outside is white.
+
+    Args:
+        images: (N, 3, H, W) in [-1, 1].
+    """
+    n = len(images)
+    factor = 1 + scale * torch.rand(n, generator=generator)
+    angle = turn * (2 * torch.rand(n, generator=generator) - 1)
+    flip = 1 - 2 * (torch.rand(n, generator=generator) < mirror).float()
+    offset = 2 * shift * (2 * torch.rand(n, 2, generator=generator) - 1)
+    cos, sin = factor * torch.cos(angle), factor * torch.sin(angle)
+    theta = torch.stack(
+        [torch.stack([cos * flip, -sin, offset[:, 0]], 1),
+         torch.stack([sin * flip, cos, offset[:, 1]], 1)], 1)  # fmt: skip
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images - 1, grid, align_corners=False) + 1
+
+
+def roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """What a generator may do to a picture and its name survives: blur, noise, colour casts."""
+    n = len(images)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.rand(n, *shape, generator=generator)
+
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+    kind = rand(1, 1, 1)
+    images = torch.where(kind < 0.25, blurred, torch.where(kind < 0.45, coarse, images))
+    images = images * (1 + 0.3 * (rand(3, 1, 1) - 0.5)) + 0.2 * (rand(3, 1, 1) - 0.5)
+    noise = torch.randn(images.shape, generator=generator)
+    return images + 0.15 * rand(1, 1, 1) * noise

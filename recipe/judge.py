@@ -1,0 +1,89 @@
+"""Stage 5, ``judge``: a small CLIP over all styles, independent of the embedded model.
+
+It is a plain ``transformers.CLIPModel``, so it is loaded like any other CLIP. It never
+takes part in training a guide.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+from pilotfish.data.pictures import from_pixels, load_pictures
+from recipe.augment import move, roughen
+from recipe.denoiser import TOKENS, new_tokenizer, tokenize
+from recipe.loop import train
+from recipe.vocabulary import COLOURS, captions
+
+
+@dataclass(frozen=True)
+class JudgeStage:
+    """How the judge is trained.
+
+    Attributes:
+        batch: names a step; every name enters in two styles.
+    """
+
+    steps: int = 2500
+    batch: int = 64
+    learning_rate: float = 1e-3
+    seed: int = 1
+
+
+def new_judge(vocabulary_size: int, bos: int, eos: int) -> CLIPModel:
+    """(N, 3, 64, 64) pictures and (N, 16) tokens -> 128 features each."""
+    shared = {"num_attention_heads": 4, "projection_dim": 128}
+    vision = shared | {
+        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+        "image_size": 64, "patch_size": 8,
+    }  # fmt: skip
+    text = shared | {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "vocab_size": vocabulary_size, "max_position_embeddings": TOKENS,
+        "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos,
+    }  # fmt: skip
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def make_judge(pictures: Path, work: Path, target: Path, stage: JudgeStage) -> None:
+    """Train contrastively: two styles of a name and its text are each other's positives."""
+    torch.manual_seed(stage.seed)
+    styles = [load_pictures(folder) for folder in sorted(pictures.iterdir())]
+    data = torch.stack([from_pixels(s.pixels) for s in styles])  # (styles, N, 3, 64, 64)
+    tokenizer = new_tokenizer([*captions(), *COLOURS])
+    tokens = tokenize(tokenizer, styles[0].captions)
+    judge = new_judge(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    average = deepcopy(judge)
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        names = torch.randperm(data.shape[1], generator=generator)[: stage.batch]
+        pick = torch.rand(2, data.shape[0], stage.batch, generator=generator).argsort(1)[:, 0]
+        images = torch.cat([data[style, names] for style in pick])
+        images = move(images, generator, shift=0.12, scale=0.25, turn=0.2)
+        images = roughen(images, generator)
+        seen = F.normalize(judge.visual_projection(judge.vision_model(images).pooler_output), dim=1)
+        read = judge.text_projection(judge.text_model(tokens[names]).pooler_output)
+        read = F.normalize(read, dim=1)
+        one, two = seen.chunk(2)
+        heat = judge.logit_scale.exp().clamp(max=50)
+        right = torch.arange(stage.batch)
+        pairs = ((one, read), (two, read), (one, two))
+        both = [F.cross_entropy(heat * a @ b.T, right) + F.cross_entropy(heat * b @ a.T, right)
+                for a, b in pairs]  # fmt: skip
+        return torch.stack(both).mean() / 2
+
+    train(
+        work / "judge", {"judge": judge}, loss, steps=stage.steps, weight_decay=0.1,
+        learning_rate=stage.learning_rate, seed=stage.seed, averages={"judge": average},
+    )  # fmt: skip
+    images = CLIPImageProcessorPil(
+        size={"height": 64, "width": 64}, crop_size={"height": 64, "width": 64},
+        do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    )  # fmt: skip
+    average.half().save_pretrained(target)
+    CLIPProcessor(images, tokenizer).save_pretrained(target)

@@ -1,0 +1,1 @@
+"""Pilotfish: classifier-free guidance in one pass."""

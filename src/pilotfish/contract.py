@@ -1,0 +1,65 @@
+"""What passes between a denoiser and a guide: the one contract that every guide keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+class GuideError(ValueError):
+    """A guide cannot be read, or does not fit; the message names both sides."""
+
+
+@dataclass(frozen=True)
+class GuideInputs:
+    """What a guide may look at, all of one denoiser call of batch size N.
+
+    Attributes:
+        latents: (N, C, h, w) noisy latents, the denoiser's own input.
+        timestep: (N,) in [0, 1000).
+        guidance_scale: (N,) w, at least 1 (a value below counts as 1).
+        encoder_hidden_states: (N, L, D) the prompt.
+        negative_hidden_states: (N, L, D) the null or negative prompt.
+        skips: the denoiser's own skip features, (N, c_i, h_i, w_i), in the order in which
+            its encoder makes them.
+        mid: (N, c, h', w') what its mid block made.
+        added_cond_kwargs: what else the denoiser was given (SDXL's pooled text and sizes).
+    """
+
+    latents: torch.Tensor
+    timestep: torch.Tensor
+    guidance_scale: torch.Tensor
+    encoder_hidden_states: torch.Tensor
+    negative_hidden_states: torch.Tensor
+    skips: tuple[torch.Tensor, ...]
+    mid: torch.Tensor
+    added_cond_kwargs: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What a guide adds: one tensor for each skip (None: nothing there) and one for the mid block."""
+
+    skips: tuple[torch.Tensor | None, ...]
+    mid: torch.Tensor
+
+
+class GuideLike(Protocol):
+    """A guide as the rooms below it see it."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def guidance_scale_range(self) -> tuple[float, float]: ...
+
+    def __call__(self, inputs: GuideInputs) -> Injection: ...
+
+    def check(self, fingerprint: Mapping[str, Any]) -> None: ...
+
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def eval(self) -> Any: ...

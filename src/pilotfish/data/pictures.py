@@ -1,0 +1,67 @@
+"""Pictures with captions, read from a folder in the imagefolder convention.
+
+``<folder>/metadata.jsonl`` holds one ``{"file_name": ..., "text": ...}`` a line.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Captioned pictures in memory.
+
+    Attributes:
+        pixels: (N, 3, H, W), uint8.
+        captions: N texts.
+    """
+
+    pixels: torch.Tensor
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def load_pictures(folder: str | Path, size: int | None = None) -> Pictures:
+    """Read every captioned picture of ``folder`` as RGB, resized to ``size`` squares if given.
+
+    Raises:
+        ValueError: no ``metadata.jsonl``, no picture in it, or a file that is no picture.
+    """
+    folder = Path(folder)
+    index = folder / "metadata.jsonl"
+    if not index.is_file():
+        raise ValueError(f'{folder} has no metadata.jsonl (one {{"file_name", "text"}} a line)')
+    arrays, captions = [], []
+    for number, line in enumerate(index.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            with Image.open(folder / row["file_name"]) as image:
+                rgb = image.convert("RGB")
+                arrays.append(np.asarray(rgb.resize((size, size)) if size else rgb))
+            captions.append(str(row["text"]))
+        except (OSError, UnidentifiedImageError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index}, line {number}: {error}") from error
+    if not arrays:
+        raise ValueError(f"{index} names no picture")
+    if len({a.shape for a in arrays}) > 1:
+        raise ValueError(f"the pictures of {folder} differ in size; pass size= to resize them")
+    return Pictures(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), captions)
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] floats (N, 3, H, W), as a VAE decodes them, to uint8."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels (N, 3, H, W) to floats in [-1, 1]."""
+    return pixels.float() / 127.5 - 1

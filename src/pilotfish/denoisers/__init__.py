@@ -1,0 +1,12 @@
+"""One small adapter a denoiser family: which features exist, and where a guide adds to them."""
+
+from pilotfish.denoisers.unet import (
+    GuidedPass,
+    Hooks,
+    fingerprint,
+    install,
+    skip_channels,
+    skip_levels,
+)
+
+__all__ = ["GuidedPass", "Hooks", "fingerprint", "install", "skip_channels", "skip_levels"]

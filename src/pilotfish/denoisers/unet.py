@@ -1,0 +1,220 @@
+"""UNet2DConditionModel: Stable Diffusion 1.x, 2.x, XL and their kin.
+
+The encoder runs as ever. When the mid block is done the guide has seen everything that
+the base knows; what it answers is added to the mid block's output and to the skip
+features on their way into the decoder (the paper: "mid block and decoder; the encoder
+is untouched"). Residuals of a ControlNet are added beside it.
+
+Hooks are native PyTorch hooks, and they do nothing unless a :class:`GuidedPass` is open
+in the current context: a plain pipeline that shares the UNet never notices them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.hooks import RemovableHandle
+
+from pilotfish.contract import GuideInputs, GuideLike
+
+_OPEN: ContextVar[GuidedPass | None] = ContextVar("pilotfish_guided_pass", default=None)
+
+
+def fingerprint(unet: UNet2DConditionModel, prediction_type: str) -> dict[str, Any]:
+    """What must agree for a guide to fit: the shape of the denoiser and what it predicts."""
+    config = unet.config
+    return {
+        "family": type(unet).__name__,
+        "in_channels": config.out_channels,
+        "block_out_channels": list(config.block_out_channels),
+        "layers_per_block": config.layers_per_block,
+        "cross_attention_dim": config.cross_attention_dim,
+        "prediction_type": prediction_type,
+    }
+
+
+def skip_channels(config: Any) -> list[int]:
+    """Channels of the skip features in the order in which the encoder makes them.
+
+    ``config`` is a UNet's configuration or a fingerprint.
+    """
+    config = dict(config)
+    widths, layers = config["block_out_channels"], config["layers_per_block"]
+    layers = [layers] * len(widths) if isinstance(layers, int) else layers
+    channels = [widths[0]]
+    for i, (width, depth) in enumerate(zip(widths, layers, strict=True)):
+        last = i == len(widths) - 1
+        channels += [width] * (depth if last else depth + 1)
+    return channels
+
+
+def skip_levels(config: Any) -> list[int]:
+    """The resolution level of each skip feature: 0 is the latents' own, each next one half."""
+    config = dict(config)
+    count, layers = len(config["block_out_channels"]), config["layers_per_block"]
+    layers = [layers] * count if isinstance(layers, int) else layers
+    levels = [0]
+    for i, depth in enumerate(layers):
+        levels += [i] * depth + ([i + 1] if i < count - 1 else [])
+    return levels
+
+
+class GuidedPass:
+    """One guided use of a denoiser: the guide, its scale, its negative prompt.
+
+    While it is open (``with guided_pass.open():``) every call of a denoiser that has hooks
+    for this guide is guided. It belongs to one thread or task.
+
+    Args:
+        guide: the guide.
+        guidance_scale: a function that gives w, a number or (N,); asked at every call.
+        negative_hidden_states: a function that gives (1 or N, L, D).
+    """
+
+    def __init__(
+        self,
+        guide: GuideLike,
+        guidance_scale: Callable[[], float | torch.Tensor],
+        negative_hidden_states: Callable[[], torch.Tensor],
+    ) -> None:
+        self.guide = guide
+        self.guidance_scale = guidance_scale
+        self.negative_hidden_states = negative_hidden_states
+        self._scale: torch.Tensor | None = None
+        self._sample: torch.Tensor | None = None
+        self._timestep: torch.Tensor | None = None
+        self._states: torch.Tensor | None = None
+        self._added: dict[str, torch.Tensor] = {}
+        self._skips: list[torch.Tensor] = []
+        self._pending: list[torch.Tensor | None] = []
+
+    @contextmanager
+    def open(self) -> Iterator[GuidedPass]:
+        """Guide every denoiser call inside the block."""
+        token = _OPEN.set(self)
+        try:
+            yield self
+        finally:
+            _OPEN.reset(token)
+            self._forget()
+
+    def begin(
+        self,
+        sample: torch.Tensor,
+        timestep: Any,
+        encoder_hidden_states: torch.Tensor,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """A denoiser call starts. A scale of at most 1 leaves it alone, bit for bit."""
+        self._forget()
+        scale = self.guidance_scale()
+        if isinstance(scale, torch.Tensor):
+            self._scale = scale.to(sample.device, torch.float32).expand(len(sample))
+        elif scale > 1:
+            self._scale = torch.full((len(sample),), float(scale), device=sample.device)
+        if self._scale is not None:
+            self._sample, self._states = sample, encoder_hidden_states
+            self._added = dict(added_cond_kwargs or {})
+            timestep = torch.as_tensor(timestep, device=sample.device)
+            self._timestep = timestep.reshape(-1).expand(len(sample))
+
+    def saw(self, *features: torch.Tensor) -> None:
+        """The encoder made skip features."""
+        if self._scale is not None:
+            self._skips.extend(features)
+
+    def middle(self, mid: torch.Tensor) -> torch.Tensor:
+        """The mid block is done: run the guide, add to the mid block, keep the rest."""
+        if self._scale is None:
+            return mid
+        assert self._sample is not None and self._timestep is not None
+        assert self._states is not None
+        channels = self.guide.config.denoiser["in_channels"]
+        negative = self.negative_hidden_states()
+        injection = self.guide(
+            GuideInputs(
+                latents=self._sample[:, :channels],
+                timestep=self._timestep,
+                guidance_scale=self._scale,
+                encoder_hidden_states=self._states,
+                negative_hidden_states=negative.expand(len(self._states), *negative.shape[1:]),
+                skips=tuple(self._skips),
+                mid=mid,
+                added_cond_kwargs=self._added,
+            )
+        )
+        self._pending = list(injection.skips)
+        self._skips = []
+        return mid + injection.mid
+
+    def consume(self, skips: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """A decoder block takes its skip features, the newest last: add what belongs to them."""
+        if self._scale is None:
+            return skips
+        extra, self._pending = self._pending[-len(skips) :], self._pending[: -len(skips)]
+        return tuple(s if e is None else s + e for s, e in zip(skips, extra, strict=True))
+
+    def _forget(self) -> None:
+        self._scale = self._sample = self._timestep = self._states = None
+        self._skips, self._pending, self._added = [], [], {}
+
+
+class Hooks:
+    """The hooks of one guide on one denoiser; :meth:`remove` leaves no trace."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
+    """Put a guide's hooks on a UNet, for training and for inference alike."""
+
+    def current() -> GuidedPass | None:
+        guided = _OPEN.get()
+        return guided if guided is not None and guided.guide is guide else None
+
+    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if guided := current():
+            named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
+            named |= kwargs
+            wanted = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
+            guided.begin(**{k: named[k] for k in wanted if k in named})
+
+    def first(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if guided := current():
+            guided.saw(output)
+
+    def down(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        if guided := current():
+            guided.saw(*output[1])
+
+    def middle(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        guided = current()
+        return guided.middle(output) if guided else None
+
+    def up(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        guided = current()
+        if not guided:
+            return None
+        name = "res_hidden_states_tuple"
+        return args, {**kwargs, name: guided.consume(kwargs[name])}
+
+    handles = [
+        unet.register_forward_pre_hook(begin, with_kwargs=True),
+        unet.conv_in.register_forward_hook(first),
+        *(block.register_forward_hook(down) for block in unet.down_blocks),
+        unet.mid_block.register_forward_hook(middle),
+        *(block.register_forward_pre_hook(up, with_kwargs=True) for block in unet.up_blocks),
+    ]
+    return Hooks(handles)

@@ -1,0 +1,1 @@
+"""Distillation: a guide learns equation (1) from a frozen base."""

@@ -1,0 +1,110 @@
+"""Teacher and student: the frozen base with its two passes, and the base with a guide."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from pilotfish.denoisers import GuidedPass, install
+from pilotfish.guides import Guide
+
+
+class FrozenTeacher:
+    """The base denoiser's two predictions, without gradient.
+
+    Args:
+        denoiser: the base; its parameters are frozen here.
+        prompts: (P, L, D) encoder hidden states of every prompt.
+        null: (1, L, D) of the null prompt.
+    """
+
+    def __init__(self, denoiser: nn.Module, prompts: torch.Tensor, null: torch.Tensor) -> None:
+        self.denoiser = denoiser.eval().requires_grad_(False)
+        self.prompts, self.null = prompts, null
+
+    @torch.no_grad()
+    def __call__(
+        self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(unconditional, conditional) predictions, one doubled call."""
+        text = self.prompts[prompt]
+        both = torch.cat([self.null.expand_as(text), text])
+        out = self.denoiser(latents.repeat(2, 1, 1, 1), timestep.repeat(2), both, return_dict=False)
+        unconditional, conditional = out[0].float().chunk(2)
+        return unconditional, conditional
+
+
+class GuidedStudent(nn.Module):
+    """The base with a guide installed, one pass, at a scale for each sample.
+
+    Only the guide is a submodule; the base is held outside the module tree, so that it
+    is neither trained, nor averaged, nor wrapped.
+    """
+
+    def __init__(self, guide: Guide, denoiser: nn.Module, null: torch.Tensor) -> None:
+        super().__init__()
+        self.guide = guide
+        self._base = (denoiser, null)
+        self.hooks = install(guide, denoiser)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        states: torch.Tensor,
+        guidance_scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """The guided prediction, (N, C, h, w).
+
+        Args:
+            states: (N, L, D) encoder hidden states.
+            guidance_scale: (N,).
+        """
+        denoiser, null = self._base
+        guided = GuidedPass(self.guide, lambda: guidance_scale, lambda: null)
+        with guided.open():
+            prediction: torch.Tensor = denoiser(latents, timestep, states, return_dict=False)[0]
+        return prediction
+
+
+def relative_guidance_loss(
+    guided: torch.Tensor, target: torch.Tensor, guidance_scale: torch.Tensor
+) -> torch.Tensor:
+    """Equation (2), ``||guided - cfg||^2``, divided by ``(w - 1)^2``.
+
+    The distance between cfg and the conditional prediction grows with w - 1; dividing by it
+    makes every scale count alike, as it does in the guidance error that is measured.
+
+    Returns:
+        The mean over batch and elements, a scalar.
+    """
+    weight = (guidance_scale - 1).clamp(min=0.5) ** -2
+    return (weight * (guided.float() - target).pow(2).mean((1, 2, 3))).mean()
+
+
+def guidance_error(guided: torch.Tensor, cfg: torch.Tensor, conditional: torch.Tensor) -> float:
+    """``E||guided - cfg||^2 / E||cond - cfg||^2``: 0 is perfect, 1 is no guide."""
+    return float((guided - cfg).pow(2).sum() / (conditional - cfg).pow(2).sum())
+
+
+def checksum(module: nn.Module) -> str:
+    """SHA-256 over every tensor of a module; training a guide must not change the base's."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Any, prompts: list[str], batch: int = 64) -> torch.Tensor:
+    """(P, L, D) encoder hidden states, by the pipeline's own ``encode_prompt``."""
+    device = pipe._execution_device
+    parts = [
+        pipe.encode_prompt(prompts[i : i + batch], device, 1, False)[0]
+        for i in range(0, len(prompts), batch)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,67 @@
+"""Classifier-free guidance as mathematics: equation (1), the scale w and its embedding.
+
+The convention is diffusers': w = 1 is no guidance. Papers that write
+``(1 + w) c - w n`` count one less.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def classifier_free_guidance(
+    unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: torch.Tensor | float
+) -> torch.Tensor:
+    """``eps_n + w (eps_c - eps_n)``, equation (1) of *Plug-and-Play Diffusion Distillation*
+    (arXiv 2406.01954), after Ho & Salimans (arXiv 2207.12598).
+
+    It is linear in the two predictions, so it holds for epsilon and for v prediction alike.
+
+    Args:
+        unconditional: (N, C, H, W), the prediction for the null or negative prompt.
+        conditional: (N, C, H, W), the prediction for the prompt.
+        guidance_scale: w, a number or (N,), one for each sample.
+
+    Returns:
+        (N, C, H, W)
+    """
+    return unconditional + per_sample(guidance_scale, conditional) * (conditional - unconditional)
+
+
+def per_sample(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A number or (N,) as a tensor that multiplies ``like`` (N, ...) sample by sample."""
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return value.reshape(-1, *[1] * (like.ndim - 1)) if value.ndim else value
+
+
+def draw_guidance_scales(
+    n: int, low: float, high: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """(n,) guidance scales, uniform on [low, high]; fractions count.
+
+    Raises:
+        ValueError: not 1 <= low <= high.
+    """
+    if not 1 <= low <= high:
+        raise ValueError(f"guidance scales are drawn from 1 <= low <= high, not [{low}, {high}]")
+    return low + (high - low) * torch.rand(n, generator=generator)
+
+
+def fourier_features(x: torch.Tensor, size: int, longest: float) -> torch.Tensor:
+    """(N,) -> (N, size): cosines and sines of ``2 pi x / period``, with periods spaced
+    geometrically from ``longest`` down to ``longest / 2**(size / 4)``.
+
+    The embedding of w in *On Distillation of Guided Diffusion Models* (arXiv 2210.03142);
+    neighbouring values stay distinguishable and none is rounded.
+    """
+    half = size // 2
+    frequency = 2 ** torch.linspace(0, size / 4, half, device=x.device, dtype=torch.float32)
+    angle = 2 * math.pi * x.float()[:, None] * frequency / longest
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def guidance_strength(guidance_scale: torch.Tensor) -> torch.Tensor:
+    """How far a scale is from no guidance: ``w - 1``, and 0 below 1 (there CFG is off)."""
+    return (guidance_scale - 1).clamp(min=0)

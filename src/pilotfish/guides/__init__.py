@@ -1,0 +1,7 @@
+"""Guides: small networks that stand in for the second pass. One file a network, one contract."""
+
+from pilotfish.guides.base import Guide
+from pilotfish.guides.full import FullGuide
+from pilotfish.guides.tiny import TinyGuide
+
+__all__ = ["FullGuide", "Guide", "TinyGuide"]

@@ -1,0 +1,133 @@
+"""What every guide is: a diffusers model with a fingerprint, which plugs into a pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from diffusers import ConfigMixin, ModelMixin
+from safetensors import SafetensorError
+
+from pilotfish.attach import attach, attached, detach
+from pilotfish.contract import GuideError, GuideInputs, Injection
+
+
+class Guide(ModelMixin, ConfigMixin):
+    """A network that stands in for the second pass of classifier-free guidance.
+
+    Subclasses implement ``forward(inputs: GuideInputs) -> Injection`` so that a fresh guide
+    injects exact zeros, and w = 1 always does. Their configuration holds
+
+    - ``denoiser``: the fingerprint of the denoiser family it was made for
+      (:func:`pilotfish.denoisers.fingerprint`);
+    - ``guidance_scale_range``: the (low, high) of w in training;
+    - ``pilotfish_version``.
+    """
+
+    config_name = "config.json"
+    kinds: ClassVar[dict[str, type[Guide]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Guide.kinds[cls.__name__] = cls
+
+    def forward(self, inputs: GuideInputs) -> Injection:
+        """The features to add. See :class:`GuideInputs` and :class:`Injection`."""
+        raise NotImplementedError
+
+    @property
+    def guidance_scale_range(self) -> tuple[float, float]:
+        """The (low, high) of w that the guide was trained on."""
+        low, high = self.config.guidance_scale_range
+        return float(low), float(high)
+
+    def check(self, fingerprint: Mapping[str, Any]) -> None:
+        """Refuse a denoiser that the guide was not made for.
+
+        Raises:
+            GuideError: naming every field that differs, guide's and denoiser's value.
+        """
+        mine = {k: _plain(v) for k, v in self.config.denoiser.items()}
+        theirs = {k: _plain(v) for k, v in fingerprint.items()}
+        differs = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
+        if differs:
+            sides = "; ".join(
+                f"{k}: guide {mine.get(k)}, denoiser {theirs.get(k)}" for k in differs
+            )
+            raise GuideError(f"this {type(self).__name__} was made for another denoiser ({sides})")
+
+    def attach(self, pipe: Any) -> None:
+        """Put the guide on a pipeline: the same call, one denoiser pass a step."""
+        attach(self, pipe)
+
+    def detach(self, pipe: Any) -> None:
+        """Take the guide off; classifier-free guidance is back, bit for bit."""
+        detach(self, pipe)
+
+    def attached(self, pipe: Any) -> AbstractContextManager[Any]:
+        """``with guide.attached(pipe): ...`` attaches for the length of a block."""
+        return attached(self, pipe)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """Load a guide of any kind from a folder or hub id, from safetensors only.
+
+        ``Guide.from_pretrained`` gives the kind that the configuration names.
+
+        Raises:
+            GuideError: no configuration, an unknown kind or field, a value out of range,
+                weights that are missing, truncated, pickled or not finite.
+        """
+        kwargs["use_safetensors"] = True
+        where = f"{pretrained_model_name_or_path}"
+        try:
+            config = cls.load_config(pretrained_model_name_or_path, **_hub_arguments(kwargs))
+            name = config.get("_class_name")
+            kind = Guide.kinds.get(name)
+            if kind is None or not issubclass(kind, cls):
+                raise GuideError(
+                    f"{where} holds a {name!r}, not a {cls.__name__}; "
+                    f"known guides: {', '.join(sorted(Guide.kinds))}"
+                )
+            kind._check_config(config, where)
+            guide = super(Guide, kind).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except GuideError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise GuideError(f"no guide could be read from {where}: {_first_line(error)}") from error
+        broken = [n for n, p in guide.named_parameters() if not p.isfinite().all()]
+        if broken:
+            raise GuideError(f"the guide in {where} has values that are not finite in {broken[0]}")
+        return guide
+
+    @classmethod
+    def _check_config(cls, config: Mapping[str, Any], where: str) -> None:
+        known = set(cls._get_init_keys(cls)) - {"self"}
+        unknown = [k for k in config if not k.startswith("_") and k not in known]
+        if unknown:
+            raise GuideError(f"the configuration in {where} has unknown fields: {unknown}")
+        low, high = config.get("guidance_scale_range", (1.0, 1.0))
+        if not 1 <= low <= high:
+            raise GuideError(
+                f"the configuration in {where} has guidance_scale_range [{low}, {high}]; "
+                "1 <= low <= high is needed"
+            )
+
+
+def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+    return {k: kwargs[k] for k in names if k in kwargs}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples and lists alike, so that a fingerprint read from JSON compares equal."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(v) for v in value]
+    return value

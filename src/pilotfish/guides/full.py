@@ -1,0 +1,87 @@
+"""The paper's full guide: a copy of the base's encoder, shaped like a ControlNet.
+
+*Plug-and-Play Diffusion Distillation*, section 3: the copy sees what the base sees and
+the guidance scale besides; each of its features leaves through a 1x1 convolution that
+starts at zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from pilotfish.contract import GuideInputs, Injection
+from pilotfish.denoisers import fingerprint, skip_channels
+from pilotfish.guidance import fourier_features, guidance_strength, per_sample
+from pilotfish.guides.base import Guide
+
+SCALE_FEATURES = 64
+
+
+class FullGuide(Guide):
+    """About 40 % of the base's parameters; the strongest and dearest of the guides.
+
+    Args:
+        denoiser: the fingerprint of the denoiser.
+        unet_config: the configuration of the UNet whose encoder is copied.
+        guidance_scale_range: the (low, high) of w in training.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        denoiser: dict[str, Any],
+        unet_config: dict[str, Any],
+        guidance_scale_range: tuple[float, float] = (1.0, 8.0),
+        pilotfish_version: str = "0.1.0",
+    ) -> None:
+        super().__init__()
+        self.encoder = UNet2DConditionModel.from_config(unet_config)
+        del self.encoder.up_blocks, self.encoder.conv_out, self.encoder.conv_norm_out
+        time_width = self.encoder.time_embedding.linear_2.out_features
+        self.scale_embedding = nn.Linear(SCALE_FEATURES, time_width)
+        channels = skip_channels(denoiser)
+        self.skip_outputs = nn.ModuleList([nn.Conv2d(c, c, 1) for c in channels])
+        self.mid_output = nn.Conv2d(denoiser["block_out_channels"][-1], channels[-1], 1)
+        for layer in [self.scale_embedding, *self.skip_outputs, self.mid_output]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @classmethod
+    def for_denoiser(
+        cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any
+    ) -> Self:
+        """A fresh guide for a UNet, its encoder copied from it."""
+        plain = {k: v for k, v in unet.config.items() if not k.startswith("_")}
+        guide = cls(fingerprint(unet, prediction_type), plain, **config)
+        guide.encoder.load_state_dict(unet.state_dict(), strict=False)
+        return guide
+
+    def forward(self, inputs: GuideInputs) -> Injection:
+        net, z, text = self.encoder, inputs.latents, inputs.encoder_hidden_states
+        embedding = net.time_embedding(net.get_time_embed(z, inputs.timestep))
+        added = net.get_aug_embed(embedding, text, dict(inputs.added_cond_kwargs))
+        scale = fourier_features(inputs.guidance_scale, SCALE_FEATURES, longest=32.0)
+        embedding = embedding + self.scale_embedding(scale.to(z.dtype))
+        if added is not None:
+            embedding = embedding + added
+        text = net.process_encoder_hidden_states(text, dict(inputs.added_cond_kwargs))
+        hidden = net.conv_in(z)
+        features = [hidden]
+        for block in net.down_blocks:
+            cross = {"encoder_hidden_states": text} if _crosses(block) else {}
+            hidden, made = block(hidden, temb=embedding, **cross)
+            features += made
+        cross = {"encoder_hidden_states": text} if _crosses(net.mid_block) else {}
+        hidden = net.mid_block(hidden, embedding, **cross)
+        strength = per_sample(guidance_strength(inputs.guidance_scale), z)
+        skips = [strength * out(f) for out, f in zip(self.skip_outputs, features, strict=True)]
+        return Injection(tuple(skips), strength * self.mid_output(hidden))
+
+
+def _crosses(block: nn.Module) -> bool:
+    return bool(getattr(block, "has_cross_attention", False))
