@@ -1,0 +1,23 @@
+"""Stage 0, ``prompts``: captions, training prompts for guides, and held-out prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recipe.vocabulary import captions, recombinations
+
+TRAINING = 1500
+HELD_OUT = 128
+
+
+def make_prompts(target: Path) -> None:
+    """Three text files; no held-out prompt is a caption or a training prompt."""
+    target.mkdir(parents=True, exist_ok=True)
+    held_out = recombinations(HELD_OUT, seed=1)
+    training = [p for p in recombinations(TRAINING, seed=2) if p not in set(held_out)]
+    for name, lines in (
+        ("captions", captions()),
+        ("training", captions() + training),
+        ("held_out", held_out),
+    ):
+        (target / f"{name}.txt").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,72 @@
+"""The embedded model: a small Stable Diffusion of emoji art, its fine-tunes, judge and guides.
+
+Everything lies beside this file, so that a clone and an installed wheel find it alike.
+``recipe`` made it; the model cards name source and licence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPModel, CLIPProcessor
+
+from pilotfish.data.prompts import load_prompts
+from pilotfish.guides import Guide
+
+FOLDER = Path(__file__).parent
+BASE = FOLDER / "base"
+JUDGE = FOLDER / "judge"
+GUIDES = FOLDER / "guides"
+
+# host -> the style (folder of pictures) that it draws in
+HOSTS = {"base": "noto", "fluent": "fluent", "twemoji": "twemoji", "emojione": "emojione"}
+_LORA = {"emojione"}
+
+
+def load_host(name: str = "base", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """A pipeline: the base, or a fine-tune of it (two full ones and one LoRA).
+
+    Raises:
+        ValueError: no such host.
+    """
+    if name not in HOSTS:
+        raise ValueError(f"no embedded host {name!r}; there are {', '.join(HOSTS)}")
+    pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=dtype)
+    if name in _LORA:
+        pipe.load_lora_weights(FOLDER / f"{name}-lora")
+    elif name != "base":
+        pipe.unet = UNet2DConditionModel.from_pretrained(FOLDER / name / "unet", torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_guide(name: str = "tiny") -> Guide:
+    """The guide that was trained for the base: ``tiny`` (the default) or ``full``."""
+    return Guide.from_pretrained(GUIDES / name, torch_dtype=torch.float32)
+
+
+def load_judge() -> tuple[CLIPModel, CLIPProcessor]:
+    """The judge, a small CLIP over all styles, and its processor."""
+    model = CLIPModel.from_pretrained(JUDGE, torch_dtype=torch.float32).eval()
+    return model, CLIPProcessor.from_pretrained(JUDGE)
+
+
+def prompts(kind: Literal["captions", "training", "held_out"]) -> list[str]:
+    """Captions of the pictures; captions and recombinations to train guides on; prompts that
+    are in neither."""
+    return load_prompts(FOLDER / "prompts" / f"{kind}.txt")
+
+
+def pictures(host: str) -> Path:
+    """The folder of real pictures in the style of a host."""
+    return FOLDER / "pictures" / HOSTS[host]
+
+
+def guide_names() -> list[str]:
+    """The guides that are carried."""
+    return sorted(p.name for p in GUIDES.iterdir() if (p / "config.json").is_file())
+
+

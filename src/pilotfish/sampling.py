@@ -1,0 +1,127 @@
+"""Sampling as an iterable that everything else consumes.
+
+:func:`sample` calls a pipeline as its user would and yields one :class:`Sample` a picture;
+grids, metrics and the command line all read from it. :func:`cfg_trajectories` walks
+the teacher's own sampling step by step, for the guidance error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pilotfish.guidance import classifier_free_guidance
+from pilotfish.guides import Guide
+from pilotfish.passes import FrozenTeacher
+from pilotfish.schedules import Schedule, sampling_timesteps
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture.
+
+    Attributes:
+        prompt: its text.
+        seed: the seed of its first latents; the same seed starts from the same noise
+            under every way of guidance.
+        latents: (C, h, w) final latents, as the sampler left them.
+        image: (3, H, W) decoded picture in [-1, 1].
+    """
+
+    prompt: str
+    seed: int
+    latents: torch.Tensor
+    image: torch.Tensor
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    guidance_scale: float,
+    num_inference_steps: int = 25,
+    guide: Guide | None = None,
+    batch_size: int = 32,
+    **call: Any,
+) -> Iterator[Sample]:
+    """Pictures of ``prompts``, one seed each, in order.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        seeds: as many as prompts.
+        guidance_scale: w; 1 is no guidance.
+        guide: attached for the length of the call if given; else the pipeline runs as it is.
+        call: further arguments of the pipeline's call.
+
+    Raises:
+        ValueError: prompts and seeds differ in number.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    pipe.set_progress_bar_config(disable=True)
+    with guide.attached(pipe) if guide is not None else nullcontext():
+        for i in range(0, len(prompts), batch_size):
+            texts, some = list(prompts[i : i + batch_size]), seeds[i : i + batch_size]
+            latents = pipe(
+                texts,
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_inference_steps,
+                generator=[torch.Generator().manual_seed(s) for s in some],
+                output_type="latent",
+                **call,
+            ).images
+            images = decode(pipe, latents)
+            for text, seed, z, x in zip(texts, some, latents.float(), images, strict=True):
+                yield Sample(text, seed, z, x)
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """(N, C, h, w) latents to (N, 3, H, W) pictures in [-1, 1], by the pipeline's VAE."""
+    images: torch.Tensor = pipe.vae.decode(
+        latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False
+    )[0]
+    return images.float().clamp(-1, 1)
+
+
+@dataclass(frozen=True)
+class TeacherStep:
+    """One step of CFG sampling: the latents, where they stand, what the base says of them.
+
+    Attributes:
+        latents: (N, C, h, w).
+        timestep: (N,) all the same.
+        prompt: (N,) prompt indices.
+        conditional: (N, C, h, w).
+        cfg: (N, C, h, w) equation (1).
+    """
+
+    latents: torch.Tensor
+    timestep: torch.Tensor
+    prompt: torch.Tensor
+    conditional: torch.Tensor
+    cfg: torch.Tensor
+
+
+def cfg_trajectories(
+    teacher: FrozenTeacher,
+    schedule: Schedule,
+    prompt: torch.Tensor,
+    latents: torch.Tensor,
+    guidance_scale: float,
+    num_inference_steps: int = 25,
+) -> Iterator[TeacherStep]:
+    """Walk from noise ``latents`` (N, C, h, w) to pictures by the teacher's CFG with DDIM."""
+    t_all = sampling_timesteps(num_inference_steps, len(schedule.alphas_cumprod))
+    for t, to in zip(t_all[:-1], t_all[1:], strict=True):
+        here, there = t.expand(len(latents)), to.expand(len(latents))
+        unconditional, conditional = teacher(latents, here, prompt)
+        cfg = classifier_free_guidance(unconditional, conditional, guidance_scale)
+        yield TeacherStep(latents, here, prompt, conditional, cfg)
+        latents = schedule.ddim_step(latents, cfg, here, there)
