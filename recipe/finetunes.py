@@ -1,0 +1,83 @@
+"""Stage 4, ``finetunes``: the base in other artists' styles, as the community makes them.
+
+Two full fine-tunes of the UNet and one LoRA in diffusers' format. Text encoder and VAE
+stay the base's.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from pilotfish.data.pictures import load_pictures
+from recipe.denoiser import BaseStage, DenoisingLoss, categories_of, latent_views, tokenize
+from recipe.loop import train
+
+LORA_TARGETS = [
+    "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
+    "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FinetuneStage:
+    """How a style is learnt.
+
+    Attributes:
+        rank: of the LoRA; 0 trains all of the UNet.
+    """
+
+    steps: int = 800
+    batch: int = 64
+    learning_rate: float = 4e-4
+    rank: int = 0
+    views: int = 12
+    seed: int = 0
+
+
+STYLES = {
+    "fluent": FinetuneStage(),
+    "twemoji": FinetuneStage(),
+    "emojione": FinetuneStage(rank=16, learning_rate=2e-3),
+}
+
+
+def make_finetune(
+    style: str, pictures: Path, base: Path, work: Path, target: Path, stage: FinetuneStage
+) -> None:
+    """Learn one style; save ``target/<style>/unet`` or ``target/<style>-lora``."""
+    torch.manual_seed(stage.seed)
+    pipe = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    folder, encoder, unet = pictures / style, pipe.text_encoder, pipe.unet
+    encoder.requires_grad_(False)
+    if stage.rank:
+        unet.requires_grad_(False)
+        unet.add_adapter(
+            LoraConfig(r=stage.rank, lora_alpha=stage.rank, target_modules=LORA_TARGETS)
+        )
+    unet.to(memory_format=torch.channels_last)
+    average = deepcopy(unet)
+    like_base = replace(BaseStage(), batch=stage.batch, views=stage.views)
+    objective = DenoisingLoss(
+        latent_views(pipe.vae, folder, stage.views, stage.seed),
+        tokenize(pipe.tokenizer, load_pictures(folder).captions),
+        categories_of(folder), tokenize(pipe.tokenizer, [""]), like_base,
+    )  # fmt: skip
+    train(
+        work / style, {"unet": unet}, lambda step, generator: objective(unet, encoder, generator),
+        steps=stage.steps, learning_rate=stage.learning_rate, seed=stage.seed,
+        averages={"unet": average}, decay=0.995,
+    )  # fmt: skip
+    average.to(memory_format=torch.contiguous_format).half()
+    if stage.rank:
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(average))
+        StableDiffusionPipeline.save_lora_weights(target / f"{style}-lora", unet_lora_layers=layers)
+    else:
+        average.save_pretrained(target / style / "unet")

@@ -1,0 +1,362 @@
+"""Stage 1: a guide learns equation (1) from its frozen base.
+
+Every tick (one micro-batch) draws its randomness from a generator of its own, seeded by
+(seed, process, tick), and everything else that changes is in the checkpoint. So a resumed
+run does what an uninterrupted one would have done, to the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
+
+from pilotfish.distill.checkpoints import (
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    optimizer_tensors,
+    prune_checkpoints,
+    restore_optimizer,
+    save_checkpoint,
+)
+from pilotfish.distill.config import ConfigError, DistillConfig
+from pilotfish.distill.loss import relative_guidance_loss
+from pilotfish.distill.material import Material
+from pilotfish.distill.states import NoisedPictures, Replay, RollingTrajectories, Source, States
+from pilotfish.distill.validation import Validation
+from pilotfish.guidance import draw_guidance_scales
+from pilotfish.guides import Guide
+from pilotfish.passes import GuidedStudent, checksum
+
+SAME_SCALE = 0.5
+"""Share of the samples that are trained at the scale at which they were being sampled:
+what the guide will meet. The rest get a scale of their own."""
+
+
+class DistillError(RuntimeError):
+    """Training cannot go on; the message says why and what is left on disk."""
+
+
+class Interrupted(DistillError):
+    """Training was asked to stop and has saved its state."""
+
+
+class Distillation:
+    """One run of stage 1.
+
+    Args:
+        config: the settings.
+        material: base pipeline, prompts, pictures.
+        guide: the guide to train.
+        notice: called with a line of text worth showing to a person.
+    """
+
+    def __init__(
+        self, config: DistillConfig, material: Material, guide: Guide,
+        notice: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        self.config, self.material, self.guide, self.notice = config, material, guide, notice
+        self.folder = Path(config.output_dir)
+        report = None if config.report_to == "none" else config.report_to
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=report,
+            project_config=ProjectConfiguration(str(self.folder), str(self.folder / "logs")),
+        )
+        device = self.accelerator.device
+        self.unet = material.pipe.unet.to(device)
+        self.teacher = material.teacher(device)
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.base_checksum = checksum(self.unet)
+        guide.to(device).train()
+        student = GuidedStudent(guide, self.unet, self.teacher.null)
+        self.hooks = student.hooks
+        optimizer = torch.optim.AdamW(
+            guide.parameters(), config.learning_rate, (0.9, 0.99),
+            weight_decay=config.adam_weight_decay,
+        )  # fmt: skip
+        self.schedule_of_rate = get_scheduler(
+            config.lr_scheduler, optimizer, config.lr_warmup_steps, config.max_train_steps
+        )
+        self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
+        self.average = EMAModel(
+            guide.parameters(), decay=config.ema_decay, foreach=False
+        )
+        self.average.to(device)
+        self.replay = Replay(self._source(), config.replay_capacity, config.replay_reuse)
+        self.validation = Validation(config, material, self.teacher)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.smooth: dict[str, float] = {}
+
+    # -- states -------------------------------------------------------------------------
+
+    def _generator(self, tick: int) -> torch.Generator:
+        process = self.accelerator.process_index
+        return torch.Generator().manual_seed((self.config.seed * 64 + process) * 10**9 + tick)
+
+    def _source(self) -> Source:
+        config, material = self.config, self.material
+        scales = (config.guidance_scale_min, config.guidance_scale_max)
+        if config.states == "noised":
+            latents, prompt = material.pictures()
+            return NoisedPictures(self.teacher, material.schedule, latents, prompt, scales)
+        own = config.states == "student"
+        return RollingTrajectories(
+            self.teacher, material.schedule, len(material.prompts), material.latent_shape, scales,
+            pool=config.pool, steps=(config.trajectory_steps_min, config.trajectory_steps_max),
+            generator=self._generator(10**9 - 1), student=self._own_prediction if own else None,
+            student_share=config.student_share if own else 0.0,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _own_prediction(
+        self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor, w: torch.Tensor
+    ) -> torch.Tensor:
+        student = self.accelerator.unwrap_model(self.student)
+        prediction: torch.Tensor = student(latents, timestep, self.teacher.prompts[prompt], w)
+        return prediction.float()
+
+    # -- training -----------------------------------------------------------------------
+
+    def run(self) -> Guide:
+        """Train to ``max_train_steps``; save the averaged guide; return it.
+
+        Raises:
+            DistillError: the loss is not finite, or the base has changed.
+            Interrupted: SIGTERM or Ctrl-C; a checkpoint was saved first.
+        """
+        config, accelerator = self.config, self.accelerator
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config.save(self.folder / "config.json")
+        if accelerator.log_with:
+            accelerator.init_trackers("pilotfish")
+        self._resume()
+        began, first = time.monotonic(), self.step
+        bar = tqdm(
+            initial=self.step, total=config.max_train_steps, desc="distil", mininterval=1.0,
+            disable=not accelerator.is_main_process,
+        )  # fmt: skip
+        with _stop_requested() as stop, bar:
+            while self.step < config.max_train_steps:
+                for _ in range(config.gradient_accumulation_steps):
+                    self._tick()
+                self.step += 1
+                bar.update()
+                bar.set_postfix_str(
+                    f"loss {self.smooth['loss']:.4f}  guidance error "
+                    f"{self.smooth['guidance_error']:.3f}", refresh=False,
+                )  # fmt: skip
+                if accelerator.log_with:
+                    accelerator.log(dict(self.smooth), self.step)
+                self._milestones(stop())
+        if checksum(self.unet) != self.base_checksum:
+            raise DistillError("the base denoiser changed during training; this is a bug")
+        spent = time.monotonic() - began
+        self._finish(spent, self.step - first)
+        return self.guide
+
+    def _tick(self) -> None:
+        config = self.config
+        tick = self.step * config.gradient_accumulation_steps + self._micro
+        generator = self._generator(tick)
+        states = self.replay.draw(config.train_batch_size, tick, generator)
+        w = self._scales(states, generator)
+        with self.accelerator.accumulate(self.student):
+            prompts = self.teacher.prompts[states.prompt]
+            guided = self.student(states.latents, states.timestep, prompts, w)
+            target = states.target(w)
+            loss = relative_guidance_loss(guided, target, w)
+            self._note(loss, guided, target, states)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.guide.parameters(), config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self._micro = (self._micro + 1) % config.gradient_accumulation_steps
+        if self.accelerator.sync_gradients:
+            self.schedule_of_rate.step()
+            self.average.step(self.guide.parameters())
+
+    _micro = 0
+
+    def _scales(self, states: States, generator: torch.Generator) -> torch.Tensor:
+        low, high = self.config.guidance_scale_min, self.config.guidance_scale_max
+        drawn = draw_guidance_scales(len(states), low, high, generator)
+        same = torch.rand(len(states), generator=generator) < SAME_SCALE
+        return torch.where(same, states.guidance_scale, drawn)
+
+    def _note(
+        self, loss: torch.Tensor, guided: torch.Tensor, target: torch.Tensor, states: States
+    ) -> None:
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            kept = list_checkpoints(self.folder)
+            where = f"the last good checkpoint is {kept[-1].name}" if kept else "nothing was saved"
+            raise DistillError(
+                f"the loss became {value} at step {self.step + 1}; {where}. "
+                "Lower --learning_rate or use --mixed_precision no"
+            )
+        with torch.no_grad():
+            gap = (guided.detach().float() - target).pow(2).sum()
+            whole = (states.conditional - target).pow(2).sum()
+        for name, new in (("loss", value), ("gap", float(gap)), ("whole", float(whole))):
+            old = self.smooth.get(name, new)
+            self.smooth[name] = 0.98 * old + 0.02 * new
+        self.smooth["guidance_error"] = self.smooth["gap"] / max(self.smooth["whole"], 1e-12)
+
+    # -- milestones ---------------------------------------------------------------------
+
+    def _milestones(self, stopping: bool) -> None:
+        config = self.config
+        last = self.step == config.max_train_steps
+        if last or self.step % config.validation_steps == 0:
+            self._validate()
+        if last or stopping or self.step % config.checkpointing_steps == 0:
+            self.save()
+        if stopping and not last:
+            raise Interrupted(
+                f"stopped at step {self.step}; run the same command with --resume latest to go on"
+            )
+
+    def _validate(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        with self._averaged():
+            row = self.validation.run(self.guide, self.step, self.folder / "validation")
+        row = {"step": self.step, "loss": self.smooth["loss"], **row}
+        self.history.append(row)
+        (self.folder / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
+        if self.accelerator.log_with:
+            self.accelerator.log({f"validation/{k}": v for k, v in row.items()}, self.step)
+        self.notice(f"step {self.step}: guidance error {row['guidance_error']:.3f} (held out)")
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The guide with its averaged weights, for the length of a block."""
+        self.average.store(self.guide.parameters())
+        self.average.copy_to(self.guide.parameters())
+        self.guide.eval()
+        try:
+            yield
+        finally:
+            self.average.restore(self.guide.parameters())
+            self.guide.train()
+
+    def _finish(self, seconds: float, steps: int) -> None:
+        self.average.copy_to(self.guide.parameters())
+        self.guide.eval()
+        self.hooks.remove()
+        if self.accelerator.is_main_process:
+            self.guide.save_pretrained(self.folder / "guide")
+            self.notice(f"saved {self.folder / 'guide'} ({steps} steps in {seconds / 60:.1f} min)")
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+
+    # -- checkpoints --------------------------------------------------------------------
+
+    def _own_folder(self) -> Path:
+        """Where this process keeps its replay ring; the first one's goes with the weights."""
+        return self.folder / f"process-{self.accelerator.process_index}"
+
+    def save(self) -> None:
+        """Write a checkpoint: weights, average, optimiser, states, history."""
+        accelerator = self.accelerator
+        ring = {f"replay.{k}": v for k, v in self.replay.tensors().items()}
+        limit = self.config.checkpoints_total_limit
+        if not accelerator.is_main_process:
+            save_checkpoint(self._own_folder(), self.step, ring, {})
+            prune_checkpoints(self._own_folder(), limit)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            average = self.average.state_dict()
+            tensors = {f"guide.{k}": v for k, v in self.guide.state_dict().items()} | ring
+            tensors |= {f"average.{i}": v for i, v in enumerate(average.pop("shadow_params"))}
+            tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+            facts = {
+                "average": average, "rate": self.schedule_of_rate.state_dict(),
+                "history": self.history, "smooth": self.smooth,
+                "base_checksum": self.base_checksum,
+            }  # fmt: skip
+            facts["rate"] = {k: v for k, v in facts["rate"].items() if _is_plain(v)}
+            save_checkpoint(self.folder, self.step, tensors, facts)
+            prune_checkpoints(self.folder, limit)
+        accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        if self.config.resume is None:
+            return
+        if self.config.resume == "latest":
+            found = list_checkpoints(self.folder)
+            if not found:
+                self.notice(f"no checkpoint in {self.folder}; starting from the beginning")
+                return
+            path = found[-1]
+        else:
+            path = Path(self.config.resume)
+        checkpoint = load_checkpoint(path)
+        if checkpoint.facts.get("base_checksum") != self.base_checksum:
+            raise ConfigError(f"{path} was trained on another base; its checksum differs")
+        self._load(checkpoint)
+        self.notice(f"resumed from {path} at step {self.step}")
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        facts = checkpoint.facts
+        self.step, self.history, self.smooth = checkpoint.step, facts["history"], facts["smooth"]
+        self.guide.load_state_dict(checkpoint.part("guide"))
+        shadow = checkpoint.part("average")
+        ordered = [shadow[str(i)] for i in range(len(shadow))]
+        self.average.load_state_dict(facts["average"] | {"shadow_params": ordered})
+        self.average.to(self.accelerator.device)
+        restore_optimizer(self.optimizer, checkpoint.part("optimizer"))
+        self.schedule_of_rate.load_state_dict(self.schedule_of_rate.state_dict() | facts["rate"])
+        for group, rate in zip(
+            self.optimizer.param_groups, self.schedule_of_rate.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
+        if not self.accelerator.is_main_process:
+            own = self._own_folder() / f"checkpoint-{checkpoint.step}"
+            checkpoint = load_checkpoint(own)
+        self.replay.load(checkpoint.part("replay"))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, bool, list, str))
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM and Ctrl-C into a question that is answered between two steps."""
+    asked: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        asked.append(number)
+        if len(asked) > 1:  # asked twice: do not wait for the step to end
+            raise KeyboardInterrupt
+
+    try:
+        before = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: signals belong to somebody else
+        before = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,108 @@
+"""What a distillation works on: the base pipeline, prompts and, for one source, pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from pilotfish import embedded
+from pilotfish.data.pictures import from_pixels, load_pictures
+from pilotfish.data.prompts import load_prompts
+from pilotfish.distill.config import ConfigError, DistillConfig
+from pilotfish.passes import FrozenTeacher, encode_prompts
+from pilotfish.schedules import Schedule
+
+
+@dataclass
+class Material:
+    """See the module.
+
+    Attributes:
+        pipe: the base pipeline.
+        prompts: texts to train on.
+        held_out: texts to validate on.
+        picture_folder: captioned pictures, for noised states.
+    """
+
+    pipe: Any
+    prompts: list[str]
+    held_out: list[str]
+    picture_folder: Path | None = None
+    schedule: Schedule = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule.of(self.pipe.scheduler)
+
+    @classmethod
+    def of(cls, config: DistillConfig) -> Material:
+        """What a configuration names; the embedded model's where it names nothing.
+
+        Raises:
+            ConfigError, ValueError: a path is wrong or holds nothing of use.
+        """
+        if config.pretrained_model_name_or_path is None:
+            pipe: Any = embedded.load_host("base")
+        else:
+            pipe = _load_pipeline(config.pretrained_model_name_or_path)
+            if config.prompts is None:
+                raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
+        prompts = load_prompts(config.prompts) if config.prompts else embedded.prompts("training")
+        if config.validation_prompts:
+            held_out = load_prompts(config.validation_prompts)
+        else:
+            held_out = prompts[:64] if config.prompts else embedded.prompts("held_out")
+        folder = Path(config.pictures) if config.pictures else embedded.pictures("base")
+        return cls(pipe, prompts, held_out, folder)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents."""
+        size = self.pipe.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.pipe.unet.config.in_channels, height, width
+
+    @cached_property
+    def prompt_states(self) -> torch.Tensor:
+        """(P, L, D) encoder hidden states of ``prompts``, then of ``held_out``."""
+        return encode_prompts(self.pipe, [*self.prompts, *self.held_out])
+
+    def teacher(self, device: torch.device) -> FrozenTeacher:
+        """The base's two passes, over training and held-out prompts."""
+        null = encode_prompts(self.pipe, [""]).to(device)
+        return FrozenTeacher(self.pipe.unet, self.prompt_states.to(device), null)
+
+    @torch.no_grad()
+    def pictures(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean latents (M, C, h, w) of the pictures and (M,) the prompt index of each.
+
+        Raises:
+            ConfigError: a caption that is not among the prompts.
+        """
+        if self.picture_folder is None:
+            raise ConfigError("--states noised needs --pictures, a folder with metadata.jsonl")
+        size = self.latent_shape[1] * self.pipe.vae_scale_factor
+        pictures = load_pictures(self.picture_folder, size)
+        place = {text: i for i, text in enumerate(self.prompts)}
+        missing = [c for c in pictures.captions if c not in place]
+        if missing:
+            raise ConfigError(f"{len(missing)} captions are not among the prompts: {missing[:3]}")
+        vae = self.pipe.vae
+        latents = [
+            vae.encode(from_pixels(part).to(vae.dtype)).latent_dist.mean
+            for part in pictures.pixels.split(32)
+        ]
+        prompt = torch.tensor([place[c] for c in pictures.captions])
+        return torch.cat(latents).float() * vae.config.scaling_factor, prompt
+
+
+def _load_pipeline(name: str) -> Any:
+    try:
+        return DiffusionPipeline.from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"no pipeline could be loaded from {name}: {first}") from error
