@@ -1,0 +1,58 @@
+# A fresh clone and Python 3.11 are enough: every target sets up .venv by itself, once.
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint format types layers check docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.installed ## distil a guide in minutes, compare it, write a report
+	$(BIN)/pilotfish demo
+
+test: .venv/.dev ## run every test
+	$(BIN)/pytest
+
+test-fast: .venv/.dev ## run the tests that are not slow
+	$(BIN)/pytest -m "not slow"
+
+lint: .venv/.dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.dev ## ruff: repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: .venv/.dev ## mypy, strict
+	$(BIN)/mypy
+
+layers: .venv/.dev ## imports run downward only
+	$(BIN)/lint-imports
+
+check: lint types layers test ## everything above
+
+docs: .venv/.docs ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean: ## remove what make made
+	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# One stamp for each set of extras: a second run does nothing.
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	"$(PYTHON)" -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e .
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	$(PIP) -e '.[dev,recipe]'
+	@touch $@
+
+.venv/.docs: .venv/.installed
+	$(PIP) -e '.[docs]'
+	@touch $@
