@@ -38,7 +38,7 @@ class FinetuneStage:
     batch: int = 64
     learning_rate: float = 4e-4
     rank: int = 0
-    views: int = 12
+    views: int = 3
     seed: int = 0
 
 
@@ -64,14 +64,14 @@ def make_finetune(
         )
     unet.to(memory_format=torch.channels_last)
     average = deepcopy(unet)
-    like_base = replace(BaseStage(), batch=stage.batch, views=stage.views)
+    like_base = replace(BaseStage(), batch=stage.batch, views=stage.views, settle=0)
     objective = DenoisingLoss(
         latent_views(pipe.vae, folder, stage.views, stage.seed),
         tokenize(pipe.tokenizer, load_pictures(folder).captions),
         categories_of(folder), tokenize(pipe.tokenizer, [""]), like_base,
     )  # fmt: skip
     train(
-        work / style, {"unet": unet}, lambda step, generator: objective(unet, encoder, generator),
+        work / style, {"unet": unet}, lambda step, generator: objective(unet, encoder, step, generator),
         steps=stage.steps, learning_rate=stage.learning_rate, seed=stage.seed,
         averages={"unet": average}, decay=0.995,
     )  # fmt: skip

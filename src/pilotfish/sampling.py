@@ -47,6 +47,7 @@ def sample(
     guidance_scale: float,
     num_inference_steps: int = 25,
     guide: Guide | None = None,
+    negative_prompt: str | None = None,
     batch_size: int = 32,
     **call: Any,
 ) -> Iterator[Sample]:
@@ -57,6 +58,7 @@ def sample(
         seeds: as many as prompts.
         guidance_scale: w; 1 is no guidance.
         guide: attached for the length of the call if given; else the pipeline runs as it is.
+        negative_prompt: one for all of them.
         call: further arguments of the pipeline's call.
 
     Raises:
@@ -70,6 +72,7 @@ def sample(
             texts, some = list(prompts[i : i + batch_size]), seeds[i : i + batch_size]
             latents = pipe(
                 texts,
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts),
                 guidance_scale=guidance_scale,
                 num_inference_steps=num_inference_steps,
                 generator=[torch.Generator().manual_seed(s) for s in some],

@@ -48,7 +48,7 @@ class Material:
         if config.pretrained_model_name_or_path is None:
             pipe: Any = embedded.load_host("base")
         else:
-            pipe = _load_pipeline(config.pretrained_model_name_or_path)
+            pipe = load_pipeline(config.pretrained_model_name_or_path)
             if config.prompts is None:
                 raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
         prompts = load_prompts(config.prompts) if config.prompts else embedded.prompts("training")
@@ -100,7 +100,12 @@ class Material:
         return torch.cat(latents).float() * vae.config.scaling_factor, prompt
 
 
-def _load_pipeline(name: str) -> Any:
+def load_pipeline(name: str) -> Any:
+    """A pipeline from a folder or hub id, from safetensors only.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
     try:
         return DiffusionPipeline.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError) as error:

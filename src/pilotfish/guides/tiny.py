@@ -1,8 +1,9 @@
-"""The tiny guide: about one per cent of the base, reading what the base's encoder computed.
+"""The tiny guide: at most one per cent of the base, reading what the base's encoder computed.
 
 In the single pass the base runs its encoder anyway, so its skip features are free. This
-guide reads them through 1x1 convolutions of low rank, lets the levels talk to each
-other, modulates by w, timestep and text, and answers with a correction to each of them.
+guide reads them through 1x1 convolutions of low rank, level by level, lets the levels talk
+to each other, modulates by w, timestep and text, and answers with a correction to each of
+them and to the mid block.
 
 ``reads`` chooses what enters. ``("latents",)`` is the plain form that the paper
 describes: an external network that sees z_t, t, w and the text, and nothing of the base.
@@ -19,13 +20,13 @@ from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from pilotfish.contract import GuideInputs, Injection
+from pilotfish.contract import GuideError, GuideInputs, Injection
 from pilotfish.denoisers import fingerprint, skip_channels, skip_levels
 from pilotfish.guidance import fourier_features, guidance_strength, per_sample
 from pilotfish.guides.base import Guide
 
 READS = ("latents", "skips")
-EMBEDDING = 16
+FEATURES = 16
 
 
 class TinyGuide(Guide):
@@ -36,8 +37,11 @@ class TinyGuide(Guide):
         reads: what enters beside t, w and text: ``latents``, ``skips`` or both.
         rank: channels inside the guide.
         condition: width of the embedding of t, w and text.
-        blocks: rounds of mixing.
+        rounds: how often the levels mix.
         guidance_scale_range: the (low, high) of w in training.
+
+    Raises:
+        GuideError: ``reads`` is empty or names something else.
     """
 
     @register_to_config
@@ -47,32 +51,33 @@ class TinyGuide(Guide):
         reads: Sequence[str] = ("latents", "skips"),
         rank: int = 32,
         condition: int = 32,
-        blocks: int = 1,
-        full_conv: bool = False,
+        rounds: int = 1,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()
+        if not reads or set(reads) - set(READS):
+            raise GuideError(f"a tiny guide reads one or both of {READS}, not {tuple(reads)}")
         channels = skip_channels(denoiser)
-        sizes = [*channels, channels[-1]]
+        # the mid block stands at the last level, after the skips
         self.levels = [*skip_levels(denoiser), len(denoiser["block_out_channels"]) - 1]
-        depth = self.levels[-1] + 1
+        self.sizes = [*channels, channels[-1]]
+        self.depth = self.levels[-1] + 1
+        widths = [
+            sum(c for c, l in zip(self.sizes, self.levels, strict=True) if l == level)
+            for level in range(self.depth)
+        ]
+        entering = [
+            (width if "skips" in reads else 0) + (denoiser["in_channels"] if "latents" in reads else 0)
+            for width in widths
+        ]
         self.embed = nn.Sequential(
-            nn.Linear(2 * EMBEDDING, condition), nn.SiLU(), nn.Linear(condition, condition)
+            nn.Linear(2 * FEATURES, condition), nn.SiLU(), nn.Linear(condition, condition)
         )
         self.text = nn.Linear(denoiser["cross_attention_dim"], condition, bias=False)
-        self.latent_inputs = nn.ModuleList(
-            [nn.Conv2d(denoiser["in_channels"], rank, 3, padding=1) for _ in range(depth)]
-            if "latents" in reads
-            else []
-        )
-        self.inputs = nn.ModuleList(
-            [nn.Conv2d(c, rank, 1, bias=False) for c in sizes] if "skips" in reads else []
-        )
-        self.rounds = nn.ModuleList(
-            [nn.ModuleList([Block(rank, condition, full_conv) for _ in range(depth)]) for _ in range(blocks)]
-        )
-        self.outputs = nn.ModuleList([nn.Conv2d(rank, c, 1) for c in sizes])
+        self.inputs = nn.ModuleList([nn.Conv2d(c, rank, 1) for c in entering])
+        self.mixers = nn.ModuleList([Mixer(rank, condition) for _ in range(rounds * self.depth)])
+        self.outputs = nn.ModuleList([nn.Conv2d(rank, c, 1) for c in widths])
         for layer in self.outputs:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -83,47 +88,57 @@ class TinyGuide(Guide):
         return cls(fingerprint(unet, prediction_type), **config)
 
     def forward(self, inputs: GuideInputs) -> Injection:
-        z = inputs.latents
-        scale = inputs.guidance_scale
-        seen = torch.cat(
-            [fourier_features(inputs.timestep, EMBEDDING, 4000.0),
-             fourier_features(scale, EMBEDDING, 32.0)], 1).to(z.dtype)
-        text = inputs.encoder_hidden_states.mean(1) - inputs.negative_hidden_states.mean(1)
-        condition = F.silu(self.embed(seen) + self.text(text))
-        features = [*inputs.skips, inputs.mid]
-        shapes = {level: f.shape[-2:] for level, f in zip(self.levels, features, strict=True)}
-        hidden: list[torch.Tensor] = []
-        for level, shape in sorted(shapes.items()):
-            parts = [conv(_norm(f)) for conv, f, l in zip(self.inputs, features, self.levels) if l == level]
-            if len(self.latent_inputs):
-                parts.append(self.latent_inputs[level](F.adaptive_avg_pool2d(z, shape)))
-            hidden.append(sum(parts[1:], parts[0]))
-        for blocks in self.rounds:
-            for level in range(1, len(hidden)):
-                hidden[level] = hidden[level] + F.adaptive_avg_pool2d(hidden[level - 1], hidden[level].shape[-2:])
-            for level in range(len(hidden) - 1, -1, -1):
-                if level + 1 < len(hidden):
-                    hidden[level] = hidden[level] + F.interpolate(hidden[level + 1], size=hidden[level].shape[-2:])
-                hidden[level] = blocks[level](hidden[level], condition)
-        strength = per_sample(torch.log1p(guidance_strength(scale)), z)
-        out = [strength * conv(hidden[l]) for conv, l in zip(self.outputs, self.levels)]
+        z, w = inputs.latents, inputs.guidance_scale
+        condition = self._condition(inputs)
+        hidden = [conv(x) for conv, x in zip(self.inputs, self._entering(inputs), strict=True)]
+        for i in range(0, len(self.mixers), self.depth):
+            for level in range(1, self.depth):  # fine to coarse
+                small = F.adaptive_avg_pool2d(hidden[level - 1], hidden[level].shape[-2:])
+                hidden[level] = hidden[level] + small
+            for level in reversed(range(self.depth)):  # coarse to fine
+                if level + 1 < self.depth:
+                    large = F.interpolate(hidden[level + 1], size=hidden[level].shape[-2:])
+                    hidden[level] = hidden[level] + large
+                hidden[level] = self.mixers[i + level](hidden[level], condition)
+        strength = per_sample(torch.log1p(guidance_strength(w)), z)
+        out: list[torch.Tensor] = []
+        for level, conv in enumerate(self.outputs):
+            sizes = [c for c, l in zip(self.sizes, self.levels, strict=True) if l == level]
+            out += (strength * conv(hidden[level])).split(sizes, dim=1)
         return Injection(tuple(out[:-1]), out[-1])
 
+    def _condition(self, inputs: GuideInputs) -> torch.Tensor:
+        """(N, condition) of timestep, scale and what the prompt has that the negative has not."""
+        t = fourier_features(inputs.timestep, FEATURES, longest=4000.0)
+        w = fourier_features(inputs.guidance_scale, FEATURES, longest=32.0)
+        text = inputs.encoder_hidden_states.mean(1) - inputs.negative_hidden_states.mean(1)
+        seen = torch.cat([t, w], 1).to(text.dtype)
+        return F.silu(self.embed(seen) + self.text(text))
 
-class Block(nn.Module):
-    def __init__(self, rank: int, condition: int, full: bool) -> None:
+    def _entering(self, inputs: GuideInputs) -> list[torch.Tensor]:
+        """What is read at each level, normalised and side by side."""
+        features = [*inputs.skips, inputs.mid]
+        entering = []
+        for level in range(self.depth):
+            here = [f for f, l in zip(features, self.levels, strict=True) if l == level]
+            parts = [F.group_norm(f, 1) for f in here] if "skips" in self.config.reads else []
+            if "latents" in self.config.reads:
+                parts.append(F.adaptive_avg_pool2d(inputs.latents, here[0].shape[-2:]))
+            entering.append(torch.cat(parts, 1))
+        return entering
+
+
+class Mixer(nn.Module):
+    """A depthwise 3x3 and a 1x1 convolution, modulated by the condition; a residual."""
+
+    def __init__(self, rank: int, condition: int) -> None:
         super().__init__()
-        self.film = nn.Linear(condition, 2 * rank)
-        self.conv = nn.Conv2d(rank, rank, 3, padding=1, groups=1 if full else rank)
+        self.modulate = nn.Linear(condition, 2 * rank)
+        self.spread = nn.Conv2d(rank, rank, 3, padding=1, groups=rank)
         self.mix = nn.Conv2d(rank, rank, 1)
-        nn.init.zeros_(self.film.weight)
-        nn.init.zeros_(self.film.bias)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        gain, shift = self.film(condition)[:, :, None, None].chunk(2, 1)
-        h = _norm(self.conv(x)) * (1 + gain) + shift
-        return x + self.mix(F.silu(h))
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    return F.group_norm(x, 1)
+        """(N, rank, h, w) and (N, condition) -> (N, rank, h, w)."""
+        gain, shift = self.modulate(condition)[:, :, None, None].chunk(2, 1)
+        hidden: torch.Tensor = F.group_norm(self.spread(x), 1) * (1 + gain) + shift
+        return x + self.mix(F.silu(hidden))

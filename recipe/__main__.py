@@ -1,0 +1,64 @@
+"""``python -m recipe STAGE``: one command a stage, resumable by the same command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+import pilotfish
+from recipe.autoencoder import AutoencoderStage, make_autoencoder
+from recipe.cards import write_cards
+from recipe.denoiser import BaseStage, make_base
+from recipe.finetunes import STYLES, make_finetune
+from recipe.judge import JudgeStage, make_judge
+from recipe.pictures import make_pictures
+from recipe.prompts import make_prompts
+
+STAGES = ("prompts", "pictures", "autoencoder", "base", "finetunes", "judge", "cards")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Make the embedded model. Stages, in order: prompts, pictures, autoencoder, base,
+    finetunes, judge, cards."""
+
+    stage: tyro.conf.Positional[
+        Literal["prompts", "pictures", "autoencoder", "base", "finetunes", "judge", "cards", "all"]
+    ]
+    work: Path = Path("runs/recipe")
+    """Checkpoints of the stages, and the autoencoder on its own."""
+    target: Path = Path(pilotfish.__file__).parent / "embedded"
+    """Where the finished models go."""
+    autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
+    base: BaseStage = field(default_factory=BaseStage)
+    judge: JudgeStage = field(default_factory=JudgeStage)
+
+
+def run(recipe: Recipe) -> None:
+    """Run one stage, or all of them."""
+    pictures, vae = recipe.target / "pictures", recipe.work / "vae"
+    for stage in STAGES if recipe.stage == "all" else (recipe.stage,):
+        if stage == "prompts":
+            make_prompts(recipe.target / "prompts")
+        elif stage == "pictures":
+            make_pictures(pictures)
+        elif stage == "autoencoder":
+            make_autoencoder(pictures, recipe.work, vae, recipe.autoencoder)
+        elif stage == "base":
+            make_base(pictures, vae, recipe.work, recipe.target / "base", recipe.base)
+        elif stage == "finetunes":
+            for style, settings in STYLES.items():
+                make_finetune(
+                    style, pictures, recipe.target / "base", recipe.work, recipe.target, settings
+                )
+        elif stage == "judge":
+            make_judge(pictures, recipe.work, recipe.target / "judge", recipe.judge)
+        else:
+            write_cards(recipe.target)
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Recipe, prog="python -m recipe", use_underscores=True))

@@ -1,0 +1,70 @@
+"""Stage 6, ``cards``: a model card beside every model, naming source and licence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ARTISTS = {
+    "noto": ("Noto Emoji", "Google", "Apache-2.0", "https://github.com/googlefonts/noto-emoji"),
+    "fluent": ("Fluent Emoji", "Microsoft", "MIT", "https://github.com/microsoft/fluentui-emoji"),
+    "twemoji": (
+        "Twemoji", "Twitter, Inc. and other contributors", "CC-BY-4.0",
+        "https://github.com/jdecked/twemoji",
+    ),
+    "emojione": ("EmojiOne", "EmojiOne", "CC-BY-4.0", "https://icon-sets.iconify.design/emojione"),
+}  # fmt: skip
+
+CARD = """---
+license: {licence}
+library_name: {library}
+tags: [pilotfish]
+---
+
+# {title}
+
+{text}
+
+Trained by the recipe of Pilotfish (`python -m recipe {stage}`, seed {seed}) on pictures of
+
+{sources}
+"""
+
+
+def source(style: str) -> str:
+    """One line of attribution."""
+    name, author, licence, link = ARTISTS[style]
+    return f"- [{name}]({link}) by {author}, {licence}, drawn at 64x64 on white"
+
+
+def write_cards(target: Path) -> None:
+    """Write README.md into every model's folder and every folder of pictures."""
+    everyone = tuple(ARTISTS)
+
+    def card(folder: str, title: str, text: str, stage: str, styles: tuple[str, ...],
+             licence: str, library: str = "diffusers", seed: int = 0) -> None:  # fmt: skip
+        sources = "\n".join(source(s) for s in styles)
+        (target / folder / "README.md").write_text(
+            CARD.format(title=title, text=text, stage=stage, sources=sources, seed=seed,
+                        licence=licence, library=library)  # fmt: skip
+        )
+
+    card(
+        "base", "Pilotfish base",
+        "A small Stable Diffusion (64x64 pictures, 8x8x8 latents, v prediction) that draws "
+        "429 things in the style of Noto Emoji. Its autoencoder has seen all four styles.",
+        "base", everyone, "apache-2.0",
+    )  # fmt: skip
+    card("fluent", "Pilotfish base, Fluent style", "A full fine-tune of the base's UNet.",
+         "finetunes", ("fluent",), "mit")  # fmt: skip
+    card("twemoji", "Pilotfish base, Twemoji style", "A full fine-tune of the base's UNet.",
+         "finetunes", ("twemoji",), "cc-by-4.0")  # fmt: skip
+    card("emojione-lora", "Pilotfish base, EmojiOne style", "A LoRA for the base's UNet.",
+         "finetunes", ("emojione",), "cc-by-4.0")  # fmt: skip
+    card(
+        "judge", "Pilotfish judge",
+        "A small CLIP over four styles of emoji. It measures; it takes no part in training a guide.",
+        "judge", everyone, "cc-by-4.0", "transformers", 1,
+    )  # fmt: skip
+    for style in ARTISTS:
+        lines = f"# Pictures\n\n{source(style)}\n\nDrawn by `python -m recipe pictures`.\n"
+        (target / "pictures" / style / "README.md").write_text(lines)

@@ -1,0 +1,26 @@
+"""Names on the command line -> pipelines, guides, prompts: embedded ones or the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pilotfish import embedded
+from pilotfish.distill.material import load_pipeline
+from pilotfish.guides import Guide
+
+
+def host(name: str) -> Any:
+    """An embedded host (base, fluent, twemoji, emojione) or a pipeline's folder or hub id."""
+    if name in embedded.HOSTS:
+        return embedded.load_host(name)
+    pipe = load_pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def guide(name: str) -> Guide:
+    """An embedded guide (tiny, full) or a guide's folder or hub id."""
+    if name in embedded.guide_names() and not Path(name).exists():
+        return embedded.load_guide(name)
+    return Guide.from_pretrained(name)

@@ -1,0 +1,67 @@
+"""``pilotfish sample``: pictures, guided in one pass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from pilotfish.cli.hosts import guide, host
+from pilotfish.data.pictures import to_pixels
+from pilotfish.data.prompts import load_prompts
+from pilotfish.sampling import sample
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What to draw."""
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ()
+    """One or more prompts."""
+    prompts: str | None = None
+    """Text file, one prompt a line."""
+    pretrained_model_name_or_path: str = "base"
+    """Pipeline: base, fluent, twemoji, emojione, or a folder or hub id of your own."""
+    guide: str = "tiny"
+    """Guide: tiny, full, or a folder or hub id."""
+    guidance: Literal["guided", "cfg", "none"] = "guided"
+    """guided: one pass with the guide. cfg: two passes. none: one pass, no guidance."""
+    negative_prompt: str | None = None
+    guidance_scale: float = 4.0
+    num_inference_steps: int = 25
+    num_images_per_prompt: int = 1
+    seed: int = 0
+    batch_size: int = 16
+    output_dir: str = "runs/samples"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    config = tyro.cli(
+        SampleConfig, args=list(arguments), prog="pilotfish sample", use_underscores=True
+    )
+    texts = list(config.prompt) + (load_prompts(config.prompts) if config.prompts else [])
+    if not texts:
+        raise ValueError("nothing to draw: give --prompt TEXT or --prompts FILE")
+    texts = [text for text in texts for _ in range(config.num_images_per_prompt)]
+    pipe = host(config.pretrained_model_name_or_path)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = sample(
+        pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
+        guidance_scale=1.0 if config.guidance == "none" else config.guidance_scale,
+        num_inference_steps=config.num_inference_steps, batch_size=config.batch_size,
+        guide=guide(config.guide) if config.guidance == "guided" else None,
+        negative_prompt=config.negative_prompt,
+    )  # fmt: skip
+    for one in tqdm(made, total=len(texts), desc="sample"):
+        name = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower()).strip("-")[:60]
+        pixels = to_pixels(one.image).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{name}-{one.seed}.png")
+    print(f"{len(texts)} pictures in {folder}")
