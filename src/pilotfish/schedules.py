@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from pilotfish.guidance import per_sample
@@ -51,7 +52,7 @@ class Schedule:
 
     def alpha(self, timestep: torch.Tensor) -> torch.Tensor:
         """(N,) timesteps -> (N,) products a_t; a negative timestep is past the last step."""
-        inside = self.alphas_cumprod[timestep.clamp(min=0)]
+        inside = self.alphas_cumprod.to(timestep.device)[timestep.clamp(min=0)]
         return torch.where(timestep >= 0, inside, self.final_alpha_cumprod)
 
     def add_noise(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -88,5 +89,7 @@ def sampling_timesteps(steps: int, train_timesteps: int = 1000) -> torch.Tensor:
     """
     if not 1 <= steps <= train_timesteps:
         raise ValueError(f"steps must lie in [1, {train_timesteps}], not {steps}")
-    t = torch.arange(train_timesteps, 0, -train_timesteps / steps).round().long()[:steps] - 1
-    return torch.cat([t, torch.tensor([-1])])
+    # In numpy's double precision, as diffusers does it: where a timestep falls on a half, a
+    # coarser grid would round to its neighbour.
+    grid = np.arange(train_timesteps, 0, -train_timesteps / steps)[:steps].round().astype(np.int64)
+    return torch.from_numpy(np.append(grid - 1, -1))
