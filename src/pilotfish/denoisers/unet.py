@@ -92,6 +92,7 @@ class GuidedPass:
         self._added: dict[str, torch.Tensor] = {}
         self._skips: list[torch.Tensor] = []
         self._pending: list[torch.Tensor | None] = []
+        self._serving: dict[int, object] = {}
 
     @contextmanager
     def open(self) -> Iterator[GuidedPass]:
@@ -102,6 +103,12 @@ class GuidedPass:
         finally:
             _OPEN.reset(token)
             self._forget()
+            self._serving = {}
+
+    def served_by(self, denoiser: object, hooks: object) -> bool:
+        """Whether ``hooks`` serve this pass on ``denoiser``. One guide may be installed there
+        several times (two pipelines that share a UNet); the first to come serves alone."""
+        return self._serving.setdefault(id(denoiser), hooks) is hooks
 
     def begin(
         self,
@@ -132,7 +139,8 @@ class GuidedPass:
         """The mid block is done: run the guide, add to the mid block, keep the rest."""
         if self._scale is None:
             return mid
-        assert self._sample is not None and self._timestep is not None
+        assert self._sample is not None
+        assert self._timestep is not None
         assert self._states is not None
         channels = self.guide.config.denoiser["in_channels"]
         negative = self.negative_hidden_states()
@@ -168,21 +176,24 @@ class Hooks:
     """The hooks of one guide on one denoiser; :meth:`remove` leaves no trace."""
 
     def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
+        self.handles = handles
 
     def remove(self) -> None:
         """Take every hook off."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles = []
+        self.handles = []
 
 
 def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
     """Put a guide's hooks on a UNet, for training and for inference alike."""
+    hooks = Hooks([])
 
     def current() -> GuidedPass | None:
         guided = _OPEN.get()
-        return guided if guided is not None and guided.guide is guide else None
+        if guided is None or guided.guide is not guide or not guided.served_by(unet, hooks):
+            return None
+        return guided
 
     def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if guided := current():
@@ -210,11 +221,11 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
         name = "res_hidden_states_tuple"
         return args, {**kwargs, name: guided.consume(kwargs[name])}
 
-    handles = [
+    hooks.handles = [
         unet.register_forward_pre_hook(begin, with_kwargs=True),
         unet.conv_in.register_forward_hook(first),
         *(block.register_forward_hook(down) for block in unet.down_blocks),
         unet.mid_block.register_forward_hook(middle),
         *(block.register_forward_pre_hook(up, with_kwargs=True) for block in unet.up_blocks),
     ]
-    return Hooks(handles)
+    return hooks
