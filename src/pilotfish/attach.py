@@ -19,7 +19,6 @@ from pilotfish.contract import GuideError, GuideLike
 from pilotfish.denoisers import GuidedPass, Hooks, fingerprint, install
 
 
-
 class Guided:
     """Mixed in before a pipeline's own class while a guide is attached to it."""
 

@@ -41,7 +41,7 @@ class GuideInputs:
 
 @dataclass(frozen=True)
 class Injection:
-    """What a guide adds: one tensor for each skip (None: nothing there) and one for the mid block."""
+    """What a guide adds: one tensor for each skip (None: nothing there), one for the mid block."""
 
     skips: tuple[torch.Tensor | None, ...]
     mid: torch.Tensor

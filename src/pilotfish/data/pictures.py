@@ -41,7 +41,7 @@ def load_pictures(folder: str | Path, size: int | None = None) -> Pictures:
     if not index.is_file():
         raise ValueError(f'{folder} has no metadata.jsonl (one {{"file_name", "text"}} a line)')
     arrays, captions = [], []
-    for number, line in enumerate(index.read_text().splitlines(), 1):
+    for number, line in enumerate(_lines(index), 1):
         try:
             row = json.loads(line)
             with Image.open(folder / row["file_name"]) as image:
@@ -55,6 +55,13 @@ def load_pictures(folder: str | Path, size: int | None = None) -> Pictures:
     if len({a.shape for a in arrays}) > 1:
         raise ValueError(f"the pictures of {folder} differ in size; pass size= to resize them")
     return Pictures(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), captions)
+
+
+def _lines(index: Path) -> list[str]:
+    try:
+        return index.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{index} could not be read: {error}") from error
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:

@@ -93,9 +93,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         facts = json.loads((path / "state.json").read_text())
         tensors = load_file(str(path / "state.safetensors"))
         return Checkpoint(int(facts["step"]), tensors, facts)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is not a readable checkpoint ({error}); delete it to resume from the one before"
+            f"{path} is not a readable checkpoint ({error}); "
+            "delete it to resume from the one before"
         ) from error
 
 
@@ -112,7 +113,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     return {f"{i}.{k}": v for i, slots in state.items() for k, v in slots.items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+) -> None:
     """Put back what :func:`optimizer_tensors` gave; the parameter groups stay as they are."""
     whole = optimizer.state_dict()
     whole["state"] = {}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from diffusers import ConfigMixin, ModelMixin
@@ -97,7 +95,8 @@ class Guide(ModelMixin, ConfigMixin):
         except GuideError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise GuideError(f"no guide could be read from {where}: {_first_line(error)}") from error
+            why = _first_line(error)
+            raise GuideError(f"no guide could be read from {where}: {why}") from error
         broken = [n for n, p in guide.named_parameters() if not p.isfinite().all()]
         if broken:
             raise GuideError(f"the guide in {where} has values that are not finite in {broken[0]}")
@@ -109,6 +108,12 @@ class Guide(ModelMixin, ConfigMixin):
         unknown = [k for k in config if not k.startswith("_") and k not in known]
         if unknown:
             raise GuideError(f"the configuration in {where} has unknown fields: {unknown}")
+        negative = [k for k, v in config.items() if isinstance(v, int | float) and v < 0]
+        if negative:
+            raise GuideError(
+                f"the configuration in {where} has {negative[0]} {config[negative[0]]}; "
+                "0 or more is needed"
+            )
         low, high = config.get("guidance_scale_range", (1.0, 1.0))
         if not 1 <= low <= high:
             raise GuideError(
@@ -123,6 +128,8 @@ def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
