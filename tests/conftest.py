@@ -1,0 +1,249 @@
+"""Tiny seeded components in Stable Diffusion's own format; nothing here touches a network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from hypothesis import settings
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from pilotfish.guides import FullGuide, Guide, TinyGuide
+from pilotfish.schedules import Schedule
+
+settings.register_profile("pilotfish", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("pilotfish")
+
+WIDTH = 16
+TOKENS = 8
+KINDS = {"tiny": TinyGuide, "full": FullGuide}
+
+
+def _unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
+    plain: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 2,
+    }
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(**{**plain, **config}).eval()
+
+
+def _scheduler(prediction_type: str) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+    )
+
+
+def _tokenizer() -> CLIPTokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "ca", "cat</w>"]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [("c", "a"), ("ca", "t</w>")]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    torch.manual_seed(1)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        projection_dim=WIDTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def _autoencoder() -> AutoencoderKL:
+    torch.manual_seed(2)
+    return AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        sample_size=16,
+        scaling_factor=0.5,
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def make_unet() -> Callable[..., UNet2DConditionModel]:
+    """A function that makes a seeded UNet; keywords change its configuration."""
+    return _unet
+
+
+@pytest.fixture(scope="session")
+def _pipelines() -> dict[str, StableDiffusionPipeline]:
+    return {}
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def prediction_type(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_pipe(
+    _pipelines: dict[str, StableDiffusionPipeline],
+) -> Callable[[str], StableDiffusionPipeline]:
+    """A function that makes a whole text-to-image pipeline; every one stands alone."""
+
+    def make(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+        if prediction_type not in _pipelines:
+            tokenizer = _tokenizer()
+            pipe = StableDiffusionPipeline(
+                vae=_autoencoder(),
+                text_encoder=_text_encoder(tokenizer),
+                tokenizer=tokenizer,
+                unet=_unet(),
+                scheduler=_scheduler(prediction_type),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+            _pipelines[prediction_type] = pipe
+        plain = _pipelines[prediction_type].components
+        pipe = StableDiffusionPipeline(
+            **{**plain, "unet": copy.deepcopy(plain["unet"]), "scheduler": _scheduler(prediction_type)},
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def pipe(make_pipe: Callable[[str], StableDiffusionPipeline]) -> StableDiffusionPipeline:
+    """A pipeline that predicts epsilon."""
+    return make_pipe("epsilon")
+
+
+@pytest.fixture
+def unet(pipe: StableDiffusionPipeline) -> UNet2DConditionModel:
+    return pipe.unet
+
+
+@pytest.fixture
+def schedule(prediction_type: str) -> Schedule:
+    """The noise schedule of the pipelines, for epsilon and for v prediction."""
+    return Schedule.of(_scheduler(prediction_type))
+
+
+@pytest.fixture(params=sorted(KINDS))
+def kind(request: pytest.FixtureRequest) -> type[Guide]:
+    """Every kind of guide."""
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def fresh(kind: type[Guide], unet: UNet2DConditionModel) -> Guide:
+    """A guide as it is before training."""
+    torch.manual_seed(3)
+    return kind.for_denoiser(unet, "epsilon").eval()
+
+
+@pytest.fixture
+def randomise() -> Callable[[Guide], Guide]:
+    """A function that gives every parameter of a guide a value, as training would."""
+
+    def change(guide: Guide, seed: int = 4) -> Guide:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in guide.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return guide.eval()
+
+    return change
+
+
+@pytest.fixture
+def trained(fresh: Guide, randomise: Callable[[Guide], Guide]) -> Guide:
+    """A guide whose every parameter has moved."""
+    return randomise(fresh)
+
+
+@pytest.fixture
+def draw() -> Callable[..., torch.Tensor]:
+    """A function that runs a pipeline from fixed noise and gives the final latents."""
+
+    def run(
+        pipe: Any, prompt: str | Sequence[str] = "cat", guidance_scale: float = 4.0, **call: Any
+    ) -> torch.Tensor:
+        steps = {"num_inference_steps": 3, **call}
+        prompt = prompt if isinstance(prompt, str) else list(prompt)
+        generator = torch.Generator().manual_seed(5)
+        return pipe(
+            prompt, guidance_scale=guidance_scale, output_type="latent", generator=generator, **steps
+        ).images
+
+    return run
+
+
+@pytest.fixture
+def batches() -> Callable[[UNet2DConditionModel], Any]:
+    """``with batches(unet) as sizes``: the batch size of every call of the denoiser."""
+
+    @contextmanager
+    def record(unet: UNet2DConditionModel) -> Iterator[list[int]]:
+        sizes: list[int] = []
+
+        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sizes.append(len(args[0] if args else kwargs["sample"]))
+
+        handle = unet.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield sizes
+        finally:
+            handle.remove()
+
+    return record
+
+
+@pytest.fixture
+def edit_config() -> Callable[..., None]:
+    """A function that changes fields of a saved guide's configuration; None removes one."""
+
+    def edit(folder: Path, **fields: Any) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text()) | fields
+        path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return edit

@@ -1,0 +1,232 @@
+"""Where a guide reads and adds in a UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from pilotfish.contract import GuideInputs, Injection
+from pilotfish.denoisers import GuidedPass, fingerprint, install, skip_channels, skip_levels
+
+SHAPES = [
+    {},
+    {"block_out_channels": (8, 16, 16), "layers_per_block": 2},
+    {"layers_per_block": (2, 1)},
+]
+
+
+class Stub:
+    """A guide that answers with fixed tensors and remembers what it was shown."""
+
+    def __init__(self, unet: UNet2DConditionModel, injection: Injection | None = None) -> None:
+        self.config = SimpleNamespace(denoiser=fingerprint(unet, "epsilon"))
+        self.injection = injection
+        self.seen: list[GuideInputs] = []
+
+    guidance_scale_range = (1.0, 8.0)
+
+    def __call__(self, inputs: GuideInputs) -> Injection:
+        self.seen.append(inputs)
+        if self.injection is not None:
+            return self.injection
+        return Injection((None,) * len(inputs.skips), torch.zeros_like(inputs.mid))
+
+
+def arguments(unet: UNet2DConditionModel, n: int = 2) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(6)
+    size = unet.config.sample_size
+    z = torch.randn(n, unet.config.in_channels, size, size, generator=generator)
+    t = torch.tensor([900, 100])[:n]
+    states = torch.randn(n, 8, unet.config.cross_attention_dim, generator=generator)
+    return z, t, states
+
+
+def random_injection(unet: UNet2DConditionModel) -> Injection:
+    generator = torch.Generator().manual_seed(7)
+    size, channels = unet.config.sample_size, skip_channels(unet.config)
+    maps = [
+        torch.randn(2, c, size >> level, size >> level, generator=generator)
+        for c, level in zip(channels, skip_levels(unet.config), strict=True)
+    ]
+    return Injection(tuple(maps), torch.randn(maps[-1].shape, generator=generator))
+
+
+def levels_of(config: dict[str, Any]) -> dict[str, Any]:
+    depth = len(config.get("block_out_channels", (8, 16)))
+    return config | {
+        "down_block_types": ("CrossAttnDownBlock2D",) * depth,
+        "up_block_types": ("CrossAttnUpBlock2D",) * depth,
+    }
+
+
+@pytest.fixture(params=range(len(SHAPES)))
+def unet(request: pytest.FixtureRequest, make_unet: Callable[..., Any]) -> UNet2DConditionModel:
+    return make_unet(**levels_of(SHAPES[request.param]))
+
+
+@torch.no_grad()
+def run(unet: Any, guide: Any, scale: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    with GuidedPass(guide, lambda: scale, lambda: torch.zeros(1, 8, 16)).open():
+        return unet(*arguments, **keywords, return_dict=False)[0]
+
+
+def hooks_of(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def test_channels_and_levels_are_those_of_the_features(unet: UNet2DConditionModel) -> None:
+    guide = Stub(unet)
+    install(guide, unet)
+    run(unet, guide, 4.0, *arguments(unet))
+    (seen,) = guide.seen
+    size = unet.config.sample_size
+    shapes = [(f.shape[1], f.shape[2]) for f in seen.skips]
+    expected = zip(skip_channels(unet.config), skip_levels(unet.config), strict=True)
+    assert shapes == [(c, size >> level) for c, level in expected]
+    assert seen.mid.shape == seen.skips[-1].shape
+
+
+def test_the_guide_adds_where_a_controlnet_adds(unet: UNet2DConditionModel) -> None:
+    injection = random_injection(unet)
+    guide = Stub(unet, injection)
+    install(guide, unet)
+    guided = run(unet, guide, 4.0, *arguments(unet))
+    with torch.no_grad():
+        expected = unet(
+            *arguments(unet),
+            down_block_additional_residuals=injection.skips,
+            mid_block_additional_residual=injection.mid,
+        ).sample
+        plain = unet(*arguments(unet)).sample
+    assert torch.equal(guided, expected)
+    assert not torch.allclose(guided, plain)
+
+
+def test_a_controlnet_adds_beside_the_guide(unet: UNet2DConditionModel) -> None:
+    injection = random_injection(unet)
+    guide = Stub(unet, injection)
+    install(guide, unet)
+    residuals = {
+        "down_block_additional_residuals": tuple(0.5 * s for s in injection.skips),
+        "mid_block_additional_residual": 0.5 * injection.mid,
+    }
+    both = run(unet, guide, 4.0, *arguments(unet), **residuals)
+    with torch.no_grad():
+        expected = unet(
+            *arguments(unet),
+            down_block_additional_residuals=tuple(1.5 * s for s in injection.skips),
+            mid_block_additional_residual=1.5 * injection.mid,
+        ).sample
+    torch.testing.assert_close(both, expected)
+
+
+def test_a_missing_skip_is_left_alone(make_unet: Callable[..., Any]) -> None:
+    unet = make_unet()
+    full = random_injection(unet)
+    zeroed = Injection((full.skips[0], *(0 * s for s in full.skips[1:])), full.mid)
+    absent = Injection((full.skips[0], *(None for _ in full.skips[1:])), full.mid)
+    one, two = Stub(unet, zeroed), Stub(unet, absent)
+    install(one, unet)
+    install(two, unet)
+    first, second = (run(unet, guide, 4.0, *arguments(unet)) for guide in (one, two))
+    assert torch.equal(first, second)
+
+
+def test_the_guide_is_told_of_the_call(make_unet: Callable[..., Any]) -> None:
+    unet = make_unet()
+    guide = Stub(unet)
+    install(guide, unet)
+    z, t, states = arguments(unet)
+    w = torch.tensor([2.5, 7.0])
+    run(unet, guide, w, z, t, encoder_hidden_states=states)
+    run(unet, guide, 3.5, sample=z, timestep=500, encoder_hidden_states=states)
+    first, second = guide.seen
+    assert torch.equal(first.latents, z)
+    assert torch.equal(first.timestep, t)
+    assert torch.equal(first.guidance_scale, w)
+    assert torch.equal(first.encoder_hidden_states, states)
+    assert first.negative_hidden_states.shape == states.shape
+    assert second.timestep.tolist() == [500, 500]
+    assert second.guidance_scale.tolist() == [3.5, 3.5]
+
+
+def test_an_inpainting_denoiser_shows_only_its_latents(make_unet: Callable[..., Any]) -> None:
+    unet = make_unet(in_channels=9)
+    assert fingerprint(unet, "epsilon") == fingerprint(make_unet(), "epsilon")
+    guide = Stub(unet)
+    install(guide, unet)
+    z, t, states = arguments(unet)
+    run(unet, guide, 4.0, z, t, states)
+    assert torch.equal(guide.seen[0].latents, z[:, :4])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0, -3.0])
+def test_a_scale_of_at_most_one_asks_no_guide(make_unet: Callable[..., Any], scale: float) -> None:
+    unet = make_unet()
+    guide = Stub(unet, random_injection(unet))
+    install(guide, unet)
+    with torch.no_grad():
+        plain = unet(*arguments(unet)).sample
+    assert torch.equal(run(unet, guide, scale, *arguments(unet)), plain)
+    assert not guide.seen
+
+
+def test_hooks_do_nothing_outside_a_pass_of_their_guide(make_unet: Callable[..., Any]) -> None:
+    unet = make_unet()
+    plain = unet(*arguments(unet)).sample
+    guide, other = Stub(unet, random_injection(unet)), Stub(unet)
+    install(guide, unet)
+    assert torch.equal(unet(*arguments(unet)).sample, plain)
+    assert torch.equal(run(unet, other, 4.0, *arguments(unet)), plain)
+    assert not guide.seen
+
+
+def test_a_guide_installed_twice_acts_once(make_unet: Callable[..., Any]) -> None:
+    """As when two pipelines share a denoiser and both carry the guide."""
+    unet = make_unet()
+    guide = Stub(unet, random_injection(unet))
+    install(guide, unet)
+    once = run(unet, guide, 4.0, *arguments(unet))
+    second = install(guide, unet)
+    assert torch.equal(run(unet, guide, 4.0, *arguments(unet)), once)
+    assert len(guide.seen) == 2
+    second.remove()
+    assert torch.equal(run(unet, guide, 4.0, *arguments(unet)), once)
+
+
+def test_removed_hooks_leave_no_trace(make_unet: Callable[..., Any]) -> None:
+    unet = make_unet()
+    keys, before = list(unet.state_dict()), hooks_of(unet)
+    hooks = install(Stub(unet), unet)
+    assert hooks_of(unet) > before
+    assert list(unet.state_dict()) == keys
+    hooks.remove()
+    assert hooks_of(unet) == before
+
+
+def test_a_failed_call_leaves_nothing_behind(make_unet: Callable[..., Any]) -> None:
+    unet = make_unet()
+    z, t, states = arguments(unet)
+    plain = unet(z, t, states).sample
+    guide = Stub(unet, random_injection(unet))
+    install(guide, unet)
+    with pytest.raises(RuntimeError):
+        run(unet, guide, 4.0, z, t, states[..., :3])
+    assert torch.equal(unet(z, t, states).sample, plain)
+    once = run(unet, guide, 4.0, z, t, states)
+    assert torch.equal(run(unet, guide, 4.0, z, t, states), once)
+
+
+def test_the_fingerprint_tells_denoisers_apart(make_unet: Callable[..., Any]) -> None:
+    plain = fingerprint(make_unet(), "epsilon")
+    assert plain == fingerprint(make_unet(seed=1), "epsilon")
+    assert plain != fingerprint(make_unet(), "v_prediction")
+    assert plain != fingerprint(make_unet(block_out_channels=(8, 32)), "epsilon")
+    assert plain != fingerprint(make_unet(layers_per_block=2), "epsilon")
+    assert plain != fingerprint(make_unet(cross_attention_dim=32), "epsilon")

@@ -1,0 +1,132 @@
+"""Teacher and student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from pilotfish.guides import Guide
+from pilotfish.passes import (
+    FrozenTeacher,
+    GuidedStudent,
+    checksum,
+    encode_prompts,
+    guidance_error,
+)
+
+
+@pytest.fixture
+def states() -> tuple[torch.Tensor, torch.Tensor]:
+    both = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(8))
+    return both[:3], both[3:]
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    return z, torch.tensor([800, 200]), torch.tensor([2, 0])
+
+
+def test_the_teacher_makes_both_predictions_in_one_call(
+    unet: UNet2DConditionModel, states: Any, batch: Any, batches: Callable[..., Any]
+) -> None:
+    prompts, null = states
+    z, t, prompt = batch
+    with batches(unet) as sizes:
+        unconditional, conditional = FrozenTeacher(unet, prompts, null)(z, t, prompt)
+    assert sizes == [4]
+    with torch.no_grad():
+        n = unet(z, t, null.expand(2, -1, -1)).sample
+        c = unet(z, t, prompts[prompt]).sample
+    torch.testing.assert_close(unconditional, n)
+    torch.testing.assert_close(conditional, c)
+
+
+def test_the_teacher_is_frozen(unet: UNet2DConditionModel, states: Any) -> None:
+    FrozenTeacher(unet.train(), *states)
+    assert not unet.training
+    assert not any(p.requires_grad for p in unet.parameters())
+
+
+def test_a_fresh_student_is_the_conditional_model(
+    fresh: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+) -> None:
+    prompts, null = states
+    z, t, prompt = batch
+    student = GuidedStudent(fresh, unet, null)
+    with torch.no_grad():
+        guided = student(z, t, prompts[prompt], torch.tensor([3.0, 7.5]))
+        plain = unet(z, t, prompts[prompt]).sample
+    assert torch.equal(guided, plain)
+
+
+def test_scale_one_is_the_conditional_model_and_others_are_not(
+    trained: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+) -> None:
+    prompts, null = states
+    z, t, prompt = batch
+    student = GuidedStudent(trained, unet, null)
+    with torch.no_grad():
+        guided = student(z, t, prompts[prompt], torch.tensor([1.0, 4.0]))
+        plain = unet(z, t, prompts[prompt]).sample
+    assert torch.equal(guided[0], plain[0])
+    assert not torch.allclose(guided[1], plain[1])
+
+
+def test_every_sample_has_its_own_scale(
+    trained: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+) -> None:
+    prompts, null = states
+    z, t, prompt = batch
+    student = GuidedStudent(trained, unet, null)
+    with torch.no_grad():
+        together = student(z, t, prompts[prompt], torch.tensor([2.5, 2.75]))
+        for i, w in enumerate((2.5, 2.75)):
+            one = slice(i, i + 1)
+            alone = student(z[one], t[one], prompts[prompt][one], torch.tensor([w]))
+            torch.testing.assert_close(together[one], alone)
+        other = student(z, t, prompts[prompt], torch.tensor([2.75, 2.75]))
+    assert not torch.allclose(together[0], other[0], rtol=0, atol=1e-7)
+
+
+def test_only_the_guide_is_trained(
+    fresh: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+) -> None:
+    prompts, null = states
+    z, t, prompt = batch
+    FrozenTeacher(unet, prompts, null)
+    before = checksum(unet)
+    student = GuidedStudent(fresh, unet, null)
+    assert {id(p) for p in student.parameters()} == {id(p) for p in fresh.parameters()}
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    student(z, t, prompts[prompt], torch.tensor([3.0, 7.5])).pow(2).mean().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in fresh.parameters())
+    optimizer.step()
+    assert checksum(unet) == before
+
+
+def test_the_checksum_sees_one_changed_bit(unet: UNet2DConditionModel) -> None:
+    before = checksum(unet)
+    with torch.no_grad():
+        weight = unet.conv_out.bias
+        weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+    assert checksum(unet) != before
+
+
+def test_guidance_error_is_zero_for_cfg_and_one_for_no_guide() -> None:
+    cfg, conditional = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(10))
+    assert guidance_error(cfg, cfg, conditional) == 0
+    assert guidance_error(conditional, cfg, conditional) == 1
+    middle = guidance_error((cfg + conditional) / 2, cfg, conditional)
+    assert middle == pytest.approx(0.25)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any) -> None:
+    texts = ["cat", "a red cat", "", "dog"]
+    expected = pipe.encode_prompt(texts, "cpu", 1, False)[0]
+    torch.testing.assert_close(encode_prompts(pipe, texts, batch=3), expected)
+    assert encode_prompts(pipe, texts).shape == (4, 8, 16)
