@@ -29,7 +29,7 @@ class Guided:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         guide = self._pilotfish_guide
-        guide.to(self.unet.device, self.unet.dtype)  # type: ignore[attr-defined]
+        _place_beside(guide, self.unet)  # type: ignore[attr-defined]
         if kwargs.get("guidance_rescale"):
             warnings.warn("guidance_rescale has no second pass to act on; ignored", stacklevel=2)
         guided = GuidedPass(guide, lambda: self.guidance_scale, lambda: self._pilotfish_negative)  # type: ignore[attr-defined]
@@ -102,6 +102,12 @@ def attached(guide: GuideLike, pipe: Any) -> Iterator[Any]:
         yield pipe
     finally:
         detach(guide, pipe)
+
+
+def _place_beside(guide: GuideLike, unet: Any) -> None:
+    """Move the guide to the denoiser's device and dtype, if it is not there."""
+    if (guide.device, guide.dtype) != (unet.device, unet.dtype):
+        guide.to(unet.device, unet.dtype)
 
 
 def _warn_outside_range(guide: GuideLike, scale: float) -> None:

@@ -91,7 +91,8 @@ class Distillation:
             weight_decay=config.adam_weight_decay,
         )  # fmt: skip
         self.schedule_of_rate = get_scheduler(
-            config.lr_scheduler, optimizer, config.lr_warmup_steps, config.max_train_steps
+            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
         )
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.average = EMAModel(
