@@ -141,7 +141,11 @@ def make_pipe(
             _pipelines[prediction_type] = pipe
         plain = _pipelines[prediction_type].components
         pipe = StableDiffusionPipeline(
-            **{**plain, "unet": copy.deepcopy(plain["unet"]), "scheduler": _scheduler(prediction_type)},
+            **{
+                **plain,
+                "unet": copy.deepcopy(plain["unet"]),
+                "scheduler": _scheduler(prediction_type),
+            },
             requires_safety_checker=False,
         )
         pipe.set_progress_bar_config(disable=True)
@@ -211,7 +215,11 @@ def draw() -> Callable[..., torch.Tensor]:
         prompt = prompt if isinstance(prompt, str) else list(prompt)
         generator = torch.Generator().manual_seed(5)
         return pipe(
-            prompt, guidance_scale=guidance_scale, output_type="latent", generator=generator, **steps
+            prompt,
+            guidance_scale=guidance_scale,
+            output_type="latent",
+            generator=generator,
+            **steps,
         ).images
 
     return run

@@ -1,0 +1,260 @@
+"""Where training states come from, and that they resume exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pilotfish.distill.checkpoints import load_checkpoint, save_checkpoint
+from pilotfish.distill.states import NoisedPictures, Replay, RollingTrajectories, Source, States
+from pilotfish.guidance import classifier_free_guidance
+from pilotfish.schedules import Schedule, sampling_timesteps
+
+SHAPE = (4, 8, 8)
+SCALES = (1.5, 6.0)
+PROMPTS = 5
+
+
+def teacher(
+    z: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two predictions that differ by prompt and time."""
+    tone = (prompt + 1).reshape(-1, 1, 1, 1) * 0.01 + t.reshape(-1, 1, 1, 1) * 1e-4
+    return 0.9 * z, 0.9 * z + tone
+
+
+def student(
+    z: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor, w: torch.Tensor
+) -> torch.Tensor:
+    return torch.full_like(z, 0.25)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rolling(schedule: Schedule, seed: int = 0, **options: Any) -> RollingTrajectories:
+    plain: dict[str, Any] = {"pool": 12, "steps": (3, 6)}
+    return RollingTrajectories(
+        teacher, schedule, PROMPTS, SHAPE, SCALES, generator=seeded(seed), **{**plain, **options}
+    )
+
+
+def copied(source: Any) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in source.tensors().items()}
+
+
+def equal(a: States, b: States) -> bool:
+    return all(torch.equal(v, b.tensors()[k]) for k, v in a.tensors().items())
+
+
+# -- states -----------------------------------------------------------------------------
+
+
+def test_the_target_is_equation_one(schedule: Schedule) -> None:
+    states = rolling(schedule).draw(6, seeded(1))
+    w = torch.linspace(1, 7, 6)
+    expected = classifier_free_guidance(states.unconditional, states.conditional, w)
+    assert torch.equal(states.target(w), expected)
+    assert len(states) == 6
+
+
+def test_picked_states_keep_together(schedule: Schedule) -> None:
+    states = rolling(schedule).draw(6, seeded(1))
+    index = torch.tensor([4, 0, 4])
+    picked = states.pick(index)
+    assert len(picked) == 3
+    assert all(torch.equal(v, states.tensors()[k][index]) for k, v in picked.tensors().items())
+
+
+# -- noised pictures --------------------------------------------------------------------
+
+
+def test_noised_pictures_lie_on_the_forward_process(schedule: Schedule) -> None:
+    clean = torch.randn(7, *SHAPE, generator=seeded(2))
+    prompt = torch.arange(7) % PROMPTS
+    source = NoisedPictures(teacher, schedule, clean, torch.arange(7), SCALES)
+    states = source.draw(256, seeded(3))
+    a = schedule.alphas_cumprod[states.timestep].reshape(-1, 1, 1, 1)
+    noise = (states.latents - a.sqrt() * clean[states.prompt]) / (1 - a).sqrt()
+    assert noise.mean().abs() < 0.05
+    assert noise.std() == pytest.approx(1, abs=0.05)
+    assert states.timestep.min() < 100
+    assert states.timestep.max() > 900
+    assert SCALES[0] <= states.guidance_scale.min()
+    assert states.guidance_scale.max() <= SCALES[1]
+    assert len(prompt) == len(clean)
+    n, c = teacher(states.latents, states.timestep, states.prompt)
+    assert torch.equal(states.unconditional, n)
+    assert torch.equal(states.conditional, c)
+
+
+# -- rolling trajectories ---------------------------------------------------------------
+
+
+def test_what_is_drawn_takes_one_cfg_step(schedule: Schedule) -> None:
+    source = rolling(schedule, steps=(4, 4))
+    before = source.latents.clone()
+    states = source.draw(5, seeded(1))
+    slots = torch.randperm(12, generator=seeded(1))[:5]
+    assert torch.equal(states.latents, before[slots])
+    grid = sampling_timesteps(4)
+    assert states.timestep.tolist() == [int(grid[0])] * 5
+    expected = schedule.ddim_step(
+        states.latents,
+        states.target(states.guidance_scale),
+        states.timestep,
+        grid[1].expand(5),
+    )
+    assert torch.equal(source.latents[slots], expected)
+    rest = torch.tensor([i for i in range(12) if i not in slots.tolist()])
+    assert torch.equal(source.latents[rest], before[rest])
+
+
+def test_one_latent_is_sampled_to_its_end_and_a_new_one_begins(schedule: Schedule) -> None:
+    source = rolling(schedule, pool=1, steps=(5, 5))
+    generator = seeded(1)
+    first = [source.draw(1, generator) for _ in range(5)]
+    assert [int(s.timestep) for s in first] == sampling_timesteps(5)[:-1].tolist()
+    assert len({float(s.guidance_scale) for s in first}) == 1
+    assert len({int(s.prompt) for s in first}) == 1
+    second = source.draw(1, generator)
+    assert int(second.timestep) == 999
+    assert float(second.guidance_scale) != float(first[0].guidance_scale)
+    assert second.latents.std() == pytest.approx(1, abs=0.3)
+    assert not torch.equal(second.latents, first[0].latents)
+
+
+def test_the_pool_spreads_over_times_prompts_and_scales(schedule: Schedule) -> None:
+    source = rolling(schedule, pool=32)
+    generator = seeded(1)
+    drawn = [source.draw(8, generator) for _ in range(60)]
+    times = torch.cat([s.timestep for s in drawn])
+    scales = torch.cat([s.guidance_scale for s in drawn])
+    grids = {int(t) for n in (3, 4, 5, 6) for t in sampling_timesteps(n)[:-1]}
+    assert set(times.tolist()) == grids
+    assert set(torch.cat([s.prompt for s in drawn]).tolist()) == set(range(PROMPTS))
+    assert SCALES[0] <= scales.min()
+    assert scales.max() <= SCALES[1]
+    assert len(scales.unique()) > 50
+    assert (source.position < source.length).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_student_steps_its_share(schedule: Schedule, share: float) -> None:
+    source = rolling(schedule, steps=(4, 4), student=student, student_share=share)
+    before = source.latents.clone()
+    states = source.draw(12, seeded(1))
+    slots = torch.randperm(12, generator=seeded(1))[:12]
+    own = torch.full_like(before[slots], 0.25)
+    prediction = own if share else states.target(states.guidance_scale)
+    expected = schedule.ddim_step(
+        before[slots], prediction, states.timestep, sampling_timesteps(4)[1].expand(12)
+    )
+    assert torch.equal(source.latents[slots], expected)
+
+
+def test_the_teachers_answer_is_kept_for_the_students_states(schedule: Schedule) -> None:
+    source = rolling(schedule, student=student, student_share=1.0)
+    states = source.draw(12, seeded(1))
+    n, c = teacher(states.latents, states.timestep, states.prompt)
+    assert torch.equal(states.unconditional, n)
+    assert torch.equal(states.conditional, c)
+
+
+def test_a_share_is_a_share(schedule: Schedule) -> None:
+    source = rolling(schedule, pool=2000, student=student, student_share=0.3)
+    assert source.own.float().mean() == pytest.approx(0.3, abs=0.05)
+
+
+# -- replay -----------------------------------------------------------------------------
+
+
+class Counting:
+    """A source of numbered states."""
+
+    def __init__(self) -> None:
+        self.next = 0
+        self.draws = 0
+
+    def draw(self, n: int, generator: torch.Generator) -> States:
+        number = torch.arange(self.next, self.next + n)
+        self.next += n
+        self.draws += 1
+        z = number.reshape(-1, 1, 1, 1).float()
+        return States(z, number, number.float(), number, z, z)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"next": torch.tensor(self.next)}
+
+    def load(self, tensors: Any) -> None:
+        self.next = int(tensors["next"])
+
+
+def test_new_states_are_made_every_reuse_steps() -> None:
+    source = Counting()
+    replay = Replay(source, capacity=32, reuse=4)
+    replay.draw(8, 1, seeded())
+    filled = source.draws
+    assert filled == 4
+    for step in range(2, 10):
+        replay.draw(8, step, seeded(step))
+    assert source.draws == filled + 2
+
+
+def test_the_ring_holds_the_newest() -> None:
+    replay = Replay(Counting(), capacity=32, reuse=1)
+    for step in range(9):
+        replay.draw(8, step, seeded(step))
+        assert replay.states is not None
+        assert len(replay.states) == 32
+    newest = replay.source.next  # type: ignore[attr-defined]
+    assert sorted(replay.states.timestep.tolist()) == list(range(newest - 32, newest))
+
+
+def test_a_ring_smaller_than_a_batch_still_serves() -> None:
+    replay = Replay(Counting(), capacity=4, reuse=2)
+    assert len(replay.draw(8, 0, seeded())) == 8
+    assert len(replay.draw(8, 1, seeded())) == 8
+
+
+def sources(schedule: Schedule) -> dict[str, Source]:
+    clean = torch.randn(7, *SHAPE, generator=seeded(2))
+    return {
+        "noised": NoisedPictures(teacher, schedule, clean, torch.arange(7) % PROMPTS, SCALES),
+        "trajectory": rolling(schedule, seed=9),
+        "student": rolling(schedule, seed=9, student=student, student_share=0.5),
+    }
+
+
+@pytest.mark.parametrize("name", ["noised", "trajectory", "student"])
+@pytest.mark.parametrize("saved_after", [0, 3, 10])
+def test_a_resumed_replay_draws_what_an_uninterrupted_one_does(
+    schedule: Schedule, tmp_path: Path, name: str, saved_after: int
+) -> None:
+    def draw(replay: Replay, steps: range) -> list[States]:
+        return [replay.draw(4, step, seeded(100 + step)) for step in steps]
+
+    replay = Replay(sources(schedule)[name], capacity=16, reuse=3)
+    draw(replay, range(saved_after))
+    path = save_checkpoint(tmp_path, saved_after, replay.tensors(), {})
+    expected = draw(replay, range(saved_after, saved_after + 8))
+
+    again = Replay(sources(schedule)[name], capacity=16, reuse=3)
+    draw(again, range(1))  # whatever it did before, loading forgets it
+    again.load(load_checkpoint(path).tensors)
+    found = draw(again, range(saved_after, saved_after + 8))
+    assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_loading_copies(schedule: Schedule) -> None:
+    """What was loaded must not change when training goes on."""
+    source = rolling(schedule)
+    kept = copied(source)
+    other = rolling(schedule, seed=5)
+    other.load(kept)
+    other.draw(12, seeded(1))
+    assert all(torch.equal(v, source.tensors()[k]) for k, v in kept.items())
