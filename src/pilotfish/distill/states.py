@@ -212,6 +212,9 @@ class Replay:
         return self.states.pick(torch.randint(len(self.states), (n,), generator=generator))
 
     def _write(self, new: States) -> None:
+        # one memory layout for all: a state read back from a checkpoint must meet the same
+        # kernels, which round differently for other strides
+        new = States(**{k: v.contiguous() for k, v in new.tensors().items()})
         if self.states is None or len(self.states) + len(new) <= self.capacity:
             old = self.states
             joined = {k: v if old is None else torch.cat([getattr(old, k), v])

@@ -1,0 +1,205 @@
+"""Stage 1 as its user meets it: it learns, resumes exactly, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pilotfish.distill import loop
+from pilotfish.distill.checkpoints import list_checkpoints
+from pilotfish.distill.config import DistillConfig
+from pilotfish.distill.loop import Distillation, DistillError, Interrupted
+from pilotfish.distill.material import Material
+from pilotfish.guides import Guide, TinyGuide
+
+PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DistillConfig:
+    return DistillConfig(
+        output_dir=str(tmp_path / "run"), train_batch_size=4, max_train_steps=6, pool=8,
+        replay_capacity=8, replay_reuse=2, trajectory_steps_min=2, trajectory_steps_max=4,
+        checkpointing_steps=2, checkpoints_total_limit=None, validation_steps=6,
+        lr_warmup_steps=1, report_to="none",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def material(make_pipe: Callable[[str], Any], tmp_path: Path) -> Callable[[str], Material]:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for i, text in enumerate(PROMPTS):
+        Image.new("RGB", (16, 16), (40 * i, 10, 200 - 30 * i)).save(folder / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": text}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return lambda prediction: Material(make_pipe(prediction), PROMPTS, ["tca", "act"], folder)
+
+
+def train(config: DistillConfig, material: Material) -> Guide:
+    torch.manual_seed(0)
+    guide = TinyGuide.for_denoiser(
+        material.pipe.unet, material.schedule.prediction_type, rank=4, condition=4
+    )
+    return Distillation(config, material, guide, notice=lambda line: None).run()
+
+
+def same(one: Guide, two: Guide) -> bool:
+    pairs = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("states", ["noised", "trajectory", "student"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_equals_uninterrupted(
+    config: DistillConfig, material: Callable[[str], Material], states: Any, accumulation: int,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    config = replace(config, states=states, gradient_accumulation_steps=accumulation)
+    whole = train(config, material("epsilon"))
+    path = str(Path(config.output_dir) / "checkpoint-2")
+    again = replace(config, output_dir=str(tmp_path / "again"), resume=path)
+    assert same(whole, train(again, material("epsilon")))
+
+
+def test_another_seed_gives_other_weights(
+    config: DistillConfig, material: Callable[[str], Material], tmp_path: Path
+) -> None:
+    one = train(config, material("epsilon"))
+    other = replace(config, seed=1, output_dir=str(tmp_path / "other"))
+    assert not same(one, train(other, material("epsilon")))
+
+
+def test_it_learns(
+    config: DistillConfig, material: Callable[[str], Material], prediction_type: str
+) -> None:
+    config = replace(config, max_train_steps=120, validation_steps=40, checkpointing_steps=200,
+                     learning_rate=1e-2)  # fmt: skip
+    train(config, material(prediction_type))
+    history = json.loads((Path(config.output_dir) / "history.json").read_text())
+    errors = [row["guidance_error"] for row in history]
+    assert [row["step"] for row in history] == [40, 80, 120]
+    assert errors[-1] < 0.9
+    assert (Path(config.output_dir) / "validation" / "step-120.png").is_file()
+
+
+def test_saved_guide_is_the_averaged_one(
+    config: DistillConfig, material: Callable[[str], Material]
+) -> None:
+    guide = train(config, material("epsilon"))
+    saved = Guide.from_pretrained(Path(config.output_dir) / "guide")
+    assert same(guide, saved)
+    last = load_file(list_checkpoints(Path(config.output_dir))[-1] / "state.safetensors")
+    raw = {k[6:]: v for k, v in last.items() if k.startswith("guide.")}
+    assert any(not torch.equal(raw[k], v) for k, v in saved.state_dict().items())
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(
+    config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = loop.relative_guidance_loss, []
+
+    def broken(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(loop, "relative_guidance_loss", broken)
+    with pytest.raises(
+        DistillError, match="nan at step 4; the last good checkpoint is checkpoint-2"
+    ):
+        train(config, material("epsilon"))
+    assert [p.name for p in list_checkpoints(Path(config.output_dir))] == ["checkpoint-2"]
+
+
+def test_a_base_that_changes_is_noticed(
+    config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuff = material("epsilon")
+    real = loop.relative_guidance_loss
+
+    def meddle(*args: Any) -> torch.Tensor:
+        stuff.pipe.unet.conv_in.bias.data.add_(1e-3)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "relative_guidance_loss", meddle)
+    with pytest.raises(DistillError, match="base denoiser changed"):
+        train(config, stuff)
+
+
+def test_another_base_is_refused_on_resume(
+    config: DistillConfig, material: Callable[[str], Material]
+) -> None:
+    train(config, material("epsilon"))
+    other = material("epsilon")
+    other.pipe.unet.conv_in.bias.data.add_(1.0)
+    with pytest.raises(ValueError, match="another base"):
+        train(replace(config, resume="latest"), other)
+
+
+def test_sigterm_saves_and_stops(
+    config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    whole = train(config, material("epsilon"))
+    real, calls = loop.relative_guidance_loss, []
+
+    def asked(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "relative_guidance_loss", asked)
+        with pytest.raises(Interrupted, match="stopped at step 3"):
+            train(cut, material("epsilon"))
+    assert same(whole, train(replace(cut, resume="latest"), material("epsilon")))
+
+
+@pytest.mark.slow
+def test_kill_9_then_resume_gives_the_same_guide(
+    config: DistillConfig, material: Callable[[str], Material], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    material("epsilon").pipe.save_pretrained(base)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    config = replace(
+        config, pretrained_model_name_or_path=str(base), prompts=str(tmp_path / "prompts.txt"),
+        max_train_steps=40, checkpointing_steps=5, validation_steps=40,
+    )  # fmt: skip
+
+    def start(folder: str, *more: str) -> subprocess.Popen[bytes]:
+        path = tmp_path / f"{folder}.json"
+        replace(config, output_dir=str(tmp_path / folder)).save(path)
+        command = [sys.executable, "-m", "pilotfish", "distill", "--config", str(path), *more]
+        return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+    whole = start("whole")
+    assert whole.communicate()[0] is None
+    assert whole.returncode == 0
+    killed = start("killed")
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(tmp_path / "killed") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert list_checkpoints(tmp_path / "killed")
+    assert not (tmp_path / "killed" / "guide").exists()
+    assert start("killed", "--resume", "latest").wait() == 0
+    weights = "guide/diffusion_pytorch_model.safetensors"
+    one, two = ((tmp_path / f / weights).read_bytes() for f in ("whole", "killed"))
+    assert one == two
