@@ -79,7 +79,7 @@ class Guide(ModelMixin, ConfigMixin):
             GuideError: no configuration, an unknown kind or field, a value out of range,
                 weights that are missing, truncated, pickled or not finite.
         """
-        kwargs["use_safetensors"] = True
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
         where = f"{pretrained_model_name_or_path}"
         try:
             config = cls.load_config(pretrained_model_name_or_path, **_hub_arguments(kwargs))
@@ -91,12 +91,17 @@ class Guide(ModelMixin, ConfigMixin):
                     f"known guides: {', '.join(sorted(Guide.kinds))}"
                 )
             kind._check_config(config, where)
-            guide = super(Guide, kind).from_pretrained(pretrained_model_name_or_path, **kwargs)
+            guide, loaded = super(Guide, kind).from_pretrained(
+                pretrained_model_name_or_path, **kwargs
+            )
         except GuideError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             why = _first_line(error)
             raise GuideError(f"no guide could be read from {where}: {why}") from error
+        for what in ("missing", "unexpected"):
+            if keys := sorted(loaded[f"{what}_keys"]):
+                raise GuideError(f"the weights in {where} have {what} tensors, first {keys[0]}")
         broken = [n for n, p in guide.named_parameters() if not p.isfinite().all()]
         if broken:
             raise GuideError(f"the guide in {where} has values that are not finite in {broken[0]}")
