@@ -12,7 +12,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from pilotfish.cli.hosts import guide, host
+from pilotfish.cli.names import guide, host
 from pilotfish.data.pictures import to_pixels
 from pilotfish.data.prompts import load_prompts
 from pilotfish.sampling import sample

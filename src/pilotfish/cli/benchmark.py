@@ -1,0 +1,44 @@
+"""``pilotfish benchmark``: CFG, a plain pass and a guided pass, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+from rich.console import Console
+
+from pilotfish.cli.names import guide, host
+from pilotfish.evaluate.cost import cost, guide_size
+from pilotfish.evaluate.machine import machine
+from pilotfish.evaluate.table import cost_table
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What to time. Ratios are medians over rounds in which the three take turns."""
+
+    guide: str = "tiny"
+    """Guide: tiny, full, or a folder or hub id."""
+    pretrained_model_name_or_path: str = "base"
+    """Pipeline: base, fluent, twemoji, emojione, or a folder or hub id."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    num_inference_steps: int = 25
+    guidance_scale: float = 4.0
+    rounds: int = 10
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    config = tyro.cli(
+        BenchmarkConfig, args=list(arguments), prog="pilotfish benchmark", use_underscores=True
+    )
+    pipe, network = host(config.pretrained_model_name_or_path), guide(config.guide)
+    size = guide_size(network, pipe, config.guide)
+    spent = cost(
+        pipe, network, batch_sizes=config.batch_sizes, rounds=config.rounds,
+        guidance_scale=config.guidance_scale, num_inference_steps=config.num_inference_steps,
+    )  # fmt: skip
+    print(f"{size.name}: {size.parameters:,} parameters, {size.share:.2%} of the denoiser")
+    print(f"on {machine()}")
+    Console().print(cost_table(spent))

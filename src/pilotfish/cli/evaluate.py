@@ -1,0 +1,92 @@
+"""``pilotfish evaluate``: a guide on a base and its fine-tunes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from pilotfish import embedded
+from pilotfish.cli.names import guide, host
+from pilotfish.cli.progress import shown
+from pilotfish.data.prompts import load_prompts
+from pilotfish.evaluate.evaluation import evaluate
+from pilotfish.evaluate.features import Judge
+from pilotfish.evaluate.hosts import Host
+from pilotfish.evaluate.table import result_table
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to measure. Left alone, it measures the embedded guide on the embedded hosts."""
+
+    guide: str = "tiny"
+    """Guide: tiny, full, or a folder or hub id."""
+    hosts: tuple[str, ...] = tuple(embedded.HOSTS)
+    """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
+    pictures: tuple[str, ...] = ()
+    """Folders of real pictures (metadata.jsonl), one for each host that is not embedded."""
+    prompts: str | None = None
+    """Text file of what is drawn; the judge must find each among all of them. Left out: the
+    embedded captions."""
+    held_out: str | None = None
+    """Text file of prompts for the guidance error. Left out: the embedded ones."""
+    judge: str | None = None
+    """Folder of a CLIP that judges. Left out: the embedded judge."""
+    samples: int = 1000
+    """Pictures for each host and way of guidance."""
+    seed: int = 0
+    guidance_scale: float = 4.0
+    num_inference_steps: int = 25
+    batch_size: int = 32
+    rounds: int = 5
+    """Rounds of the side-by-side timing."""
+    inception_weights: str | None = None
+    """File of Inception weights: adds FID."""
+    clip: str | None = None
+    """Folder of a CLIP: adds CLIP score."""
+    output: str = "runs/evaluation.json"
+
+
+def choose_hosts(names: Sequence[str], pictures: Sequence[str]) -> dict[str, Host]:
+    """Hosts by name; pictures go to those that are not embedded, in order.
+
+    Raises:
+        ValueError: more folders than such hosts.
+    """
+    folders, hosts = list(pictures), {}
+    for name in names:
+        if name in embedded.HOSTS:
+            hosts[name] = Host(partial(host, name), embedded.pictures(name))
+        else:
+            folder = Path(folders.pop(0)) if folders else None
+            hosts[Path(name).name] = Host(partial(host, name), folder)
+    if folders:
+        raise ValueError(f"--pictures {folders[0]} belongs to no host")
+    return hosts
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    config = tyro.cli(
+        EvaluateConfig, args=list(arguments), prog="pilotfish evaluate", use_underscores=True
+    )
+    names = load_prompts(config.prompts) if config.prompts else embedded.prompts("captions")
+    held_out = load_prompts(config.held_out) if config.held_out else embedded.prompts("held_out")
+    judge = Judge.from_folder(config.judge) if config.judge else Judge.embedded()
+    with shown() as progress:
+        result = evaluate(
+            choose_hosts(config.hosts, config.pictures), guide(config.guide),
+            guide_name=config.guide, command=" ".join(["pilotfish evaluate", *arguments]),
+            prompts=names, names=names, held_out=held_out, judge=judge, samples=config.samples,
+            seed=config.seed, guidance_scale=config.guidance_scale, rounds=config.rounds,
+            num_inference_steps=config.num_inference_steps, batch_size=config.batch_size,
+            inception_weights=config.inception_weights, clip=config.clip, progress=progress,
+        )  # fmt: skip
+    result.save(config.output)
+    Console().print(result_table(result))
+    print(f"saved {config.output}")
