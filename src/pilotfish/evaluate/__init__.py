@@ -1,0 +1,1 @@
+"""Measuring a guide: features, metrics, cost, and the one result that feeds every view of it."""

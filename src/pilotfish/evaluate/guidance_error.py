@@ -1,0 +1,127 @@
+"""How far one guided pass is from CFG's two, along the teacher's own trajectories.
+
+    E ||guided - cfg||^2 / E ||cond - cfg||^2
+
+0 is perfect, 1 is no guide. The states are those that CFG sampling of held-out prompts
+passes through, from seeded noise, at each w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pilotfish.denoisers import fingerprint
+from pilotfish.evaluate.result import GuidanceError
+from pilotfish.guides import Guide
+from pilotfish.passes import FrozenTeacher, GuidedStudent, encode_prompts
+from pilotfish.sampling import TeacherStep, cfg_trajectories
+from pilotfish.schedules import Schedule
+
+SCALES = (2.0, 4.0, 7.0)
+
+
+class ErrorMeter:
+    """Numerator and denominator of the guidance error, kept by w and timestep."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[float, int], tuple[float, float]] = {}
+
+    def update(self, w: float, state: TeacherStep, guided: torch.Tensor) -> None:
+        """Add one step: what the teacher says there and what the guided pass said."""
+        key = (w, int(state.timestep[0]))
+        error, whole = self.sums.get(key, (0.0, 0.0))
+        self.sums[key] = (
+            error + _distance(guided, state.cfg),
+            whole + _distance(state.conditional, state.cfg),
+        )
+
+    def compute(self) -> GuidanceError:
+        """Over all timesteps for each w; and at each timestep, the mean over w.
+
+        Every w counts alike: the distances themselves grow with (w - 1)^2, and a sum over w
+        would show the largest alone.
+        """
+        scales = sorted({w for w, _ in self.sums})
+        times = sorted({t for _, t in self.sums}, reverse=True)
+        by_w = {f"{w:g}": self._ratio([k for k in self.sums if k[0] == w]) for w in scales}
+        by_timestep = {
+            str(t): _mean([self._ratio([k]) for k in self.sums if k[1] == t]) for t in times
+        }
+        return GuidanceError(_mean(list(by_w.values())), by_w, by_timestep)
+
+    def _ratio(self, keys: list[tuple[float, int]]) -> float:
+        error = sum(self.sums[k][0] for k in keys)
+        whole = sum(self.sums[k][1] for k in keys)
+        return error / whole if whole else math.nan
+
+
+@torch.no_grad()
+def guidance_error(
+    pipe: Any,
+    guide: Guide,
+    prompts: Sequence[str],
+    *,
+    guidance_scales: Sequence[float] = SCALES,
+    num_inference_steps: int = 25,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> GuidanceError:
+    """The guidance error of ``guide`` on the denoiser of ``pipe``.
+
+    Args:
+        pipe: a text-to-image pipeline; its denoiser is frozen, and no hook stays on it.
+        guide: any guide that fits it.
+        prompts: held out of the guide's training.
+        guidance_scales: each w, above 1.
+        seed: of the first noise; the same for every w.
+
+    Raises:
+        ValueError: no prompt, or a w of at most 1, where there is no guidance to miss.
+        GuideError: the guide does not fit.
+    """
+    if not prompts:
+        raise ValueError("the guidance error needs at least one prompt")
+    if not guidance_scales or min(guidance_scales) <= 1:
+        raise ValueError(f"the guidance error is defined for w above 1, not {guidance_scales}")
+    unet, schedule = pipe.unet, Schedule.of(pipe.scheduler)
+    guide.check(fingerprint(unet, schedule.prediction_type))
+    guide.to(unet.device, unet.dtype).eval()
+    teacher = FrozenTeacher(unet, encode_prompts(pipe, list(prompts)), encode_prompts(pipe, [""]))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(prompts), *latent_shape(pipe), generator=generator)
+    noise = noise.to(unet.device, unet.dtype)
+    meter = ErrorMeter()
+    student = GuidedStudent(guide, unet, teacher.null)
+    try:
+        for w in guidance_scales:
+            for index in torch.arange(len(prompts)).split(batch_size):
+                walk = cfg_trajectories(
+                    teacher, schedule, index, noise[index], w, num_inference_steps
+                )
+                scale = torch.full((len(index),), float(w))
+                for state in walk:
+                    text = teacher.prompts[index]
+                    guided = student(state.latents, state.timestep, text, scale)
+                    meter.update(float(w), state, guided)
+    finally:
+        student.hooks.remove()
+    return meter.compute()
+
+
+def latent_shape(pipe: Any) -> tuple[int, int, int]:
+    """(C, h, w) of a pipeline's latents at its own size."""
+    size = pipe.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(pipe.unet.config.in_channels), int(height), int(width)
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).square().sum())
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,180 @@
+"""Plots of a result, as figures without any global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pilotfish.evaluate.result import Cost, Result, Scores
+
+SIZE = (6.4, 3.8)
+DPI = 160
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a plot. The ground is transparent; ``series`` reads well on both themes."""
+
+    ink: str
+    faint: str
+    series: tuple[str, ...] = (
+        "#2f7fd6", "#e0803c", "#3fa672", "#b065c9", "#d65a6b", "#8a8f36", "#2fa3a8",
+    )  # fmt: skip
+
+
+LIGHT = Theme("#26323d", "#d5dbe1")
+DARK = Theme("#dde5ec", "#3c4853")
+MARKERS = "osD^vPX"
+
+
+def guidance_error_over_scale(result: Result, theme: Theme = LIGHT) -> Figure:
+    """One line a host; the dashed line is no guide."""
+    figure, axes = _axes("Guidance error by guidance scale", "guidance scale w", theme)
+    for i, (name, host) in enumerate(result.hosts.items()):
+        pairs = sorted((float(w), e) for w, e in host.guidance_error.by_w.items())
+        axes.plot(*zip(*pairs, strict=True), **_style(theme, i), label=name)
+    return _error_axis(figure, axes, theme)
+
+
+def guidance_error_over_timestep(result: Result, theme: Theme = LIGHT) -> Figure:
+    """One line a host, from pure noise on the left to the picture on the right."""
+    figure, axes = _axes("Guidance error along the trajectory", "timestep (noise → picture)", theme)
+    for i, (name, host) in enumerate(result.hosts.items()):
+        pairs = sorted((int(t), e) for t, e in host.guidance_error.by_timestep.items())
+        axes.plot(*zip(*pairs, strict=True), **_style(theme, i, size=3), label=name)
+    axes.invert_xaxis()
+    return _error_axis(figure, axes, theme)
+
+
+def training_curve(rows: Sequence[Mapping[str, float]], theme: Theme = LIGHT) -> Figure:
+    """Loss and guidance error over training.
+
+    Args:
+        rows: ``step`` with ``loss``, ``guidance_error`` or both; each is drawn where it is known.
+
+    Raises:
+        ValueError: no row holds either.
+    """
+    curves = {
+        name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        for name in ("loss", "guidance_error")
+    }
+    if not any(curves.values()):
+        raise ValueError("the training rows hold neither loss nor guidance_error")
+    figure, axes = _axes("Training", "step", theme)
+    axes.set_ylabel("guidance error on held-out prompts", color=theme.series[0])
+    axes.set_ylim(bottom=0)
+    lines = []
+    if curves["guidance_error"]:
+        points = zip(*curves["guidance_error"], strict=True)
+        lines += axes.plot(*points, **_style(theme, 0), label="guidance error", zorder=3)
+        axes.set_ylim(0, 1.05 * max(1.0, *(e for _, e in curves["guidance_error"])))
+    if curves["loss"]:
+        right = axes.twinx()
+        _clean(right, theme, "right")
+        right.set_ylabel("loss", color=theme.series[1])
+        points = zip(*curves["loss"], strict=True)
+        lines += right.plot(*points, color=theme.series[1], lw=1.2, alpha=0.8, label="loss")
+        right.set_ylim(bottom=0)
+    _legend(axes, theme, handles=lines)
+    return figure
+
+
+def cost_bars(cost: Cost, theme: Theme = LIGHT) -> Figure:
+    """Wall clock of each way as a share of CFG's, at every batch size; FLOPs beside it."""
+    figure, axes = _axes("Cost, CFG = 1", "", theme)
+    groups: dict[str, tuple[float, float, float]] = {
+        "operations": (cost.flops["plain"] / cost.flops["cfg"], 1.0,
+                       cost.flops["guided"] / cost.flops["cfg"]),
+    }  # fmt: skip
+    for batch, ratio in cost.cfg_over_guided.items():
+        groups[f"time, batch {batch}"] = (1 / cost.cfg_over_plain[batch], 1.0, 1 / ratio)
+    for i, (way, colour) in enumerate(
+        zip(("no guidance", "CFG", "guided"), (theme.series[2], theme.series[1], theme.series[0]),
+            strict=True)
+    ):  # fmt: skip
+        values = [group[i] for group in groups.values()]
+        bars = axes.bar([j + 0.27 * (i - 1) for j in range(len(groups))], values, 0.24,
+                        color=colour, label=way)  # fmt: skip
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8, color=theme.ink)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_ylim(0, 1.25)
+    axes.grid(visible=False, axis="x")
+    _legend(axes, theme, ncols=3, loc="upper center")
+    return figure
+
+
+def sweep_curve(scores: Mapping[str, Scores], theme: Theme = LIGHT) -> Figure:
+    """Top-1, top-5 and ``fd_judge`` of CFG alone, by w."""
+    figure, axes = _axes("CFG by guidance scale", "guidance scale w", theme)
+    rows = sorted((float(w), s) for w, s in scores.items())
+    at = [w for w, _ in rows]
+    axes.set_ylabel("retrieval, share of pictures")
+    lines = axes.plot(at, [s.prompt_score for _, s in rows], **_style(theme, 0), label="top-1")
+    lines += axes.plot(at, [s.top5 for _, s in rows], **_style(theme, 2), label="top-5")
+    axes.set_ylim(0, 1)
+    right = axes.twinx()
+    _clean(right, theme, "right")
+    right.set_ylabel("fd_judge")
+    lines += right.plot(at, [s.fd_judge for _, s in rows], **_style(theme, 1), label="fd_judge")
+    right.set_ylim(bottom=0)
+    _legend(axes, theme, handles=lines)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG on a transparent ground."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, transparent=True)
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """A figure as a PNG file on white."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=DPI, facecolor="white")
+
+
+def _axes(title: str, x: str, theme: Theme) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    _clean(axes, theme, "left")
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=theme.ink)
+    axes.set_xlabel(x, color=theme.ink)
+    axes.grid(visible=True, color=theme.faint, lw=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _clean(axes: Axes, theme: Theme, side: str) -> None:
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("bottom", side))
+        spine.set_color(theme.faint)
+    axes.tick_params(colors=theme.ink, which="both", length=3)
+    axes.yaxis.label.set_color(theme.ink)
+
+
+def _style(theme: Theme, i: int, size: float = 5) -> dict[str, object]:
+    count = len(theme.series)
+    return {
+        "color": theme.series[i % count], "marker": MARKERS[i % len(MARKERS)],
+        "ms": size, "lw": 1.8,
+    }  # fmt: skip
+
+
+def _error_axis(figure: Figure, axes: Axes, theme: Theme) -> Figure:
+    axes.axhline(1, color=theme.ink, lw=1, ls=(0, (4, 3)), alpha=0.7, label="no guide")
+    axes.set_ylabel("guidance error")
+    axes.set_ylim(bottom=0)
+    _legend(axes, theme)
+    return figure
+
+
+def _legend(axes: Axes, theme: Theme, **where: object) -> None:
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=theme.ink, **where)  # type: ignore[arg-type]

@@ -1,0 +1,104 @@
+"""A result as tables on a terminal."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Group
+from rich.table import Table
+
+from pilotfish.evaluate.result import Cost, Result, Scores
+from pilotfish.evaluate.ways import TITLES, WAYS
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A figure, or a dash for what is not a number."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def percent(value: float) -> str:
+    """A share of 1 in per cent, or a dash."""
+    return f"{100 * value:.0f} %" if math.isfinite(value) else "–"
+
+
+def flops(value: float) -> str:
+    """Floating-point operations with a unit."""
+    for size, unit in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f} FLOP"
+
+
+def result_table(result: Result) -> Group:
+    """Hosts, then cost."""
+    return Group(hosts_table(result), scores_table(result), cost_table(result.cost))
+
+
+def hosts_table(result: Result) -> Table:
+    """One line a host: how near the guide comes to that host's own CFG."""
+    guide = result.guide
+    table = Table(
+        title=f"Guide {guide.name}: {guide.parameters:,} parameters, "
+        f"{100 * guide.share:.2f} % of the denoiser"
+    )
+    table.add_column("host")
+    for name in ("guidance error", "latent MSE ratio", "gain kept", "gain kept (cosine)"):
+        table.add_column(name, justify="right")
+    table.add_column("PSNR none / guided", justify="right")
+    for name, host in result.hosts.items():
+        pair = (host.agreement[way].psnr for way in ("none", "guided"))
+        table.add_row(
+            name, number(host.guidance_error.mean, 3), number(host.latent_mse_ratio, 3),
+            percent(host.gain_kept), percent(host.gain_kept_cosine),
+            " / ".join(number(p, 1) for p in pair),
+        )  # fmt: skip
+    return table
+
+
+def scores_table(result: Result) -> Table:
+    """Three lines a host: the judge's scores without guidance, with CFG, guided."""
+    table = Table(title=f"w = {result.run.guidance_scale:g}, {result.run.samples} samples")
+    table.add_column("host")
+    table.add_column("")
+    for name in ("top-1", "top-5", "cosine", "fd_judge"):
+        table.add_column(name, justify="right")
+    for name, host in result.hosts.items():
+        for i, way in enumerate(WAYS):
+            cells = score_cells(getattr(host, way))
+            table.add_row("" if i else name, TITLES[way], *cells, end_section=i == 2)
+    return table
+
+
+def score_cells(scores: Scores) -> tuple[str, str, str, str]:
+    """Top-1, top-5, cosine and Fréchet distance as text."""
+    return (
+        percent(scores.prompt_score), percent(scores.top5),
+        number(scores.cosine, 3), number(scores.fd_judge, 1),
+    )  # fmt: skip
+
+
+def cost_table(cost: Cost) -> Table:
+    """Passes, FLOPs and wall clock of a plain pass, CFG and the guide."""
+    table = Table(title="Cost")
+    table.add_column("")
+    for way in ("no guidance", "CFG", "guided"):
+        table.add_column(way, justify="right")
+    for cells in cost_rows(cost):
+        table.add_row(*cells)
+    return table
+
+
+def cost_rows(cost: Cost) -> list[tuple[str, str, str, str]]:
+    """The lines of a cost table: what, no guidance, CFG, guided."""
+    passes, work = cost.passes, cost.flops
+    rows = [
+        ("denoiser passes a picture",
+         *(f"{passes[way]:g}" for way in ("plain", "cfg", "guided"))),
+        ("operations a step", *(flops(work[way]) for way in ("plain", "cfg", "guided"))),
+    ]  # fmt: skip
+    rows += [
+        (f"speed-up over CFG, batch {batch}",
+         f"{number(cost.cfg_over_plain[batch])}×", "1×", f"{number(ratio)}×")
+        for batch, ratio in cost.cfg_over_guided.items()
+    ]  # fmt: skip
+    return [(what, plain, cfg, guided) for what, plain, cfg, guided in rows]

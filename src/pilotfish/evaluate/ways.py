@@ -1,0 +1,89 @@
+"""The three ways to sample that everything here compares, from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pilotfish.guides import Guide
+from pilotfish.sampling import Sample, sample
+
+WAYS = ("none", "cfg", "guided")
+TITLES = {"none": "no guidance", "cfg": "CFG", "guided": "guided"}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch, drawn in one way.
+
+    Attributes:
+        prompts: N texts.
+        latents: (N, C, h, w) final latents.
+        images: (N, 3, H, W) in [-1, 1].
+    """
+
+    prompts: list[str]
+    latents: torch.Tensor
+    images: torch.Tensor
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Drawn:
+        """The samples as one batch."""
+        return cls(
+            [s.prompt for s in samples],
+            torch.stack([s.latents for s in samples]),
+            torch.stack([s.image for s in samples]),
+        )
+
+
+def cycle(prompts: Sequence[str], samples: int, seed: int) -> tuple[list[str], list[int]]:
+    """``samples`` prompts, going round again where there are fewer, each with its own seed.
+
+    Raises:
+        ValueError: no prompt, or fewer samples than one.
+    """
+    if not prompts or samples < 1:
+        raise ValueError(f"{samples} samples of {len(prompts)} prompts: at least one of each")
+    return [prompts[i % len(prompts)] for i in range(samples)], list(range(seed, seed + samples))
+
+
+def draw(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, guidance_scale: float,
+    num_inference_steps: int, guide: Guide | None = None,
+) -> Drawn:  # fmt: skip
+    """One batch in one way."""
+    return Drawn.of(
+        list(
+            sample(
+                pipe, prompts, seeds=seeds, guidance_scale=guidance_scale, guide=guide,
+                num_inference_steps=num_inference_steps, batch_size=len(prompts),
+            )
+        )
+    )  # fmt: skip
+
+
+def three_ways(
+    pipe: Any, guide: Guide, prompts: Sequence[str], seeds: Sequence[int], *,
+    guidance_scale: float, num_inference_steps: int, batch_size: int,
+) -> Iterator[dict[str, Drawn]]:  # fmt: skip
+    """Batch after batch, each drawn without guidance, with CFG and with the guide.
+
+    Only one batch is alive at a time. The guide is off the pipeline whenever this yields.
+    """
+    settings: dict[str, tuple[float, Guide | None]] = {
+        "none": (1.0, None),
+        "cfg": (guidance_scale, None),
+        "guided": (guidance_scale, guide),
+    }
+    for i in range(0, len(prompts), batch_size):
+        texts, some = prompts[i : i + batch_size], seeds[i : i + batch_size]
+        yield {
+            way: draw(
+                pipe, texts, some, guidance_scale=w, guide=with_guide,
+                num_inference_steps=num_inference_steps,
+            )
+            for way, (w, with_guide) in settings.items()
+        }  # fmt: skip
