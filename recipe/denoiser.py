@@ -40,7 +40,7 @@ class BaseStage:
             is among them: many views first, for generality, few later, for sharpness.
     """
 
-    steps: int = 6000
+    steps: int = 7000
     batch: int = 64
     learning_rate: float = 8e-4
     drop: float = 0.1
