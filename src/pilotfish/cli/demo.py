@@ -1,0 +1,97 @@
+"""``pilotfish demo``: the whole story in minutes, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from pilotfish import embedded
+from pilotfish.cli.distill import distill
+from pilotfish.cli.progress import shown
+from pilotfish.distill.config import DistillConfig
+from pilotfish.evaluate import plots, report
+from pilotfish.evaluate.evaluation import evaluate
+from pilotfish.evaluate.features import Judge
+from pilotfish.evaluate.grids import draw_hosts, host_grid, wide_grid
+from pilotfish.evaluate.hosts import embedded_hosts
+from pilotfish.evaluate.table import result_table
+from pilotfish.guides import Guide
+
+SHOWN = (
+    "owl", "red apple", "rocket", "smiling face with sunglasses", "cactus",
+    "birthday cake", "panda", "guitar",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Distil a guide from nothing for a few minutes, measure it and the shipped one on the base
+    and on three fine-tunes that neither has seen, and write a report with pictures."""
+
+    max_train_steps: int = 700
+    samples: int = 64
+    """Pictures for each host and way of guidance."""
+    guidance_scale: float = 4.0
+    num_inference_steps: int = 25
+    seed: int = 0
+    resume: str | None = None
+    """``latest``: go on with a distillation that was interrupted."""
+    output_dir: str = "runs/demo"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    config = tyro.cli(DemoConfig, args=list(arguments), prog="pilotfish demo", use_underscores=True)
+    folder, command = Path(config.output_dir), " ".join(["pilotfish demo", *arguments])
+    fresh = distill(
+        DistillConfig(
+            output_dir=str(folder / "distill"), max_train_steps=config.max_train_steps,
+            validation_steps=100, checkpointing_steps=100, seed=config.seed, resume=config.resume,
+        )
+    )  # fmt: skip
+    hosts, judge, names = embedded_hosts(), Judge.embedded(), embedded.prompts("captions")
+    sampling: dict[str, Any] = {
+        "guidance_scale": config.guidance_scale,
+        "num_inference_steps": config.num_inference_steps,
+        "seed": config.seed,
+    }
+    # an even walk through all names, so that few samples still see every category
+    prompts = names[:: max(1, len(names) // config.samples)][: config.samples]
+    results = {}
+    guides: dict[str, Guide] = {"shipped": embedded.load_guide(), "fresh": fresh}
+    for label, guide in guides.items():
+        with shown() as progress:
+            results[label] = evaluate(
+                hosts, guide, guide_name=f"tiny, {label}", command=command, prompts=prompts,
+                names=names, held_out=embedded.prompts("held_out")[:16], judge=judge,
+                samples=config.samples, rounds=2, progress=progress, **sampling,
+            )  # fmt: skip
+        results[label].save(folder / f"{label}.json")
+    with shown() as progress:
+        drawn = draw_hosts(hosts, guides["shipped"], SHOWN, progress, **sampling)
+    grids = {"Base and fine-tunes, the shipped guide": wide_grid(SHOWN, drawn)}
+    grids["Base, the guide distilled just now"] = host_grid(
+        SHOWN, draw_hosts({"base": hosts["base"]}, fresh, SHOWN, **sampling)["base"]
+    )
+    for name, image in zip(("grid", "grid-fresh"), grids.values(), strict=True):
+        image.save(folder / f"{name}.png")
+    history = json.loads((folder / "distill" / "history.json").read_text())
+    for name, figure in (
+        ("guidance-error-by-w", plots.guidance_error_over_scale(results["shipped"])),
+        ("guidance-error-by-timestep", plots.guidance_error_over_timestep(results["shipped"])),
+        ("training", plots.training_curve(history)),
+        ("cost", plots.cost_bars(results["shipped"].cost)),
+    ):
+        plots.save(figure, folder / f"{name}.png")
+    report.write(
+        folder / "report.html", results["shipped"], fresh=results["fresh"], grids=grids,
+        training=history,
+    )  # fmt: skip
+    Console().print(result_table(results["shipped"]))
+    print(f"open {folder / 'report.html'}")
