@@ -77,7 +77,8 @@ class ClipScore:
             processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"no CLIP could be read from {folder}") from error
-        self.score = CLIPScore(lambda: (_Features(model.float().eval()), processor))
+        pair: Any = (_Features(model.float().eval()), processor)
+        self.score = CLIPScore(lambda: pair)
 
     def update(self, images: torch.Tensor, prompts: list[str]) -> None:
         """Add pictures, (N, 3, H, W) in [-1, 1], and their N prompts."""

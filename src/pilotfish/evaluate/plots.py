@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -160,7 +161,7 @@ def _clean(axes: Axes, theme: Theme, side: str) -> None:
     axes.yaxis.label.set_color(theme.ink)
 
 
-def _style(theme: Theme, i: int, size: float = 5) -> dict[str, object]:
+def _style(theme: Theme, i: int, size: float = 5) -> dict[str, Any]:
     count = len(theme.series)
     return {
         "color": theme.series[i % count], "marker": MARKERS[i % len(MARKERS)],
@@ -176,5 +177,5 @@ def _error_axis(figure: Figure, axes: Axes, theme: Theme) -> Figure:
     return figure
 
 
-def _legend(axes: Axes, theme: Theme, **where: object) -> None:
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=theme.ink, **where)  # type: ignore[arg-type]
+def _legend(axes: Axes, theme: Theme, **where: Any) -> None:
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=theme.ink, **where)

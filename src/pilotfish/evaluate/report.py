@@ -60,11 +60,10 @@ def render(
     if sweep:
         figures["CFG by guidance scale"] = lambda theme: plots.sweep_curve(sweep, theme)
     guides = {"": result} if fresh is None else {"shipped": result, "fresh": fresh}
-    return _template().render(
+    page: str = _template().render(
         title=title,
         result=result,
         fresh=fresh,
-        base=next(iter(result.hosts.values())),
         tiles=_tiles(result),
         summary=_summary(guides),
         scores=_scores(result),
@@ -72,6 +71,7 @@ def render(
         plots=[_plot(name, draw) for name, draw in figures.items()],
         cost=cost_rows(result.cost),
     )
+    return page
 
 
 def write(path: str | Path, result: Result, **parts: Any) -> None:
