@@ -185,6 +185,7 @@ def test_hooks_do_nothing_outside_a_pass_of_their_guide(make_unet: Callable[...,
     assert torch.equal(unet(*arguments(unet)).sample, plain)
     assert torch.equal(run(unet, other, 4.0, *arguments(unet)), plain)
     assert not guide.seen
+    assert not other.seen
 
 
 def test_a_guide_installed_twice_acts_once(make_unet: Callable[..., Any]) -> None:
