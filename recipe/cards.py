@@ -44,9 +44,11 @@ def write_cards(target: Path) -> None:
              licence: str, library: str = "diffusers", seed: int = 0) -> None:  # fmt: skip
         sources = "\n".join(source(s) for s in styles)
         (target / folder / "README.md").write_text(
-            CARD.format(title=title, text=text, stage=stage, sources=sources, seed=seed,
-                        licence=licence, library=library)  # fmt: skip
-        )
+            CARD.format(
+                title=title, text=text, stage=stage, sources=sources, seed=seed,
+                licence=licence, library=library,
+            )
+        )  # fmt: skip
 
     card(
         "base", "Pilotfish base",
@@ -62,7 +64,7 @@ def write_cards(target: Path) -> None:
          "finetunes", ("emojione",), "cc-by-4.0")  # fmt: skip
     card(
         "judge", "Pilotfish judge",
-        "A small CLIP over four styles of emoji. It measures; it takes no part in training a guide.",
+        "A small CLIP over four styles of emoji. It takes no part in training a guide.",
         "judge", everyone, "cc-by-4.0", "transformers", 1,
     )  # fmt: skip
     for style in ARTISTS:

@@ -71,7 +71,8 @@ def make_finetune(
         categories_of(folder), tokenize(pipe.tokenizer, [""]), like_base,
     )  # fmt: skip
     train(
-        work / style, {"unet": unet}, lambda step, generator: objective(unet, encoder, step, generator),
+        work / style, {"unet": unet},
+        lambda step, generator: objective(unet, encoder, step, generator),
         steps=stage.steps, learning_rate=stage.learning_rate, seed=stage.seed,
         averages={"unet": average}, decay=0.995,
     )  # fmt: skip

@@ -65,6 +65,7 @@ def make_pictures(target: Path) -> None:
         for category, names in categories().items():
             for name in names:
                 draw(icons, name).save(folder / f"{name}.webp", lossless=True, method=6)
-                rows.append({"file_name": f"{name}.webp", "text": caption(name), "category": category})
+                row = {"file_name": f"{name}.webp", "text": caption(name), "category": category}
+                rows.append(row)
         (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         print(f"{style}: {len(rows)} pictures")

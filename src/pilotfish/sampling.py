@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def cfg_trajectories(
 ) -> Iterator[TeacherStep]:
     """Walk from noise ``latents`` (N, C, h, w) to pictures by the teacher's CFG with DDIM."""
     t_all = sampling_timesteps(num_inference_steps, len(schedule.alphas_cumprod))
-    for t, to in zip(t_all[:-1], t_all[1:], strict=True):
+    for t, to in pairwise(t_all):
         here, there = t.expand(len(latents)), to.expand(len(latents))
         unconditional, conditional = teacher(latents, here, prompt)
         cfg = classifier_free_guidance(unconditional, conditional, guidance_scale)

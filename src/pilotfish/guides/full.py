@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-import torch
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
