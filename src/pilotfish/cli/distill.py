@@ -38,9 +38,7 @@ def new_guide(config: DistillConfig, material: Material) -> Guide:
     scales = (config.guidance_scale_min, config.guidance_scale_max)
     if config.guide == "full":
         return FullGuide.for_denoiser(unet, prediction, guidance_scale_range=scales)
-    return TinyGuide.for_denoiser(
-        unet, prediction, guidance_scale_range=scales, reads=config.reads
-    )
+    return TinyGuide.for_denoiser(unet, prediction, guidance_scale_range=scales, reads=config.reads)
 
 
 def distill(config: DistillConfig) -> Guide:

@@ -91,9 +91,7 @@ class DistillConfig:
             1 <= self.trajectory_steps_min <= self.trajectory_steps_max,
             "trajectory_steps_min", "between 1 and trajectory_steps_max",
         )  # fmt: skip
-        need(
-            self.pool >= self.train_batch_size, "pool", "at least train_batch_size"
-        )
+        need(self.pool >= self.train_batch_size, "pool", "at least train_batch_size")
 
     def save(self, path: Path) -> None:
         """Write as JSON; :meth:`load` and ``--config`` read it."""

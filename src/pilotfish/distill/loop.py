@@ -91,13 +91,13 @@ class Distillation:
             weight_decay=config.adam_weight_decay,
         )  # fmt: skip
         self.schedule_of_rate = get_scheduler(
-            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
-        self.average = EMAModel(
-            guide.parameters(), decay=config.ema_decay, foreach=False
-        )
+        self.average = EMAModel(guide.parameters(), decay=config.ema_decay, foreach=False)
         self.average.to(device)
         self.replay = Replay(self._source(), config.replay_capacity, config.replay_reuse)
         self.validation = Validation(config, material, self.teacher)

@@ -63,9 +63,7 @@ class States:
 
 
 # (latents, timestep, prompt index) -> (unconditional, conditional) predictions
-Teacher = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
-]
+Teacher = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 # (latents, timestep, prompt index, guidance scale) -> the student's prediction
 Student = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -68,5 +68,3 @@ def pictures(host: str) -> Path:
 def guide_names() -> list[str]:
     """The guides that are carried."""
     return sorted(p.name for p in GUIDES.iterdir() if (p / "config.json").is_file())
-
-

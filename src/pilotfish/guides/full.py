@@ -51,9 +51,7 @@ class FullGuide(Guide):
             nn.init.zeros_(layer.bias)
 
     @classmethod
-    def for_denoiser(
-        cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any
-    ) -> Self:
+    def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
         """A fresh guide for a UNet, its encoder copied from it."""
         plain = {k: v for k, v in unet.config.items() if not k.startswith("_")}
         guide = cls(fingerprint(unet, prediction_type), plain, **config)

@@ -68,7 +68,8 @@ class TinyGuide(Guide):
             for level in range(self.depth)
         ]
         entering = [
-            (width if "skips" in reads else 0) + (denoiser["in_channels"] if "latents" in reads else 0)
+            (width if "skips" in reads else 0)
+            + (denoiser["in_channels"] if "latents" in reads else 0)
             for width in widths
         ]
         self.embed = nn.Sequential(
