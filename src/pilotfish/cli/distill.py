@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import tyro
 
 from pilotfish.distill.config import ConfigError, DistillConfig
@@ -34,6 +35,7 @@ def parse(arguments: Sequence[str]) -> DistillConfig:
 
 def new_guide(config: DistillConfig, material: Material) -> Guide:
     """The guide that a configuration asks for, fresh."""
+    torch.manual_seed(config.seed)
     unet, prediction = material.pipe.unet, material.schedule.prediction_type
     scales = (config.guidance_scale_min, config.guidance_scale_max)
     if config.guide == "full":
