@@ -34,7 +34,7 @@ class FinetuneStage:
         rank: of the LoRA; 0 trains all of the UNet.
     """
 
-    steps: int = 800
+    steps: int = 2400
     batch: int = 64
     learning_rate: float = 4e-4
     rank: int = 0
@@ -45,7 +45,7 @@ class FinetuneStage:
 STYLES = {
     "fluent": FinetuneStage(),
     "twemoji": FinetuneStage(),
-    "emojione": FinetuneStage(rank=16, learning_rate=2e-3),
+    "emojione": FinetuneStage(rank=24, learning_rate=2e-3),
 }
 
 

@@ -61,6 +61,12 @@ def test_the_guide_is_attached_for_the_length_of_the_call(
     assert type(pipe) is plain
 
 
+def test_between_two_pictures_the_pipeline_is_its_owners(trained: Guide, pipe: Any) -> None:
+    plain = type(pipe)
+    for _ in sample(pipe, PROMPTS, guide=trained, batch_size=1, **CALL):
+        assert type(pipe) is plain
+
+
 def test_a_fresh_guide_samples_without_guidance(fresh: Guide, pipe: Any) -> None:
     guided = list(sample(pipe, PROMPTS, guide=fresh, **CALL))
     plain = list(sample(pipe, PROMPTS, **{**CALL, "guidance_scale": 1.0}))

@@ -58,7 +58,7 @@ def sample(
         pipe: a text-to-image pipeline.
         seeds: as many as prompts.
         guidance_scale: w; 1 is no guidance.
-        guide: attached for the length of the call if given; else the pipeline runs as it is.
+        guide: attached while a batch is sampled, if given; else the pipeline runs as it is.
         negative_prompt: one for all of them.
         call: further arguments of the pipeline's call.
 
@@ -68,9 +68,10 @@ def sample(
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     pipe.set_progress_bar_config(disable=True)
-    with guide.attached(pipe) if guide is not None else nullcontext():
-        for i in range(0, len(prompts), batch_size):
-            texts, some = list(prompts[i : i + batch_size]), seeds[i : i + batch_size]
+    for i in range(0, len(prompts), batch_size):
+        texts, some = list(prompts[i : i + batch_size]), seeds[i : i + batch_size]
+        # attached for one batch only: between two of them the pipeline is its owner's
+        with guide.attached(pipe) if guide is not None else nullcontext():
             latents = pipe(
                 texts,
                 negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts),
@@ -80,9 +81,9 @@ def sample(
                 output_type="latent",
                 **call,
             ).images
-            images = decode(pipe, latents)
-            for text, seed, z, x in zip(texts, some, latents.float(), images, strict=True):
-                yield Sample(text, seed, z, x)
+        images = decode(pipe, latents)
+        for text, seed, z, x in zip(texts, some, latents.float(), images, strict=True):
+            yield Sample(text, seed, z, x)
 
 
 @torch.no_grad()

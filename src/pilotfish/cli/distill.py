@@ -27,10 +27,11 @@ def parse(arguments: Sequence[str]) -> DistillConfig:
         "Train a guide against a frozen base. --config FILE reads settings from JSON "
         "(such as a run's own config.json); flags go over it."
     )
-    return tyro.cli(
+    config: DistillConfig = tyro.cli(
         DistillConfig, args=arguments, default=default, prog="pilotfish distill",
         description=description, use_underscores=True,
-    )  # fmt: skip
+    )  # type: ignore[assignment]  # fmt: skip
+    return config
 
 
 def new_guide(config: DistillConfig, material: Material) -> Guide:

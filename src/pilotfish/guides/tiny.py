@@ -78,10 +78,7 @@ class TinyGuide(Guide):
         self.text = nn.Linear(denoiser["cross_attention_dim"], condition, bias=False)
         self.inputs = nn.ModuleList([nn.Conv2d(c, rank, 1) for c in entering])
         self.mixers = nn.ModuleList([Mixer(rank, condition) for _ in range(rounds * self.depth)])
-        self.outputs = nn.ModuleList([nn.Conv2d(rank, c, 1) for c in widths])
-        for layer in self.outputs:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.outputs = nn.ModuleList([_silent(nn.Conv2d(rank, c, 1)) for c in widths])
 
     @classmethod
     def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
@@ -94,7 +91,7 @@ class TinyGuide(Guide):
         hidden = [conv(x) for conv, x in zip(self.inputs, self._entering(inputs), strict=True)]
         for i in range(0, len(self.mixers), self.depth):
             for level in range(1, self.depth):  # fine to coarse
-                small = F.adaptive_avg_pool2d(hidden[level - 1], hidden[level].shape[-2:])
+                small = _shrink(hidden[level - 1], hidden[level])
                 hidden[level] = hidden[level] + small
             for level in reversed(range(self.depth)):  # coarse to fine
                 if level + 1 < self.depth:
@@ -124,9 +121,22 @@ class TinyGuide(Guide):
             here = [f for f, l in zip(features, self.levels, strict=True) if l == level]
             parts = [F.group_norm(f, 1) for f in here] if "skips" in self.config.reads else []
             if "latents" in self.config.reads:
-                parts.append(F.adaptive_avg_pool2d(inputs.latents, here[0].shape[-2:]))
+                parts.append(_shrink(inputs.latents, here[0]))
             entering.append(torch.cat(parts, 1))
         return entering
+
+
+def _silent(layer: nn.Conv2d) -> nn.Conv2d:
+    """A layer that answers zero until it has learnt something."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def _shrink(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``x`` averaged down to the height and width of ``like``."""
+    height, width = like.shape[-2:]
+    return F.adaptive_avg_pool2d(x, (height, width))
 
 
 class Mixer(nn.Module):
