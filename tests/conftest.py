@@ -20,7 +20,7 @@ from hypothesis import settings
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from pilotfish.guides import FullGuide, Guide, TinyGuide
+from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 from pilotfish.schedules import Schedule
 
 settings.register_profile("pilotfish", deadline=None, derandomize=True, max_examples=25)
@@ -28,7 +28,7 @@ settings.load_profile("pilotfish")
 
 WIDTH = 16
 TOKENS = 8
-KINDS = {"tiny": TinyGuide, "full": FullGuide}
+KINDS = {"tiny": TinyGuide, "external": ExternalGuide, "full": FullGuide}
 
 
 def _unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:

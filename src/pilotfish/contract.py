@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,12 +39,28 @@ class GuideInputs:
     added_cond_kwargs: Mapping[str, torch.Tensor]
 
 
+# what a decoder layer made (N, c, h, w) -> what is added to it
+LayerAddition = Callable[[torch.Tensor], torch.Tensor]
+# (last features (N, c, h, w), prediction (N, C, h, w)) -> what is added to the prediction
+OutputAddition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Injection:
-    """What a guide adds: one tensor for each skip (None: nothing there), one for the mid block."""
+    """What a guide adds, and where. It is made when the mid block is done, before the decoder.
 
-    skips: tuple[torch.Tensor | None, ...]
-    mid: torch.Tensor
+    Attributes:
+        skips: one tensor for each skip feature; None: nothing there.
+        mid: what is added to the mid block's output; None: nothing.
+        layers: one function for each decoder layer, in the order in which they run. What
+            a layer makes is not known yet, so the addition is a function of it.
+        output: the same for the last convolution, which makes the prediction.
+    """
+
+    skips: tuple[torch.Tensor | None, ...] = ()
+    mid: torch.Tensor | None = None
+    layers: tuple[LayerAddition | None, ...] = ()
+    output: OutputAddition | None = None
 
 
 class GuideLike(Protocol):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pilotfish.denoisers import GuidedPass, install
 from pilotfish.guides import Guide
@@ -68,6 +72,12 @@ class GuidedStudent(nn.Module):
         with guided.open():
             prediction: torch.Tensor = denoiser(latents, timestep, states, return_dict=False)[0]
         return prediction
+
+
+def checkpoint_in_context(module: Callable[..., Any], *args: Any) -> Any:
+    """Gradient checkpointing that runs the second time in the context of the first, so that a
+    guided pass, though closed by then, still finds its guide."""
+    return checkpoint(partial(copy_context().run, module), *args, use_reentrant=False)
 
 
 def guidance_error(guided: torch.Tensor, cfg: torch.Tensor, conditional: torch.Tensor) -> float:

@@ -12,7 +12,15 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from pilotfish.contract import GuideInputs, Injection
-from pilotfish.denoisers import GuidedPass, fingerprint, install, skip_channels, skip_levels
+from pilotfish.denoisers import (
+    GuidedPass,
+    decoder_channels,
+    decoder_layers,
+    fingerprint,
+    install,
+    skip_channels,
+    skip_levels,
+)
 
 SHAPES = [
     {},
@@ -35,7 +43,7 @@ class Stub:
         self.seen.append(inputs)
         if self.injection is not None:
             return self.injection
-        return Injection((None,) * len(inputs.skips), torch.zeros_like(inputs.mid))
+        return Injection()
 
 
 def arguments(unet: UNet2DConditionModel, n: int = 2) -> tuple[torch.Tensor, ...]:
@@ -136,6 +144,60 @@ def test_a_missing_skip_is_left_alone(make_unet: Callable[..., Any]) -> None:
     install(two, unet)
     first, second = (run(unet, guide, 4.0, *arguments(unet)) for guide in (one, two))
     assert torch.equal(first, second)
+
+
+def test_decoder_layers_are_added_to_in_their_order(unet: UNet2DConditionModel) -> None:
+    made: list[int] = []
+    layers = decoder_layers(unet)
+
+    def addition(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def add(x: torch.Tensor) -> torch.Tensor:
+            made.append(x.shape[1])
+            return torch.full_like(x, 0.01 * (i + 1))
+
+        return add
+
+    guide = Stub(unet, Injection(layers=tuple(addition(i) for i in range(len(layers)))))
+    install(guide, unet)
+    guided = run(unet, guide, 4.0, *arguments(unet))
+    assert made == decoder_channels(unet.config) == decoder_channels(guide.config.denoiser)
+
+    def by_hand(module: nn.Module, args: Any, output: Any, i: int) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] + 0.01 * (i + 1),)
+        return output + 0.01 * (i + 1)
+
+    for i, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *a, i=i: by_hand(*a, i=i))
+    with torch.no_grad():
+        expected = unet(*arguments(unet)).sample
+        torch.testing.assert_close(guided, expected)
+
+
+def test_the_output_is_added_to_last(make_unet: Callable[..., Any]) -> None:
+    unet = make_unet()
+    seen: list[torch.Tensor] = []
+
+    def double(features: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        seen.append(features)
+        return prediction
+
+    guide = Stub(unet, Injection(output=double))
+    install(guide, unet)
+    with torch.no_grad():
+        plain = unet(*arguments(unet)).sample
+    assert torch.equal(run(unet, guide, 4.0, *arguments(unet)), 2 * plain)
+    with torch.no_grad():
+        assert torch.equal(unet.conv_out(seen[0]), plain)
+
+
+def test_a_decoder_without_attention_has_fewer_layers(make_unet: Callable[..., Any]) -> None:
+    unet = make_unet(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    assert decoder_channels(unet.config) == [16, 16, 8, 8, 8, 8]
+    assert len(decoder_layers(unet)) == 6
 
 
 def test_the_guide_is_told_of_the_call(make_unet: Callable[..., Any]) -> None:

@@ -11,7 +11,7 @@ import tyro
 from pilotfish.distill.config import ConfigError, DistillConfig
 from pilotfish.distill.loop import Distillation
 from pilotfish.distill.material import Material
-from pilotfish.guides import FullGuide, Guide, TinyGuide
+from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 
 
 def parse(arguments: Sequence[str]) -> DistillConfig:
@@ -41,7 +41,11 @@ def new_guide(config: DistillConfig, material: Material) -> Guide:
     scales = (config.guidance_scale_min, config.guidance_scale_max)
     if config.guide == "full":
         return FullGuide.for_denoiser(unet, prediction, guidance_scale_range=scales)
-    return TinyGuide.for_denoiser(unet, prediction, guidance_scale_range=scales, reads=config.reads)
+    if config.guide == "external":
+        return ExternalGuide.for_denoiser(
+            unet, prediction, guidance_scale_range=scales, reads=config.reads
+        )
+    return TinyGuide.for_denoiser(unet, prediction, guidance_scale_range=scales)
 
 
 def distill(config: DistillConfig) -> Guide:

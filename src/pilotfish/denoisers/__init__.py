@@ -3,10 +3,21 @@
 from pilotfish.denoisers.unet import (
     GuidedPass,
     Hooks,
+    decoder_channels,
+    decoder_layers,
     fingerprint,
     install,
     skip_channels,
     skip_levels,
 )
 
-__all__ = ["GuidedPass", "Hooks", "fingerprint", "install", "skip_channels", "skip_levels"]
+__all__ = [
+    "GuidedPass",
+    "Hooks",
+    "decoder_channels",
+    "decoder_layers",
+    "fingerprint",
+    "install",
+    "skip_channels",
+    "skip_levels",
+]

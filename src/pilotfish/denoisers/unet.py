@@ -1,9 +1,9 @@
 """UNet2DConditionModel: Stable Diffusion 1.x, 2.x, XL and their kin.
 
 The encoder runs as ever. When the mid block is done the guide has seen everything that
-the base knows; what it answers is added to the mid block's output and to the skip
-features on their way into the decoder (the paper: "mid block and decoder; the encoder
-is untouched"). Residuals of a ControlNet are added beside it.
+the base knows; what it answers is added to the mid block's output, to the skip features
+on their way into the decoder and to what the decoder's layers make (the paper: "mid block
+and decoder; the encoder is untouched"). Residuals of a ControlNet are added beside it.
 
 Hooks are native PyTorch hooks, and they do nothing unless a :class:`GuidedPass` is open
 in the current context: a plain pipeline that shares the UNet never notices them.
@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from pilotfish.contract import GuideInputs, GuideLike
+from pilotfish.contract import GuideInputs, GuideLike, Injection
 
 _OPEN: ContextVar[GuidedPass | None] = ContextVar("pilotfish_guided_pass", default=None)
 
@@ -33,6 +34,7 @@ def fingerprint(unet: UNet2DConditionModel, prediction_type: str) -> dict[str, A
         "in_channels": config.out_channels,
         "block_out_channels": list(config.block_out_channels),
         "layers_per_block": config.layers_per_block,
+        "up_block_types": list(config.up_block_types),
         "cross_attention_dim": config.cross_attention_dim,
         "prediction_type": prediction_type,
     }
@@ -64,6 +66,32 @@ def skip_levels(config: Any) -> list[int]:
     return levels
 
 
+def decoder_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """The decoder's residual and attention layers, in the order in which they run."""
+    layers: list[nn.Module] = []
+    for block in unet.up_blocks:
+        attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
+        for resnet, attention in zip(block.resnets, attentions, strict=True):
+            layers += [resnet] if attention is None else [resnet, attention]
+    return layers
+
+
+def decoder_channels(config: Any) -> list[int]:
+    """Channels that each of :func:`decoder_layers` makes.
+
+    ``config`` is a UNet's configuration or a fingerprint.
+    """
+    config = dict(config)
+    widths, depths = config["block_out_channels"], config["layers_per_block"]
+    depths = [depths] * len(widths) if isinstance(depths, int) else depths
+    blocks = zip(reversed(widths), reversed(depths), config["up_block_types"], strict=True)
+    return [
+        width
+        for width, depth, kind in blocks
+        for _ in range((depth + 1) * (2 if "CrossAttn" in kind else 1))
+    ]
+
+
 class GuidedPass:
     """One guided use of a denoiser: the guide, its scale, its negative prompt.
 
@@ -92,6 +120,7 @@ class GuidedPass:
         self._added: dict[str, torch.Tensor] = {}
         self._skips: list[torch.Tensor] = []
         self._pending: list[torch.Tensor | None] = []
+        self._injection = Injection()
         self._serving: dict[int, object] = {}
 
     @contextmanager
@@ -119,6 +148,7 @@ class GuidedPass:
     ) -> None:
         """A denoiser call starts. A scale of at most 1 leaves it alone, bit for bit."""
         self._forget()
+        self._injection = Injection()
         scale = self.guidance_scale()
         if isinstance(scale, torch.Tensor):
             self._scale = scale.to(sample.device, torch.float32).expand(len(sample))
@@ -156,18 +186,32 @@ class GuidedPass:
                 added_cond_kwargs=self._added,
             )
         )
+        self._injection = injection
         self._pending = list(injection.skips)
         self._skips = []
-        return mid + injection.mid
+        return mid if injection.mid is None else mid + injection.mid
 
     def consume(self, skips: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """A decoder block takes its skip features, the newest last: add what belongs to them."""
-        if self._scale is None:
+        if not self._pending:
             return skips
         extra, self._pending = self._pending[-len(skips) :], self._pending[: -len(skips)]
         return tuple(s if e is None else s + e for s, e in zip(skips, extra, strict=True))
 
+    def layer(self, index: int, made: torch.Tensor) -> torch.Tensor:
+        """A decoder layer is done: add what belongs to it."""
+        layers = self._injection.layers
+        addition = layers[index] if layers else None
+        return made if addition is None else made + addition(made)
+
+    def output(self, features: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """The last convolution is done: add what belongs to it."""
+        addition = self._injection.output
+        return prediction if addition is None else prediction + addition(features, prediction)
+
     def _forget(self) -> None:
+        # the injection stays: gradient checkpointing runs the decoder once more in the
+        # backward pass, when the pass is closed
         self._scale = self._sample = self._timestep = self._states = None
         self._skips, self._pending, self._added = [], [], {}
 
@@ -221,11 +265,33 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
         name = "res_hidden_states_tuple"
         return args, {**kwargs, name: guided.consume(kwargs[name])}
 
+    def layer(index: int) -> Callable[..., Any]:
+        def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+            guided = current()
+            if not guided:
+                return None
+            if isinstance(output, tuple):  # a transformer asked for no dict
+                return guided.layer(index, output[0]), *output[1:]
+            if isinstance(output, torch.Tensor):
+                return guided.layer(index, output)
+            output.sample = guided.layer(index, output.sample)
+            return output
+
+        return after
+
+    def last(
+        module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        guided = current()
+        return guided.output(args[0], output) if guided else None
+
     hooks.handles = [
         unet.register_forward_pre_hook(begin, with_kwargs=True),
         unet.conv_in.register_forward_hook(first),
         *(block.register_forward_hook(down) for block in unet.down_blocks),
         unet.mid_block.register_forward_hook(middle),
         *(block.register_forward_pre_hook(up, with_kwargs=True) for block in unet.up_blocks),
+        *(m.register_forward_hook(layer(i)) for i, m in enumerate(decoder_layers(unet))),
+        unet.conv_out.register_forward_hook(last),
     ]
     return hooks

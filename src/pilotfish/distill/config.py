@@ -20,10 +20,11 @@ class DistillConfig:
     """Where the guide, its checkpoints and its validation pictures go."""
     pretrained_model_name_or_path: str | None = None
     """The base pipeline, a folder or hub id. Left out: the embedded model."""
-    guide: Literal["tiny", "full"] = "tiny"
-    """tiny: at most 1 % of the denoiser. full: a copy of its encoder."""
-    reads: tuple[Literal["latents", "skips"], ...] = ("latents", "skips")
-    """What a tiny guide sees beside t, w and text; ``latents`` alone is the paper's plain form."""
+    guide: Literal["tiny", "external", "full"] = "tiny"
+    """tiny: low-rank additions along the decoder, at most 1 % of the denoiser. external: the
+    paper's small network beside it. full: a copy of its encoder."""
+    reads: tuple[Literal["latents", "skips"], ...] = ("latents",)
+    """What an external guide sees beside t, w and text; ``latents`` is the paper's plain form."""
     states: Literal["noised", "trajectory", "student"] = "student"
     """Training states: noised pictures, the teacher's CFG trajectories, or those stepped
     partly by the student itself."""
@@ -66,8 +67,6 @@ class DistillConfig:
     validation_steps: int = 500
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "tensorboard"
     seed: int = 0
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
 
     def __post_init__(self) -> None:
         def need(holds: bool, name: str, what: str) -> None:

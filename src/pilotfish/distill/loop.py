@@ -39,7 +39,7 @@ from pilotfish.distill.states import NoisedPictures, Replay, RollingTrajectories
 from pilotfish.distill.validation import Validation
 from pilotfish.guidance import draw_guidance_scales
 from pilotfish.guides import Guide
-from pilotfish.passes import GuidedStudent, checksum
+from pilotfish.passes import GuidedStudent, checkpoint_in_context, checksum
 
 SAME_SCALE = 0.5
 """Share of the samples that are trained at the scale at which they were being sampled:
@@ -81,7 +81,7 @@ class Distillation:
         self.unet = material.pipe.unet.to(device)
         self.teacher = material.teacher(device)
         if config.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.unet.enable_gradient_checkpointing(checkpoint_in_context)
         self.base_checksum = checksum(self.unet)
         guide.to(device).train()
         student = GuidedStudent(guide, self.unet, self.teacher.null)

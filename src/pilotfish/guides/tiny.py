@@ -1,17 +1,16 @@
-"""The tiny guide: at most one per cent of the base, reading what the base's encoder computed.
+"""The tiny guide: low-rank additions along the base's own decoder.
 
-In the single pass the base runs its encoder anyway, so its skip features are free. This
-guide reads them through 1x1 convolutions of low rank, level by level, lets the levels talk
-to each other, modulates by w, timestep and text, and answers with a correction to each of
-them and to the mid block.
-
-``reads`` chooses what enters. ``("latents",)`` is the plain form that the paper
-describes: an external network that sees z_t, t, w and the text, and nothing of the base.
+In the single pass the base computes everything that the conditional prediction needs;
+what CFG adds to it is the way from the unconditional to the conditional prediction, once
+more, ``(w - 1)`` times. The guide reads what each decoder layer has just made through a
+1x1 convolution of low rank, modulates it by w, timestep and text, and adds the answer to
+the same layer. A small head does the last part at the prediction itself, where CFG is
+linear in ``w - 1`` and so is the head; it also sees the latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -20,13 +19,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from pilotfish.contract import GuideError, GuideInputs, Injection
-from pilotfish.denoisers import fingerprint, skip_channels, skip_levels
-from pilotfish.guidance import fourier_features, guidance_strength, per_sample
+from pilotfish.contract import GuideInputs, Injection
+from pilotfish.denoisers import decoder_channels, fingerprint
+from pilotfish.guidance import guidance_strength, per_sample
 from pilotfish.guides.base import Guide
-
-READS = ("latents", "skips")
-FEATURES = 16
+from pilotfish.guides.layers import Condition, silent
 
 
 class TinyGuide(Guide):
@@ -34,51 +31,29 @@ class TinyGuide(Guide):
 
     Args:
         denoiser: the fingerprint of the denoiser.
-        reads: what enters beside t, w and text: ``latents``, ``skips`` or both.
-        rank: channels inside the guide.
+        rank: channels of each layer's addition.
+        head: channels of the head.
         condition: width of the embedding of t, w and text.
-        rounds: how often the levels mix.
         guidance_scale_range: the (low, high) of w in training.
-
-    Raises:
-        GuideError: ``reads`` is empty or names something else.
     """
 
     @register_to_config
     def __init__(
         self,
         denoiser: dict[str, Any],
-        reads: Sequence[str] = ("latents", "skips"),
-        rank: int = 32,
+        rank: int = 16,
+        head: int = 32,
         condition: int = 32,
-        rounds: int = 1,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()
-        if not reads or set(reads) - set(READS):
-            raise GuideError(f"a tiny guide reads one or both of {READS}, not {tuple(reads)}")
-        channels = skip_channels(denoiser)
-        # the mid block stands at the last level, after the skips
-        self.levels = [*skip_levels(denoiser), len(denoiser["block_out_channels"]) - 1]
-        self.sizes = [*channels, channels[-1]]
-        self.depth = self.levels[-1] + 1
-        widths = [
-            sum(c for c, l in zip(self.sizes, self.levels, strict=True) if l == level)
-            for level in range(self.depth)
-        ]
-        entering = [
-            (width if "skips" in reads else 0)
-            + (denoiser["in_channels"] if "latents" in reads else 0)
-            for width in widths
-        ]
-        self.embed = nn.Sequential(
-            nn.Linear(2 * FEATURES, condition), nn.SiLU(), nn.Linear(condition, condition)
-        )
-        self.text = nn.Linear(denoiser["cross_attention_dim"], condition, bias=False)
-        self.inputs = nn.ModuleList([nn.Conv2d(c, rank, 1) for c in entering])
-        self.mixers = nn.ModuleList([Mixer(rank, condition) for _ in range(rounds * self.depth)])
-        self.outputs = nn.ModuleList([_silent(nn.Conv2d(rank, c, 1)) for c in widths])
+        channels = decoder_channels(denoiser)
+        self.embedding = Condition(denoiser["cross_attention_dim"], condition)
+        self.modulate = nn.Linear(condition, 2 * rank * len(channels))
+        self.layers = nn.ModuleList([LowRank(c, rank) for c in channels])
+        features, latents = denoiser["block_out_channels"][0], denoiser["in_channels"]
+        self.output = Head(features, latents, head, condition)
 
     @classmethod
     def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
@@ -86,70 +61,70 @@ class TinyGuide(Guide):
         return cls(fingerprint(unet, prediction_type), **config)
 
     def forward(self, inputs: GuideInputs) -> Injection:
-        z, w = inputs.latents, inputs.guidance_scale
-        condition = self._condition(inputs)
-        hidden = [conv(x) for conv, x in zip(self.inputs, self._entering(inputs), strict=True)]
-        for i in range(0, len(self.mixers), self.depth):
-            for level in range(1, self.depth):  # fine to coarse
-                small = _shrink(hidden[level - 1], hidden[level])
-                hidden[level] = hidden[level] + small
-            for level in reversed(range(self.depth)):  # coarse to fine
-                if level + 1 < self.depth:
-                    large = F.interpolate(hidden[level + 1], size=hidden[level].shape[-2:])
-                    hidden[level] = hidden[level] + large
-                hidden[level] = self.mixers[i + level](hidden[level], condition)
-        strength = per_sample(torch.log1p(guidance_strength(w)), z)
-        out: list[torch.Tensor] = []
-        for level, conv in enumerate(self.outputs):
-            sizes = [c for c, l in zip(self.sizes, self.levels, strict=True) if l == level]
-            out += (strength * conv(hidden[level])).split(sizes, dim=1)
-        return Injection(tuple(out[:-1]), out[-1])
-
-    def _condition(self, inputs: GuideInputs) -> torch.Tensor:
-        """(N, condition) of timestep, scale and what the prompt has that the negative has not."""
-        t = fourier_features(inputs.timestep, FEATURES, longest=4000.0)
-        w = fourier_features(inputs.guidance_scale, FEATURES, longest=32.0)
-        text = inputs.encoder_hidden_states.mean(1) - inputs.negative_hidden_states.mean(1)
-        seen = torch.cat([t, w], 1).to(text.dtype)
-        return F.silu(self.embed(seen) + self.text(text))
-
-    def _entering(self, inputs: GuideInputs) -> list[torch.Tensor]:
-        """What is read at each level, normalised and side by side."""
-        features = [*inputs.skips, inputs.mid]
-        entering = []
-        for level in range(self.depth):
-            here = [f for f, l in zip(features, self.levels, strict=True) if l == level]
-            parts = [F.group_norm(f, 1) for f in here] if "skips" in self.config.reads else []
-            if "latents" in self.config.reads:
-                parts.append(_shrink(inputs.latents, here[0]))
-            entering.append(torch.cat(parts, 1))
-        return entering
+        condition = self.embedding(inputs)
+        strength = guidance_strength(inputs.guidance_scale)
+        # inside the network the effect of a change saturates; at the prediction it is linear
+        inside = per_sample(torch.log1p(strength), inputs.latents)
+        modulation = self.modulate(condition)[:, :, None, None].chunk(len(self.layers), 1)
+        return Injection(
+            layers=tuple(
+                partial(layer, modulation=m, strength=inside)
+                for layer, m in zip(self.layers, modulation, strict=True)
+            ),
+            output=partial(
+                self.output, latents=inputs.latents, condition=condition,
+                strength=per_sample(strength, inputs.latents),
+            ),
+        )  # fmt: skip
 
 
-def _silent(layer: nn.Conv2d) -> nn.Conv2d:
-    """A layer that answers zero until it has learnt something."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
+class LowRank(nn.Module):
+    """``strength * up(silu(gain * down(norm(x)) + shift))``; what comes before ``up`` has
+    ``rank`` channels."""
 
-
-def _shrink(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``x`` averaged down to the height and width of ``like``."""
-    height, width = like.shape[-2:]
-    return F.adaptive_avg_pool2d(x, (height, width))
-
-
-class Mixer(nn.Module):
-    """A depthwise 3x3 and a 1x1 convolution, modulated by the condition; a residual."""
-
-    def __init__(self, rank: int, condition: int) -> None:
+    def __init__(self, channels: int, rank: int) -> None:
         super().__init__()
-        self.modulate = nn.Linear(condition, 2 * rank)
-        self.spread = nn.Conv2d(rank, rank, 3, padding=1, groups=rank)
-        self.mix = nn.Conv2d(rank, rank, 1)
+        self.down = nn.Conv2d(channels, rank, 1)
+        self.up = silent(nn.Conv2d(rank, channels, 1))
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """(N, rank, h, w) and (N, condition) -> (N, rank, h, w)."""
-        gain, shift = self.modulate(condition)[:, :, None, None].chunk(2, 1)
-        hidden: torch.Tensor = F.group_norm(self.spread(x), 1) * (1 + gain) + shift
-        return x + self.mix(F.silu(hidden))
+    def forward(
+        self, made: torch.Tensor, modulation: torch.Tensor, strength: torch.Tensor
+    ) -> torch.Tensor:
+        """(N, channels, h, w), (N, 2 rank, 1, 1), (N, 1, 1, 1) -> what is added to ``made``."""
+        gain, shift = modulation.chunk(2, 1)
+        hidden = torch.addcmul(shift, self.down(F.group_norm(made, 1)), 1 + gain)
+        added: torch.Tensor = strength * self.up(F.silu(hidden))
+        return added
+
+
+class Head(nn.Module):
+    """Reads the last features, the prediction and the latents; answers in the prediction's shape.
+
+    Beside a small convolutional path it scales prediction and latents channel by channel: at
+    high noise the unconditional prediction is close to a constant, and CFG little more than
+    that scaling.
+    """
+
+    def __init__(self, features: int, channels: int, width: int, condition: int) -> None:
+        super().__init__()
+        self.splits = [width, width, channels, channels]
+        self.inputs = nn.Conv2d(features + 2 * channels, width, 1)
+        self.spread = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.modulate = nn.Linear(condition, sum(self.splits))
+        self.outputs = silent(nn.Conv2d(width, channels, 1))
+        with torch.no_grad():  # the two channel-wise scalings are silent as well
+            for parameter in self.modulate.parameters():
+                parameter[2 * width :] = 0
+
+    def forward(
+        self, features: torch.Tensor, prediction: torch.Tensor, *, latents: torch.Tensor,
+        condition: torch.Tensor, strength: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """(N, features, h, w) and (N, C, h, w) -> (N, C, h, w), what is added to the latter."""
+        modulation = self.modulate(condition)[:, :, None, None].split(self.splits, 1)
+        gain, shift, of_prediction, of_latents = modulation
+        seen = torch.cat([F.group_norm(features, 1), prediction, latents], 1)
+        hidden = torch.addcmul(shift, self.spread(self.inputs(seen)), 1 + gain)
+        made: torch.Tensor = self.outputs(F.silu(hidden))
+        added: torch.Tensor = strength * (made + of_prediction * prediction + of_latents * latents)
+        return added
