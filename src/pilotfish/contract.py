@@ -23,9 +23,6 @@ class GuideInputs:
         guidance_scale: (N,) w, at least 1 (a value below counts as 1).
         encoder_hidden_states: (N, L, D) the prompt.
         negative_hidden_states: (N, L, D) the null or negative prompt.
-        skips: the denoiser's own skip features, (N, c_i, h_i, w_i), in the order in which
-            its encoder makes them.
-        mid: (N, c, h', w') what its mid block made.
         added_cond_kwargs: what else the denoiser was given (SDXL's pooled text and sizes).
     """
 
@@ -34,11 +31,15 @@ class GuideInputs:
     guidance_scale: torch.Tensor
     encoder_hidden_states: torch.Tensor
     negative_hidden_states: torch.Tensor
-    skips: tuple[torch.Tensor, ...]
-    mid: torch.Tensor
     added_cond_kwargs: Mapping[str, torch.Tensor]
 
 
+# (skip features, each (N, c_i, h_i, w_i), in the order in which the encoder makes them; what
+# the mid block made, (N, c, h', w')) -> what is added to each (None: nothing), in the same order
+EncoderAddition = Callable[
+    [tuple[torch.Tensor, ...], torch.Tensor],
+    tuple[tuple[torch.Tensor | None, ...], torch.Tensor | None],
+]
 # what a decoder layer made (N, c, h, w) -> what is added to it
 LayerAddition = Callable[[torch.Tensor], torch.Tensor]
 # (last features (N, c, h, w), prediction (N, C, h, w)) -> what is added to the prediction
@@ -47,18 +48,21 @@ OutputAddition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Injection:
-    """What a guide adds, and where. It is made when the mid block is done, before the decoder.
+    """What a guide adds to a pass, and where; it is asked once, before the pass.
+
+    What the denoiser is going to make is not known by then, so most additions are functions
+    of it. None stands for nothing.
 
     Attributes:
-        skips: one tensor for each skip feature; None: nothing there.
-        mid: what is added to the mid block's output; None: nothing.
-        layers: one function for each decoder layer, in the order in which they run. What
-            a layer makes is not known yet, so the addition is a function of it.
-        output: the same for the last convolution, which makes the prediction.
+        text: (N, L, D), added to the encoder hidden states.
+        encoder: asked when the mid block is done; its answers are added to the mid block's
+            output and to the skip features on their way into the decoder.
+        layers: one for each decoder layer, in the order in which they run.
+        output: asked when the last convolution has made the prediction.
     """
 
-    skips: tuple[torch.Tensor | None, ...] = ()
-    mid: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    encoder: EncoderAddition | None = None
     layers: tuple[LayerAddition | None, ...] = ()
     output: OutputAddition | None = None
 

@@ -30,7 +30,7 @@ SHAPES = [
 
 
 class Stub:
-    """A guide that answers with fixed tensors and remembers what it was shown."""
+    """A guide that answers as it was told and remembers what it was shown."""
 
     def __init__(self, unet: UNet2DConditionModel, injection: Injection | None = None) -> None:
         self.config = SimpleNamespace(denoiser=fingerprint(unet, "epsilon"))
@@ -55,14 +55,21 @@ def arguments(unet: UNet2DConditionModel, n: int = 2) -> tuple[torch.Tensor, ...
     return z, t, states
 
 
-def random_injection(unet: UNet2DConditionModel) -> Injection:
+Features = tuple[tuple[torch.Tensor, ...], torch.Tensor]
+
+
+def encoder_injection(features: Any) -> Injection:
+    return Injection(encoder=lambda skips, mid: features)
+
+
+def random_features(unet: UNet2DConditionModel) -> Features:
     generator = torch.Generator().manual_seed(7)
     size, channels = unet.config.sample_size, skip_channels(unet.config)
     maps = [
         torch.randn(2, c, size >> level, size >> level, generator=generator)
         for c, level in zip(channels, skip_levels(unet.config), strict=True)
     ]
-    return Injection(tuple(maps), torch.randn(maps[-1].shape, generator=generator))
+    return tuple(maps), torch.randn(maps[-1].shape, generator=generator)
 
 
 def levels_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -89,27 +96,44 @@ def hooks_of(module: nn.Module) -> int:
 
 
 def test_channels_and_levels_are_those_of_the_features(unet: UNet2DConditionModel) -> None:
-    guide = Stub(unet)
+    seen: list[Features] = []
+
+    def remember(skips: tuple[torch.Tensor, ...], mid: torch.Tensor) -> Any:
+        seen.append((skips, mid))
+        return (None,) * len(skips), None
+
+    guide = Stub(unet, Injection(encoder=remember))
     install(guide, unet)
     run(unet, guide, 4.0, *arguments(unet))
-    (seen,) = guide.seen
+    ((skips, mid),) = seen
     size = unet.config.sample_size
-    shapes = [(f.shape[1], f.shape[2]) for f in seen.skips]
+    shapes = [(f.shape[1], f.shape[2]) for f in skips]
     expected = zip(skip_channels(unet.config), skip_levels(unet.config), strict=True)
     assert shapes == [(c, size >> level) for c, level in expected]
-    assert seen.mid.shape == seen.skips[-1].shape
+    assert mid.shape == skips[-1].shape
+
+
+def test_the_guide_adds_to_the_text(make_unet: Callable[..., Any]) -> None:
+    unet = make_unet()
+    z, t, states = arguments(unet)
+    guide = Stub(unet, Injection(text=0.5 * states.flip(0)))
+    install(guide, unet)
+    with torch.no_grad():
+        expected = unet(z, t, states + 0.5 * states.flip(0)).sample
+    assert torch.equal(run(unet, guide, 4.0, z, t, states), expected)
+    assert torch.equal(run(unet, guide, 4.0, z, t, encoder_hidden_states=states), expected)
 
 
 def test_the_guide_adds_where_a_controlnet_adds(unet: UNet2DConditionModel) -> None:
-    injection = random_injection(unet)
-    guide = Stub(unet, injection)
+    skips, mid = random_features(unet)
+    guide = Stub(unet, encoder_injection((skips, mid)))
     install(guide, unet)
     guided = run(unet, guide, 4.0, *arguments(unet))
     with torch.no_grad():
         expected = unet(
             *arguments(unet),
-            down_block_additional_residuals=injection.skips,
-            mid_block_additional_residual=injection.mid,
+            down_block_additional_residuals=skips,
+            mid_block_additional_residual=mid,
         ).sample
         plain = unet(*arguments(unet)).sample
     assert torch.equal(guided, expected)
@@ -117,28 +141,28 @@ def test_the_guide_adds_where_a_controlnet_adds(unet: UNet2DConditionModel) -> N
 
 
 def test_a_controlnet_adds_beside_the_guide(unet: UNet2DConditionModel) -> None:
-    injection = random_injection(unet)
-    guide = Stub(unet, injection)
+    skips, mid = random_features(unet)
+    guide = Stub(unet, encoder_injection((skips, mid)))
     install(guide, unet)
     residuals = {
-        "down_block_additional_residuals": tuple(0.5 * s for s in injection.skips),
-        "mid_block_additional_residual": 0.5 * injection.mid,
+        "down_block_additional_residuals": tuple(0.5 * s for s in skips),
+        "mid_block_additional_residual": 0.5 * mid,
     }
     both = run(unet, guide, 4.0, *arguments(unet), **residuals)
     with torch.no_grad():
         expected = unet(
             *arguments(unet),
-            down_block_additional_residuals=tuple(1.5 * s for s in injection.skips),
-            mid_block_additional_residual=1.5 * injection.mid,
+            down_block_additional_residuals=tuple(1.5 * s for s in skips),
+            mid_block_additional_residual=1.5 * mid,
         ).sample
     torch.testing.assert_close(both, expected)
 
 
 def test_a_missing_skip_is_left_alone(make_unet: Callable[..., Any]) -> None:
     unet = make_unet()
-    full = random_injection(unet)
-    zeroed = Injection((full.skips[0], *(0 * s for s in full.skips[1:])), full.mid)
-    absent = Injection((full.skips[0], *(None for _ in full.skips[1:])), full.mid)
+    skips, mid = random_features(unet)
+    zeroed = encoder_injection(((skips[0], *(0 * s for s in skips[1:])), mid))
+    absent = encoder_injection(((skips[0], *(None for _ in skips[1:])), mid))
     one, two = Stub(unet, zeroed), Stub(unet, absent)
     install(one, unet)
     install(two, unet)
@@ -231,7 +255,7 @@ def test_an_inpainting_denoiser_shows_only_its_latents(make_unet: Callable[..., 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0, -3.0])
 def test_a_scale_of_at_most_one_asks_no_guide(make_unet: Callable[..., Any], scale: float) -> None:
     unet = make_unet()
-    guide = Stub(unet, random_injection(unet))
+    guide = Stub(unet, encoder_injection(random_features(unet)))
     install(guide, unet)
     with torch.no_grad():
         plain = unet(*arguments(unet)).sample
@@ -242,7 +266,7 @@ def test_a_scale_of_at_most_one_asks_no_guide(make_unet: Callable[..., Any], sca
 def test_hooks_do_nothing_outside_a_pass_of_their_guide(make_unet: Callable[..., Any]) -> None:
     unet = make_unet()
     plain = unet(*arguments(unet)).sample
-    guide, other = Stub(unet, random_injection(unet)), Stub(unet)
+    guide, other = Stub(unet, encoder_injection(random_features(unet))), Stub(unet)
     install(guide, unet)
     assert torch.equal(unet(*arguments(unet)).sample, plain)
     assert torch.equal(run(unet, other, 4.0, *arguments(unet)), plain)
@@ -253,7 +277,7 @@ def test_hooks_do_nothing_outside_a_pass_of_their_guide(make_unet: Callable[...,
 def test_a_guide_installed_twice_acts_once(make_unet: Callable[..., Any]) -> None:
     """As when two pipelines share a denoiser and both carry the guide."""
     unet = make_unet()
-    guide = Stub(unet, random_injection(unet))
+    guide = Stub(unet, encoder_injection(random_features(unet)))
     install(guide, unet)
     once = run(unet, guide, 4.0, *arguments(unet))
     second = install(guide, unet)
@@ -277,7 +301,7 @@ def test_a_failed_call_leaves_nothing_behind(make_unet: Callable[..., Any]) -> N
     unet = make_unet()
     z, t, states = arguments(unet)
     plain = unet(z, t, states).sample
-    guide = Stub(unet, random_injection(unet))
+    guide = Stub(unet, encoder_injection(random_features(unet)))
     install(guide, unet)
     with pytest.raises(RuntimeError):
         run(unet, guide, 4.0, z, t, states[..., :3])

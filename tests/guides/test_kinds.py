@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -16,24 +16,18 @@ from pilotfish.guides import ExternalGuide, FullGuide, Guide
 
 
 @pytest.fixture
-def inputs(unet: UNet2DConditionModel) -> GuideInputs:
+def inputs() -> GuideInputs:
     generator = torch.Generator().manual_seed(13)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    channels, levels = skip_channels(unet.config), skip_levels(unet.config)
-    skips = tuple(
-        randn(3, c, 8 >> level, 8 >> level) for c, level in zip(channels, levels, strict=True)
-    )
     return GuideInputs(
         latents=randn(3, 4, 8, 8),
         timestep=torch.tensor([990, 500, 10]),
         guidance_scale=torch.tensor([2.0, 4.0, 7.5]),
         encoder_hidden_states=randn(3, 8, 16),
         negative_hidden_states=randn(3, 8, 16),
-        skips=skips,
-        mid=randn(*skips[-1].shape),
         added_cond_kwargs={},
     )
 
@@ -41,21 +35,53 @@ def inputs(unet: UNet2DConditionModel) -> GuideInputs:
 Maps = Callable[..., list[torch.Tensor]]
 
 
-@pytest.fixture
-def maps(unet: UNet2DConditionModel, inputs: GuideInputs) -> Maps:
-    """Everything that an injection adds, where the decoder's layers made fixed random features."""
-    generator = torch.Generator().manual_seed(14)
-    channels = [*decoder_channels(unet.config), 8, 4]
-    *layers, features, prediction = [torch.randn(3, c, 8, 8, generator=generator) for c in channels]
+@dataclass(frozen=True)
+class Made:
+    """What a denoiser might make in a pass: random features in its shapes."""
 
-    def every(injection: Injection, samples: slice = slice(None)) -> list[torch.Tensor]:
-        found = [m for m in (*injection.skips, injection.mid) if m is not None]
-        found += [
-            f(x[samples]) for f, x in zip(injection.layers, layers, strict=False) if f is not None
-        ]
+    skips: tuple[torch.Tensor, ...]
+    mid: torch.Tensor
+    layers: tuple[torch.Tensor, ...]
+    features: torch.Tensor
+    prediction: torch.Tensor
+
+    @classmethod
+    def by(cls, unet: UNet2DConditionModel) -> Made:
+        generator = torch.Generator().manual_seed(14)
+
+        def maps(channels: list[int], levels: list[int]) -> tuple[torch.Tensor, ...]:
+            return tuple(
+                torch.randn(3, c, 8 >> level, 8 >> level, generator=generator)
+                for c, level in zip(channels, levels, strict=True)
+            )
+
+        skips = maps(skip_channels(unet.config), skip_levels(unet.config))
+        layers = decoder_channels(unet.config)
+        return cls(skips, skips[-1].flip(1), maps(layers, [0] * len(layers)), *maps([8, 4], [0, 0]))
+
+
+@pytest.fixture
+def made(unet: UNet2DConditionModel) -> Made:
+    return Made.by(unet)
+
+
+@pytest.fixture
+def maps(made: Made) -> Maps:
+    """Everything that an injection adds."""
+
+    def every(
+        injection: Injection, samples: slice = slice(None), made: Made = made
+    ) -> list[torch.Tensor]:
+        found: list[torch.Tensor | None] = [injection.text]
+        if injection.encoder is not None:
+            skips = tuple(s[samples] for s in made.skips)
+            of_skips, of_mid = injection.encoder(skips, made.mid[samples])
+            found += [*of_skips, of_mid]
+        pairs = zip(injection.layers, made.layers, strict=False)
+        found += [addition(x[samples]) for addition, x in pairs if addition is not None]
         if injection.output is not None:
-            found.append(injection.output(features[samples], prediction[samples]))
-        return found
+            found.append(injection.output(made.features[samples], made.prediction[samples]))
+        return [m for m in found if m is not None]
 
     return every
 
@@ -67,18 +93,20 @@ def differ(maps: Maps, guide: Guide, inputs: GuideInputs, **changed: Any) -> boo
 
 
 def test_what_leaves_has_the_shape_of_what_it_is_added_to(
-    trained: Guide, inputs: GuideInputs, unet: UNet2DConditionModel
+    trained: Guide, inputs: GuideInputs, made: Made
 ) -> None:
     injection = trained(inputs)
-    assert len(injection.skips) in (0, len(inputs.skips))
-    assert injection.mid is None or injection.mid.shape == inputs.mid.shape
-    for made, skip in zip(injection.skips, inputs.skips, strict=False):
-        assert made is None or made.shape == skip.shape
-    channels = decoder_channels(unet.config)
-    assert len(injection.layers) in (0, len(channels))
-    for addition, c in zip(injection.layers, channels, strict=False):
-        x = torch.ones(3, c, 4, 4)
+    if injection.text is not None:
+        assert injection.text.shape == inputs.encoder_hidden_states.shape
+    if injection.encoder is not None:
+        of_skips, of_mid = injection.encoder(made.skips, made.mid)
+        assert [None if a is None else a.shape for a in of_skips] == [s.shape for s in made.skips]
+        assert of_mid is None or of_mid.shape == made.mid.shape
+    assert len(injection.layers) in (0, len(made.layers))
+    for addition, x in zip(injection.layers, made.layers, strict=False):
         assert addition is None or addition(x).shape == x.shape
+    if injection.output is not None:
+        assert injection.output(made.features, made.prediction).shape == made.prediction.shape
 
 
 def test_a_fresh_guide_answers_with_zeros(maps: Maps, fresh: Guide, inputs: GuideInputs) -> None:
@@ -114,19 +142,14 @@ def test_timestep_and_text_count(maps: Maps, trained: Guide, inputs: GuideInputs
 
 
 def test_samples_do_not_mix(maps: Maps, trained: Guide, inputs: GuideInputs) -> None:
-    def one(i: int) -> GuideInputs:
-        part = {
-            k: getattr(inputs, k)[i : i + 1]
-            for k in ("latents", "timestep", "guidance_scale", "encoder_hidden_states",
-                      "negative_hidden_states", "mid")
-        }  # fmt: skip
-        return replace(inputs, skips=tuple(s[i : i + 1] for s in inputs.skips), **part)
-
+    per_sample = [f.name for f in fields(inputs) if f.name != "added_cond_kwargs"]
     with torch.no_grad():
         together = maps(trained(inputs))
         for i in range(3):
-            for whole, alone in zip(together, maps(trained(one(i)), slice(i, i + 1)), strict=True):
-                torch.testing.assert_close(whole[i : i + 1], alone, atol=1e-5, rtol=1e-4)
+            only = slice(i, i + 1)
+            alone = replace(inputs, **{k: getattr(inputs, k)[only] for k in per_sample})
+            for whole, one in zip(together, maps(trained(alone), only), strict=True):
+                torch.testing.assert_close(whole[only], one, atol=1e-5, rtol=1e-4)
 
 
 def test_every_parameter_has_a_part(maps: Maps, trained: Guide, inputs: GuideInputs) -> None:
@@ -137,20 +160,27 @@ def test_every_parameter_has_a_part(maps: Maps, trained: Guide, inputs: GuideInp
 
 
 def test_the_papers_plain_form_sees_nothing_of_the_base(
-    maps: Maps, unet: UNet2DConditionModel, inputs: GuideInputs, randomise: Callable[[Guide], Guide]
-) -> None:
+    maps: Maps, unet: UNet2DConditionModel, inputs: GuideInputs, made: Made,
+    randomise: Callable[[Guide], Guide],
+) -> None:  # fmt: skip
     plain = randomise(ExternalGuide.for_denoiser(unet, "epsilon", reads=("latents",)))
-    blind = {"skips": tuple(torch.zeros_like(s) for s in inputs.skips), "mid": 0 * inputs.mid}
-    assert not differ(maps, plain, inputs, **blind)
+    blind = replace(made, skips=tuple(0 * s for s in made.skips), mid=0 * made.mid)
+    with torch.no_grad():
+        pairs = zip(maps(plain(inputs)), maps(plain(inputs), made=blind), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
     assert differ(maps, plain, inputs, latents=-inputs.latents)
 
 
 def test_the_form_that_reads_skips_alone_sees_no_latents(
-    maps: Maps, unet: UNet2DConditionModel, inputs: GuideInputs, randomise: Callable[[Guide], Guide]
-) -> None:
+    maps: Maps, unet: UNet2DConditionModel, inputs: GuideInputs, made: Made,
+    randomise: Callable[[Guide], Guide],
+) -> None:  # fmt: skip
     reader = randomise(ExternalGuide.for_denoiser(unet, "epsilon", reads=("skips",)))
     assert not differ(maps, reader, inputs, latents=-inputs.latents)
-    assert differ(maps, reader, inputs, mid=-inputs.mid)
+    other = replace(made, mid=-made.mid)
+    with torch.no_grad():
+        pairs = zip(maps(reader(inputs)), maps(reader(inputs), made=other), strict=True)
+        assert any(not torch.equal(a, b) for a, b in pairs)
 
 
 def test_the_full_guide_starts_from_the_encoder(unet: UNet2DConditionModel) -> None:

@@ -1,9 +1,8 @@
 """UNet2DConditionModel: Stable Diffusion 1.x, 2.x, XL and their kin.
 
-The encoder runs as ever. When the mid block is done the guide has seen everything that
-the base knows; what it answers is added to the mid block's output, to the skip features
-on their way into the decoder and to what the decoder's layers make (the paper: "mid block
-and decoder; the encoder is untouched"). Residuals of a ControlNet are added beside it.
+A guide is asked when a call begins. What it answers is added to the text on its way in, to the
+mid block's output, to the skip features on their way into the decoder, to what the decoder's
+layers make, and to the prediction. Residuals of a ControlNet are added beside it.
 
 Hooks are native PyTorch hooks, and they do nothing unless a :class:`GuidedPass` is open
 in the current context: a plain pipeline that shares the UNet never notices them.
@@ -23,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pilotfish.contract import GuideInputs, GuideLike, Injection
 
+_SHOWN = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
 _OPEN: ContextVar[GuidedPass | None] = ContextVar("pilotfish_guided_pass", default=None)
 
 
@@ -113,14 +113,9 @@ class GuidedPass:
         self.guide = guide
         self.guidance_scale = guidance_scale
         self.negative_hidden_states = negative_hidden_states
-        self._scale: torch.Tensor | None = None
-        self._sample: torch.Tensor | None = None
-        self._timestep: torch.Tensor | None = None
-        self._states: torch.Tensor | None = None
-        self._added: dict[str, torch.Tensor] = {}
+        self._injection = Injection()
         self._skips: list[torch.Tensor] = []
         self._pending: list[torch.Tensor | None] = []
-        self._injection = Injection()
         self._serving: dict[int, object] = {}
 
     @contextmanager
@@ -145,51 +140,50 @@ class GuidedPass:
         timestep: Any,
         encoder_hidden_states: torch.Tensor,
         added_cond_kwargs: dict[str, torch.Tensor] | None = None,
-    ) -> None:
-        """A denoiser call starts. A scale of at most 1 leaves it alone, bit for bit."""
+    ) -> torch.Tensor:
+        """A denoiser call starts: ask the guide.
+
+        A scale of at most 1 leaves the call alone, bit for bit.
+
+        Returns:
+            The encoder hidden states to go on with.
+        """
         self._forget()
         self._injection = Injection()
-        scale = self.guidance_scale()
+        n, scale = len(sample), self.guidance_scale()
         if isinstance(scale, torch.Tensor):
-            self._scale = scale.to(sample.device, torch.float32).expand(len(sample))
+            scale = scale.to(sample.device, torch.float32).expand(n)
         elif scale > 1:
-            self._scale = torch.full((len(sample),), float(scale), device=sample.device)
-        if self._scale is not None:
-            self._sample, self._states = sample, encoder_hidden_states
-            self._added = dict(added_cond_kwargs or {})
-            timestep = torch.as_tensor(timestep, device=sample.device)
-            self._timestep = timestep.reshape(-1).expand(len(sample))
+            scale = torch.full((n,), float(scale), device=sample.device)
+        else:
+            return encoder_hidden_states
+        timestep = torch.as_tensor(timestep, device=sample.device)
+        negative = self.negative_hidden_states()
+        self._injection = self.guide(
+            GuideInputs(
+                latents=sample[:, : self.guide.config.denoiser["in_channels"]],
+                timestep=timestep.reshape(-1).expand(n),
+                guidance_scale=scale,
+                encoder_hidden_states=encoder_hidden_states,
+                negative_hidden_states=negative.expand(n, *negative.shape[1:]),
+                added_cond_kwargs=dict(added_cond_kwargs or {}),
+            )
+        )
+        text = self._injection.text
+        return encoder_hidden_states if text is None else encoder_hidden_states + text
 
     def saw(self, *features: torch.Tensor) -> None:
         """The encoder made skip features."""
-        if self._scale is not None:
+        if self._injection.encoder is not None:
             self._skips.extend(features)
 
     def middle(self, mid: torch.Tensor) -> torch.Tensor:
-        """The mid block is done: run the guide, add to the mid block, keep the rest."""
-        if self._scale is None:
+        """The mid block is done: add what belongs to it, keep what belongs to the skips."""
+        if self._injection.encoder is None:
             return mid
-        assert self._sample is not None
-        assert self._timestep is not None
-        assert self._states is not None
-        channels = self.guide.config.denoiser["in_channels"]
-        negative = self.negative_hidden_states()
-        injection = self.guide(
-            GuideInputs(
-                latents=self._sample[:, :channels],
-                timestep=self._timestep,
-                guidance_scale=self._scale,
-                encoder_hidden_states=self._states,
-                negative_hidden_states=negative.expand(len(self._states), *negative.shape[1:]),
-                skips=tuple(self._skips),
-                mid=mid,
-                added_cond_kwargs=self._added,
-            )
-        )
-        self._injection = injection
-        self._pending = list(injection.skips)
-        self._skips = []
-        return mid if injection.mid is None else mid + injection.mid
+        skips, addition = self._injection.encoder(tuple(self._skips), mid)
+        self._pending, self._skips = list(skips), []
+        return mid if addition is None else mid + addition
 
     def consume(self, skips: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """A decoder block takes its skip features, the newest last: add what belongs to them."""
@@ -212,8 +206,7 @@ class GuidedPass:
     def _forget(self) -> None:
         # the injection stays: gradient checkpointing runs the decoder once more in the
         # backward pass, when the pass is closed
-        self._scale = self._sample = self._timestep = self._states = None
-        self._skips, self._pending, self._added = [], [], {}
+        self._skips, self._pending = [], []
 
 
 class Hooks:
@@ -239,12 +232,16 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
             return None
         return guided
 
-    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if guided := current():
-            named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
-            named |= kwargs
-            wanted = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
-            guided.begin(**{k: named[k] for k in wanted if k in named})
+    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        guided = current()
+        if not guided:
+            return None
+        named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
+        named |= {k: kwargs[k] for k in _SHOWN if k in kwargs}
+        text = guided.begin(**named)
+        if len(args) > 2:
+            return (*args[:2], text, *args[3:]), kwargs
+        return args, {**kwargs, "encoder_hidden_states": text}
 
     def first(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if guided := current():

@@ -9,6 +9,7 @@ is free, as the single pass runs the encoder anyway.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -80,9 +81,15 @@ class ExternalGuide(Guide):
         return cls(fingerprint(unet, prediction_type), **config)
 
     def forward(self, inputs: GuideInputs) -> Injection:
+        return Injection(encoder=partial(self._answer, inputs))
+
+    def _answer(
+        self, inputs: GuideInputs, skips: tuple[torch.Tensor, ...], mid: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         z, w = inputs.latents, inputs.guidance_scale
         condition = self.embedding(inputs)
-        hidden = [conv(x) for conv, x in zip(self.inputs, self._entering(inputs), strict=True)]
+        entering = self._entering(z, [*skips, mid])
+        hidden = [conv(x) for conv, x in zip(self.inputs, entering, strict=True)]
         for i in range(0, len(self.mixers), self.depth):
             for level in range(1, self.depth):  # fine to coarse
                 small = _shrink(hidden[level - 1], hidden[level])
@@ -97,17 +104,16 @@ class ExternalGuide(Guide):
         for level, conv in enumerate(self.outputs):
             sizes = [c for c, l in zip(self.sizes, self.levels, strict=True) if l == level]
             out += (strength * conv(hidden[level])).split(sizes, dim=1)
-        return Injection(tuple(out[:-1]), out[-1])
+        return tuple(out[:-1]), out[-1]
 
-    def _entering(self, inputs: GuideInputs) -> list[torch.Tensor]:
+    def _entering(self, latents: torch.Tensor, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """What is read at each level, normalised and side by side."""
-        features = [*inputs.skips, inputs.mid]
         entering = []
         for level in range(self.depth):
             here = [f for f, l in zip(features, self.levels, strict=True) if l == level]
             parts = [F.group_norm(f, 1) for f in here] if "skips" in self.config.reads else []
             if "latents" in self.config.reads:
-                parts.append(_shrink(inputs.latents, here[0]))
+                parts.append(_shrink(latents, here[0]))
             entering.append(torch.cat(parts, 1))
         return entering
 

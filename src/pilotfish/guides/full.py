@@ -77,7 +77,8 @@ class FullGuide(Guide):
         hidden = net.mid_block(hidden, embedding, **cross)
         strength = per_sample(guidance_strength(inputs.guidance_scale), z)
         skips = [strength * out(f) for out, f in zip(self.skip_outputs, features, strict=True)]
-        return Injection(tuple(skips), strength * self.mid_output(hidden))
+        mid = strength * self.mid_output(hidden)
+        return Injection(encoder=lambda *_: (tuple(skips), mid))
 
 
 def _crosses(block: nn.Module) -> bool:

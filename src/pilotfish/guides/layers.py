@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,9 +12,10 @@ from pilotfish.contract import GuideInputs
 from pilotfish.guidance import fourier_features
 
 FEATURES = 16
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
-def silent(layer: nn.Conv2d) -> nn.Conv2d:
+def silent(layer: Layer) -> Layer:
     """The layer, answering zero until it has learnt something."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)

@@ -1,11 +1,15 @@
-"""The tiny guide: low-rank additions along the base's own decoder.
+"""The tiny guide: it lets the base itself do most of the work.
 
-In the single pass the base computes everything that the conditional prediction needs;
-what CFG adds to it is the way from the unconditional to the conditional prediction, once
-more, ``(w - 1)`` times. The guide reads what each decoder layer has just made through a
-1x1 convolution of low rank, modulates it by w, timestep and text, and adds the answer to
-the same layer. A small head does the last part at the prediction itself, where CFG is
-linear in ``w - 1`` and so is the head; it also sees the latents.
+CFG adds to the conditional prediction the way from the unconditional to the conditional one
+once more, ``w - 1`` times. The guide does that in three places of the one pass:
+
+- *Text.* The prompt is pushed on, away from the negative prompt, before it enters the base:
+  ``c + g (c - n)`` with a learned gain g. To first order in g the base then goes the way of
+  equation (1) by itself, with its own weights, whichever fine-tune they are of.
+- *Layers.* What each decoder layer makes is read through a 1x1 convolution of low rank,
+  modulated by w, timestep and text, and the answer is added to it.
+- *Prediction.* A small head, linear in ``w - 1`` as CFG is, does the rest; it also sees the
+  latents.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ class TinyGuide(Guide):
         super().__init__()
         channels = decoder_channels(denoiser)
         self.embedding = Condition(denoiser["cross_attention_dim"], condition)
+        self.push = silent(nn.Linear(condition, 1))
         self.modulate = nn.Linear(condition, 2 * rank * len(channels))
         self.layers = nn.ModuleList([LowRank(c, rank) for c in channels])
         features, latents = denoiser["block_out_channels"][0], denoiser["in_channels"]
@@ -66,7 +71,10 @@ class TinyGuide(Guide):
         # inside the network the effect of a change saturates; at the prediction it is linear
         inside = per_sample(torch.log1p(strength), inputs.latents)
         modulation = self.modulate(condition)[:, :, None, None].chunk(len(self.layers), 1)
+        text = inputs.encoder_hidden_states
+        gain = torch.log1p(strength).to(text.dtype)[:, None] * self.push(condition)
         return Injection(
+            text=gain[:, :, None] * (text - inputs.negative_hidden_states),
             layers=tuple(
                 partial(layer, modulation=m, strength=inside)
                 for layer, m in zip(self.layers, modulation, strict=True)
