@@ -45,7 +45,10 @@ def new_guide(config: DistillConfig, material: Material) -> Guide:
         return ExternalGuide.for_denoiser(
             unet, prediction, guidance_scale_range=scales, reads=config.reads
         )
-    return TinyGuide.for_denoiser(unet, prediction, guidance_scale_range=scales)
+    return TinyGuide.for_denoiser(
+        unet, prediction, guidance_scale_range=scales,
+        push=config.push, rank=config.rank, head=config.head,
+    )  # fmt: skip
 
 
 def distill(config: DistillConfig) -> Guide:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+LEARNING_RATES = {"tiny": 1e-2, "external": 3e-3, "full": 5e-4}
+
 
 class ConfigError(ValueError):
     """A setting is unknown or out of its range; the message names it."""
@@ -25,6 +27,12 @@ class DistillConfig:
     paper's small network beside it. full: a copy of its encoder."""
     reads: tuple[Literal["latents", "skips"], ...] = ("latents",)
     """What an external guide sees beside t, w and text; ``latents`` is the paper's plain form."""
+    push: bool = True
+    """Whether a tiny guide pushes the text."""
+    rank: int = 20
+    """Channels of what a tiny guide adds to each decoder layer; 0 leaves them alone."""
+    head: int = 48
+    """Channels of a tiny guide's part at the prediction; 0 leaves it alone."""
     states: Literal["noised", "trajectory", "student"] = "student"
     """Training states: noised pictures, the teacher's CFG trajectories, or those stepped
     partly by the student itself."""
@@ -36,7 +44,8 @@ class DistillConfig:
     """Prompts for validation, held out of training. Left out: the embedded model's."""
     train_batch_size: int = 64
     max_train_steps: int = 4000
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
+    """Left out: 1e-2 for tiny, 3e-3 for external, 5e-4 for full."""
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 100
     adam_weight_decay: float = 0.0
@@ -78,7 +87,9 @@ class DistillConfig:
             "replay_capacity", "replay_reuse", "checkpointing_steps", "validation_steps",
         ):  # fmt: skip
             need(getattr(self, name) >= 1, name, "at least 1")
-        need(self.learning_rate > 0, "learning_rate", "above 0")
+        need(self.rank >= 0, "rank", "at least 0")
+        need(self.head >= 0, "head", "at least 0")
+        need(self.rate > 0, "learning_rate", "above 0")
         need(self.guidance_scale_min >= 1, "guidance_scale_min", "at least 1 (1 is no guidance)")
         need(
             self.guidance_scale_max > self.guidance_scale_min,
@@ -91,6 +102,11 @@ class DistillConfig:
             "trajectory_steps_min", "between 1 and trajectory_steps_max",
         )  # fmt: skip
         need(self.pool >= self.train_batch_size, "pool", "at least train_batch_size")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, the guide's own where none was given."""
+        return LEARNING_RATES[self.guide] if self.learning_rate is None else self.learning_rate
 
     def save(self, path: Path) -> None:
         """Write as JSON; :meth:`load` and ``--config`` read it."""

@@ -87,7 +87,7 @@ class Distillation:
         student = GuidedStudent(guide, self.unet, self.teacher.null)
         self.hooks = student.hooks
         optimizer = torch.optim.AdamW(
-            guide.parameters(), config.learning_rate, (0.9, 0.99),
+            guide.parameters(), config.rate, (0.9, 0.99),
             weight_decay=config.adam_weight_decay,
         )  # fmt: skip
         self.schedule_of_rate = get_scheduler(

@@ -23,7 +23,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from pilotfish.contract import GuideInputs, Injection
+from pilotfish.contract import GuideError, GuideInputs, Injection, LayerAddition
 from pilotfish.denoisers import decoder_channels, fingerprint
 from pilotfish.guidance import guidance_strength, per_sample
 from pilotfish.guides.base import Guide
@@ -35,30 +35,37 @@ class TinyGuide(Guide):
 
     Args:
         denoiser: the fingerprint of the denoiser.
-        rank: channels of each layer's addition.
-        head: channels of the head.
+        push: whether the text is pushed.
+        rank: channels of each layer's addition; 0 leaves the layers alone.
+        head: channels of the head; 0 leaves the prediction alone.
         condition: width of the embedding of t, w and text.
         guidance_scale_range: the (low, high) of w in training.
+
+    Raises:
+        GuideError: nothing is left to add.
     """
 
     @register_to_config
     def __init__(
         self,
         denoiser: dict[str, Any],
-        rank: int = 16,
-        head: int = 32,
+        push: bool = True,
+        rank: int = 20,
+        head: int = 48,
         condition: int = 32,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()
-        channels = decoder_channels(denoiser)
+        if not (push or rank or head):
+            raise GuideError("a tiny guide needs at least one of push, rank and head")
         self.embedding = Condition(denoiser["cross_attention_dim"], condition)
-        self.push = silent(nn.Linear(condition, 1))
-        self.modulate = nn.Linear(condition, 2 * rank * len(channels))
+        self.text = silent(nn.Linear(condition, 1)) if push else None
+        channels = decoder_channels(denoiser) if rank else []
         self.layers = nn.ModuleList([LowRank(c, rank) for c in channels])
+        self.modulate = nn.Linear(condition, 2 * rank * len(channels)) if rank else None
         features, latents = denoiser["block_out_channels"][0], denoiser["in_channels"]
-        self.output = Head(features, latents, head, condition)
+        self.output = Head(features, latents, head, condition) if head else None
 
     @classmethod
     def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
@@ -67,23 +74,24 @@ class TinyGuide(Guide):
 
     def forward(self, inputs: GuideInputs) -> Injection:
         condition = self.embedding(inputs)
-        strength = guidance_strength(inputs.guidance_scale)
+        text, latents = inputs.encoder_hidden_states, inputs.latents
+        strength = per_sample(guidance_strength(inputs.guidance_scale), latents)
         # inside the network the effect of a change saturates; at the prediction it is linear
-        inside = per_sample(torch.log1p(strength), inputs.latents)
-        modulation = self.modulate(condition)[:, :, None, None].chunk(len(self.layers), 1)
-        text = inputs.encoder_hidden_states
-        gain = torch.log1p(strength).to(text.dtype)[:, None] * self.push(condition)
-        return Injection(
-            text=gain[:, :, None] * (text - inputs.negative_hidden_states),
-            layers=tuple(
+        inside = torch.log1p(strength)
+        pushed, output = None, None
+        layers: tuple[LayerAddition, ...] = ()
+        if self.text is not None:
+            gain = inside[:, :, 0, 0] * self.text(condition)
+            pushed = gain[:, :, None] * (text - inputs.negative_hidden_states)
+        if self.modulate is not None:
+            modulation = self.modulate(condition)[:, :, None, None].chunk(len(self.layers), 1)
+            layers = tuple(
                 partial(layer, modulation=m, strength=inside)
                 for layer, m in zip(self.layers, modulation, strict=True)
-            ),
-            output=partial(
-                self.output, latents=inputs.latents, condition=condition,
-                strength=per_sample(strength, inputs.latents),
-            ),
-        )  # fmt: skip
+            )
+        if self.output is not None:
+            output = partial(self.output, latents=latents, condition=condition, strength=strength)
+        return Injection(text=pushed, layers=layers, output=output)
 
 
 class LowRank(nn.Module):
