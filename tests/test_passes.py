@@ -13,6 +13,7 @@ from pilotfish.guides import Guide
 from pilotfish.passes import (
     FrozenTeacher,
     GuidedStudent,
+    checkpoint_in_context,
     checksum,
     encode_prompts,
     guidance_error,
@@ -75,6 +76,25 @@ def test_scale_one_is_the_conditional_model_and_others_are_not(
         plain = unet(z, t, prompts[prompt]).sample
     assert torch.equal(guided[0], plain[0])
     assert not torch.allclose(guided[1], plain[1])
+
+
+def test_gradient_checkpointing_changes_no_gradient(
+    trained: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+) -> None:
+    """It runs parts of the pass again when the guided pass is long over."""
+    prompts, null = states
+    z, t, prompt = batch
+    student = GuidedStudent(trained, unet.requires_grad_(False), null)
+
+    def gradients() -> list[torch.Tensor]:
+        trained.zero_grad()
+        student(z, t, prompts[prompt], torch.tensor([3.0, 7.5])).pow(2).mean().backward()
+        return [p.grad.clone() for p in trained.parameters() if p.grad is not None]
+
+    plain = gradients()
+    unet.enable_gradient_checkpointing(checkpoint_in_context)
+    for one, other in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_every_sample_has_its_own_scale(

@@ -86,14 +86,14 @@ def test_another_seed_gives_other_weights(
 def test_it_learns(
     config: DistillConfig, material: Callable[[str], Material], prediction_type: str
 ) -> None:
-    config = replace(config, max_train_steps=120, validation_steps=40, checkpointing_steps=200,
-                     learning_rate=1e-2)  # fmt: skip
+    config = replace(config, max_train_steps=240, validation_steps=80, checkpointing_steps=400,
+                     learning_rate=3e-3)  # fmt: skip
     train(config, material(prediction_type))
     history = json.loads((Path(config.output_dir) / "history.json").read_text())
     errors = [row["guidance_error"] for row in history]
-    assert [row["step"] for row in history] == [40, 80, 120]
+    assert [row["step"] for row in history] == [80, 160, 240]
     assert errors[-1] < 0.9
-    assert (Path(config.output_dir) / "validation" / "step-120.png").is_file()
+    assert (Path(config.output_dir) / "validation" / "step-240.png").is_file()
 
 
 def test_saved_guide_is_the_averaged_one(
