@@ -16,6 +16,7 @@ from recipe.finetunes import STYLES, make_finetune
 from recipe.judge import JudgeStage, make_judge
 from recipe.pictures import make_pictures
 from recipe.prompts import make_prompts
+from recipe.variants import VariantsStage, compare_variants
 
 STAGES = ("prompts", "pictures", "autoencoder", "base", "finetunes", "judge", "cards")
 
@@ -23,10 +24,20 @@ STAGES = ("prompts", "pictures", "autoencoder", "base", "finetunes", "judge", "c
 @dataclass(frozen=True)
 class Recipe:
     """Make the embedded model. Stages, in order: prompts, pictures, autoencoder, base,
-    finetunes, judge, cards."""
+    finetunes, judge, cards. Beside them, variants compares forms of the guide."""
 
     stage: tyro.conf.Positional[
-        Literal["prompts", "pictures", "autoencoder", "base", "finetunes", "judge", "cards", "all"]
+        Literal[
+            "prompts",
+            "pictures",
+            "autoencoder",
+            "base",
+            "finetunes",
+            "judge",
+            "cards",
+            "variants",
+            "all",
+        ]
     ]
     work: Path = Path("runs/recipe")
     """Checkpoints of the stages, and the autoencoder on its own."""
@@ -35,6 +46,7 @@ class Recipe:
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     base: BaseStage = field(default_factory=BaseStage)
     judge: JudgeStage = field(default_factory=JudgeStage)
+    variants: VariantsStage = field(default_factory=VariantsStage)
 
 
 def run(recipe: Recipe) -> None:
@@ -56,6 +68,8 @@ def run(recipe: Recipe) -> None:
                 )
         elif stage == "judge":
             make_judge(pictures, recipe.work, recipe.target / "judge", recipe.judge)
+        elif stage == "variants":
+            compare_variants(recipe.work, recipe.variants)
         else:
             write_cards(recipe.target)
 

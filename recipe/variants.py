@@ -1,0 +1,97 @@
+"""``variants``: forms of the tiny guide and sources of training states, on equal training.
+
+Not needed to make the model; it gives the tables in ``docs/guides.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pilotfish import embedded
+from pilotfish.cli.distill import distill
+from pilotfish.distill.config import DistillConfig
+from pilotfish.evaluate.guidance_error import guidance_error
+from pilotfish.evaluate.hosts import embedded_hosts
+from pilotfish.evaluate.machine import machine, versions
+from pilotfish.guides import Guide
+
+FORMS: dict[str, dict[str, Any]] = {
+    "external-latents": {"guide": "external", "reads": ("latents",)},
+    "external-skips": {"guide": "external", "reads": ("skips",)},
+    "external-both": {"guide": "external", "reads": ("latents", "skips")},
+    "tiny-text": {"rank": 0, "head": 0},
+    "tiny-layers": {"push": False, "head": 0},
+    "tiny-head": {"push": False, "rank": 0},
+    "tiny-layers-head": {"push": False},
+    "tiny": {},
+    "full": {"guide": "full"},
+}
+STATES: dict[str, dict[str, Any]] = {
+    f"states-{name}": {"states": name} for name in ("noised", "trajectory", "student")
+}
+
+
+@dataclass(frozen=True)
+class VariantsStage:
+    """What is compared, and how long each is trained."""
+
+    names: tuple[str, ...] = (*FORMS, *STATES)
+    steps: int = 250
+    batch: int = 64
+    prompts: int = 32
+    num_inference_steps: int = 12
+    seed: int = 0
+    output: Path = Path("results/variants.json")
+
+
+def compare_variants(work: Path, stage: VariantsStage) -> None:
+    """Train each, measure its guidance error on every host, write JSON, print the table."""
+    rows: dict[str, Any] = {}
+    if stage.output.is_file():
+        rows = json.loads(stage.output.read_text())["variants"]
+    held_out = embedded.prompts("held_out")[: stage.prompts]
+    for name in stage.names:
+        if name in rows:
+            continue
+        settings = {"states": "trajectory", **(FORMS | STATES)[name]}
+        folder = work / "variants" / name
+        guide = distill(
+            DistillConfig(
+                output_dir=str(folder), max_train_steps=stage.steps, seed=stage.seed,
+                train_batch_size=stage.batch, validation_steps=stage.steps, report_to="none",
+                resume="latest", **settings,
+            )
+        )  # fmt: skip
+        rows[name] = measure(guide, held_out, stage)
+        run = {k: v for k, v in asdict(stage).items() if k not in ("names", "output")}
+        run |= {
+            "command": "python -m recipe variants",
+            "machine": machine(),
+            "versions": versions(),
+        }
+        stage.output.parent.mkdir(parents=True, exist_ok=True)
+        stage.output.write_text(json.dumps({"variants": rows, "run": run}, indent=2) + "\n")
+    hosts = list(embedded.HOSTS)
+    print("| variant | parameters |", " | ".join(hosts), "|")
+    print("|---|---:|" + "---:|" * len(hosts))
+    for name, row in rows.items():
+        errors = " | ".join(f"{row['guidance_error'][host]['mean']:.3f}" for host in hosts)
+        print(f"| {name} | {100 * row['share']:.2f} % | {errors} |")
+
+
+def measure(guide: Guide, held_out: list[str], stage: VariantsStage) -> dict[str, Any]:
+    """Size and guidance error on every embedded host."""
+    errors, share = {}, 0.0
+    parameters = sum(p.numel() for p in guide.parameters())
+    for host, found in embedded_hosts().items():
+        pipe = found.load()
+        if host == "base":
+            share = parameters / sum(p.numel() for p in pipe.unet.parameters())
+        error = guidance_error(
+            pipe, guide, held_out, seed=stage.seed, num_inference_steps=stage.num_inference_steps
+        )
+        errors[host] = {"mean": error.mean, "by_w": error.by_w}
+    return {"parameters": parameters, "share": share, "guidance_error": errors}
