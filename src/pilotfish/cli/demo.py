@@ -23,18 +23,13 @@ from pilotfish.evaluate.hosts import embedded_hosts
 from pilotfish.evaluate.table import result_table
 from pilotfish.guides import Guide
 
-SHOWN = (
-    "owl", "red apple", "rocket", "smiling face with sunglasses", "cactus",
-    "birthday cake", "panda", "guitar",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class DemoConfig:
     """Distil a guide from nothing for a few minutes, measure it and the shipped one on the base
     and on three fine-tunes that neither has seen, and write a report with pictures."""
 
-    max_train_steps: int = 700
+    max_train_steps: int = 500
     samples: int = 64
     """Pictures for each host and way of guidance."""
     guidance_scale: float = 4.0
@@ -74,10 +69,11 @@ def main(arguments: Sequence[str]) -> None:
             )  # fmt: skip
         results[label].save(folder / f"{label}.json")
     with shown() as progress:
-        drawn = draw_hosts(hosts, guides["shipped"], SHOWN, progress, **sampling)
-    grids = {"Base and fine-tunes, the shipped guide": wide_grid(SHOWN, drawn)}
+        drawn = draw_hosts(hosts, guides["shipped"], embedded.SHOWN, progress, **sampling)
+    grids = {"Base and fine-tunes, the shipped guide": wide_grid(embedded.SHOWN, drawn)}
     grids["Base, the guide distilled just now"] = host_grid(
-        SHOWN, draw_hosts({"base": hosts["base"]}, fresh, SHOWN, **sampling)["base"]
+        embedded.SHOWN,
+        draw_hosts({"base": hosts["base"]}, fresh, embedded.SHOWN, **sampling)["base"],
     )
     for name, image in zip(("grid", "grid-fresh"), grids.values(), strict=True):
         image.save(folder / f"{name}.png")

@@ -16,6 +16,7 @@ from pilotfish.cli.progress import shown
 from pilotfish.data.prompts import load_prompts
 from pilotfish.evaluate.evaluation import evaluate
 from pilotfish.evaluate.features import Judge
+from pilotfish.evaluate.grids import draw_hosts, wide_grid
 from pilotfish.evaluate.hosts import Host
 from pilotfish.evaluate.table import result_table
 
@@ -50,6 +51,8 @@ class EvaluateConfig:
     clip: str | None = None
     """Folder of a CLIP: adds CLIP score."""
     output: str = "runs/evaluation.json"
+    grid: str | None = None
+    """PNG file: without guidance, CFG and guided, side by side on every host."""
 
 
 def choose_hosts(names: Sequence[str], pictures: Sequence[str]) -> dict[str, Host]:
@@ -78,9 +81,10 @@ def main(arguments: Sequence[str]) -> None:
     names = load_prompts(config.prompts) if config.prompts else embedded.prompts("captions")
     held_out = load_prompts(config.held_out) if config.held_out else embedded.prompts("held_out")
     judge = Judge.from_folder(config.judge) if config.judge else Judge.embedded()
+    hosts, chosen = choose_hosts(config.hosts, config.pictures), guide(config.guide)
     with shown() as progress:
         result = evaluate(
-            choose_hosts(config.hosts, config.pictures), guide(config.guide),
+            hosts, chosen,
             guide_name=config.guide, command=" ".join(["pilotfish evaluate", *arguments]),
             prompts=names, names=names, held_out=held_out, judge=judge, samples=config.samples,
             seed=config.seed, guidance_scale=config.guidance_scale, rounds=config.rounds,
@@ -90,3 +94,14 @@ def main(arguments: Sequence[str]) -> None:
     result.save(config.output)
     Console().print(result_table(result))
     print(f"saved {config.output}")
+    if config.grid:
+        rows = names[:8] if config.prompts else embedded.SHOWN
+        with shown() as progress:
+            drawn = draw_hosts(
+                hosts, chosen, rows, progress, seed=config.seed,
+                guidance_scale=config.guidance_scale,
+                num_inference_steps=config.num_inference_steps,
+            )  # fmt: skip
+        Path(config.grid).parent.mkdir(parents=True, exist_ok=True)
+        wide_grid(rows, drawn).save(config.grid)
+        print(f"saved {config.grid}")

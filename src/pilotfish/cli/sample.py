@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from PIL import Image
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from pilotfish.cli.names import guide, host
 from pilotfish.data.pictures import to_pixels
 from pilotfish.data.prompts import load_prompts
+from pilotfish.evaluate.grids import contact_sheet
 from pilotfish.sampling import sample
 
 
@@ -39,6 +41,8 @@ class SampleConfig:
     seed: int = 0
     batch_size: int = 16
     output_dir: str = "runs/samples"
+    sheet: str | None = None
+    """PNG file: all pictures on one sheet, numbered, without their prompts."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -60,8 +64,14 @@ def main(arguments: Sequence[str]) -> None:
         guide=guide(config.guide) if config.guidance == "guided" else None,
         negative_prompt=config.negative_prompt,
     )  # fmt: skip
+    images = []
     for one in tqdm(made, total=len(texts), desc="sample"):
+        images.append(one.image)
         name = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower()).strip("-")[:60]
         pixels = to_pixels(one.image).permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / f"{name}-{one.seed}.png")
     print(f"{len(texts)} pictures in {folder}")
+    if config.sheet:
+        Path(config.sheet).parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(torch.stack(images)).save(config.sheet)
+        print(f"saved {config.sheet}")

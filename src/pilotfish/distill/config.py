@@ -33,7 +33,7 @@ class DistillConfig:
     """Channels of what a tiny guide adds to each decoder layer; 0 leaves them alone."""
     head: int = 48
     """Channels of a tiny guide's part at the prediction; 0 leaves it alone."""
-    states: Literal["noised", "trajectory", "student"] = "student"
+    states: Literal["noised", "trajectory", "student"] = "trajectory"
     """Training states: noised pictures, the teacher's CFG trajectories, or those stepped
     partly by the student itself."""
     prompts: str | None = None
@@ -63,9 +63,9 @@ class DistillConfig:
     """Sampling steps of a training trajectory, drawn for each."""
     student_share: float = 0.5
     """Share of the latents that the student steps itself, for ``--states student``."""
-    pool: int = 256
-    """Latents on their way at once."""
-    replay_capacity: int = 2048
+    pool: int = 1024
+    """Latents on their way at once; with few of them the guide learns their prompts by heart."""
+    replay_capacity: int = 8192
     """States kept with the teacher's two predictions."""
     replay_reuse: int = 4
     """Training steps for each new batch of states; 1 runs the teacher at every step."""

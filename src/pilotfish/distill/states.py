@@ -140,11 +140,16 @@ class RollingTrajectories:
         self.prompt = torch.zeros(pool, dtype=torch.long)
         self.scale = torch.zeros(pool)
         self.own = torch.zeros(pool, dtype=torch.bool)
-        self._begin(torch.arange(pool), generator)
+        # the first trajectories may be as short as one step, so that they part company soon and
+        # stand at all timesteps at once
+        self._begin(torch.arange(pool), generator, shortest=1)
 
-    def _begin(self, slots: torch.Tensor, generator: torch.Generator) -> None:
+    def _begin(
+        self, slots: torch.Tensor, generator: torch.Generator, shortest: int | None = None
+    ) -> None:
         n = len(slots)
         low, high = self.steps
+        low = low if shortest is None else shortest
         self.latents[slots] = torch.randn(n, *self.shape, generator=generator)
         self.position[slots] = 0
         self.length[slots] = torch.randint(low, high + 1, (n,), generator=generator)

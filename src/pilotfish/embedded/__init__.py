@@ -25,6 +25,12 @@ GUIDES = FOLDER / "guides"
 HOSTS = {"base": "noto", "fluent": "fluent", "twemoji": "twemoji", "emojione": "emojione"}
 _LORA = {"emojione"}
 
+# the rows of published grids
+SHOWN = (
+    "owl", "red apple", "rocket", "smiling face with sunglasses", "cactus",
+    "birthday cake", "panda", "guitar",
+)  # fmt: skip
+
 
 def load_host(name: str = "base", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """A pipeline: the base, or a fine-tune of it (two full ones and one LoRA).

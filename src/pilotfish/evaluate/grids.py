@@ -93,6 +93,28 @@ def wide_grid(prompts: Sequence[str], hosts: Mapping[str, Columns], scale: int =
     return sheet
 
 
+def contact_sheet(images: torch.Tensor, columns: int = 5, scale: int = 2) -> Image.Image:
+    """(N, 3, H, W) pictures in [-1, 1] row by row, numbered from 1 and without their names,
+    so that somebody can be asked what they are.
+
+    Raises:
+        ValueError: no picture.
+    """
+    if not len(images):
+        raise ValueError("a sheet needs at least one picture")
+    height, width = (scale * n for n in images.shape[2:])
+    rows = -(-len(images) // columns)
+    cell, row = width + GAP, height + LINE + GAP
+    sheet = Image.new("RGB", (GAP + columns * cell, GAP + rows * row), GROUND)
+    pen = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(images):
+        x, y = GAP + i % columns * cell, GAP + i // columns * row
+        sheet.paste(_picture(picture, (width, height)), (x, y))
+        at = (x + width / 2, y + height + LINE / 2)
+        pen.text(at, str(i + 1), FAINT, _font(LETTERS - 1), anchor="mm")
+    return sheet
+
+
 def draw_hosts(
     hosts: Mapping[str, Host], guide: Guide, prompts: Sequence[str],
     progress: Callable[[str, int, int], None] | None = None, **settings: Any,
