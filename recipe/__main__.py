@@ -13,18 +13,21 @@ from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base
 from recipe.finetunes import STYLES, make_finetune
+from recipe.guides import GUIDES, make_guide
 from recipe.judge import JudgeStage, make_judge
 from recipe.pictures import make_pictures
 from recipe.prompts import make_prompts
 from recipe.variants import VariantsStage, compare_variants
 
-STAGES = ("prompts", "pictures", "autoencoder", "base", "finetunes", "judge", "cards")
+STAGES = (
+    "prompts", "pictures", "autoencoder", "base", "finetunes", "judge", "guides", "cards",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Make the embedded model. Stages, in order: prompts, pictures, autoencoder, base,
-    finetunes, judge, cards. Beside them, variants compares forms of the guide."""
+    finetunes, judge, guides, cards. Beside them, variants compares forms of the guide."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -34,6 +37,7 @@ class Recipe:
             "base",
             "finetunes",
             "judge",
+            "guides",
             "cards",
             "variants",
             "all",
@@ -46,6 +50,8 @@ class Recipe:
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     base: BaseStage = field(default_factory=BaseStage)
     judge: JudgeStage = field(default_factory=JudgeStage)
+    guides: tuple[str, ...] = tuple(GUIDES)
+    """Which guides the stage of that name distils."""
     variants: VariantsStage = field(default_factory=VariantsStage)
 
 
@@ -68,6 +74,9 @@ def run(recipe: Recipe) -> None:
                 )
         elif stage == "judge":
             make_judge(pictures, recipe.work, recipe.target / "judge", recipe.judge)
+        elif stage == "guides":
+            for name in recipe.guides:
+                make_guide(name, recipe.work, recipe.target)
         elif stage == "variants":
             compare_variants(recipe.work, recipe.variants)
         else:

@@ -1,4 +1,4 @@
-"""Stage 6, ``cards``: a model card beside every model, naming source and licence."""
+"""Stage 7, ``cards``: a model card beside every model, naming source and licence."""
 
 from __future__ import annotations
 
@@ -67,6 +67,14 @@ def write_cards(target: Path) -> None:
         "A small CLIP over four styles of emoji. It takes no part in training a guide.",
         "judge", everyone, "cc-by-4.0", "transformers", 1,
     )  # fmt: skip
+    for guide in sorted(p.name for p in (target / "guides").glob("*") if p.is_dir()):
+        card(
+            f"guides/{guide}", f"Pilotfish guide, {guide}",
+            "Stands in for the second pass of classifier-free guidance on the Pilotfish base "
+            "and on its fine-tunes. Distilled from the base's own sampling of text prompts; no "
+            "picture took part but those that the base was trained on.",
+            "guides", ("noto",), "apache-2.0", "pilotfish",
+        )  # fmt: skip
     for style in ARTISTS:
         lines = f"# Pictures\n\n{source(style)}\n\nDrawn by `python -m recipe pictures`.\n"
         (target / "pictures" / style / "README.md").write_text(lines)

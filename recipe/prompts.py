@@ -6,7 +6,8 @@ from pathlib import Path
 
 from recipe.vocabulary import captions, recombinations
 
-TRAINING = 1500
+# few of them, and a guide learns by heart what CFG does to each
+TRAINING = 12000
 HELD_OUT = 128
 
 

@@ -58,8 +58,8 @@ class DistillConfig:
     guidance_scale_min: float = 1.0
     guidance_scale_max: float = 8.0
     """w is drawn anew for every sample, uniformly between the two."""
-    trajectory_steps_min: int = 16
-    trajectory_steps_max: int = 50
+    trajectory_steps_min: int = 8
+    trajectory_steps_max: int = 32
     """Sampling steps of a training trajectory, drawn for each."""
     student_share: float = 0.5
     """Share of the latents that the student steps itself, for ``--states student``."""
@@ -67,8 +67,9 @@ class DistillConfig:
     """Latents on their way at once; with few of them the guide learns their prompts by heart."""
     replay_capacity: int = 8192
     """States kept with the teacher's two predictions."""
-    replay_reuse: int = 4
-    """Training steps for each new batch of states; 1 runs the teacher at every step."""
+    replay_reuse: int = 1
+    """Training steps for each new batch of states. 1 runs the teacher at every step; more is
+    faster, but the guide then learns the trajectories that it is shown by heart."""
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = 2
     resume: str | None = None

@@ -102,3 +102,22 @@ def cost_rows(cost: Cost) -> list[tuple[str, str, str, str]]:
         for batch, ratio in cost.cfg_over_guided.items()
     ]  # fmt: skip
     return [(what, plain, cfg, guided) for what, plain, cfg, guided in rows]
+
+
+def markdown_table(result: Result) -> str:
+    """The result in short, for a README: one line a host."""
+    w, batch = result.run.guidance_scale, list(result.cost.cfg_over_guided)[-1]
+    lines = [
+        f"| w = {w:g} | no guidance | CFG | **guided** | gain kept | guidance error |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, host in result.hosts.items():
+        cells = [percent(getattr(host, way).prompt_score) for way in WAYS]
+        cells[-1] = f"**{cells[-1]}**"
+        cells += [percent(host.gain_kept), number(host.guidance_error.mean)]
+        lines.append(f"| right name found, {name} | " + " | ".join(cells) + " |")
+    passes = (f"{result.cost.passes[way]:g}" for way in ("plain", "cfg", "guided"))
+    lines.append("| denoiser passes | {} | {} | **{}** | | |".format(*passes))
+    plain, guided = result.cost.cfg_over_plain[batch], result.cost.cfg_over_guided[batch]
+    lines.append(f"| speed, batch {batch} | {number(plain)}× | 1× | **{number(guided)}×** | | |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,26 @@
+"""Stage 6, ``guides``: the guides that the project carries, distilled from the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pilotfish.cli.distill import distill
+from pilotfish.distill.config import DistillConfig
+
+GUIDES: dict[str, dict[str, Any]] = {
+    "tiny": {"max_train_steps": 1200},
+    "full": {"guide": "full", "max_train_steps": 2000},
+}
+
+
+def make_guide(name: str, work: Path, target: Path) -> None:
+    """Distil one; save it in half precision."""
+    folder = work / f"guide-{name}"
+    guide = distill(
+        DistillConfig(
+            output_dir=str(folder), checkpointing_steps=100, validation_steps=200,
+            report_to="none", resume="latest", **GUIDES[name],
+        )
+    )  # fmt: skip
+    guide.half().save_pretrained(target / "guides" / name)
