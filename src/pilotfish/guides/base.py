@@ -99,6 +99,8 @@ class Guide(ModelMixin, ConfigMixin):
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             why = _first_line(error)
             raise GuideError(f"no guide could be read from {where}: {why}") from error
+        # loading leaves an empty list here, of which every later to(dtype) would warn
+        guide._keep_in_fp32_modules = None
         for what in ("missing", "unexpected"):
             if keys := sorted(loaded[f"{what}_keys"]):
                 raise GuideError(f"the weights in {where} have {what} tensors, first {keys[0]}")

@@ -1,0 +1,36 @@
+"""What the README says is what the committed result says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pilotfish.evaluate.result import Result
+from pilotfish.evaluate.table import markdown_table
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def result() -> Result:
+    return Result.load(ROOT / "results" / "guide.json")
+
+
+def test_its_table_is_the_committed_result(result: Result) -> None:
+    assert markdown_table(result) in (ROOT / "README.md").read_text()
+
+
+def test_it_names_command_machine_and_seed(result: Result) -> None:
+    text = (ROOT / "README.md").read_text()
+    assert result.run.command in text
+    assert result.run.machine in text
+    assert f"seed {result.run.seed}" in text
+
+
+def test_its_links_lead_somewhere() -> None:
+
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
