@@ -140,9 +140,10 @@ class RollingTrajectories:
         self.prompt = torch.zeros(pool, dtype=torch.long)
         self.scale = torch.zeros(pool)
         self.own = torch.zeros(pool, dtype=torch.bool)
-        # the first trajectories may be as short as one step, so that they part company soon and
-        # stand at all timesteps at once
-        self._begin(torch.arange(pool), generator, shortest=1)
+        # where lengths differ, the first trajectories may be as short as one step, so that they
+        # part company soon and stand at all timesteps at once
+        fixed = steps[0] == steps[1]
+        self._begin(torch.arange(pool), generator, shortest=steps[0] if fixed else 1)
 
     def _begin(
         self, slots: torch.Tensor, generator: torch.Generator, shortest: int | None = None
