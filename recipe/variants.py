@@ -30,7 +30,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "full": {"guide": "full"},
 }
 STATES: dict[str, dict[str, Any]] = {
-    f"states-{name}": {"states": name} for name in ("noised", "trajectory", "student")
+    # "tiny" itself is trained on trajectories
+    f"tiny-states-{name}": {"states": name}
+    for name in ("noised", "student")
 }
 
 

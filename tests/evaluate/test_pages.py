@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pilotfish.evaluate import plots
-from pilotfish.evaluate.grids import draw_host, draw_hosts, host_grid, wide_grid
+from pilotfish.evaluate.grids import contact_sheet, draw_host, draw_hosts, host_grid, wide_grid
 from pilotfish.evaluate.hosts import Host
 from pilotfish.evaluate.report import render, write
 from pilotfish.evaluate.result import Result, Scores
@@ -23,6 +23,15 @@ ROWS = [{"step": 0, "loss": 1.0}, {"step": 10, "loss": 0.5, "guidance_error": 0.
 def columns(n: int) -> dict[str, torch.Tensor]:
     shades = {"none": -1.0, "cfg": 0.0, "guided": 1.0}
     return {way: torch.full((n, 3, 16, 16), shade) for way, shade in shades.items()}
+
+
+def test_a_contact_sheet_holds_every_picture_and_no_name() -> None:
+    sheet = contact_sheet(torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 0.0, 1.0)]), 2)
+    colours = {colour for _, colour in sheet.getcolors(10_000)}
+    assert {(0, 0, 0), (255, 255, 255)} < colours
+    assert sheet.width < sheet.height
+    with pytest.raises(ValueError, match="at least one picture"):
+        contact_sheet(torch.empty(0, 3, 8, 8))
 
 
 def test_a_line_a_host_and_one_for_no_guide(result: Result) -> None:

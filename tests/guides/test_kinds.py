@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from pilotfish.contract import GuideInputs, Injection
+from pilotfish.contract import GuideError, GuideInputs, Injection
 from pilotfish.denoisers import decoder_channels, skip_channels, skip_levels
-from pilotfish.guides import ExternalGuide, FullGuide, Guide
+from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 
 
 @pytest.fixture
@@ -181,6 +181,28 @@ def test_the_form_that_reads_skips_alone_sees_no_latents(
     with torch.no_grad():
         pairs = zip(maps(reader(inputs)), maps(reader(inputs), made=other), strict=True)
         assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("part", "left"),
+    [
+        ({"push": False}, "layers output"),
+        ({"rank": 0}, "text output"),
+        ({"head": 0}, "text layers"),
+    ],
+)
+def test_a_part_of_the_tiny_guide_can_be_left_out(
+    unet: UNet2DConditionModel, inputs: GuideInputs, part: dict[str, Any], left: str
+) -> None:
+    injection = TinyGuide.for_denoiser(unet, "epsilon", **part)(inputs)
+    made = {"text": injection.text is not None, "layers": bool(injection.layers),
+            "output": injection.output is not None}  # fmt: skip
+    assert [name for name, there in made.items() if there] == left.split()
+
+
+def test_a_tiny_guide_without_any_part_is_refused(unet: UNet2DConditionModel) -> None:
+    with pytest.raises(GuideError, match="at least one of push, rank and head"):
+        TinyGuide.for_denoiser(unet, "epsilon", push=False, rank=0, head=0)
 
 
 def test_the_full_guide_starts_from_the_encoder(unet: UNet2DConditionModel) -> None:

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     images = []
     for one in tqdm(made, total=len(texts), desc="sample"):
-        images.append(one.image)
+        if config.sheet:
+            images.append(one.image)
         name = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower()).strip("-")[:60]
         pixels = to_pixels(one.image).permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / f"{name}-{one.seed}.png")
