@@ -17,6 +17,7 @@ from recipe.guides import GUIDES, make_guide
 from recipe.judge import JudgeStage, make_judge
 from recipe.pictures import make_pictures
 from recipe.prompts import make_prompts
+from recipe.readme import write_readme
 from recipe.variants import VariantsStage, compare_variants
 
 STAGES = (
@@ -27,7 +28,8 @@ STAGES = (
 @dataclass(frozen=True)
 class Recipe:
     """Make the embedded model. Stages, in order: prompts, pictures, autoencoder, base,
-    finetunes, judge, guides, cards. Beside them, variants compares forms of the guide."""
+    finetunes, judge, guides, cards. Beside them, variants compares forms of the guide,
+    and readme puts what was measured into the README."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -40,6 +42,7 @@ class Recipe:
             "guides",
             "cards",
             "variants",
+            "readme",
             "all",
         ]
     ]
@@ -50,6 +53,8 @@ class Recipe:
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     base: BaseStage = field(default_factory=BaseStage)
     judge: JudgeStage = field(default_factory=JudgeStage)
+    styles: tuple[str, ...] = tuple(STYLES)
+    """Which fine-tunes the stage of that name makes."""
     guides: tuple[str, ...] = tuple(GUIDES)
     """Which guides the stage of that name distils."""
     variants: VariantsStage = field(default_factory=VariantsStage)
@@ -68,10 +73,11 @@ def run(recipe: Recipe) -> None:
         elif stage == "base":
             make_base(pictures, vae, recipe.work, recipe.target / "base", recipe.base)
         elif stage == "finetunes":
-            for style, settings in STYLES.items():
+            for style in recipe.styles:
                 make_finetune(
-                    style, pictures, recipe.target / "base", recipe.work, recipe.target, settings
-                )
+                    style, pictures, recipe.target / "base", recipe.work, recipe.target,
+                    STYLES[style],
+                )  # fmt: skip
         elif stage == "judge":
             make_judge(pictures, recipe.work, recipe.target / "judge", recipe.judge)
         elif stage == "guides":
@@ -79,6 +85,8 @@ def run(recipe: Recipe) -> None:
                 make_guide(name, recipe.work, recipe.target)
         elif stage == "variants":
             compare_variants(recipe.work, recipe.variants)
+        elif stage == "readme":
+            write_readme(Path("README.md"), Path("results/guide.json"))
         else:
             write_cards(recipe.target)
 

@@ -6,13 +6,13 @@ stay the base's.
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -32,20 +32,22 @@ class FinetuneStage:
 
     Attributes:
         rank: of the LoRA; 0 trains all of the UNet.
+        bf16: as for the base.
     """
 
-    steps: int = 2400
+    steps: int = 1600
     batch: int = 64
     learning_rate: float = 4e-4
     rank: int = 0
     views: int = 3
     seed: int = 0
+    bf16: bool = True
 
 
 STYLES = {
     "fluent": FinetuneStage(),
     "twemoji": FinetuneStage(),
-    "emojione": FinetuneStage(rank=24, learning_rate=2e-3),
+    "emojione": FinetuneStage(rank=24, learning_rate=2e-3, steps=800),
 }
 
 
@@ -54,8 +56,8 @@ def make_finetune(
 ) -> None:
     """Learn one style; save ``target/<style>/unet`` or ``target/<style>-lora``."""
     torch.manual_seed(stage.seed)
-    pipe = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
-    folder, encoder, unet = pictures / style, pipe.text_encoder, pipe.unet
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    folder, encoder, unet = pictures / style, pipe.text_encoder.float(), pipe.unet
     encoder.requires_grad_(False)
     if stage.rank:
         unet.requires_grad_(False)
@@ -64,7 +66,9 @@ def make_finetune(
         )
     unet.to(memory_format=torch.channels_last)
     average = deepcopy(unet)
-    like_base = replace(BaseStage(), batch=stage.batch, views=stage.views, settle=0)
+    like_base = replace(
+        BaseStage(), batch=stage.batch, views=stage.views, settle=0, bf16=stage.bf16
+    )
     objective = DenoisingLoss(
         latent_views(pipe.vae, folder, stage.views, stage.seed),
         tokenize(pipe.tokenizer, load_pictures(folder).captions),
@@ -78,7 +82,13 @@ def make_finetune(
     )  # fmt: skip
     average.to(memory_format=torch.contiguous_format).half()
     if stage.rank:
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(average))
+        # peft's own names: diffusers' older ones exist for attention alone, and a file that
+        # mixes the two loses half of itself on loading
+        layers = get_peft_model_state_dict(average)
         StableDiffusionPipeline.save_lora_weights(target / f"{style}-lora", unet_lora_layers=layers)
     else:
         average.save_pretrained(target / style / "unet")
+        config = target / style / "unet" / "config.json"
+        facts = json.loads(config.read_text())
+        facts.pop("_name_or_path")  # where it began, on the machine that trained it
+        config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")

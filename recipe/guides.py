@@ -9,7 +9,7 @@ from pilotfish.cli.distill import distill
 from pilotfish.distill.config import DistillConfig
 
 GUIDES: dict[str, dict[str, Any]] = {
-    "tiny": {"max_train_steps": 1200},
+    "tiny": {"max_train_steps": 700},
     "full": {"guide": "full", "max_train_steps": 2000},
 }
 
@@ -20,7 +20,7 @@ def make_guide(name: str, work: Path, target: Path) -> None:
     guide = distill(
         DistillConfig(
             output_dir=str(folder), checkpointing_steps=100, validation_steps=200,
-            report_to="none", resume="latest", **GUIDES[name],
+            report_to="none", resume="latest", mixed_precision="bf16", **GUIDES[name],
         )
     )  # fmt: skip
     guide.half().save_pretrained(target / "guides" / name)

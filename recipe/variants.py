@@ -64,7 +64,7 @@ def compare_variants(work: Path, stage: VariantsStage) -> None:
             DistillConfig(
                 output_dir=str(folder), max_train_steps=stage.steps, seed=stage.seed,
                 train_batch_size=stage.batch, validation_steps=stage.steps, report_to="none",
-                resume="latest", **settings,
+                resume="latest", mixed_precision="bf16", **settings,
             )
         )  # fmt: skip
         rows[name] = measure(guide, held_out, stage)

@@ -9,6 +9,7 @@ import pytest
 
 from pilotfish.evaluate.result import Result
 from pilotfish.evaluate.table import markdown_table
+from recipe.readme import measured
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,8 +19,10 @@ def result() -> Result:
     return Result.load(ROOT / "results" / "guide.json")
 
 
-def test_its_table_is_the_committed_result(result: Result) -> None:
-    assert markdown_table(result) in (ROOT / "README.md").read_text()
+def test_its_figures_are_the_committed_result(result: Result) -> None:
+    text = (ROOT / "README.md").read_text()
+    assert measured(result) in text
+    assert markdown_table(result).rstrip() in text
 
 
 def test_it_names_command_machine_and_seed(result: Result) -> None:
@@ -30,7 +33,6 @@ def test_it_names_command_machine_and_seed(result: Result) -> None:
 
 
 def test_its_links_lead_somewhere() -> None:
-
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert link.startswith("https://") or (page.parent / link).exists(), (page, link)

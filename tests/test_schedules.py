@@ -53,6 +53,15 @@ def test_a_step_and_its_reverse_cancel(schedule: Schedule) -> None:
     torch.testing.assert_close(back, z, atol=1e-3, rtol=1e-3)
 
 
+def test_the_prediction_between_two_points_leads_from_one_to_the_other(schedule: Schedule) -> None:
+    z, prediction = (x[2:] for x in latents())
+    here = TIMES[2:]
+    for to in (here // 2, torch.full_like(here, -1)):
+        goal = schedule.ddim_step(z, prediction, here, to)
+        found = schedule.prediction_between(z, goal, here, to)
+        torch.testing.assert_close(found, prediction, atol=1e-3, rtol=1e-3)
+
+
 def test_add_noise_is_that_of_diffusers(schedule: Schedule) -> None:
     x, eps = latents()
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

@@ -32,7 +32,12 @@ class Guided:
         _place_beside(guide, self.unet)  # type: ignore[attr-defined]
         if kwargs.get("guidance_rescale"):
             warnings.warn("guidance_rescale has no second pass to act on; ignored", stacklevel=2)
-        guided = GuidedPass(guide, lambda: self.guidance_scale, lambda: self._pilotfish_negative)  # type: ignore[attr-defined]
+        guided = GuidedPass(
+            guide,
+            lambda: self.guidance_scale,  # type: ignore[attr-defined]
+            lambda: self._pilotfish_negative,
+            _Watch(guide, self),
+        )
         self._pilotfish_open = True
         try:
             with guided.open():
@@ -74,10 +79,9 @@ def attach(guide: GuideLike, pipe: Any) -> None:
         raise GuideError(f"{type(pipe).__name__} has no UNet with a text prompt to guide")
     guide.check(fingerprint(unet, pipe.scheduler.config.prediction_type))
     guide.eval()
-    plain = type(pipe)
+    hooks, plain = install(guide, unet), type(pipe)
     pipe.__class__ = type(plain.__name__, (Guided, plain), {"__module__": plain.__module__})
-    pipe._pilotfish_guide = guide
-    pipe._pilotfish_hooks = install(guide, unet)
+    pipe._pilotfish_guide, pipe._pilotfish_hooks = guide, hooks
 
 
 def detach(guide: GuideLike, pipe: Any) -> None:
@@ -102,6 +106,30 @@ def attached(guide: GuideLike, pipe: Any) -> Iterator[Any]:
         yield pipe
     finally:
         detach(guide, pipe)
+
+
+class _Watch:
+    """Warns once in a call when a guide distilled to few steps is asked for others."""
+
+    def __init__(self, guide: GuideLike, pipe: Any) -> None:
+        self.known, self.pipe = guide.timesteps, pipe
+
+    def __call__(self) -> None:
+        if self.known is None:
+            return
+        known, scheduler, self.known = self.known, self.pipe.scheduler, None
+        asked = tuple(int(t) for t in scheduler.timesteps)
+        # Euler's steps are DDIM's; solvers that look back on earlier steps would do twice what
+        # the guide has learnt to do
+        name = type(scheduler).__name__
+        if asked == known and name.startswith(("DDIM", "Euler")):
+            return
+        warnings.warn(
+            f"this guide was distilled for {len(known)} DDIM steps at the timesteps "
+            f"{', '.join(str(t) for t in known)}, but {name} takes {len(asked)} at "
+            f"{', '.join(str(t) for t in asked)}; use num_inference_steps={len(known)} and a "
+            'DDIMScheduler with timestep_spacing="trailing"', stacklevel=2,
+        )  # fmt: skip
 
 
 def _place_beside(guide: GuideLike, unet: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -40,10 +40,8 @@ EncoderAddition = Callable[
     [tuple[torch.Tensor, ...], torch.Tensor],
     tuple[tuple[torch.Tensor | None, ...], torch.Tensor | None],
 ]
-# what a decoder layer made (N, c, h, w) -> what is added to it
-LayerAddition = Callable[[torch.Tensor], torch.Tensor]
-# (last features (N, c, h, w), prediction (N, C, h, w)) -> what is added to the prediction
-OutputAddition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# (what entered a module, what it made), each (N, ...) -> what is added to the latter
+ModuleAddition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,14 +55,13 @@ class Injection:
         text: (N, L, D), added to the encoder hidden states.
         encoder: asked when the mid block is done; its answers are added to the mid block's
             output and to the skip features on their way into the decoder.
-        layers: one for each decoder layer, in the order in which they run.
-        output: asked when the last convolution has made the prediction.
+        modules: by the name of a module of the denoiser, what is added to its output. The
+            names are among those that the guide ``touches``.
     """
 
     text: torch.Tensor | None = None
     encoder: EncoderAddition | None = None
-    layers: tuple[LayerAddition | None, ...] = ()
-    output: OutputAddition | None = None
+    modules: Mapping[str, ModuleAddition] = field(default_factory=dict)
 
 
 class GuideLike(Protocol):
@@ -81,6 +78,12 @@ class GuideLike(Protocol):
 
     @property
     def guidance_scale_range(self) -> tuple[float, float]: ...
+
+    @property
+    def timesteps(self) -> tuple[int, ...] | None: ...
+
+    @property
+    def touches(self) -> tuple[str, ...]: ...
 
     def __call__(self, inputs: GuideInputs) -> Injection: ...
 

@@ -19,6 +19,8 @@ from pilotfish.guides import Guide
 class FrozenTeacher:
     """The base denoiser's two predictions, without gradient.
 
+    What it is given may lie on another device than the denoiser; the answer comes back there.
+
     Args:
         denoiser: the base; its parameters are frozen here.
         prompts: (P, L, D) encoder hidden states of every prompt.
@@ -34,18 +36,24 @@ class FrozenTeacher:
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(unconditional, conditional) predictions, one doubled call."""
-        text = self.prompts[prompt]
-        both = torch.cat([self.null.expand_as(text), text])
-        out = self.denoiser(latents.repeat(2, 1, 1, 1), timestep.repeat(2), both, return_dict=False)
-        unconditional, conditional = out[0].float().chunk(2)
+        text = self.texts(prompt)
+        both, place = torch.cat([self.null.expand_as(text), text]), self.null.device
+        doubled = latents.repeat(2, 1, 1, 1).to(place, self.null.dtype)
+        out = self.denoiser(doubled, timestep.repeat(2).to(place), both, return_dict=False)
+        unconditional, conditional = out[0].to(latents.device, torch.float32).chunk(2)
         return unconditional, conditional
+
+    def texts(self, prompt: torch.Tensor) -> torch.Tensor:
+        """(N, L, D) encoder hidden states of prompts (N,), on the denoiser's device."""
+        return self.prompts[prompt.to(self.prompts.device)]
 
 
 class GuidedStudent(nn.Module):
     """The base with a guide installed, one pass, at a scale for each sample.
 
     Only the guide is a submodule; the base is held outside the module tree, so that it
-    is neither trained, nor averaged, nor wrapped.
+    is neither trained, nor averaged, nor wrapped. What it is given may lie on another device
+    than the denoiser; the answer comes back there.
     """
 
     def __init__(self, guide: Guide, denoiser: nn.Module, null: torch.Tensor) -> None:
@@ -68,10 +76,14 @@ class GuidedStudent(nn.Module):
             guidance_scale: (N,).
         """
         denoiser, null = self._base
+        place = null.device
         guided = GuidedPass(self.guide, lambda: guidance_scale, lambda: null)
         with guided.open():
-            prediction: torch.Tensor = denoiser(latents, timestep, states, return_dict=False)[0]
-        return prediction
+            prediction: torch.Tensor = denoiser(
+                latents.to(place, null.dtype), timestep.to(place), states.to(place),
+                return_dict=False,
+            )[0]  # fmt: skip
+        return prediction.to(latents.device)
 
 
 def checkpoint_in_context(module: Callable[..., Any], *args: Any) -> Any:

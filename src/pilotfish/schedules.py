@@ -79,6 +79,19 @@ class Schedule:
         a = per_sample(self.alpha(to), z)
         return a.sqrt() * x + (1 - a).sqrt() * eps
 
+    def prediction_between(
+        self, z: torch.Tensor, goal: torch.Tensor, t: torch.Tensor, to: torch.Tensor
+    ) -> torch.Tensor:
+        """The prediction with which one DDIM step from t (N,) to ``to`` (N,) lands on ``goal``:
+        :meth:`ddim_step` solved for it. The target of progressive distillation, appendix G of
+        arXiv 2202.00512, where ``goal`` is two steps of the teacher away."""
+        a, b = per_sample(self.alpha(t), z), per_sample(self.alpha(to), z)
+        if self.prediction_type == "epsilon":
+            return (goal - (b / a).sqrt() * z) / ((1 - b).sqrt() - (b * (1 - a) / a).sqrt())
+        along = (a * b).sqrt() + ((1 - a) * (1 - b)).sqrt()
+        across = (a * (1 - b)).sqrt() - (b * (1 - a)).sqrt()
+        return (goal - along * z) / across
+
 
 def sampling_timesteps(steps: int, train_timesteps: int = 1000) -> torch.Tensor:
     """(steps + 1,) timesteps from the last down, evenly spaced ("trailing" in diffusers),

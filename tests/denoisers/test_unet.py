@@ -11,10 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from pilotfish.contract import GuideInputs, Injection
+from pilotfish.contract import GuideError, GuideInputs, Injection
 from pilotfish.denoisers import (
     GuidedPass,
-    decoder_channels,
     decoder_layers,
     fingerprint,
     install,
@@ -26,6 +25,7 @@ SHAPES = [
     {},
     {"block_out_channels": (8, 16, 16), "layers_per_block": 2},
     {"layers_per_block": (2, 1)},
+    {"block_out_channels": (16,), "use_linear_projection": True},
 ]
 
 
@@ -38,6 +38,10 @@ class Stub:
         self.seen: list[GuideInputs] = []
 
     guidance_scale_range = (1.0, 8.0)
+
+    @property
+    def touches(self) -> tuple[str, ...]:
+        return tuple(self.injection.modules) if self.injection else ()
 
     def __call__(self, inputs: GuideInputs) -> Injection:
         self.seen.append(inputs)
@@ -170,32 +174,43 @@ def test_a_missing_skip_is_left_alone(make_unet: Callable[..., Any]) -> None:
     assert torch.equal(first, second)
 
 
-def test_decoder_layers_are_added_to_in_their_order(unet: UNet2DConditionModel) -> None:
+def test_modules_are_added_to_as_they_run(unet: UNet2DConditionModel) -> None:
     made: list[int] = []
-    layers = decoder_layers(unet)
+    layers = decoder_layers(unet.config)
 
-    def addition(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        def add(x: torch.Tensor) -> torch.Tensor:
+    def addition(i: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        def add(entered: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             made.append(x.shape[1])
+            assert entered.shape[-2:] == x.shape[-2:]
             return torch.full_like(x, 0.01 * (i + 1))
 
         return add
 
-    guide = Stub(unet, Injection(layers=tuple(addition(i) for i in range(len(layers)))))
+    guide = Stub(unet, Injection(modules={n: addition(i) for i, n in enumerate(layers)}))
     install(guide, unet)
     guided = run(unet, guide, 4.0, *arguments(unet))
-    assert made == decoder_channels(unet.config) == decoder_channels(guide.config.denoiser)
+    assert made == list(layers.values())
+    assert layers == decoder_layers(guide.config.denoiser)
 
     def by_hand(module: nn.Module, args: Any, output: Any, i: int) -> Any:
         if isinstance(output, tuple):
             return (output[0] + 0.01 * (i + 1),)
         return output + 0.01 * (i + 1)
 
-    for i, layer in enumerate(layers):
-        layer.register_forward_hook(lambda *a, i=i: by_hand(*a, i=i))
+    for i, name in enumerate(layers):
+        unet.get_submodule(name).register_forward_hook(lambda *a, i=i: by_hand(*a, i=i))
     with torch.no_grad():
         expected = unet(*arguments(unet)).sample
         torch.testing.assert_close(guided, expected)
+
+
+def test_a_module_that_is_not_there_is_named(make_unet: Callable[..., Any]) -> None:
+    unet = make_unet()
+    before = hooks_of(unet)
+    guide = Stub(unet, Injection(modules={"up_blocks.7.resnets.0": lambda x, y: y}))
+    with pytest.raises(GuideError, match=r"no up_blocks\.7\.resnets\.0"):
+        install(guide, unet)
+    assert hooks_of(unet) == before
 
 
 def test_the_output_is_added_to_last(make_unet: Callable[..., Any]) -> None:
@@ -206,7 +221,7 @@ def test_the_output_is_added_to_last(make_unet: Callable[..., Any]) -> None:
         seen.append(features)
         return prediction
 
-    guide = Stub(unet, Injection(output=double))
+    guide = Stub(unet, Injection(modules={"conv_out": double}))
     install(guide, unet)
     with torch.no_grad():
         plain = unet(*arguments(unet)).sample
@@ -220,8 +235,9 @@ def test_a_decoder_without_attention_has_fewer_layers(make_unet: Callable[..., A
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    assert decoder_channels(unet.config) == [16, 16, 8, 8, 8, 8]
-    assert len(decoder_layers(unet)) == 6
+    layers = decoder_layers(unet.config)
+    assert list(layers.values()) == [16, 16, 8, 8, 8, 8]
+    assert all(unet.get_submodule(name) is not None for name in layers)
 
 
 def test_the_guide_is_told_of_the_call(make_unet: Callable[..., Any]) -> None:

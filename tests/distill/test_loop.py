@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from pilotfish.distill import loop
+from pilotfish.distill import guidance_stage
 from pilotfish.distill.checkpoints import list_checkpoints
-from pilotfish.distill.config import DistillConfig
-from pilotfish.distill.loop import Distillation, DistillError, Interrupted
+from pilotfish.distill.config import ConfigError, DistillConfig
+from pilotfish.distill.guidance_stage import GuidanceDistillation
+from pilotfish.distill.loop import DistillError, Interrupted
 from pilotfish.distill.material import Material
 from pilotfish.guides import Guide, TinyGuide
 
@@ -54,7 +56,7 @@ def train(config: DistillConfig, material: Material) -> Guide:
     guide = TinyGuide.for_denoiser(
         material.pipe.unet, material.schedule.prediction_type, rank=4, condition=4
     )
-    return Distillation(config, material, guide, notice=lambda line: None).run()
+    return GuidanceDistillation(config, material, guide, notice=lambda line: None).run()
 
 
 def same(one: Guide, two: Guide) -> bool:
@@ -75,6 +77,22 @@ def test_resumed_equals_uninterrupted(
     assert same(whole, train(again, material("epsilon")))
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_half_precision_resumes_and_leaves_the_guide_whole(
+    config: DistillConfig, material: Callable[[str], Material], precision: Any, tmp_path: Path
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the first precision
+    config = replace(config, mixed_precision=precision)
+    whole = train(config, material("v_prediction"))
+    path = str(Path(config.output_dir) / "checkpoint-4")
+    again = replace(config, output_dir=str(tmp_path / "again"), resume=path)
+    assert same(whole, train(again, material("v_prediction")))
+    assert whole.dtype == torch.float32
+    plain = replace(config, output_dir=str(tmp_path / "plain"), mixed_precision="no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert same(whole, train(plain, material("v_prediction"))) == (precision == "no")
+
+
 def test_another_seed_gives_other_weights(
     config: DistillConfig, material: Callable[[str], Material], tmp_path: Path
 ) -> None:
@@ -87,7 +105,7 @@ def test_it_learns(
     config: DistillConfig, material: Callable[[str], Material], prediction_type: str
 ) -> None:
     config = replace(config, max_train_steps=240, validation_steps=80, checkpointing_steps=400,
-                     learning_rate=3e-3)  # fmt: skip
+                     learning_rate=1e-2)  # fmt: skip
     train(config, material(prediction_type))
     history = json.loads((Path(config.output_dir) / "history.json").read_text())
     errors = [row["guidance_error"] for row in history]
@@ -110,13 +128,13 @@ def test_saved_guide_is_the_averaged_one(
 def test_nan_stops_and_keeps_the_last_good_checkpoint(
     config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = loop.relative_guidance_loss, []
+    real, calls = guidance_stage.relative_guidance_loss, []
 
     def broken(*args: Any) -> torch.Tensor:
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(loop, "relative_guidance_loss", broken)
+    monkeypatch.setattr(guidance_stage, "relative_guidance_loss", broken)
     with pytest.raises(
         DistillError, match="nan at step 4; the last good checkpoint is checkpoint-2"
     ):
@@ -128,15 +146,50 @@ def test_a_base_that_changes_is_noticed(
     config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stuff = material("epsilon")
-    real = loop.relative_guidance_loss
+    real = guidance_stage.relative_guidance_loss
 
     def meddle(*args: Any) -> torch.Tensor:
         stuff.pipe.unet.conv_in.bias.data.add_(1e-3)
         return real(*args)
 
-    monkeypatch.setattr(loop, "relative_guidance_loss", meddle)
+    monkeypatch.setattr(guidance_stage, "relative_guidance_loss", meddle)
     with pytest.raises(DistillError, match="base denoiser changed"):
         train(config, stuff)
+
+
+def test_a_folder_in_use_is_refused(
+    config: DistillConfig, material: Callable[[str], Material]
+) -> None:
+    train(config, material("epsilon"))
+    with pytest.raises(ConfigError, match="holds the checkpoints of an earlier run"):
+        train(config, material("epsilon"))
+
+
+def test_a_checkpoint_of_another_guide_is_refused(
+    config: DistillConfig, material: Callable[[str], Material]
+) -> None:
+    train(config, material("epsilon"))
+    torch.manual_seed(0)
+    stuff = material("epsilon")
+    other = TinyGuide.for_denoiser(stuff.pipe.unet, "epsilon", rank=5, condition=4)
+    again = replace(config, resume="latest")
+    with pytest.raises(ConfigError, match="another kind of guide"):
+        GuidanceDistillation(again, stuff, other).run()
+
+
+def test_a_run_that_fails_leaves_no_hook(
+    config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuff = material("epsilon")
+
+    def broken(*args: Any) -> torch.Tensor:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(guidance_stage, "relative_guidance_loss", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        train(config, stuff)
+    modules = list(stuff.pipe.unet.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
 def test_another_base_is_refused_on_resume(
@@ -154,7 +207,7 @@ def test_sigterm_saves_and_stops(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     whole = train(config, material("epsilon"))
-    real, calls = loop.relative_guidance_loss, []
+    real, calls = guidance_stage.relative_guidance_loss, []
 
     def asked(*args: Any) -> torch.Tensor:
         calls.append(1)
@@ -164,7 +217,7 @@ def test_sigterm_saves_and_stops(
 
     cut = replace(config, output_dir=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "relative_guidance_loss", asked)
+        patch.setattr(guidance_stage, "relative_guidance_loss", asked)
         with pytest.raises(Interrupted, match="stopped at step 3"):
             train(cut, material("epsilon"))
     assert same(whole, train(replace(cut, resume="latest"), material("epsilon")))

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from pilotfish.distill.checkpoints import load_checkpoint, save_checkpoint
-from pilotfish.distill.states import NoisedPictures, Replay, RollingTrajectories, Source, States
+from pilotfish.distill.guidance_states import GuidanceStates, NoisedPictures, RollingTrajectories
+from pilotfish.distill.pool import Pool
+from pilotfish.distill.states import Replay, Source, States
 from pilotfish.guidance import classifier_free_guidance
 from pilotfish.schedules import Schedule, sampling_timesteps
 
@@ -37,10 +39,10 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def rolling(schedule: Schedule, seed: int = 0, **options: Any) -> RollingTrajectories:
-    plain: dict[str, Any] = {"pool": 12, "steps": (3, 6)}
-    return RollingTrajectories(
-        teacher, schedule, PROMPTS, SHAPE, SCALES, generator=seeded(seed), **{**plain, **options}
-    )
+    own = options.pop("student", None)
+    plain: dict[str, Any] = {"size": 12, "steps": (3, 6), "train_timesteps": 1000}
+    pool = Pool(PROMPTS, SHAPE, SCALES, generator=seeded(seed), **{**plain, **options})
+    return RollingTrajectories(teacher, schedule, pool, own)
 
 
 def copied(source: Any) -> dict[str, torch.Tensor]:
@@ -75,7 +77,6 @@ def test_picked_states_keep_together(schedule: Schedule) -> None:
 
 def test_noised_pictures_lie_on_the_forward_process(schedule: Schedule) -> None:
     clean = torch.randn(7, *SHAPE, generator=seeded(2))
-    prompt = torch.arange(7) % PROMPTS
     source = NoisedPictures(teacher, schedule, clean, torch.arange(7), SCALES)
     states = source.draw(256, seeded(3))
     a = schedule.alphas_cumprod[states.timestep].reshape(-1, 1, 1, 1)
@@ -86,7 +87,6 @@ def test_noised_pictures_lie_on_the_forward_process(schedule: Schedule) -> None:
     assert states.timestep.max() > 900
     assert SCALES[0] <= states.guidance_scale.min()
     assert states.guidance_scale.max() <= SCALES[1]
-    assert len(prompt) == len(clean)
     n, c = teacher(states.latents, states.timestep, states.prompt)
     assert torch.equal(states.unconditional, n)
     assert torch.equal(states.conditional, c)
@@ -97,7 +97,7 @@ def test_noised_pictures_lie_on_the_forward_process(schedule: Schedule) -> None:
 
 def test_what_is_drawn_takes_one_cfg_step(schedule: Schedule) -> None:
     source = rolling(schedule, steps=(4, 4))
-    before = source.latents.clone()
+    before = source.pool.latents.clone()
     states = source.draw(5, seeded(1))
     slots = torch.randperm(12, generator=seeded(1))[:5]
     assert torch.equal(states.latents, before[slots])
@@ -109,13 +109,13 @@ def test_what_is_drawn_takes_one_cfg_step(schedule: Schedule) -> None:
         states.timestep,
         grid[1].expand(5),
     )
-    assert torch.equal(source.latents[slots], expected)
+    assert torch.equal(source.pool.latents[slots], expected)
     rest = torch.tensor([i for i in range(12) if i not in slots.tolist()])
-    assert torch.equal(source.latents[rest], before[rest])
+    assert torch.equal(source.pool.latents[rest], before[rest])
 
 
 def test_one_latent_is_sampled_to_its_end_and_a_new_one_begins(schedule: Schedule) -> None:
-    source = rolling(schedule, pool=1, steps=(5, 5))
+    source = rolling(schedule, size=1, steps=(5, 5))
     generator = seeded(1)
     first = [source.draw(1, generator) for _ in range(5)]
     assert [int(s.timestep) for s in first] == sampling_timesteps(5)[:-1].tolist()
@@ -129,7 +129,7 @@ def test_one_latent_is_sampled_to_its_end_and_a_new_one_begins(schedule: Schedul
 
 
 def test_the_pool_spreads_over_times_prompts_and_scales(schedule: Schedule) -> None:
-    source = rolling(schedule, pool=32)
+    source = rolling(schedule, size=32)
     generator = seeded(1)
     drawn = [source.draw(8, generator) for _ in range(60)]
     times = torch.cat([s.timestep for s in drawn])
@@ -141,13 +141,13 @@ def test_the_pool_spreads_over_times_prompts_and_scales(schedule: Schedule) -> N
     assert SCALES[0] <= scales.min()
     assert scales.max() <= SCALES[1]
     assert len(scales.unique()) > 50
-    assert (source.position < source.length).all()
+    assert (source.pool.position < source.pool.length).all()
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_student_steps_its_share(schedule: Schedule, share: float) -> None:
     source = rolling(schedule, steps=(4, 4), student=student, student_share=share)
-    before = source.latents.clone()
+    before = source.pool.latents.clone()
     states = source.draw(12, seeded(1))
     slots = torch.randperm(12, generator=seeded(1))[:12]
     own = torch.full_like(before[slots], 0.25)
@@ -155,7 +155,7 @@ def test_the_student_steps_its_share(schedule: Schedule, share: float) -> None:
     expected = schedule.ddim_step(
         before[slots], prediction, states.timestep, sampling_timesteps(4)[1].expand(12)
     )
-    assert torch.equal(source.latents[slots], expected)
+    assert torch.equal(source.pool.latents[slots], expected)
 
 
 def test_the_teachers_answer_is_kept_for_the_students_states(schedule: Schedule) -> None:
@@ -167,8 +167,22 @@ def test_the_teachers_answer_is_kept_for_the_students_states(schedule: Schedule)
 
 
 def test_a_share_is_a_share(schedule: Schedule) -> None:
-    source = rolling(schedule, pool=2000, student=student, student_share=0.3)
-    assert source.own.float().mean() == pytest.approx(0.3, abs=0.05)
+    source = rolling(schedule, size=2000, student=student, student_share=0.3)
+    assert source.pool.own.float().mean() == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 48, 96])
+def test_a_finer_grid_keeps_the_points_of_the_coarse_one(steps: int) -> None:
+    """Though the two, rounded on their own, may differ there."""
+    pool = Pool(1, SHAPE, SCALES, size=1, steps=(steps, steps), train_timesteps=1000,
+                generator=seeded())  # fmt: skip
+    slot = torch.zeros(1, dtype=torch.long)
+    coarse, fine = sampling_timesteps(steps), sampling_timesteps(2 * steps)
+    for i in range(steps):
+        times = [int(pool.timestep(slot, ahead, finer=2)) for ahead in (0, 1, 2)]
+        assert times == [int(coarse[i]), int(fine[2 * i + 1]), int(coarse[i + 1])]
+        assert times[0] > times[1] > times[2]
+        pool.put_back(slot, pool.latents[slot], seeded())
 
 
 # -- replay -----------------------------------------------------------------------------
@@ -176,6 +190,8 @@ def test_a_share_is_a_share(schedule: Schedule) -> None:
 
 class Counting:
     """A source of numbered states."""
+
+    kind = GuidanceStates
 
     def __init__(self) -> None:
         self.next = 0
@@ -186,7 +202,7 @@ class Counting:
         self.next += n
         self.draws += 1
         z = number.reshape(-1, 1, 1, 1).float()
-        return States(z, number, number.float(), number, z, z)
+        return GuidanceStates(z, number, number.float(), number, z, z)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"next": torch.tensor(self.next)}

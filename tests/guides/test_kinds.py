@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pilotfish.contract import GuideError, GuideInputs, Injection
-from pilotfish.denoisers import decoder_channels, skip_channels, skip_levels
+from pilotfish.denoisers import decoder_layers, skip_channels, skip_levels
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 
 
@@ -41,9 +41,7 @@ class Made:
 
     skips: tuple[torch.Tensor, ...]
     mid: torch.Tensor
-    layers: tuple[torch.Tensor, ...]
-    features: torch.Tensor
-    prediction: torch.Tensor
+    modules: dict[str, tuple[torch.Tensor, torch.Tensor]]  # what enters, what is made
 
     @classmethod
     def by(cls, unet: UNet2DConditionModel) -> Made:
@@ -56,8 +54,9 @@ class Made:
             )
 
         skips = maps(skip_channels(unet.config), skip_levels(unet.config))
-        layers = decoder_channels(unet.config)
-        return cls(skips, skips[-1].flip(1), maps(layers, [0] * len(layers)), *maps([8, 4], [0, 0]))
+        layers = decoder_layers(unet.config)
+        modules = {name: maps([c, c], [0, 0]) for name, c in layers.items()}
+        return cls(skips, skips[-1].flip(1), modules | {"conv_out": maps([8, 4], [0, 0])})
 
 
 @pytest.fixture
@@ -77,10 +76,8 @@ def maps(made: Made) -> Maps:
             skips = tuple(s[samples] for s in made.skips)
             of_skips, of_mid = injection.encoder(skips, made.mid[samples])
             found += [*of_skips, of_mid]
-        pairs = zip(injection.layers, made.layers, strict=False)
-        found += [addition(x[samples]) for addition, x in pairs if addition is not None]
-        if injection.output is not None:
-            found.append(injection.output(made.features[samples], made.prediction[samples]))
+        for name, addition in injection.modules.items():
+            found.append(addition(*(x[samples] for x in made.modules[name])))
         return [m for m in found if m is not None]
 
     return every
@@ -102,11 +99,10 @@ def test_what_leaves_has_the_shape_of_what_it_is_added_to(
         of_skips, of_mid = injection.encoder(made.skips, made.mid)
         assert [None if a is None else a.shape for a in of_skips] == [s.shape for s in made.skips]
         assert of_mid is None or of_mid.shape == made.mid.shape
-    assert len(injection.layers) in (0, len(made.layers))
-    for addition, x in zip(injection.layers, made.layers, strict=False):
-        assert addition is None or addition(x).shape == x.shape
-    if injection.output is not None:
-        assert injection.output(made.features, made.prediction).shape == made.prediction.shape
+    assert set(injection.modules) == set(trained.touches)
+    for name, addition in injection.modules.items():
+        entered, made_there = made.modules[name]
+        assert addition(entered, made_there).shape == made_there.shape
 
 
 def test_a_fresh_guide_answers_with_zeros(maps: Maps, fresh: Guide, inputs: GuideInputs) -> None:
@@ -195,8 +191,8 @@ def test_a_part_of_the_tiny_guide_can_be_left_out(
     unet: UNet2DConditionModel, inputs: GuideInputs, part: dict[str, Any], left: str
 ) -> None:
     injection = TinyGuide.for_denoiser(unet, "epsilon", **part)(inputs)
-    made = {"text": injection.text is not None, "layers": bool(injection.layers),
-            "output": injection.output is not None}  # fmt: skip
+    made = {"text": injection.text is not None, "layers": any("up" in n for n in injection.modules),
+            "output": "conv_out" in injection.modules}  # fmt: skip
     assert [name for name, there in made.items() if there] == left.split()
 
 

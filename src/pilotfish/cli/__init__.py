@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 COMMANDS = {
     "demo": "distil a guide in minutes, plug it in, write a report with pictures",
     "distill": "train a guide for a base pipeline",
+    "distill-steps": "teach a guide to do with half the steps, round after round",
     "sample": "make pictures with a guide (or with CFG, or with no guidance)",
     "evaluate": "measure a guide on a base and its fine-tunes",
     "sweep": "measure what CFG alone does, by guidance scale",
@@ -23,14 +24,23 @@ USAGE = "\n".join(
         "",
         "Classifier-free guidance in one pass.",
         "",
-        *(f"  {name:<10} {what}" for name, what in COMMANDS.items()),
+        *(f"  {name:<14} {what}" for name, what in COMMANDS.items()),
     ]
 )
 
 
 def command(name: str) -> Callable[[Sequence[str]], None]:
     """The function of a command, imported only when it is asked for: help stays quick."""
-    run: Callable[[Sequence[str]], None] = import_module(f"pilotfish.cli.{name}").main
+    # libraries below have much to say on loading that a user can do nothing about
+    chatter = [import_module(f"{x}.utils.logging") for x in ("diffusers", "transformers")]
+    levels = [logging.get_verbosity() for logging in chatter]
+    for logging in chatter:
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # what they have to say on being imported, no user can mend
+    module = import_module("pilotfish.cli." + name.replace("-", "_"))
+    for logging, level in zip(chatter, levels, strict=True):
+        logging.set_verbosity(level)
+    run: Callable[[Sequence[str]], None] = module.main
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class DemoConfig:
     """Distil a guide from nothing for a few minutes, measure it and the shipped one on the base
     and on three fine-tunes that neither has seen, and write a report with pictures."""
 
-    max_train_steps: int = 500
+    max_train_steps: int = 300
     samples: int = 64
     """Pictures for each host and way of guidance."""
     guidance_scale: float = 4.0
@@ -44,10 +45,14 @@ def main(arguments: Sequence[str]) -> None:
     """The command."""
     config = tyro.cli(DemoConfig, args=list(arguments), prog="pilotfish demo", use_underscores=True)
     folder, command = Path(config.output_dir), " ".join(["pilotfish demo", *arguments])
+    if config.resume is None:  # every demo begins anew
+        shutil.rmtree(folder / "distill", ignore_errors=True)
     fresh = distill(
         DistillConfig(
             output_dir=str(folder / "distill"), max_train_steps=config.max_train_steps,
             validation_steps=100, checkpointing_steps=100, seed=config.seed, resume=config.resume,
+            # a short run sees few states anyway, and should not wait for thousands
+            pool=512, replay_capacity=2048,
         )
     )  # fmt: skip
     hosts, judge, names = embedded_hosts(), Judge.embedded(), embedded.prompts("captions")

@@ -3,60 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
-import tyro
 
-from pilotfish.distill.config import ConfigError, DistillConfig
-from pilotfish.distill.loop import Distillation
+from pilotfish.cli.settings import parse
+from pilotfish.distill.config import DistillConfig
+from pilotfish.distill.guidance_stage import GuidanceDistillation
 from pilotfish.distill.material import Material
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
+from pilotfish.rivals import (
+    AdditiveAdapters,
+    CrossAttentionAdapters,
+    GuidanceLoRA,
+    TextSharpener,
+    WholeDenoiser,
+)
 
-
-def parse(arguments: Sequence[str]) -> DistillConfig:
-    """Flags, over the values of a file given by ``--config``, over the defaults."""
-    arguments, default = list(arguments), None
-    if "--config" in arguments:
-        place = arguments.index("--config")
-        if place + 1 == len(arguments):
-            raise ConfigError("--config needs the path of a JSON file")
-        default = DistillConfig.load(Path(arguments[place + 1]))
-        del arguments[place : place + 2]
-    description = (
-        "Train a guide against a frozen base. --config FILE reads settings from JSON "
-        "(such as a run's own config.json); flags go over it."
-    )
-    config: DistillConfig = tyro.cli(
-        DistillConfig, args=arguments, default=default, prog="pilotfish distill",
-        description=description, use_underscores=True,
-    )  # type: ignore[assignment]  # fmt: skip
-    return config
+KINDS: dict[str, type[Guide]] = {
+    "tiny": TinyGuide,
+    "external": ExternalGuide,
+    "full": FullGuide,
+    "agd": AdditiveAdapters,
+    "agd-attention": CrossAttentionAdapters,
+    "dice": TextSharpener,
+    "cfg-lora": GuidanceLoRA,
+    "guided-distillation": WholeDenoiser,
+}
 
 
 def new_guide(config: DistillConfig, material: Material) -> Guide:
     """The guide that a configuration asks for, fresh."""
     torch.manual_seed(config.seed)
-    unet, prediction = material.pipe.unet, material.schedule.prediction_type
-    scales = (config.guidance_scale_min, config.guidance_scale_max)
-    if config.guide == "full":
-        return FullGuide.for_denoiser(unet, prediction, guidance_scale_range=scales)
+    settings: dict[str, Any] = {
+        "guidance_scale_range": (config.guidance_scale_min, config.guidance_scale_max)
+    }
     if config.guide == "external":
-        return ExternalGuide.for_denoiser(
-            unet, prediction, guidance_scale_range=scales, reads=config.reads
-        )
-    return TinyGuide.for_denoiser(
-        unet, prediction, guidance_scale_range=scales,
-        push=config.push, rank=config.rank, head=config.head,
-    )  # fmt: skip
+        settings["reads"] = config.reads
+    elif config.guide == "tiny":
+        settings |= {"push": config.push, "rank": config.rank, "head": config.head}
+    elif config.guide in ("dice", "cfg-lora"):  # a dial around the one scale
+        settings = {"trained_scale": config.guidance_scale_max}
+    prediction = material.schedule.prediction_type
+    return KINDS[config.guide].for_denoiser(material.pipe.unet, prediction, **settings)
 
 
 def distill(config: DistillConfig) -> Guide:
     """Train a guide as ``config`` says; it is in ``output_dir/guide`` afterwards."""
-    material = Material.of(config)
-    return Distillation(config, material, new_guide(config, material)).run()
+    material = Material.of(config, config.pictures)
+    return GuidanceDistillation(config, material, new_guide(config, material)).run()
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command."""
-    distill(parse(arguments))
+    distill(parse(arguments, DistillConfig, "distill", "Train a guide against a frozen base. "))

@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from pilotfish import embedded
-from pilotfish.distill.material import load_pipeline
 from pilotfish.guides import Guide
+from pilotfish.pipelines import load_pipeline
 
 
 def host(name: str) -> Any:
     """An embedded host (base, fluent, twemoji, emojione) or a pipeline's folder or hub id."""
     if name in embedded.HOSTS:
         return embedded.load_host(name)
-    pipe = load_pipeline(name)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return load_pipeline(name)
 
 
 def guide(name: str) -> Guide:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pilotfish.cli.names import guide, host
 from pilotfish.data.pictures import to_pixels
 from pilotfish.data.prompts import load_prompts
+from pilotfish.denoisers import fingerprint
 from pilotfish.evaluate.grids import contact_sheet
 from pilotfish.sampling import sample
 
@@ -55,14 +56,16 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("nothing to draw: give --prompt TEXT or --prompts FILE")
     texts = [text for text in texts for _ in range(config.num_images_per_prompt)]
     pipe = host(config.pretrained_model_name_or_path)
+    network = guide(config.guide) if config.guidance == "guided" else None
+    if network is not None:
+        network.check(fingerprint(pipe.unet, pipe.scheduler.config.prediction_type))
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     made = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if config.guidance == "none" else config.guidance_scale,
         num_inference_steps=config.num_inference_steps, batch_size=config.batch_size,
-        guide=guide(config.guide) if config.guidance == "guided" else None,
-        negative_prompt=config.negative_prompt,
+        guide=network, negative_prompt=config.negative_prompt,
     )  # fmt: skip
     images = []
     for one in tqdm(made, total=len(texts), desc="sample"):

@@ -3,7 +3,6 @@
 from pilotfish.denoisers.unet import (
     GuidedPass,
     Hooks,
-    decoder_channels,
     decoder_layers,
     fingerprint,
     install,
@@ -14,7 +13,6 @@ from pilotfish.denoisers.unet import (
 __all__ = [
     "GuidedPass",
     "Hooks",
-    "decoder_channels",
     "decoder_layers",
     "fingerprint",
     "install",

@@ -1,8 +1,8 @@
 """UNet2DConditionModel: Stable Diffusion 1.x, 2.x, XL and their kin.
 
 A guide is asked when a call begins. What it answers is added to the text on its way in, to the
-mid block's output, to the skip features on their way into the decoder, to what the decoder's
-layers make, and to the prediction. Residuals of a ControlNet are added beside it.
+mid block's output, to the skip features on their way into the decoder, to what its
+modules make, the last of them the prediction. Residuals of a ControlNet are added beside it.
 
 Hooks are native PyTorch hooks, and they do nothing unless a :class:`GuidedPass` is open
 in the current context: a plain pipeline that shares the UNet never notices them.
@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from pilotfish.contract import GuideInputs, GuideLike, Injection
+from pilotfish.contract import GuideError, GuideInputs, GuideLike, Injection
 
 _SHOWN = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
 _OPEN: ContextVar[GuidedPass | None] = ContextVar("pilotfish_guided_pass", default=None)
@@ -34,7 +33,11 @@ def fingerprint(unet: UNet2DConditionModel, prediction_type: str) -> dict[str, A
         "in_channels": config.out_channels,
         "block_out_channels": list(config.block_out_channels),
         "layers_per_block": config.layers_per_block,
+        "down_block_types": list(config.down_block_types),
+        "mid_block_type": config.mid_block_type,
         "up_block_types": list(config.up_block_types),
+        "transformer_layers_per_block": config.transformer_layers_per_block,
+        "use_linear_projection": config.use_linear_projection,
         "cross_attention_dim": config.cross_attention_dim,
         "prediction_type": prediction_type,
     }
@@ -66,18 +69,9 @@ def skip_levels(config: Any) -> list[int]:
     return levels
 
 
-def decoder_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """The decoder's residual and attention layers, in the order in which they run."""
-    layers: list[nn.Module] = []
-    for block in unet.up_blocks:
-        attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
-        for resnet, attention in zip(block.resnets, attentions, strict=True):
-            layers += [resnet] if attention is None else [resnet, attention]
-    return layers
-
-
-def decoder_channels(config: Any) -> list[int]:
-    """Channels that each of :func:`decoder_layers` makes.
+def decoder_layers(config: Any) -> dict[str, int]:
+    """The decoder's residual and attention layers in the order in which they run: the name of
+    each module, and the channels that it makes.
 
     ``config`` is a UNet's configuration or a fingerprint.
     """
@@ -85,11 +79,13 @@ def decoder_channels(config: Any) -> list[int]:
     widths, depths = config["block_out_channels"], config["layers_per_block"]
     depths = [depths] * len(widths) if isinstance(depths, int) else depths
     blocks = zip(reversed(widths), reversed(depths), config["up_block_types"], strict=True)
-    return [
-        width
-        for width, depth, kind in blocks
-        for _ in range((depth + 1) * (2 if "CrossAttn" in kind else 1))
-    ]
+    layers: dict[str, int] = {}
+    for i, (width, depth, kind) in enumerate(blocks):
+        for j in range(depth + 1):
+            layers[f"up_blocks.{i}.resnets.{j}"] = width
+            if "CrossAttn" in kind:
+                layers[f"up_blocks.{i}.attentions.{j}"] = width
+    return layers
 
 
 class GuidedPass:
@@ -102,6 +98,7 @@ class GuidedPass:
         guide: the guide.
         guidance_scale: a function that gives w, a number or (N,); asked at every call.
         negative_hidden_states: a function that gives (1 or N, L, D).
+        watch: called before every guided call.
     """
 
     def __init__(
@@ -109,10 +106,12 @@ class GuidedPass:
         guide: GuideLike,
         guidance_scale: Callable[[], float | torch.Tensor],
         negative_hidden_states: Callable[[], torch.Tensor],
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
         self.guide = guide
         self.guidance_scale = guidance_scale
         self.negative_hidden_states = negative_hidden_states
+        self.watch = watch
         self._injection = Injection()
         self._skips: list[torch.Tensor] = []
         self._pending: list[torch.Tensor | None] = []
@@ -158,6 +157,7 @@ class GuidedPass:
         else:
             return encoder_hidden_states
         timestep = torch.as_tensor(timestep, device=sample.device)
+        self.watch()
         negative = self.negative_hidden_states()
         self._injection = self.guide(
             GuideInputs(
@@ -192,16 +192,10 @@ class GuidedPass:
         extra, self._pending = self._pending[-len(skips) :], self._pending[: -len(skips)]
         return tuple(s if e is None else s + e for s, e in zip(skips, extra, strict=True))
 
-    def layer(self, index: int, made: torch.Tensor) -> torch.Tensor:
-        """A decoder layer is done: add what belongs to it."""
-        layers = self._injection.layers
-        addition = layers[index] if layers else None
-        return made if addition is None else made + addition(made)
-
-    def output(self, features: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-        """The last convolution is done: add what belongs to it."""
-        addition = self._injection.output
-        return prediction if addition is None else prediction + addition(features, prediction)
+    def add(self, name: str, entered: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        """A module is done: add what belongs to it."""
+        addition = self._injection.modules.get(name)
+        return made if addition is None else made + addition(entered, made)
 
     def _forget(self) -> None:
         # the injection stays: gradient checkpointing runs the decoder once more in the
@@ -223,7 +217,11 @@ class Hooks:
 
 
 def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
-    """Put a guide's hooks on a UNet, for training and for inference alike."""
+    """Put a guide's hooks on a UNet, for training and for inference alike.
+
+    Raises:
+        GuideError: the UNet lacks a module that the guide touches.
+    """
     hooks = Hooks([])
 
     def current() -> GuidedPass | None:
@@ -262,33 +260,29 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
         name = "res_hidden_states_tuple"
         return args, {**kwargs, name: guided.consume(kwargs[name])}
 
-    def layer(index: int) -> Callable[..., Any]:
+    def touched(name: str) -> Callable[..., Any]:
         def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
             guided = current()
             if not guided:
                 return None
             if isinstance(output, tuple):  # a transformer asked for no dict
-                return guided.layer(index, output[0]), *output[1:]
+                return guided.add(name, args[0], output[0]), *output[1:]
             if isinstance(output, torch.Tensor):
-                return guided.layer(index, output)
-            output.sample = guided.layer(index, output.sample)
+                return guided.add(name, args[0], output)
+            output.sample = guided.add(name, args[0], output.sample)
             return output
 
         return after
 
-    def last(
-        module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor
-    ) -> torch.Tensor | None:
-        guided = current()
-        return guided.output(args[0], output) if guided else None
-
+    modules = dict(unet.named_modules())
+    if unknown := [name for name in guide.touches if name not in modules]:
+        raise GuideError(f"this denoiser has no {unknown[0]}, to which the guide adds")
     hooks.handles = [
         unet.register_forward_pre_hook(begin, with_kwargs=True),
         unet.conv_in.register_forward_hook(first),
         *(block.register_forward_hook(down) for block in unet.down_blocks),
         unet.mid_block.register_forward_hook(middle),
         *(block.register_forward_pre_hook(up, with_kwargs=True) for block in unet.up_blocks),
-        *(m.register_forward_hook(layer(i)) for i, m in enumerate(decoder_layers(unet))),
-        unet.conv_out.register_forward_hook(last),
+        *(modules[name].register_forward_hook(touched(name)) for name in guide.touches),
     ]
     return hooks

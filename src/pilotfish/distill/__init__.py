@@ -1,1 +1,1 @@
-"""Distillation: a guide learns equation (1) from a frozen base."""
+"""Distillation: a guide learns beside a frozen base, stage by stage."""

@@ -77,6 +77,28 @@ def save_checkpoint(
     return final
 
 
+def save_whole(model: Any, folder: Path) -> None:
+    """``model.save_pretrained(folder)``, so that the folder exists whole or not at all.
+
+    Raises:
+        CheckpointError: the disk refused. What was in the folder before is untouched.
+    """
+    aside = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside)
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"could not write {folder}: {error}. Checkpoints are intact; free some space and run "
+            "the same command with --resume latest"
+        ) from error
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in ``folder``, oldest first."""
     found = [p for p in folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]

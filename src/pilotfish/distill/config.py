@@ -1,13 +1,12 @@
-"""How a guide is distilled: one dataclass is the command line, the saved file and its help."""
+"""How a guide is trained: one dataclass a stage is command line, saved file and help."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
-
-LEARNING_RATES = {"tiny": 1e-2, "external": 3e-3, "full": 5e-4}
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -15,37 +14,21 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class DistillConfig:
-    """Settings of stage 1. Flags are named as in diffusers' own training examples."""
+class TrainingConfig:
+    """Settings that every stage has. Flags are named as in diffusers' own training examples."""
 
     output_dir: str
     """Where the guide, its checkpoints and its validation pictures go."""
     pretrained_model_name_or_path: str | None = None
     """The base pipeline, a folder or hub id. Left out: the embedded model."""
-    guide: Literal["tiny", "external", "full"] = "tiny"
-    """tiny: low-rank additions along the decoder, at most 1 % of the denoiser. external: the
-    paper's small network beside it. full: a copy of its encoder."""
-    reads: tuple[Literal["latents", "skips"], ...] = ("latents",)
-    """What an external guide sees beside t, w and text; ``latents`` is the paper's plain form."""
-    push: bool = True
-    """Whether a tiny guide pushes the text."""
-    rank: int = 20
-    """Channels of what a tiny guide adds to each decoder layer; 0 leaves them alone."""
-    head: int = 48
-    """Channels of a tiny guide's part at the prediction; 0 leaves it alone."""
-    states: Literal["noised", "trajectory", "student"] = "trajectory"
-    """Training states: noised pictures, the teacher's CFG trajectories, or those stepped
-    partly by the student itself."""
     prompts: str | None = None
     """Text file, one prompt a line. Left out: the embedded model's training prompts."""
-    pictures: str | None = None
-    """Folder with metadata.jsonl, for ``--states noised``. Left out: the embedded pictures."""
     validation_prompts: str | None = None
     """Prompts for validation, held out of training. Left out: the embedded model's."""
     train_batch_size: int = 64
     max_train_steps: int = 4000
     learning_rate: float | None = None
-    """Left out: 1e-2 for tiny, 3e-3 for external, 5e-4 for full."""
+    """Left out: what suits the guide."""
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 100
     adam_weight_decay: float = 0.0
@@ -58,15 +41,12 @@ class DistillConfig:
     guidance_scale_min: float = 1.0
     guidance_scale_max: float = 8.0
     """w is drawn anew for every sample, uniformly between the two."""
-    trajectory_steps_min: int = 8
-    trajectory_steps_max: int = 32
-    """Sampling steps of a training trajectory, drawn for each."""
     student_share: float = 0.5
-    """Share of the latents that the student steps itself, for ``--states student``."""
+    """Share of the latents that the student steps itself, where the states are partly its own."""
     pool: int = 1024
     """Latents on their way at once; with few of them the guide learns their prompts by heart."""
     replay_capacity: int = 8192
-    """States kept with the teacher's two predictions."""
+    """States kept with what the teacher said of them."""
     replay_reuse: int = 1
     """Training steps for each new batch of states. 1 runs the teacher at every step; more is
     faster, but the guide then learns the trajectories that it is shown by heart."""
@@ -79,42 +59,46 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def need(holds: bool, name: str, what: str) -> None:
-            if not holds:
-                raise ConfigError(f"{name} must be {what}, not {getattr(self, name)!r}")
-
+        self._check_kinds()
         for name in (
             "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "pool",
             "replay_capacity", "replay_reuse", "checkpointing_steps", "validation_steps",
         ):  # fmt: skip
-            need(getattr(self, name) >= 1, name, "at least 1")
-        need(self.rank >= 0, "rank", "at least 0")
-        need(self.head >= 0, "head", "at least 0")
-        need(self.rate > 0, "learning_rate", "above 0")
-        need(self.guidance_scale_min >= 1, "guidance_scale_min", "at least 1 (1 is no guidance)")
-        need(
-            self.guidance_scale_max > self.guidance_scale_min,
-            "guidance_scale_max", "above guidance_scale_min",
+            self._need(getattr(self, name) >= 1, name, "at least 1")
+        self._need(self.learning_rate is None or self.learning_rate > 0, "learning_rate", "above 0")
+        self._need(
+            self.guidance_scale_min >= 1, "guidance_scale_min", "at least 1 (1 is no guidance)"
+        )
+        self._need(
+            self.guidance_scale_max >= max(self.guidance_scale_min, 1 + 1e-6),
+            "guidance_scale_max", "above 1 and at least guidance_scale_min",
         )  # fmt: skip
-        need(0 <= self.student_share <= 1, "student_share", "between 0 and 1")
-        need(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
-        need(
-            1 <= self.trajectory_steps_min <= self.trajectory_steps_max,
-            "trajectory_steps_min", "between 1 and trajectory_steps_max",
-        )  # fmt: skip
-        need(self.pool >= self.train_batch_size, "pool", "at least train_batch_size")
+        self._need(0 <= self.student_share <= 1, "student_share", "between 0 and 1")
+        self._need(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
+        self._need(self.pool >= self.train_batch_size, "pool", "at least train_batch_size")
 
-    @property
-    def rate(self) -> float:
-        """The learning rate, the guide's own where none was given."""
-        return LEARNING_RATES[self.guide] if self.learning_rate is None else self.learning_rate
+    def _check_kinds(self) -> None:
+        """Choices and whole numbers, which a file may have wrong."""
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal:
+                choices = get_args(hint)
+                self._need(value in choices, name, f"one of {', '.join(choices)}")
+            elif hint is int:
+                self._need(type(value) is int, name, "a whole number")
+            elif hint is bool:
+                self._need(type(value) is bool, name, "true or false")
+
+    def _need(self, holds: bool, name: str, what: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name} must be {what}, not {getattr(self, name)!r}")
 
     def save(self, path: Path) -> None:
         """Write as JSON; :meth:`load` and ``--config`` read it."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> DistillConfig:
+    def load(cls, path: Path) -> Self:
         """Read a JSON file.
 
         Raises:
@@ -125,8 +109,72 @@ class DistillConfig:
             unknown = set(values) - {f.name for f in fields(cls)}
             if unknown:
                 raise ConfigError(f"{path} has unknown settings: {', '.join(sorted(unknown))}")
-            if "reads" in values:
-                values["reads"] = tuple(values["reads"])
-            return cls(**values)
+            lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+            return cls(**values | lists)
         except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:
             raise ConfigError(f"no configuration could be read from {path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class DistillConfig(TrainingConfig):
+    """Settings of stage 1. Flags are named as in diffusers' own training examples."""
+
+    guide: Literal[
+        "tiny", "external", "full", "agd", "agd-attention", "dice", "cfg-lora",
+        "guided-distillation",
+    ] = "tiny"  # fmt: skip
+    """tiny: low-rank additions along the decoder, at most 1 % of the denoiser. external: the
+    paper's small network beside it. full: a copy of its encoder. The others are other methods,
+    to compare with; dice and cfg-lora learn one scale, so give the two ends of the range the
+    same value."""
+    reads: tuple[Literal["latents", "skips"], ...] = ("latents",)
+    """What an external guide sees beside t, w and text; ``latents`` is the paper's plain form."""
+    push: bool = True
+    """Whether a tiny guide pushes the text."""
+    rank: int = 28
+    """Channels of what a tiny guide adds to each decoder layer; 0 leaves them alone."""
+    head: int = 48
+    """Channels of a tiny guide's part at the prediction; 0 leaves it alone."""
+    states: Literal["noised", "trajectory", "student"] = "trajectory"
+    """Training states: noised pictures, the teacher's CFG trajectories, or those stepped
+    partly by the student itself."""
+    pictures: str | None = None
+    """Folder with metadata.jsonl, for ``--states noised``. Left out: the embedded pictures."""
+    trajectory_steps_min: int = 8
+    trajectory_steps_max: int = 32
+    """Sampling steps of a training trajectory, drawn for each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_scale = self.guidance_scale_min == self.guidance_scale_max
+        self._need(
+            one_scale or self.guide not in ("dice", "cfg-lora"), "guide",
+            "another where guidance_scale_min and guidance_scale_max differ",
+        )  # fmt: skip
+        self._need(self.rank >= 0, "rank", "at least 0")
+        self._need(self.head >= 0, "head", "at least 0")
+        self._need(
+            1 <= self.trajectory_steps_min <= self.trajectory_steps_max,
+            "trajectory_steps_min", "between 1 and trajectory_steps_max",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepsConfig(TrainingConfig):
+    """Settings of stage 2. Flags are named as in diffusers' own training examples."""
+
+    guide: str = "tiny"
+    """The guide to begin with, from stage 1: tiny, full, or a folder or hub id."""
+    steps: tuple[int, ...] = (16, 8, 4)
+    """Sampling steps after each round; each is half of the one before. The first round's
+    teacher takes twice as many."""
+    max_train_steps: int = 1000
+    """Training steps of each round."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        halves = all(a == 2 * b for a, b in pairwise(self.steps))
+        self._need(
+            bool(self.steps) and min(self.steps) >= 1 and halves,
+            "steps", "a list of numbers, each half of the one before",
+        )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Stage 1: a guide learns equation (1) from its frozen base.
+"""The training loop of every stage: a guide learns beside its frozen base.
+
+What is learnt is a stage's own: where its states come from, its loss, its validation
+(:mod:`pilotfish.distill.guidance_stage`, :mod:`pilotfish.distill.step_stage`).
 
 Every tick (one micro-batch) draws its randomness from a generator of its own, seeded by
 (seed, process, tick), and everything else that changes is in the checkpoint. So a resumed
@@ -10,11 +13,10 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -31,11 +33,12 @@ from pilotfish.distill.checkpoints import (
     prune_checkpoints,
     restore_optimizer,
     save_checkpoint,
+    save_whole,
 )
-from pilotfish.distill.config import ConfigError, DistillConfig
-from pilotfish.distill.loss import relative_guidance_loss
+from pilotfish.distill.config import ConfigError, TrainingConfig
 from pilotfish.distill.material import Material
-from pilotfish.distill.states import NoisedPictures, Replay, RollingTrajectories, Source, States
+from pilotfish.distill.pool import Pool
+from pilotfish.distill.states import Replay, Source, States
 from pilotfish.distill.validation import Validation
 from pilotfish.guidance import draw_guidance_scales
 from pilotfish.guides import Guide
@@ -55,7 +58,7 @@ class Interrupted(DistillError):
 
 
 class Distillation:
-    """One run of stage 1.
+    """One run of a stage; a stage is a subclass.
 
     Args:
         config: the settings.
@@ -64,8 +67,28 @@ class Distillation:
         notice: called with a line of text worth showing to a person.
     """
 
+    measure: ClassVar[str]
+    """What the stage brings down from 1, the untrained student, towards 0."""
+    rate_factor: ClassVar[float] = 1.0
+    """The learning rate as a share of the guide's own, where the settings name none."""
+
+    def source(self) -> Source:
+        """Where the stage's states come from."""
+        raise NotImplementedError
+
+    def loss(
+        self, guided: torch.Tensor, target: torch.Tensor, guidance_scale: torch.Tensor,
+        states: States,
+    ) -> torch.Tensor:  # fmt: skip
+        """The stage's loss, a scalar, of (N, C, h, w) predictions at scales (N,)."""
+        raise NotImplementedError
+
+    def validation(self) -> Validation:
+        """What is measured on held-out prompts."""
+        raise NotImplementedError
+
     def __init__(
-        self, config: DistillConfig, material: Material, guide: Guide,
+        self, config: TrainingConfig, material: Material, guide: Guide,
         notice: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self.config, self.material, self.guide, self.notice = config, material, guide, notice
@@ -77,33 +100,34 @@ class Distillation:
             log_with=report,
             project_config=ProjectConfiguration(str(self.folder), str(self.folder / "logs")),
         )
-        device = self.accelerator.device
-        self.unet = material.pipe.unet.to(device)
-        self.teacher = material.teacher(device)
+        self.unet = material.pipe.to(self.accelerator.device).unet
+        self.base = material.base()
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing(checkpoint_in_context)
         self.base_checksum = checksum(self.unet)
-        guide.to(device).train()
-        student = GuidedStudent(guide, self.unet, self.teacher.null)
-        self.hooks = student.hooks
+        guide.to(self.accelerator.device).train()
+        rate = config.learning_rate or guide.learning_rate * self.rate_factor
         optimizer = torch.optim.AdamW(
-            guide.parameters(), config.rate, (0.9, 0.99),
-            weight_decay=config.adam_weight_decay,
-        )  # fmt: skip
+            guide.parameters(), rate, (0.9, 0.99), weight_decay=config.adam_weight_decay
+        )
         self.schedule_of_rate = get_scheduler(
             config.lr_scheduler,
             optimizer,
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
+        student = GuidedStudent(guide, self.unet, self.base.null)
+        self.hooks = [student.hooks]
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.average = EMAModel(guide.parameters(), decay=config.ema_decay, foreach=False)
-        self.average.to(device)
-        self.replay = Replay(self._source(), config.replay_capacity, config.replay_reuse)
-        self.validation = Validation(config, material, self.teacher)
-        self.step = 0
+        self.average.to(self.accelerator.device)
+        self.step = self.micro = 0
         self.history: list[dict[str, float]] = []
         self.smooth: dict[str, float] = {}
+
+    @property
+    def _words(self) -> str:
+        return self.measure.replace("_", " ")
 
     # -- states -------------------------------------------------------------------------
 
@@ -111,26 +135,23 @@ class Distillation:
         process = self.accelerator.process_index
         return torch.Generator().manual_seed((self.config.seed * 64 + process) * 10**9 + tick)
 
-    def _source(self) -> Source:
+    def pool(self, steps: tuple[int, int], student_share: float) -> Pool:
+        """Latents on their way, over all prompts of the material."""
         config, material = self.config, self.material
-        scales = (config.guidance_scale_min, config.guidance_scale_max)
-        if config.states == "noised":
-            latents, prompt = material.pictures()
-            return NoisedPictures(self.teacher, material.schedule, latents, prompt, scales)
-        own = config.states == "student"
-        return RollingTrajectories(
-            self.teacher, material.schedule, len(material.prompts), material.latent_shape, scales,
-            pool=config.pool, steps=(config.trajectory_steps_min, config.trajectory_steps_max),
-            generator=self._generator(10**9 - 1), student=self._own_prediction if own else None,
-            student_share=config.student_share if own else 0.0,
+        return Pool(
+            len(material.prompts), material.latent_shape,
+            (config.guidance_scale_min, config.guidance_scale_max), size=config.pool, steps=steps,
+            train_timesteps=len(material.schedule.alphas_cumprod),
+            generator=self._generator(10**9 - 1), student_share=student_share,
         )  # fmt: skip
 
     @torch.no_grad()
-    def _own_prediction(
+    def own_prediction(
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor, w: torch.Tensor
     ) -> torch.Tensor:
+        """What the student predicts as it stands, without gradient."""
         student = self.accelerator.unwrap_model(self.student)
-        prediction: torch.Tensor = student(latents, timestep, self.teacher.prompts[prompt], w)
+        prediction: torch.Tensor = student(latents, timestep, self.base.texts(prompt), w)
         return prediction.float()
 
     # -- training -----------------------------------------------------------------------
@@ -142,14 +163,39 @@ class Distillation:
             DistillError: the loss is not finite, or the base has changed.
             Interrupted: SIGTERM or Ctrl-C; a checkpoint was saved first.
         """
-        config, accelerator = self.config, self.accelerator
-        if accelerator.is_main_process:
+        self._begin()
+        try:
+            self.replay = Replay(
+                self.source(), self.config.replay_capacity, self.config.replay_reuse
+            )
+            self.validating = self.validation()
+            self._resume()
+            self._train()
+            if checksum(self.unet) != self.base_checksum:
+                raise DistillError("the base denoiser changed during training; this is a bug")
+            self._finish()
+        finally:
+            for hooks in self.hooks:
+                hooks.remove()
+            if self.accelerator.log_with:
+                self.accelerator.end_training()
+        return self.guide
+
+    def _begin(self) -> None:
+        """Refuse a folder that holds another run; write the settings; start the trackers."""
+        if self.config.resume is None and list_checkpoints(self.folder):
+            raise ConfigError(
+                f"{self.folder} holds the checkpoints of an earlier run; --resume latest goes on "
+                "with it, another --output_dir keeps it"
+            )
+        if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            config.save(self.folder / "config.json")
-        if accelerator.log_with:
-            accelerator.init_trackers("pilotfish")
-        self._resume()
-        began, first = time.monotonic(), self.step
+            self.config.save(self.folder / "config.json")
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("pilotfish")
+
+    def _train(self) -> None:
+        config, accelerator = self.config, self.accelerator
         bar = tqdm(
             initial=self.step, total=config.max_train_steps, desc="distil", mininterval=1.0,
             disable=not accelerator.is_main_process,
@@ -161,43 +207,40 @@ class Distillation:
                 self.step += 1
                 bar.update()
                 bar.set_postfix_str(
-                    f"loss {self.smooth['loss']:.4f}  guidance error "
-                    f"{self.smooth['guidance_error']:.3f}", refresh=False,
+                    f"loss {self.smooth['loss']:.4f}  {self._words} "
+                    f"{self.smooth[self.measure]:.3f}", refresh=False,
                 )  # fmt: skip
                 if accelerator.log_with:
                     accelerator.log(dict(self.smooth), self.step)
                 self._milestones(stop())
-        if checksum(self.unet) != self.base_checksum:
-            raise DistillError("the base denoiser changed during training; this is a bug")
-        spent = time.monotonic() - began
-        self._finish(spent, self.step - first)
-        return self.guide
 
     def _tick(self) -> None:
         config = self.config
-        tick = self.step * config.gradient_accumulation_steps + self._micro
+        tick = self.step * config.gradient_accumulation_steps + self.micro
         generator = self._generator(tick)
-        states = self.replay.draw(config.train_batch_size, tick, generator)
-        w = self._scales(states, generator)
+        with self.accelerator.autocast():  # the teacher's passes
+            states = self.replay.draw(config.train_batch_size, tick, generator)
+        w = self._scales(states, generator).to(self.accelerator.device)
+        states = states.to(self.accelerator.device)
         with self.accelerator.accumulate(self.student):
-            prompts = self.teacher.prompts[states.prompt]
-            guided = self.student(states.latents, states.timestep, prompts, w)
+            texts = self.base.texts(states.prompt)
+            guided = self.student(states.latents, states.timestep, texts, w)
             target = states.target(w)
-            loss = relative_guidance_loss(guided, target, w)
+            loss = self.loss(guided, target, w, states)
             self._note(loss, guided, target, states)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.guide.parameters(), config.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self._micro = (self._micro + 1) % config.gradient_accumulation_steps
-        if self.accelerator.sync_gradients:
+        self.micro = (self.micro + 1) % config.gradient_accumulation_steps
+        if self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped:
             self.schedule_of_rate.step()
             self.average.step(self.guide.parameters())
 
-    _micro = 0
-
     def _scales(self, states: States, generator: torch.Generator) -> torch.Tensor:
+        if not states.any_scale:
+            return states.guidance_scale
         low, high = self.config.guidance_scale_min, self.config.guidance_scale_max
         drawn = draw_guidance_scales(len(states), low, high, generator)
         same = torch.rand(len(states), generator=generator) < SAME_SCALE
@@ -216,11 +259,11 @@ class Distillation:
             )
         with torch.no_grad():
             gap = (guided.detach().float() - target).pow(2).sum()
-            whole = (states.conditional - target).pow(2).sum()
+            whole = (states.untrained - target).pow(2).sum()
         for name, new in (("loss", value), ("gap", float(gap)), ("whole", float(whole))):
             old = self.smooth.get(name, new)
             self.smooth[name] = 0.98 * old + 0.02 * new
-        self.smooth["guidance_error"] = self.smooth["gap"] / max(self.smooth["whole"], 1e-12)
+        self.smooth[self.measure] = self.smooth["gap"] / max(self.smooth["whole"], 1e-12)
 
     # -- milestones ---------------------------------------------------------------------
 
@@ -241,13 +284,14 @@ class Distillation:
         if not self.accelerator.is_main_process:
             return
         with self._averaged():
-            row = self.validation.run(self.guide, self.step, self.folder / "validation")
+            row = self.validating.run(self.guide, self.step, self.folder / "validation")
+        name, value = next(iter(row.items()))
         row = {"step": self.step, "loss": self.smooth["loss"], **row}
         self.history.append(row)
         (self.folder / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
         if self.accelerator.log_with:
             self.accelerator.log({f"validation/{k}": v for k, v in row.items()}, self.step)
-        self.notice(f"step {self.step}: guidance error {row['guidance_error']:.3f} (held out)")
+        self.notice(f"step {self.step}: {name.replace('_', ' ')} {value:.3f} (held out)")
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -261,15 +305,12 @@ class Distillation:
             self.average.restore(self.guide.parameters())
             self.guide.train()
 
-    def _finish(self, seconds: float, steps: int) -> None:
+    def _finish(self) -> None:
         self.average.copy_to(self.guide.parameters())
         self.guide.eval()
-        self.hooks.remove()
         if self.accelerator.is_main_process:
-            self.guide.save_pretrained(self.folder / "guide")
-            self.notice(f"saved {self.folder / 'guide'} ({steps} steps in {seconds / 60:.1f} min)")
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
+            save_whole(self.guide, self.folder / "guide")
+            self.notice(f"saved {self.folder / 'guide'}")
 
     # -- checkpoints --------------------------------------------------------------------
 
@@ -294,8 +335,10 @@ class Distillation:
             facts = {
                 "average": average, "rate": self.schedule_of_rate.state_dict(),
                 "history": self.history, "smooth": self.smooth,
-                "base_checksum": self.base_checksum,
+                "base_checksum": self.base_checksum, "what": self._what(),
             }  # fmt: skip
+            if accelerator.scaler is not None:
+                facts["scaler"] = accelerator.scaler.state_dict()
             facts["rate"] = {k: v for k, v in facts["rate"].items() if _is_plain(v)}
             save_checkpoint(self.folder, self.step, tensors, facts)
             prune_checkpoints(self.folder, limit)
@@ -315,13 +358,24 @@ class Distillation:
         checkpoint = load_checkpoint(path)
         if checkpoint.facts.get("base_checksum") != self.base_checksum:
             raise ConfigError(f"{path} was trained on another base; its checksum differs")
+        if checkpoint.facts.get("what") != self._what():
+            raise ConfigError(f"{path} is of another kind of guide, or of another stage")
         self._load(checkpoint)
         self.notice(f"resumed from {path} at step {self.step}")
+
+    def _what(self) -> dict[str, Any]:
+        """What is trained, in plain JSON: a checkpoint of something else is refused."""
+        config = {k: v for k, v in self.guide.config.items() if not k.startswith("_")}
+        what = {"measure": self.measure, "guide": type(self.guide).__name__, "config": config}
+        plain: dict[str, Any] = json.loads(json.dumps(what))
+        return plain
 
     def _load(self, checkpoint: Checkpoint) -> None:
         facts = checkpoint.facts
         self.step, self.history, self.smooth = checkpoint.step, facts["history"], facts["smooth"]
         self.guide.load_state_dict(checkpoint.part("guide"))
+        if self.accelerator.scaler is not None and "scaler" in facts:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
         shadow = checkpoint.part("average")
         ordered = [shadow[str(i)] for i in range(len(shadow))]
         self.average.load_state_dict(facts["average"] | {"shadow_params": ordered})

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from pilotfish import embedded
 from pilotfish.data.pictures import from_pixels, load_pictures
 from pilotfish.data.prompts import load_prompts
-from pilotfish.distill.config import ConfigError, DistillConfig
+from pilotfish.distill.config import ConfigError, TrainingConfig
 from pilotfish.passes import FrozenTeacher, encode_prompts
+from pilotfish.pipelines import load_pipeline
 from pilotfish.schedules import Schedule
 
 
@@ -39,11 +39,13 @@ class Material:
         self.schedule = Schedule.of(self.pipe.scheduler)
 
     @classmethod
-    def of(cls, config: DistillConfig) -> Material:
+    def of(cls, config: TrainingConfig, pictures: str | None = None) -> Material:
         """What a configuration names; the embedded model's where it names nothing.
 
+        ``pictures`` is a folder with metadata.jsonl, for noised states.
+
         Raises:
-            ConfigError, ValueError: a path is wrong or holds nothing of use.
+            ConfigError, PipelineError, ValueError: a path is wrong or holds nothing of use.
         """
         if config.pretrained_model_name_or_path is None:
             pipe: Any = embedded.load_host("base")
@@ -56,7 +58,7 @@ class Material:
             held_out = load_prompts(config.validation_prompts)
         else:
             held_out = prompts[:64] if config.prompts else embedded.prompts("held_out")
-        folder = Path(config.pictures) if config.pictures else embedded.pictures("base")
+        folder = Path(pictures) if pictures else embedded.pictures("base")
         return cls(pipe, prompts, held_out, folder)
 
     @property
@@ -71,10 +73,10 @@ class Material:
         """(P, L, D) encoder hidden states of ``prompts``, then of ``held_out``."""
         return encode_prompts(self.pipe, [*self.prompts, *self.held_out])
 
-    def teacher(self, device: torch.device) -> FrozenTeacher:
+    def base(self) -> FrozenTeacher:
         """The base's two passes, over training and held-out prompts."""
-        null = encode_prompts(self.pipe, [""]).to(device)
-        return FrozenTeacher(self.pipe.unet, self.prompt_states.to(device), null)
+        null = encode_prompts(self.pipe, [""])
+        return FrozenTeacher(self.pipe.unet, self.prompt_states, null)
 
     @torch.no_grad()
     def pictures(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,21 +95,8 @@ class Material:
             raise ConfigError(f"{len(missing)} captions are not among the prompts: {missing[:3]}")
         vae = self.pipe.vae
         latents = [
-            vae.encode(from_pixels(part).to(vae.dtype)).latent_dist.mean
+            vae.encode(from_pixels(part).to(vae.device, vae.dtype)).latent_dist.mean
             for part in pictures.pixels.split(32)
         ]
         prompt = torch.tensor([place[c] for c in pictures.captions])
-        return torch.cat(latents).float() * vae.config.scaling_factor, prompt
-
-
-def load_pipeline(name: str) -> Any:
-    """A pipeline from a folder or hub id, from safetensors only.
-
-    Raises:
-        ConfigError: there is none, or it cannot be read.
-    """
-    try:
-        return DiffusionPipeline.from_pretrained(name, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"no pipeline could be loaded from {name}: {first}") from error
+        return torch.cat(latents).float().cpu() * vae.config.scaling_factor, prompt

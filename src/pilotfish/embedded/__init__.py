@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPProcessor
 
 from pilotfish.data.prompts import load_prompts
 from pilotfish.guides import Guide
+from pilotfish.pipelines import load_pipeline
 
 FOLDER = Path(__file__).parent
 BASE = FOLDER / "base"
@@ -32,31 +32,30 @@ SHOWN = (
 )  # fmt: skip
 
 
-def load_host(name: str = "base", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """A pipeline: the base, or a fine-tune of it (two full ones and one LoRA).
+def load_host(name: str = "base") -> StableDiffusionPipeline:
+    """A pipeline in float32: the base, or a fine-tune of it (two full ones and one LoRA).
 
     Raises:
         ValueError: no such host.
     """
     if name not in HOSTS:
         raise ValueError(f"no embedded host {name!r}; there are {', '.join(HOSTS)}")
-    pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=dtype)
+    pipe: StableDiffusionPipeline = load_pipeline(BASE)
     if name in _LORA:
         pipe.load_lora_weights(FOLDER / f"{name}-lora")
     elif name != "base":
-        pipe.unet = UNet2DConditionModel.from_pretrained(FOLDER / name / "unet", torch_dtype=dtype)
-    pipe.set_progress_bar_config(disable=True)
+        pipe.unet = UNet2DConditionModel.from_pretrained(FOLDER / name / "unet")
     return pipe
 
 
 def load_guide(name: str = "tiny") -> Guide:
     """The guide that was trained for the base: ``tiny`` (the default) or ``full``."""
-    return Guide.from_pretrained(GUIDES / name, torch_dtype=torch.float32)
+    return Guide.from_pretrained(GUIDES / name)
 
 
 def load_judge() -> tuple[CLIPModel, CLIPProcessor]:
     """The judge, a small CLIP over all styles, and its processor."""
-    model = CLIPModel.from_pretrained(JUDGE, torch_dtype=torch.float32).eval()
+    model = CLIPModel.from_pretrained(JUDGE).float().eval()
     return model, CLIPProcessor.from_pretrained(JUDGE)
 
 

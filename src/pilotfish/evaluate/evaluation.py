@@ -144,6 +144,7 @@ def evaluate(
     """
     if not hosts:
         raise ValueError("there is no host to evaluate on")
+    _check(samples, guidance_scale)
     judge = judge or Judge.embedded()
     results: dict[str, HostResult] = {}
     spent, size = None, None

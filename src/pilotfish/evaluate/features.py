@@ -53,10 +53,8 @@ class Judge:
         if not Path(folder).is_dir():
             raise ValueError(f"no judge in {folder}: there is no such folder")
         try:
-            model = CLIPModel.from_pretrained(
-                folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
-            )
-            return cls(model, CLIPProcessor.from_pretrained(folder, local_files_only=True))
+            model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            return cls(model.float(), CLIPProcessor.from_pretrained(folder, local_files_only=True))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"no judge could be read from {folder}: {first}") from error

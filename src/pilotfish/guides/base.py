@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from safetensors import SafetensorError
+from torch import nn
 
 from pilotfish.attach import attach, attached, detach
 from pilotfish.contract import GuideError, GuideInputs, Injection
+from pilotfish.denoisers import fingerprint
 
 
 class Guide(ModelMixin, ConfigMixin):
@@ -22,15 +25,23 @@ class Guide(ModelMixin, ConfigMixin):
     - ``denoiser``: the fingerprint of the denoiser family it was made for
       (:func:`pilotfish.denoisers.fingerprint`);
     - ``guidance_scale_range``: the (low, high) of w in training;
+    - ``timesteps``: of a guide distilled to few steps, those that it was trained at;
     - ``pilotfish_version``.
     """
 
     config_name = "config.json"
     kinds: ClassVar[dict[str, type[Guide]]] = {}
+    learning_rate: ClassVar[float] = 1e-3
+    """What suits its training, where nothing else is asked for."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Guide.kinds[cls.__name__] = cls
+
+    @classmethod
+    def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
+        """A fresh guide for a UNet."""
+        return cls(fingerprint(unet, prediction_type), **config)  # type: ignore[call-arg]
 
     def forward(self, inputs: GuideInputs) -> Injection:
         """The features to add. See :class:`GuideInputs` and :class:`Injection`."""
@@ -41,6 +52,17 @@ class Guide(ModelMixin, ConfigMixin):
         """The (low, high) of w that the guide was trained on."""
         low, high = self.config.guidance_scale_range
         return float(low), float(high)
+
+    @property
+    def timesteps(self) -> tuple[int, ...] | None:
+        """Those that a guide distilled to few steps was trained at; None: any will do."""
+        given = self.config.timesteps
+        return None if given is None else tuple(given)
+
+    @property
+    def touches(self) -> tuple[str, ...]:
+        """Names of the denoiser's modules to whose outputs the guide adds."""
+        return ()
 
     def check(self, fingerprint: Mapping[str, Any]) -> None:
         """Refuse a denoiser that the guide was not made for.
@@ -56,6 +78,10 @@ class Guide(ModelMixin, ConfigMixin):
                 f"{k}: guide {mine.get(k)}, denoiser {theirs.get(k)}" for k in differs
             )
             raise GuideError(f"this {type(self).__name__} was made for another denoiser ({sides})")
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As any module; diffusers' own warns of every dtype, though nothing is to be kept."""
+        return nn.Module.to(self, *args, **kwargs)  # type: ignore[return-value]
 
     def attach(self, pipe: Any) -> None:
         """Put the guide on a pipeline: the same call, one denoiser pass a step."""
@@ -99,8 +125,6 @@ class Guide(ModelMixin, ConfigMixin):
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             why = _first_line(error)
             raise GuideError(f"no guide could be read from {where}: {why}") from error
-        # loading leaves an empty list here, of which every later to(dtype) would warn
-        guide._keep_in_fp32_modules = None
         for what in ("missing", "unexpected"):
             if keys := sorted(loaded[f"{what}_keys"]):
                 raise GuideError(f"the weights in {where} have {what} tensors, first {keys[0]}")
@@ -121,12 +145,25 @@ class Guide(ModelMixin, ConfigMixin):
                 f"the configuration in {where} has {negative[0]} {config[negative[0]]}; "
                 "0 or more is needed"
             )
+        given = config.get("timesteps")
+        if given is not None and not _falling(given):
+            raise GuideError(
+                f"the configuration in {where} has timesteps {given}; falling whole numbers "
+                "are needed"
+            )
         low, high = config.get("guidance_scale_range", (1.0, 1.0))
         if not 1 <= low <= high:
             raise GuideError(
                 f"the configuration in {where} has guidance_scale_range [{low}, {high}]; "
                 "1 <= low <= high is needed"
             )
+
+
+def _falling(timesteps: Any) -> bool:
+    """Whether these are whole numbers from high to low, none twice."""
+    if not isinstance(timesteps, Sequence) or any(type(t) is not int for t in timesteps):
+        return False
+    return len(timesteps) > 0 and timesteps[-1] >= 0 and all(a > b for a, b in pairwise(timesteps))
 
 
 def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from pilotfish.contract import GuideError, GuideInputs, Injection
-from pilotfish.denoisers import fingerprint, skip_channels, skip_levels
+from pilotfish.denoisers import skip_channels, skip_levels
 from pilotfish.guidance import guidance_strength, per_sample
 from pilotfish.guides.base import Guide
 from pilotfish.guides.layers import Condition, silent
@@ -37,10 +36,13 @@ class ExternalGuide(Guide):
         condition: width of the embedding of t, w and text.
         rounds: how often the levels mix.
         guidance_scale_range: the (low, high) of w in training.
+        timesteps: of a guide distilled to few steps, the only ones that it knows.
 
     Raises:
         GuideError: ``reads`` is empty or names something else.
     """
+
+    learning_rate = 3e-3
 
     @register_to_config
     def __init__(
@@ -51,6 +53,7 @@ class ExternalGuide(Guide):
         condition: int = 32,
         rounds: int = 1,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
+        timesteps: Sequence[int] | None = None,
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()
@@ -74,11 +77,6 @@ class ExternalGuide(Guide):
         self.inputs = nn.ModuleList([nn.Conv2d(c, rank, 1) for c in entering])
         self.mixers = nn.ModuleList([Mixer(rank, condition) for _ in range(rounds * self.depth)])
         self.outputs = nn.ModuleList([silent(nn.Conv2d(rank, c, 1)) for c in widths])
-
-    @classmethod
-    def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
-        """A fresh guide for a UNet."""
-        return cls(fingerprint(unet, prediction_type), **config)
 
     def forward(self, inputs: GuideInputs) -> Injection:
         return Injection(encoder=partial(self._answer, inputs))

@@ -7,6 +7,7 @@ starts at zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 from diffusers import UNet2DConditionModel
@@ -28,7 +29,10 @@ class FullGuide(Guide):
         denoiser: the fingerprint of the denoiser.
         unet_config: the configuration of the UNet whose encoder is copied.
         guidance_scale_range: the (low, high) of w in training.
+        timesteps: of a guide distilled to few steps, the only ones that it knows.
     """
+
+    learning_rate = 5e-4
 
     @register_to_config
     def __init__(
@@ -36,6 +40,7 @@ class FullGuide(Guide):
         denoiser: dict[str, Any],
         unet_config: dict[str, Any],
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
+        timesteps: Sequence[int] | None = None,
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()

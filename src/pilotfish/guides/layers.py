@@ -41,6 +41,6 @@ class Condition(nn.Module):
         """The vectors, (N, width)."""
         t = fourier_features(inputs.timestep, FEATURES, longest=4000.0)
         w = fourier_features(inputs.guidance_scale, FEATURES, longest=32.0)
-        text = inputs.encoder_hidden_states.mean(1) - inputs.negative_hidden_states.mean(1)
+        text = (inputs.encoder_hidden_states - inputs.negative_hidden_states).mean(1)
         seen = torch.cat([t, w], 1).to(text.dtype)
         return F.silu(self.embed(seen) + self.text(text))

@@ -14,20 +14,22 @@ once more, ``w - 1`` times. The guide does that in three places of the one pass:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from pilotfish.contract import GuideError, GuideInputs, Injection, LayerAddition
-from pilotfish.denoisers import decoder_channels, fingerprint
+from pilotfish.contract import GuideError, GuideInputs, Injection, ModuleAddition
+from pilotfish.denoisers import decoder_layers
 from pilotfish.guidance import guidance_strength, per_sample
 from pilotfish.guides.base import Guide
 from pilotfish.guides.layers import Condition, silent
+
+PREDICTION = "conv_out"
 
 
 class TinyGuide(Guide):
@@ -40,20 +42,24 @@ class TinyGuide(Guide):
         head: channels of the head; 0 leaves the prediction alone.
         condition: width of the embedding of t, w and text.
         guidance_scale_range: the (low, high) of w in training.
+        timesteps: of a guide distilled to few steps, the only ones that it knows.
 
     Raises:
         GuideError: nothing is left to add.
     """
+
+    learning_rate = 1e-2
 
     @register_to_config
     def __init__(
         self,
         denoiser: dict[str, Any],
         push: bool = True,
-        rank: int = 20,
+        rank: int = 28,
         head: int = 48,
         condition: int = 32,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
+        timesteps: Sequence[int] | None = None,
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()
@@ -61,16 +67,33 @@ class TinyGuide(Guide):
             raise GuideError("a tiny guide needs at least one of push, rank and head")
         self.embedding = Condition(denoiser["cross_attention_dim"], condition)
         self.text = silent(nn.Linear(condition, 1)) if push else None
-        channels = decoder_channels(denoiser) if rank else []
-        self.layers = nn.ModuleList([LowRank(c, rank) for c in channels])
-        self.modulate = nn.Linear(condition, 2 * rank * len(channels)) if rank else None
+        layers = decoder_layers(denoiser) if rank else {}
+        self.names = tuple(layers)
+        self.layers = nn.ModuleList([Layer(c, rank) for c in layers.values()])
         features, latents = denoiser["block_out_channels"][0], denoiser["in_channels"]
-        self.output = Head(features, latents, head, condition) if head else None
+        self.output = Head(features, latents, head) if head else None
+        # gain and shift of every layer and of the head, then the head's two scalings
+        self.ranks = [2 * r for r in (*[rank] * len(layers), head) if r]
+        self.scalings = 2 * latents if head else 0
+        answers = sum(self.ranks) + self.scalings
+        self.modulate = nn.Linear(condition, answers) if answers else None
+        if self.modulate is not None:
+            self._begin_plainly(self.modulate)
 
-    @classmethod
-    def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
-        """A fresh guide for a UNet."""
-        return cls(fingerprint(unet, prediction_type), **config)
+    @property
+    def touches(self) -> tuple[str, ...]:
+        """The decoder's layers and the last convolution, those that have a part."""
+        return (*self.names, PREDICTION) if self.output is not None else self.names
+
+    @torch.no_grad()
+    def _begin_plainly(self, modulate: nn.Linear) -> None:
+        """Gains start around 1; the head's scalings are silent until they have learnt something."""
+        start = 0
+        for size in self.ranks:
+            modulate.bias[start : start + size // 2] += 1
+            start += size
+        modulate.weight[start:] = 0
+        modulate.bias[start:] = 0
 
     def forward(self, inputs: GuideInputs) -> Injection:
         condition = self.embedding(inputs)
@@ -78,69 +101,87 @@ class TinyGuide(Guide):
         strength = per_sample(guidance_strength(inputs.guidance_scale), latents)
         # inside the network the effect of a change saturates; at the prediction it is linear
         inside = torch.log1p(strength)
-        pushed, output = None, None
-        layers: tuple[LayerAddition, ...] = ()
+        pushed = None
         if self.text is not None:
-            gain = inside[:, :, 0, 0] * self.text(condition)
-            pushed = gain[:, :, None] * (text - inputs.negative_hidden_states)
+            gain = inside[..., 0] * self.text(condition)[:, :, None]
+            pushed = gain * (text - inputs.negative_hidden_states)
+        modules: dict[str, ModuleAddition] = {}
         if self.modulate is not None:
-            modulation = self.modulate(condition)[:, :, None, None].chunk(len(self.layers), 1)
-            layers = tuple(
-                partial(layer, modulation=m, strength=inside)
-                for layer, m in zip(self.layers, modulation, strict=True)
-            )
-        if self.output is not None:
-            output = partial(self.output, latents=latents, condition=condition, strength=strength)
-        return Injection(text=pushed, layers=layers, output=output)
+            answers = self.modulate(condition).split([*self.ranks, self.scalings], 1)
+            modules = {
+                name: partial(layer, modulation=m, strength=inside)
+                for name, layer, m in zip(self.names, self.layers, answers, strict=False)
+            }
+            if self.output is not None:
+                modules[PREDICTION] = partial(
+                    self.output, latents=latents, modulation=answers[-2], scalings=answers[-1],
+                    strength=strength,
+                )  # fmt: skip
+        return Injection(text=pushed, modules=modules)
 
 
 class LowRank(nn.Module):
-    """``strength * up(silu(gain * down(norm(x)) + shift))``; what comes before ``up`` has
-    ``rank`` channels."""
+    """``strength * up silu(gain * down x + shift)``; what comes before ``up`` has ``rank``
+    channels.
+
+    Both are 1x1 convolutions, written as matrix products: on few pixels the call of a
+    convolution costs more than its arithmetic.
+    """
+
+    def __init__(self, entering: int, leaving: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, entering))
+        self.up = nn.Parameter(torch.zeros(leaving, rank))
+        nn.init.uniform_(self.down, -(entering**-0.5), entering**-0.5)
+
+    def forward(
+        self, x: torch.Tensor, modulation: torch.Tensor, strength: torch.Tensor
+    ) -> torch.Tensor:
+        """(N, entering, h, w), (N, 2 rank), (N, 1, 1, 1) -> (N, leaving, h, w)."""
+        gain, shift = modulation[:, :, None].chunk(2, 1)
+        hidden = F.silu(torch.baddbmm(shift, gain * self.down, x.flatten(2)))
+        made = torch.bmm(self.up.expand(len(x), -1, -1), strength[..., 0] * hidden)
+        return made.view(len(x), -1, *x.shape[-2:])
+
+
+class Layer(nn.Module):
+    """What is added to a layer of the decoder: a function of what the layer made."""
 
     def __init__(self, channels: int, rank: int) -> None:
         super().__init__()
-        self.down = nn.Conv2d(channels, rank, 1)
-        self.up = silent(nn.Conv2d(rank, channels, 1))
+        self.path = LowRank(channels, channels, rank)
 
     def forward(
-        self, made: torch.Tensor, modulation: torch.Tensor, strength: torch.Tensor
-    ) -> torch.Tensor:
-        """(N, channels, h, w), (N, 2 rank, 1, 1), (N, 1, 1, 1) -> what is added to ``made``."""
-        gain, shift = modulation.chunk(2, 1)
-        hidden = torch.addcmul(shift, self.down(F.group_norm(made, 1)), 1 + gain)
-        added: torch.Tensor = strength * self.up(F.silu(hidden))
+        self, entered: torch.Tensor, made: torch.Tensor, *,
+        modulation: torch.Tensor, strength: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """(N, channels, h, w) twice, (N, 2 rank), (N, 1, 1, 1) -> (N, channels, h, w)."""
+        added: torch.Tensor = self.path(F.group_norm(made, 1), modulation, strength)
         return added
 
 
 class Head(nn.Module):
     """Reads the last features, the prediction and the latents; answers in the prediction's shape.
 
-    Beside a small convolutional path it scales prediction and latents channel by channel: at
-    high noise the unconditional prediction is close to a constant, and CFG little more than
-    that scaling.
+    The features come out of the denoiser's last normalisation and need none here. Beside that
+    path the head scales prediction and latents channel by channel: at high noise the
+    unconditional prediction is close to a constant, and CFG little more than that scaling.
     """
 
-    def __init__(self, features: int, channels: int, width: int, condition: int) -> None:
+    def __init__(self, features: int, channels: int, width: int) -> None:
         super().__init__()
-        self.splits = [width, width, channels, channels]
-        self.inputs = nn.Conv2d(features + 2 * channels, width, 1)
-        self.spread = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.modulate = nn.Linear(condition, sum(self.splits))
-        self.outputs = silent(nn.Conv2d(width, channels, 1))
-        with torch.no_grad():  # the two channel-wise scalings are silent as well
-            for parameter in self.modulate.parameters():
-                parameter[2 * width :] = 0
+        self.path = LowRank(features + 2 * channels, channels, width)
 
     def forward(
         self, features: torch.Tensor, prediction: torch.Tensor, *, latents: torch.Tensor,
-        condition: torch.Tensor, strength: torch.Tensor,
+        modulation: torch.Tensor, scalings: torch.Tensor, strength: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """(N, features, h, w) and (N, C, h, w) -> (N, C, h, w), what is added to the latter."""
-        modulation = self.modulate(condition)[:, :, None, None].split(self.splits, 1)
-        gain, shift, of_prediction, of_latents = modulation
-        seen = torch.cat([F.group_norm(features, 1), prediction, latents], 1)
-        hidden = torch.addcmul(shift, self.spread(self.inputs(seen)), 1 + gain)
-        made: torch.Tensor = self.outputs(F.silu(hidden))
-        added: torch.Tensor = strength * (made + of_prediction * prediction + of_latents * latents)
+        """(N, features, h, w) and (N, C, h, w) -> (N, C, h, w), what is added to the latter.
+
+        ``scalings`` are (N, 2 C), first of the prediction, then of the latents.
+        """
+        of_prediction, of_latents = scalings[:, :, None, None].chunk(2, 1)
+        made = self.path(torch.cat([features, prediction, latents], 1), modulation, strength)
+        scaled = torch.addcmul(of_prediction * prediction, of_latents, latents)
+        added: torch.Tensor = torch.addcmul(made, strength, scaled)
         return added

@@ -1,0 +1,33 @@
+"""``readme``: the README's table and figures, from ``results/guide.json``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pilotfish.evaluate.result import Result
+from pilotfish.evaluate.table import markdown_table
+
+MEASURED = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
+
+
+def measured(result: Result) -> str:
+    """The table, and what to know of it."""
+    run, guide = result.run, result.guide
+    return (
+        f"{markdown_table(result).rstrip()}\n\n"
+        f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, {run.samples:,} pictures "
+        f"for each host and way, {run.num_inference_steps} steps; everything is in "
+        "[results/guide.json](results/guide.json). "
+        f"The guide has {guide.parameters:,} parameters, {guide.share:.2%} of the denoiser's, and "
+        'was trained on the base alone. "Right name found": how often an independent judge ranks '
+        "the prompt first among all names. *Guidance error*: squared distance of the guided "
+        "prediction to CFG's, along CFG trajectories of held-out prompts, relative to that of no "
+        "guidance; 0 is perfect."
+    )
+
+
+def write_readme(readme: Path, result: Path) -> None:
+    """Put the figures between their two marks."""
+    text = measured(Result.load(result))
+    readme.write_text(MEASURED.sub(lambda m: m[1] + text + "\n" + m[2], readme.read_text()))

@@ -1,0 +1,45 @@
+"""Stage 1: a guide learns equation (1), so that one pass does what guidance needs two for."""
+
+from __future__ import annotations
+
+import torch
+
+from pilotfish.distill.config import DistillConfig
+from pilotfish.distill.guidance_states import NoisedPictures, RollingTrajectories
+from pilotfish.distill.loop import Distillation
+from pilotfish.distill.loss import relative_guidance_loss
+from pilotfish.distill.states import Source, States
+from pilotfish.distill.validation import GuidanceValidation
+
+
+class GuidanceDistillation(Distillation):
+    """One run of stage 1. See :class:`Distillation`."""
+
+    config: DistillConfig
+    measure = "guidance_error"
+
+    def source(self) -> Source:
+        """The states that ``--states`` names."""
+        config, material = self.config, self.material
+        if config.states == "noised":
+            latents, prompt = material.pictures()
+            scales = (config.guidance_scale_min, config.guidance_scale_max)
+            return NoisedPictures(self.base, material.schedule, latents, prompt, scales)
+        own = config.states == "student"
+        pool = self.pool(
+            (config.trajectory_steps_min, config.trajectory_steps_max),
+            config.student_share if own else 0.0,
+        )
+        student = self.own_prediction if own else None
+        return RollingTrajectories(self.base, material.schedule, pool, student)
+
+    def loss(
+        self, guided: torch.Tensor, target: torch.Tensor, guidance_scale: torch.Tensor,
+        states: States,
+    ) -> torch.Tensor:  # fmt: skip
+        """Equation (2), every scale counting alike."""
+        return relative_guidance_loss(guided, target, guidance_scale)
+
+    def validation(self) -> GuidanceValidation:
+        """The guidance error on held-out prompts."""
+        return GuidanceValidation(self.config, self.material, self.base)

@@ -1,0 +1,103 @@
+"""Stage 2: a guide learns to take one step where its teacher takes two.
+
+Progressive distillation (Salimans & Ho, arXiv 2202.00512) of the guided one-pass model. The
+base stays frozen and w stays an input; only the guide learns. The number of steps halves from
+round to round, and each round's student is the next one's teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from diffusers import DDIMScheduler
+
+from pilotfish.denoisers import fingerprint
+from pilotfish.distill.config import ConfigError, StepsConfig
+from pilotfish.distill.loop import Distillation
+from pilotfish.distill.loss import step_loss
+from pilotfish.distill.material import Material
+from pilotfish.distill.states import Source, States
+from pilotfish.distill.step_states import HalvedTrajectories
+from pilotfish.distill.validation import StepValidation
+from pilotfish.guides import Guide
+from pilotfish.passes import GuidedStudent
+from pilotfish.schedules import sampling_timesteps
+
+
+class StepDistillation(Distillation):
+    """One round of stage 2. See :class:`Distillation`.
+
+    Args:
+        teacher: a guide that takes ``2 * steps`` steps; the student begins as a copy of it.
+        steps: the student's.
+
+    Raises:
+        ConfigError: the teacher was distilled to another number of steps.
+        GuideError: the teacher does not fit the base.
+    """
+
+    config: StepsConfig
+    measure = "step_error"
+    rate_factor = 0.2  # the guide has learnt the most by now
+
+    def __init__(
+        self, config: StepsConfig, material: Material, teacher: Guide, steps: int,
+        notice: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        pipe, total = material.pipe, len(material.schedule.alphas_cumprod)
+        teacher.check(fingerprint(pipe.unet, material.schedule.prediction_type))
+        if teacher.timesteps not in (None, timesteps(2 * steps, total)):
+            raise ConfigError(
+                f"the guide takes {len(teacher.timesteps or ())} steps; a student of {steps} "
+                f"needs a teacher of {2 * steps}, or one that was not distilled to few steps"
+            )
+        # the steps are those of DDIM on an even grid, whatever the pipeline came with
+        pipe.scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config, timestep_spacing="trailing"
+        )
+        self.steps, self.teacher = steps, teacher.eval().requires_grad_(False)
+        student = deepcopy(teacher).requires_grad_(True)
+        student.register_to_config(
+            timesteps=list(timesteps(steps, total)),
+            guidance_scale_range=(config.guidance_scale_min, config.guidance_scale_max),
+        )
+        super().__init__(config, material, student, notice)
+
+    def source(self) -> Source:
+        """Latents on the student's grid, some of them led by the student itself."""
+        self.teacher.to(self.accelerator.device)
+        guided = GuidedStudent(self.teacher, self.unet, self.base.null)
+        self.hooks.append(guided.hooks)
+
+        @torch.no_grad()
+        def predict(
+            latents: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor, w: torch.Tensor
+        ) -> torch.Tensor:
+            made: torch.Tensor = guided(latents, t, self.base.texts(prompt), w)
+            return made.float()
+
+        pool = self.pool((self.steps, self.steps), self.config.student_share)
+        return HalvedTrajectories(predict, self.material.schedule, pool, self.own_prediction)
+
+    def loss(
+        self, guided: torch.Tensor, target: torch.Tensor, guidance_scale: torch.Tensor,
+        states: States,
+    ) -> torch.Tensor:  # fmt: skip
+        """See :func:`step_loss`."""
+        schedule = self.material.schedule
+        if schedule.prediction_type == "epsilon":  # |v|^2 = |eps|^2 / a
+            weight = 1 / schedule.alpha(states.timestep)
+        else:
+            weight = torch.ones_like(guidance_scale)
+        return step_loss(guided, target, guidance_scale, weight)
+
+    def validation(self) -> StepValidation:
+        """The distance of final latents to the teacher's."""
+        return StepValidation(self.config, self.material, self.teacher, self.steps)
+
+
+def timesteps(steps: int, total: int) -> tuple[int, ...]:
+    """Those at which a guide of so many steps is asked."""
+    return tuple(sampling_timesteps(steps, total)[:-1].tolist())

@@ -1,0 +1,106 @@
+"""What the project carries: it loads with stock libraries, whole, and within its bounds."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from pilotfish import embedded
+from pilotfish.data.pictures import load_pictures
+from recipe.cards import ARTISTS
+
+WEIGHTS = sorted(embedded.FOLDER.rglob("*.safetensors"))
+
+
+def test_weights_are_small_halves() -> None:
+    assert sum(p.stat().st_size for p in WEIGHTS) <= 60e6
+    for path in WEIGHTS:
+        kinds = {v.dtype for v in load_file(path).values() if v.is_floating_point()}
+        assert kinds == {torch.float16}, path
+    assert not [*embedded.FOLDER.rglob("*.bin"), *embedded.FOLDER.rglob("*.p*kl*")]
+
+
+MODELS = {
+    "base": ARTISTS, "fluent": ("fluent",), "twemoji": ("twemoji",),
+    "emojione-lora": ("emojione",), "judge": ARTISTS, "guides/tiny": ("noto",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", MODELS)
+def test_every_model_has_a_card_with_its_sources(folder: str) -> None:
+    card = (embedded.FOLDER / folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: ")
+    for style in MODELS[folder]:
+        assert all(fact in card for fact in ARTISTS[style])
+
+
+def test_nothing_names_the_machine_that_made_it() -> None:
+    for config in embedded.FOLDER.rglob("*.json"):
+        assert '"/' not in config.read_text() or config.name.startswith("token"), config
+
+
+def test_every_model_is_known() -> None:
+    assert all(any(p.is_relative_to(embedded.FOLDER / m) for m in MODELS) for p in WEIGHTS)
+
+
+def test_the_base_needs_nothing_of_ours() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(embedded.BASE)
+    made = pipe("owl", num_inference_steps=2, output_type="pt").images
+    assert made.shape == (1, 3, 64, 64)
+    assert made.isfinite().all()
+
+
+@pytest.mark.parametrize("name", embedded.HOSTS)
+def test_a_host_loads_whole(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        pipe = embedded.load_host(name)
+    tensors = pipe.unet.state_dict()
+    for file in (embedded.FOLDER / name / "unet").glob("*.safetensors"):
+        assert set(load_file(file)) == set(tensors)
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in tensors.values())
+    for file in (embedded.FOLDER / f"{name}-lora").glob("*.safetensors"):
+        adapters = {k: v for k, v in tensors.items() if "lora_" in k}
+        assert len(load_file(file)) == len(adapters)
+        assert all(v.abs().sum() > 0 for v in adapters.values())
+
+
+def test_an_unknown_host_is_named() -> None:
+    with pytest.raises(ValueError, match="no embedded host 'openmoji'; there are base"):
+        embedded.load_host("openmoji")
+
+
+def test_hosts_differ_in_style() -> None:
+    first = {n: embedded.load_host(n).unet.conv_in.weight for n in ("base", "fluent", "twemoji")}
+    assert not torch.equal(first["base"], first["fluent"])
+    assert not torch.equal(first["fluent"], first["twemoji"])
+
+
+def test_the_default_guide_is_tiny_and_fits_every_host() -> None:
+    guide = embedded.load_guide()
+    for name in embedded.HOSTS:
+        pipe = embedded.load_host(name)
+        with guide.attached(pipe):
+            pass
+        if name == "base":
+            whole = sum(p.numel() for p in pipe.unet.parameters())
+            assert sum(p.numel() for p in guide.parameters()) <= 0.01 * whole
+
+
+def test_held_out_prompts_are_in_no_training() -> None:
+    captions, training, held_out = (
+        embedded.prompts(kind) for kind in ("captions", "training", "held_out")
+    )
+    assert not set(held_out) & (set(training) | set(captions))
+    assert set(captions) <= set(training)
+
+
+@pytest.mark.parametrize("name", embedded.HOSTS)
+def test_every_caption_is_drawn_in_every_style(name: str) -> None:
+    pictures = load_pictures(embedded.pictures(name))
+    assert sorted(pictures.captions) == sorted(embedded.prompts("captions"))
+    assert pictures.pixels.shape[1:] == (3, 64, 64)
