@@ -38,7 +38,7 @@ class BaseStage:
         views: shifted, scaled, mirrored latents kept of every picture.
         settle: step from which only the first ``settled_views`` are used, the picture as it
             is among them: many views first, for generality, few later, for sharpness.
-        bf16: mixed precision; twice as fast on cores with matrix units, slower on others.
+        bf16: mixed precision; faster on cores with matrix units, slower on others.
     """
 
     steps: int = 7000

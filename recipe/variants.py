@@ -1,6 +1,6 @@
 """``variants``: forms of the tiny guide and sources of training states, on equal training.
 
-Not needed to make the model; it gives the tables in ``docs/guides.md``.
+Not needed to make the model; it writes ``results/variants.json`` and prints a table.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class BenchmarkConfig:
     """What to time. Ratios are medians over rounds in which the three take turns."""
 
     guide: str = "tiny"
-    """Guide: tiny, full, or a folder or hub id."""
+    """Guide: tiny, or a folder or hub id."""
     pretrained_model_name_or_path: str = "base"
     """Pipeline: base, fluent, twemoji, emojione, or a folder or hub id."""
     batch_sizes: tuple[int, ...] = (1, 8)

@@ -18,7 +18,7 @@ def host(name: str) -> Any:
 
 
 def guide(name: str) -> Guide:
-    """An embedded guide (tiny, full) or a guide's folder or hub id."""
+    """The embedded guide (tiny) or a guide's folder or hub id."""
     if name in embedded.guide_names() and not Path(name).exists():
         return embedded.load_guide(name)
     return Guide.from_pretrained(name)

@@ -164,7 +164,7 @@ class StepsConfig(TrainingConfig):
     """Settings of stage 2. Flags are named as in diffusers' own training examples."""
 
     guide: str = "tiny"
-    """The guide to begin with, from stage 1: tiny, full, or a folder or hub id."""
+    """The guide to begin with, from stage 1: tiny, or a folder or hub id."""
     steps: tuple[int, ...] = (16, 8, 4)
     """Sampling steps after each round; each is half of the one before. The first round's
     teacher takes twice as many."""

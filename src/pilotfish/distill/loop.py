@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +37,7 @@ from pilotfish.distill.checkpoints import (
 from pilotfish.distill.config import ConfigError, TrainingConfig
 from pilotfish.distill.material import Material
 from pilotfish.distill.pool import Pool
+from pilotfish.distill.signals import stop_requested
 from pilotfish.distill.states import Replay, Source, States
 from pilotfish.distill.validation import Validation
 from pilotfish.guidance import draw_guidance_scales
@@ -200,7 +200,7 @@ class Distillation:
             initial=self.step, total=config.max_train_steps, desc="distil", mininterval=1.0,
             disable=not accelerator.is_main_process,
         )  # fmt: skip
-        with _stop_requested() as stop, bar:
+        with stop_requested() as stop, bar:
             while self.step < config.max_train_steps:
                 for _ in range(config.gradient_accumulation_steps):
                     self._tick()
@@ -394,24 +394,3 @@ class Distillation:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, (int, float, bool, list, str))
-
-
-@contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM and Ctrl-C into a question that is answered between two steps."""
-    asked: list[int] = []
-
-    def remember(number: int, frame: Any) -> None:
-        asked.append(number)
-        if len(asked) > 1:  # asked twice: do not wait for the step to end
-            raise KeyboardInterrupt
-
-    try:
-        before = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: signals belong to somebody else
-        before = {}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

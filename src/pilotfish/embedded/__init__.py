@@ -49,7 +49,7 @@ def load_host(name: str = "base") -> StableDiffusionPipeline:
 
 
 def load_guide(name: str = "tiny") -> Guide:
-    """The guide that was trained for the base: ``tiny`` (the default) or ``full``."""
+    """The guide that was trained for the base, one of :func:`guide_names`."""
     return Guide.from_pretrained(GUIDES / name)
 
 
