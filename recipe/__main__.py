@@ -12,7 +12,7 @@ import pilotfish
 from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base
-from recipe.finetunes import STYLES, make_finetune
+from recipe.finetunes import PRACTICE, STYLES, make_finetune
 from recipe.guides import GUIDES, make_guide
 from recipe.judge import JudgeStage, make_judge
 from recipe.pictures import make_pictures
@@ -21,14 +21,15 @@ from recipe.readme import write_readme
 from recipe.variants import VariantsStage, compare_variants
 
 STAGES = (
-    "prompts", "pictures", "autoencoder", "base", "finetunes", "judge", "guides", "cards",
+    "prompts", "pictures", "autoencoder", "base", "finetunes", "practice", "judge", "guides",
+    "cards",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Make the embedded model. Stages, in order: prompts, pictures, autoencoder, base,
-    finetunes, judge, guides, cards. Beside them, variants compares forms of the guide,
+    finetunes, practice, judge, guides, cards. Beside them, variants compares forms of the guide,
     and readme puts what was measured into the README."""
 
     stage: tyro.conf.Positional[
@@ -38,6 +39,7 @@ class Recipe:
             "autoencoder",
             "base",
             "finetunes",
+            "practice",
             "judge",
             "guides",
             "cards",
@@ -78,6 +80,10 @@ def run(recipe: Recipe) -> None:
                     style, pictures, recipe.target / "base", recipe.work, recipe.target,
                     STYLES[style],
                 )  # fmt: skip
+        elif stage == "practice":
+            for style, how in PRACTICE.items():
+                make_finetune(style, pictures, recipe.target / "base", recipe.work,
+                              recipe.work / "practice", how)  # fmt: skip
         elif stage == "judge":
             make_judge(pictures, recipe.work, recipe.target / "judge", recipe.judge)
         elif stage == "guides":

@@ -1,9 +1,14 @@
-"""Light changes to pictures: shift, scale, mirror; for the judge also colour and blur."""
+"""Changes to pictures: shift, scale, mirror; for the judge also colour and blur; and whole
+restylings, (N, 3, H, W) in [-1, 1] to the same, white staying white."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+
+Restyle = Callable[[torch.Tensor], torch.Tensor]
 
 
 def move(
@@ -43,3 +48,24 @@ def roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     images = images * (1 + 0.3 * (rand(3, 1, 1) - 0.5)) + 0.2 * (rand(3, 1, 1) - 0.5)
     noise = torch.randn(images.shape, generator=generator)
     return images + 0.15 * rand(1, 1, 1) * noise
+
+
+def exchange_colours(images: torch.Tensor) -> torch.Tensor:
+    """Red becomes green, green blue, blue red."""
+    return images.roll(1, 1)
+
+
+def posterise(images: torch.Tensor, levels: int = 4) -> torch.Tensor:
+    """Grey, in a few flat tones."""
+    grey = images.mean(1, keepdim=True).expand_as(images)
+    return (((grey + 1) / 2 * (levels - 1)).round() / (levels - 1)) * 2 - 1
+
+
+def draw_contours(images: torch.Tensor) -> torch.Tensor:
+    """Pale colours within dark contours."""
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]).abs()
+    down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]).abs()
+    contour = (across + down).amax(1, keepdim=True).clamp(max=1)
+    pale = (images + 1) / 2
+    return 2 * ((0.5 + 0.5 * pale) * (1 - contour)) - 1

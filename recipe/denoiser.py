@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pilotfish.data.pictures import from_pixels, load_pictures
-from recipe.augment import move
+from recipe.augment import Restyle, move
 from recipe.loop import train
 from recipe.vocabulary import COLOURS, captions
 
@@ -131,9 +131,11 @@ def new_scheduler() -> DDIMScheduler:
 
 
 @torch.no_grad()
-def latent_views(vae: AutoencoderKL, folder: Path, views: int, seed: int) -> torch.Tensor:
+def latent_views(
+    vae: AutoencoderKL, folder: Path, views: int, seed: int, restyle: Restyle = lambda x: x
+) -> torch.Tensor:
     """(N, views, C, h, w) latents of moved pictures; the first view is the picture as it is."""
-    pixels = from_pixels(load_pictures(folder).pixels)
+    pixels = restyle(from_pixels(load_pictures(folder).pixels))
     generator = torch.Generator().manual_seed(seed)
     made = [pixels] + [move(pixels, generator) for _ in range(views - 1)]
     latents = [torch.cat([vae.encode(x).latent_dist.mean for x in m.split(64)]) for m in made]

@@ -2,6 +2,10 @@
 
 Two full fine-tunes of the UNet and one LoRA in diffusers' format. Text encoder and VAE
 stay the base's.
+
+Beside them the practice fine-tunes, on which guides learn to be moved: the base's own pictures
+restyled by a formula, so that no other artist's picture and none of the fine-tunes on which
+guides are measured takes part in training one. They are not carried.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from pilotfish.data.pictures import load_pictures
+from recipe.augment import Restyle, draw_contours, exchange_colours, posterise
 from recipe.denoiser import BaseStage, DenoisingLoss, categories_of, latent_views, tokenize
 from recipe.loop import train
 
@@ -33,6 +38,7 @@ class FinetuneStage:
     Attributes:
         rank: of the LoRA; 0 trains all of the UNet.
         bf16: as for the base.
+        restyle: if given, the pictures are the base's own, restyled.
     """
 
     steps: int = 1600
@@ -42,12 +48,18 @@ class FinetuneStage:
     views: int = 3
     seed: int = 0
     bf16: bool = True
+    restyle: Restyle | None = None
 
 
 STYLES = {
     "fluent": FinetuneStage(),
     "twemoji": FinetuneStage(),
-    "emojione": FinetuneStage(rank=24, learning_rate=2e-3, steps=800),
+    "emojione": FinetuneStage(rank=24, learning_rate=1e-3, steps=2400),
+}
+PRACTICE = {
+    "colours": FinetuneStage(steps=500, restyle=exchange_colours),
+    "grey": FinetuneStage(steps=500, restyle=posterise),
+    "contours": FinetuneStage(steps=500, rank=24, learning_rate=1e-3, restyle=draw_contours),
 }
 
 
@@ -57,7 +69,8 @@ def make_finetune(
     """Learn one style; save ``target/<style>/unet`` or ``target/<style>-lora``."""
     torch.manual_seed(stage.seed)
     pipe = StableDiffusionPipeline.from_pretrained(base)
-    folder, encoder, unet = pictures / style, pipe.text_encoder.float(), pipe.unet
+    folder = pictures / ("noto" if stage.restyle else style)
+    encoder, unet = pipe.text_encoder.float(), pipe.unet
     encoder.requires_grad_(False)
     if stage.rank:
         unet.requires_grad_(False)
@@ -70,7 +83,7 @@ def make_finetune(
         BaseStage(), batch=stage.batch, views=stage.views, settle=0, bf16=stage.bf16
     )
     objective = DenoisingLoss(
-        latent_views(pipe.vae, folder, stage.views, stage.seed),
+        latent_views(pipe.vae, folder, stage.views, stage.seed, stage.restyle or (lambda x: x)),
         tokenize(pipe.tokenizer, load_pictures(folder).captions),
         categories_of(folder), tokenize(pipe.tokenizer, [""]), like_base,
     )  # fmt: skip

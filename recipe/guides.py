@@ -7,20 +7,25 @@ from typing import Any
 
 from pilotfish.cli.distill import distill
 from pilotfish.distill.config import DistillConfig
+from recipe.finetunes import PRACTICE
 
 GUIDES: dict[str, dict[str, Any]] = {
-    "tiny": {"max_train_steps": 700},
+    "tiny": {"max_train_steps": 3000},
     "full": {"guide": "full", "max_train_steps": 2000},
 }
 
 
 def make_guide(name: str, work: Path, target: Path) -> None:
-    """Distil one; save it in half precision."""
-    folder = work / f"guide-{name}"
+    """Distil one on the base and the practice fine-tunes; save it in half precision."""
+    practice = tuple(
+        str(work / "practice" / (f"{style}-lora" if how.rank else style))
+        for style, how in PRACTICE.items()
+    )
     guide = distill(
         DistillConfig(
-            output_dir=str(folder), checkpointing_steps=100, validation_steps=200,
-            report_to="none", resume="latest", mixed_precision="bf16", **GUIDES[name],
+            output_dir=str(work / f"guide-{name}"), checkpointing_steps=100, validation_steps=200,
+            report_to="none", resume="latest", mixed_precision="bf16", practice=practice,
+            pool=512, **GUIDES[name],
         )
     )  # fmt: skip
     guide.half().save_pretrained(target / "guides" / name)

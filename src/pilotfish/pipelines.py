@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 
@@ -35,3 +39,40 @@ def load_pipeline(pretrained_model_name_or_path: str | Path) -> Any:
             part.float()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def fine_tuned_weights(
+    base: UNet2DConditionModel, pretrained_model_name_or_path: str | Path
+) -> dict[str, torch.Tensor]:
+    """The weights of a fine-tune of ``base``, by the base's own names.
+
+    Args:
+        pretrained_model_name_or_path: folder or hub id of a pipeline or a UNet, or folder of a
+            LoRA in diffusers' format.
+
+    Raises:
+        PipelineError: there is none, or it is no fine-tune of this base.
+    """
+    where = pretrained_model_name_or_path
+    try:
+        if (Path(where) / LORA_WEIGHT_NAME_SAFE).is_file():
+            tuned = deepcopy(base)
+            tuned.load_lora_adapter(
+                str(where), prefix="unet", weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True
+            )
+            tuned.fuse_lora()
+            tuned.unload_lora()
+        elif (Path(where) / "config.json").is_file():
+            tuned = UNet2DConditionModel.from_pretrained(where, use_safetensors=True)
+        else:
+            tuned = UNet2DConditionModel.from_pretrained(
+                where, subfolder="unet", use_safetensors=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise PipelineError(f"no fine-tune could be loaded from {where}: {first}") from error
+    weights: dict[str, torch.Tensor] = tuned.state_dict()
+    shapes = {k: v.shape for k, v in base.state_dict().items()}
+    if differs := sorted(k for k, v in shapes.items() if k not in weights or weights[k].shape != v):
+        raise PipelineError(f"{where} is no fine-tune of this base; they differ in {differs[0]}")
+    return weights

@@ -25,6 +25,11 @@ class TrainingConfig:
     """Text file, one prompt a line. Left out: the embedded model's training prompts."""
     validation_prompts: str | None = None
     """Prompts for validation, held out of training. Left out: the embedded model's."""
+    practice: tuple[str, ...] = ()
+    """Fine-tunes of the base to practise on beside it, so that the guide is better on others:
+    folders or hub ids of pipelines, UNets or LoRAs."""
+    practice_share: float = 0.5
+    """Share of the training steps on fine-tunes, where there are any."""
     train_batch_size: int = 64
     max_train_steps: int = 4000
     learning_rate: float | None = None
@@ -44,9 +49,10 @@ class TrainingConfig:
     student_share: float = 0.5
     """Share of the latents that the student steps itself, where the states are partly its own."""
     pool: int = 1024
-    """Latents on their way at once; with few of them the guide learns their prompts by heart."""
+    """Latents on their way at once, on every host; with few of them the guide learns their prompts
+    by heart."""
     replay_capacity: int = 8192
-    """States kept with what the teacher said of them."""
+    """States kept with what the teacher said of them, for all hosts together."""
     replay_reuse: int = 1
     """Training steps for each new batch of states. 1 runs the teacher at every step; more is
     faster, but the guide then learns the trajectories that it is shown by heart."""
@@ -73,6 +79,7 @@ class TrainingConfig:
             self.guidance_scale_max >= max(self.guidance_scale_min, 1 + 1e-6),
             "guidance_scale_max", "above 1 and at least guidance_scale_min",
         )  # fmt: skip
+        self._need(0 <= self.practice_share <= 1, "practice_share", "between 0 and 1")
         self._need(0 <= self.student_share <= 1, "student_share", "between 0 and 1")
         self._need(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
         self._need(self.pool >= self.train_batch_size, "pool", "at least train_batch_size")

@@ -37,12 +37,14 @@ from pilotfish.distill.checkpoints import (
 from pilotfish.distill.config import ConfigError, TrainingConfig
 from pilotfish.distill.material import Material
 from pilotfish.distill.pool import Pool
+from pilotfish.distill.practice import PracticeHosts
 from pilotfish.distill.signals import stop_requested
 from pilotfish.distill.states import Replay, Source, States
 from pilotfish.distill.validation import Validation
 from pilotfish.guidance import draw_guidance_scales
 from pilotfish.guides import Guide
 from pilotfish.passes import GuidedStudent, checkpoint_in_context, checksum
+from pilotfish.pipelines import fine_tuned_weights
 
 SAME_SCALE = 0.5
 """Share of the samples that are trained at the scale at which they were being sampled:
@@ -105,6 +107,8 @@ class Distillation:
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing(checkpoint_in_context)
         self.base_checksum = checksum(self.unet)
+        fine_tunes = [fine_tuned_weights(self.unet, where) for where in config.practice]
+        self.practice = PracticeHosts(self.unet, fine_tunes, config.practice_share)
         guide.to(self.accelerator.device).train()
         rate = config.learning_rate or guide.learning_rate * self.rate_factor
         optimizer = torch.optim.AdamW(
@@ -165,16 +169,20 @@ class Distillation:
         """
         self._begin()
         try:
-            self.replay = Replay(
-                self.source(), self.config.replay_capacity, self.config.replay_reuse
-            )
+            capacity = self.config.replay_capacity // len(self.practice)
+            self.replays = [
+                Replay(self.source(), capacity, self.config.replay_reuse)
+                for _ in range(len(self.practice))
+            ]
             self.validating = self.validation()
             self._resume()
             self._train()
+            self.practice.wear(0)
             if checksum(self.unet) != self.base_checksum:
                 raise DistillError("the base denoiser changed during training; this is a bug")
             self._finish()
         finally:
+            self.practice.wear(0)
             for hooks in self.hooks:
                 hooks.remove()
             if self.accelerator.log_with:
@@ -218,8 +226,10 @@ class Distillation:
         config = self.config
         tick = self.step * config.gradient_accumulation_steps + self.micro
         generator = self._generator(tick)
+        host = self.practice.draw(generator)
+        self.practice.wear(host)
         with self.accelerator.autocast():  # the teacher's passes
-            states = self.replay.draw(config.train_batch_size, tick, generator)
+            states = self.replays[host].draw(config.train_batch_size, tick, generator)
         w = self._scales(states, generator).to(self.accelerator.device)
         states = states.to(self.accelerator.device)
         with self.accelerator.accumulate(self.student):
@@ -283,6 +293,7 @@ class Distillation:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
+        self.practice.wear(0)
         with self._averaged():
             row = self.validating.run(self.guide, self.step, self.folder / "validation")
         name, value = next(iter(row.items()))
@@ -321,15 +332,19 @@ class Distillation:
     def save(self) -> None:
         """Write a checkpoint: weights, average, optimiser, states, history."""
         accelerator = self.accelerator
-        ring = {f"replay.{k}": v for k, v in self.replay.tensors().items()}
+        rings = {
+            f"replay.{i}.{k}": v
+            for i, replay in enumerate(self.replays)
+            for k, v in replay.tensors().items()
+        }
         limit = self.config.checkpoints_total_limit
         if not accelerator.is_main_process:
-            save_checkpoint(self._own_folder(), self.step, ring, {})
+            save_checkpoint(self._own_folder(), self.step, rings, {})
             prune_checkpoints(self._own_folder(), limit)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             average = self.average.state_dict()
-            tensors = {f"guide.{k}": v for k, v in self.guide.state_dict().items()} | ring
+            tensors = {f"guide.{k}": v for k, v in self.guide.state_dict().items()} | rings
             tensors |= {f"average.{i}": v for i, v in enumerate(average.pop("shadow_params"))}
             tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
             facts = {
@@ -359,14 +374,19 @@ class Distillation:
         if checkpoint.facts.get("base_checksum") != self.base_checksum:
             raise ConfigError(f"{path} was trained on another base; its checksum differs")
         if checkpoint.facts.get("what") != self._what():
-            raise ConfigError(f"{path} is of another kind of guide, or of another stage")
+            raise ConfigError(
+                f"{path} is of another kind of guide, another stage, or other practice"
+            )
         self._load(checkpoint)
         self.notice(f"resumed from {path} at step {self.step}")
 
     def _what(self) -> dict[str, Any]:
         """What is trained, in plain JSON: a checkpoint of something else is refused."""
         config = {k: v for k, v in self.guide.config.items() if not k.startswith("_")}
-        what = {"measure": self.measure, "guide": type(self.guide).__name__, "config": config}
+        what = {
+            "measure": self.measure, "guide": type(self.guide).__name__, "config": config,
+            "practice": self.config.practice,
+        }  # fmt: skip
         plain: dict[str, Any] = json.loads(json.dumps(what))
         return plain
 
@@ -389,7 +409,8 @@ class Distillation:
         if not self.accelerator.is_main_process:
             own = self._own_folder() / f"checkpoint-{checkpoint.step}"
             checkpoint = load_checkpoint(own)
-        self.replay.load(checkpoint.part("replay"))
+        for i, replay in enumerate(self.replays):
+            replay.load(checkpoint.part(f"replay.{i}"))
 
 
 def _is_plain(value: Any) -> bool:

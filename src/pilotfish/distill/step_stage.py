@@ -64,18 +64,18 @@ class StepDistillation(Distillation):
             guidance_scale_range=(config.guidance_scale_min, config.guidance_scale_max),
         )
         super().__init__(config, material, student, notice)
+        self.teacher.to(self.accelerator.device)
+        self.leading = GuidedStudent(self.teacher, self.unet, self.base.null)
+        self.hooks.append(self.leading.hooks)
 
     def source(self) -> Source:
         """Latents on the student's grid, some of them led by the student itself."""
-        self.teacher.to(self.accelerator.device)
-        guided = GuidedStudent(self.teacher, self.unet, self.base.null)
-        self.hooks.append(guided.hooks)
 
         @torch.no_grad()
         def predict(
             latents: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor, w: torch.Tensor
         ) -> torch.Tensor:
-            made: torch.Tensor = guided(latents, t, self.base.texts(prompt), w)
+            made: torch.Tensor = self.leading(latents, t, self.base.texts(prompt), w)
             return made.float()
 
         pool = self.pool((self.steps, self.steps), self.config.student_share)
