@@ -105,3 +105,11 @@ def make_finetune(
         facts = json.loads(config.read_text())
         facts.pop("_name_or_path")  # where it began, on the machine that trained it
         config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
+def practice_folders(work: Path) -> tuple[str, ...]:
+    """Where the practice fine-tunes are."""
+    return tuple(
+        str(work / "practice" / (f"{style}-lora" if how.rank else style))
+        for style, how in PRACTICE.items()
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from pilotfish.cli.distill import distill
 from pilotfish.distill.config import DistillConfig
-from recipe.finetunes import PRACTICE
+from recipe.finetunes import practice_folders
 
 GUIDES: dict[str, dict[str, Any]] = {
     "tiny": {"max_train_steps": 3000},
@@ -17,15 +17,11 @@ GUIDES: dict[str, dict[str, Any]] = {
 
 def make_guide(name: str, work: Path, target: Path) -> None:
     """Distil one on the base and the practice fine-tunes; save it in half precision."""
-    practice = tuple(
-        str(work / "practice" / (f"{style}-lora" if how.rank else style))
-        for style, how in PRACTICE.items()
-    )
     guide = distill(
         DistillConfig(
             output_dir=str(work / f"guide-{name}"), checkpointing_steps=100, validation_steps=200,
-            report_to="none", resume="latest", mixed_precision="bf16", practice=practice,
-            pool=512, **GUIDES[name],
+            report_to="none", resume="latest", mixed_precision="bf16", pool=512,
+            practice=practice_folders(work), **GUIDES[name],
         )
     )  # fmt: skip
     guide.half().save_pretrained(target / "guides" / name)

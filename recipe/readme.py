@@ -20,10 +20,10 @@ def measured(result: Result) -> str:
         f"for each host and way, {run.num_inference_steps} steps; everything is in "
         "[results/guide.json](results/guide.json). "
         f"The guide has {guide.parameters:,} parameters, {guide.share:.2%} of the denoiser's, and "
-        'was trained on none of these fine-tunes. "Right name found": how often a judge of its '
-        "own ranks the prompt first among all names. *Guidance error*: squared distance of the guided "
-        "prediction to CFG's, along CFG trajectories of held-out prompts, relative to that of no "
-        "guidance; 0 is perfect."
+        'was trained on none of these fine-tunes. "Right name found": how often a judge, which '
+        "has no part in training, ranks the prompt first among all names. *Guidance error*: "
+        "squared distance of the guided prediction to CFG's, along CFG trajectories of held-out "
+        "prompts, relative to that of no guidance; 0 is perfect."
     )
 
 

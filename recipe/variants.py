@@ -1,4 +1,4 @@
-"""``variants``: forms of the tiny guide and sources of training states, on equal training.
+"""``variants``: forms of the tiny guide and ways of training it, on equal training.
 
 Not needed to make the model; it writes ``results/variants.json`` and prints a table.
 """
@@ -17,6 +17,7 @@ from pilotfish.evaluate.guidance_error import guidance_error
 from pilotfish.evaluate.hosts import embedded_hosts
 from pilotfish.evaluate.machine import machine, versions
 from pilotfish.guides import Guide
+from recipe.finetunes import practice_folders
 
 FORMS: dict[str, dict[str, Any]] = {
     "external-latents": {"guide": "external", "reads": ("latents",)},
@@ -29,10 +30,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "full": {"guide": "full"},
 }
-STATES: dict[str, dict[str, Any]] = {
-    # "tiny" itself is trained on trajectories
-    f"tiny-states-{name}": {"states": name}
-    for name in ("noised", "student")
+TRAINING: dict[str, dict[str, Any]] = {
+    # "tiny" itself is trained on new states at every step, from trajectories, on the base alone
+    "tiny-states-noised": {"states": "noised"},
+    "tiny-states-student": {"states": "student"},
+    "tiny-reuse-4": {"replay_reuse": 4},
+    "tiny-pool-64": {"pool": 64},
+    "tiny-prompts-429": {"prompts": str(embedded.FOLDER / "prompts" / "captions.txt")},
+    "tiny-practice": {"practice": True},
 }
 
 
@@ -40,7 +45,7 @@ STATES: dict[str, dict[str, Any]] = {
 class VariantsStage:
     """What is compared, and how long each is trained."""
 
-    names: tuple[str, ...] = (*FORMS, *STATES)
+    names: tuple[str, ...] = (*FORMS, *TRAINING)
     steps: int = 250
     batch: int = 64
     prompts: int = 32
@@ -58,7 +63,9 @@ def compare_variants(work: Path, stage: VariantsStage) -> None:
     for name in stage.names:
         if name in rows:
             continue
-        settings = {"states": "trajectory", **(FORMS | STATES)[name]}
+        settings = {"states": "trajectory", **(FORMS | TRAINING)[name]}
+        if settings.get("practice"):
+            settings["practice"] = practice_folders(work)
         folder = work / "variants" / name
         guide = distill(
             DistillConfig(
