@@ -46,7 +46,7 @@ class VariantsStage:
     """What is compared, and how long each is trained."""
 
     names: tuple[str, ...] = (*FORMS, *TRAINING)
-    steps: int = 250
+    steps: int = 150
     batch: int = 64
     prompts: int = 32
     num_inference_steps: int = 12
@@ -71,7 +71,8 @@ def compare_variants(work: Path, stage: VariantsStage) -> None:
             DistillConfig(
                 output_dir=str(folder), max_train_steps=stage.steps, seed=stage.seed,
                 train_batch_size=stage.batch, validation_steps=stage.steps, report_to="none",
-                resume="latest", mixed_precision="bf16", **settings,
+                resume="latest", mixed_precision="bf16", lr_warmup_steps=30,
+                replay_capacity=2048, **settings,
             )
         )  # fmt: skip
         rows[name] = measure(guide, held_out, stage)

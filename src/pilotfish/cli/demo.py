@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
             output_dir=str(folder / "distill"), max_train_steps=config.max_train_steps,
             validation_steps=100, checkpointing_steps=100, seed=config.seed, resume=config.resume,
             # a short run sees few states anyway, and should not wait for thousands
-            pool=512, replay_capacity=2048,
+            pool=512, replay_capacity=2048, lr_warmup_steps=30,
         )
     )  # fmt: skip
     hosts, judge, names = embedded_hosts(), Judge.embedded(), embedded.prompts("captions")

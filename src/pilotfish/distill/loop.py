@@ -12,29 +12,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from pilotfish.distill.checkpoints import (
     Checkpoint,
     list_checkpoints,
     load_checkpoint,
-    optimizer_tensors,
     prune_checkpoints,
-    restore_optimizer,
     save_checkpoint,
     save_whole,
 )
 from pilotfish.distill.config import ConfigError, TrainingConfig
+from pilotfish.distill.learner import Learner
 from pilotfish.distill.material import Material
 from pilotfish.distill.pool import Pool
 from pilotfish.distill.practice import PracticeHosts
@@ -109,22 +105,10 @@ class Distillation:
         self.base_checksum = checksum(self.unet)
         fine_tunes = [fine_tuned_weights(self.unet, where) for where in config.practice]
         self.practice = PracticeHosts(self.unet, fine_tunes, config.practice_share)
-        guide.to(self.accelerator.device).train()
         rate = config.learning_rate or guide.learning_rate * self.rate_factor
-        optimizer = torch.optim.AdamW(
-            guide.parameters(), rate, (0.9, 0.99), weight_decay=config.adam_weight_decay
-        )
-        self.schedule_of_rate = get_scheduler(
-            config.lr_scheduler,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
         student = GuidedStudent(guide, self.unet, self.base.null)
         self.hooks = [student.hooks]
-        self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
-        self.average = EMAModel(guide.parameters(), decay=config.ema_decay, foreach=False)
-        self.average.to(self.accelerator.device)
+        self.learner = Learner(student, config, rate, self.accelerator)
         self.step = self.micro = 0
         self.history: list[dict[str, float]] = []
         self.smooth: dict[str, float] = {}
@@ -154,7 +138,7 @@ class Distillation:
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor, w: torch.Tensor
     ) -> torch.Tensor:
         """What the student predicts as it stands, without gradient."""
-        student = self.accelerator.unwrap_model(self.student)
+        student = self.accelerator.unwrap_model(self.learner.student)
         prediction: torch.Tensor = student(latents, timestep, self.base.texts(prompt), w)
         return prediction.float()
 
@@ -232,21 +216,14 @@ class Distillation:
             states = self.replays[host].draw(config.train_batch_size, tick, generator)
         w = self._scales(states, generator).to(self.accelerator.device)
         states = states.to(self.accelerator.device)
-        with self.accelerator.accumulate(self.student):
+        with self.accelerator.accumulate(self.learner.student):
             texts = self.base.texts(states.prompt)
-            guided = self.student(states.latents, states.timestep, texts, w)
+            guided = self.learner.student(states.latents, states.timestep, texts, w)
             target = states.target(w)
             loss = self.loss(guided, target, w, states)
             self._note(loss, guided, target, states)
-            self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.guide.parameters(), config.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.learner.learn(loss)
         self.micro = (self.micro + 1) % config.gradient_accumulation_steps
-        if self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped:
-            self.schedule_of_rate.step()
-            self.average.step(self.guide.parameters())
 
     def _scales(self, states: States, generator: torch.Generator) -> torch.Tensor:
         if not states.any_scale:
@@ -294,8 +271,8 @@ class Distillation:
         if not self.accelerator.is_main_process:
             return
         self.practice.wear(0)
-        with self._averaged():
-            row = self.validating.run(self.guide, self.step, self.folder / "validation")
+        with self.learner.averaged() as guide:
+            row = self.validating.run(guide, self.step, self.folder / "validation")
         name, value = next(iter(row.items()))
         row = {"step": self.step, "loss": self.smooth["loss"], **row}
         self.history.append(row)
@@ -304,23 +281,10 @@ class Distillation:
             self.accelerator.log({f"validation/{k}": v for k, v in row.items()}, self.step)
         self.notice(f"step {self.step}: {name.replace('_', ' ')} {value:.3f} (held out)")
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The guide with its averaged weights, for the length of a block."""
-        self.average.store(self.guide.parameters())
-        self.average.copy_to(self.guide.parameters())
-        self.guide.eval()
-        try:
-            yield
-        finally:
-            self.average.restore(self.guide.parameters())
-            self.guide.train()
-
     def _finish(self) -> None:
-        self.average.copy_to(self.guide.parameters())
-        self.guide.eval()
+        guide = self.learner.finish()
         if self.accelerator.is_main_process:
-            save_whole(self.guide, self.folder / "guide")
+            save_whole(guide, self.folder / "guide")
             self.notice(f"saved {self.folder / 'guide'}")
 
     # -- checkpoints --------------------------------------------------------------------
@@ -343,18 +307,11 @@ class Distillation:
             prune_checkpoints(self._own_folder(), limit)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            average = self.average.state_dict()
-            tensors = {f"guide.{k}": v for k, v in self.guide.state_dict().items()} | rings
-            tensors |= {f"average.{i}": v for i, v in enumerate(average.pop("shadow_params"))}
-            tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
-            facts = {
-                "average": average, "rate": self.schedule_of_rate.state_dict(),
+            tensors = self.learner.tensors() | rings
+            facts = self.learner.facts() | {
                 "history": self.history, "smooth": self.smooth,
                 "base_checksum": self.base_checksum, "what": self._what(),
             }  # fmt: skip
-            if accelerator.scaler is not None:
-                facts["scaler"] = accelerator.scaler.state_dict()
-            facts["rate"] = {k: v for k, v in facts["rate"].items() if _is_plain(v)}
             save_checkpoint(self.folder, self.step, tensors, facts)
             prune_checkpoints(self.folder, limit)
         accelerator.wait_for_everyone()
@@ -393,25 +350,9 @@ class Distillation:
     def _load(self, checkpoint: Checkpoint) -> None:
         facts = checkpoint.facts
         self.step, self.history, self.smooth = checkpoint.step, facts["history"], facts["smooth"]
-        self.guide.load_state_dict(checkpoint.part("guide"))
-        if self.accelerator.scaler is not None and "scaler" in facts:
-            self.accelerator.scaler.load_state_dict(facts["scaler"])
-        shadow = checkpoint.part("average")
-        ordered = [shadow[str(i)] for i in range(len(shadow))]
-        self.average.load_state_dict(facts["average"] | {"shadow_params": ordered})
-        self.average.to(self.accelerator.device)
-        restore_optimizer(self.optimizer, checkpoint.part("optimizer"))
-        self.schedule_of_rate.load_state_dict(self.schedule_of_rate.state_dict() | facts["rate"])
-        for group, rate in zip(
-            self.optimizer.param_groups, self.schedule_of_rate.get_last_lr(), strict=True
-        ):
-            group["lr"] = rate
+        self.learner.load(checkpoint)
         if not self.accelerator.is_main_process:
             own = self._own_folder() / f"checkpoint-{checkpoint.step}"
             checkpoint = load_checkpoint(own)
         for i, replay in enumerate(self.replays):
             replay.load(checkpoint.part(f"replay.{i}"))
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float, bool, list, str))
