@@ -131,6 +131,10 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         ("distill", "--output_dir", "{out}", "--pretrained_model_name_or_path", "{base}"),
         "--prompts is needed with a base of your own",
     ),
+    (
+        ("distill", "--output_dir", "{out}", "--practice", "{none}"),
+        "no fine-tune could be loaded",
+    ),
     (("distill-steps", "--output_dir", "{out}", "--guide", "{none}"), "no guide could be read"),
     (("sample",), "nothing to draw"),
     (("sample", "-p", "owl", "--guide", "{none}"), "no guide could be read"),
@@ -280,3 +284,13 @@ def test_a_run_is_repeated_from_its_own_file(
     one, two = (Guide.from_pretrained(tmp_path / n / "guide") for n in ("one", "two"))
     assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
     assert DistillConfig.load(file).prompts == prompts
+
+
+@pytest.mark.parametrize("kind", ["full", "agd"])
+def test_a_kind_of_guide_is_timed_fresh(
+    kind: str, base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ("--batch_sizes", "1", "--num_inference_steps", "2", "--rounds", "1")
+    flags = ("--guide", kind, "--pretrained_model_name_or_path", base)
+    assert cli.main(["benchmark", *flags, *short]) == 0
+    assert f"{kind}: " in capsys.readouterr().out
