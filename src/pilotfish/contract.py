@@ -55,12 +55,16 @@ class Injection:
         text: (N, L, D), added to the encoder hidden states.
         encoder: asked when the mid block is done; its answers are added to the mid block's
             output and to the skip features on their way into the decoder.
+        attention: by the name of a cross-attention layer, how far its answer is pushed away from
+            its answer to the negative prompt, ``a + g (a - a_n)``: (N, heads). The names are
+            among those that the guide ``pushes``.
         modules: by the name of a module of the denoiser, what is added to its output. The
             names are among those that the guide ``touches``.
     """
 
     text: torch.Tensor | None = None
     encoder: EncoderAddition | None = None
+    attention: Mapping[str, torch.Tensor] = field(default_factory=dict)
     modules: Mapping[str, ModuleAddition] = field(default_factory=dict)
 
 
@@ -84,6 +88,9 @@ class GuideLike(Protocol):
 
     @property
     def touches(self) -> tuple[str, ...]: ...
+
+    @property
+    def pushes(self) -> tuple[str, ...]: ...
 
     def __call__(self, inputs: GuideInputs) -> Injection: ...
 

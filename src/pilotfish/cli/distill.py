@@ -41,7 +41,8 @@ def new_guide(config: DistillConfig, material: Material) -> Guide:
     if config.guide == "external":
         settings["reads"] = config.reads
     elif config.guide == "tiny":
-        settings |= {"push": config.push, "rank": config.rank, "head": config.head}
+        names = ("push", "attention", "rank", "head")
+        settings |= {name: getattr(config, name) for name in names}
     elif config.guide in ("dice", "cfg-lora"):  # a dial around the one scale
         settings = {"trained_scale": config.guidance_scale_max}
     prediction = material.schedule.prediction_type

@@ -3,6 +3,7 @@
 from pilotfish.denoisers.unet import (
     GuidedPass,
     Hooks,
+    cross_attention_layers,
     decoder_layers,
     fingerprint,
     install,
@@ -13,6 +14,7 @@ from pilotfish.denoisers.unet import (
 __all__ = [
     "GuidedPass",
     "Hooks",
+    "cross_attention_layers",
     "decoder_layers",
     "fingerprint",
     "install",

@@ -2,7 +2,8 @@
 
 A guide is asked when a call begins. What it answers is added to the text on its way in, to the
 mid block's output, to the skip features on their way into the decoder, to what its
-modules make, the last of them the prediction. Residuals of a ControlNet are added beside it.
+modules make, the last of them the prediction; and cross-attention layers answer further away
+from the negative prompt. Residuals of a ControlNet are added beside it.
 
 Hooks are native PyTorch hooks, and they do nothing unless a :class:`GuidedPass` is open
 in the current context: a plain pipeline that shares the UNet never notices them.
@@ -16,6 +17,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch.utils.hooks import RemovableHandle
 
@@ -37,6 +39,7 @@ def fingerprint(unet: UNet2DConditionModel, prediction_type: str) -> dict[str, A
         "mid_block_type": config.mid_block_type,
         "up_block_types": list(config.up_block_types),
         "transformer_layers_per_block": config.transformer_layers_per_block,
+        "attention_head_dim": config.attention_head_dim,
         "use_linear_projection": config.use_linear_projection,
         "cross_attention_dim": config.cross_attention_dim,
         "prediction_type": prediction_type,
@@ -88,6 +91,38 @@ def decoder_layers(config: Any) -> dict[str, int]:
     return layers
 
 
+def cross_attention_layers(config: Any) -> dict[str, int]:
+    """The cross-attention layers of mid block and decoder in the order in which they run: the
+    name of each, and its heads.
+
+    ``config`` is a UNet's configuration or a fingerprint.
+    """
+    config = dict(config)
+    blocks = len(config["block_out_channels"])
+
+    def each(value: Any) -> list[Any]:
+        return list(value) if isinstance(value, list | tuple) else [value] * blocks
+
+    # diffusers' own naming: what is called the dimension of a head is their number
+    heads = each(config["attention_head_dim"])
+    depths = each(config["layers_per_block"])
+    inner = each(config["transformer_layers_per_block"])
+    layers: dict[str, int] = {}
+
+    def add(place: str, level: int) -> None:
+        count = inner[level]
+        for k in range(count if isinstance(count, int) else count[0]):
+            layers[f"{place}.transformer_blocks.{k}.attn2"] = heads[level]
+
+    if "CrossAttn" in (config["mid_block_type"] or ""):
+        add("mid_block.attentions.0", blocks - 1)
+    for i, kind in enumerate(config["up_block_types"]):
+        if "CrossAttn" in kind:
+            for j in range(depths[blocks - 1 - i] + 1):
+                add(f"up_blocks.{i}.attentions.{j}", blocks - 1 - i)
+    return layers
+
+
 class GuidedPass:
     """One guided use of a denoiser: the guide, its scale, its negative prompt.
 
@@ -113,6 +148,8 @@ class GuidedPass:
         self.negative_hidden_states = negative_hidden_states
         self.watch = watch
         self._injection = Injection()
+        self._negative = torch.empty(0)
+        self._queries: dict[str, torch.Tensor] = {}
         self._skips: list[torch.Tensor] = []
         self._pending: list[torch.Tensor | None] = []
         self._serving: dict[int, object] = {}
@@ -158,7 +195,7 @@ class GuidedPass:
             return encoder_hidden_states
         timestep = torch.as_tensor(timestep, device=sample.device)
         self.watch()
-        negative = self.negative_hidden_states()
+        negative = self._negative = self.negative_hidden_states()
         self._injection = self.guide(
             GuideInputs(
                 latents=sample[:, : self.guide.config.denoiser["in_channels"]],
@@ -197,10 +234,33 @@ class GuidedPass:
         addition = self._injection.modules.get(name)
         return made if addition is None else made + addition(entered, made)
 
+    def asks(self, name: str, query: torch.Tensor) -> None:
+        """A cross-attention layer asks, (N, pixels, width)."""
+        if name in self._injection.attention:
+            self._queries[name] = query
+
+    def push(self, name: str, layer: Any, answer: torch.Tensor) -> torch.Tensor:
+        """What a cross-attention layer answers, (N, pixels, width), before its last projection:
+        push it on, away from what it would have answered to the negative prompt."""
+        query = self._queries.pop(name, None)
+        if query is None:
+            return answer
+
+        def split(x: torch.Tensor) -> torch.Tensor:  # by heads; one negative prompt serves all
+            return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2).expand(len(query), -1, -1, -1)
+
+        other = F.scaled_dot_product_attention(
+            split(query), split(layer.to_k(self._negative)), split(layer.to_v(self._negative)),
+            scale=layer.scale,
+        ).transpose(1, 2)  # fmt: skip
+        gain = self._injection.attention[name][:, None, :, None]
+        away = gain * (answer.unflatten(-1, (layer.heads, -1)) - other)
+        return answer + away.flatten(2)
+
     def _forget(self) -> None:
         # the injection stays: gradient checkpointing runs the decoder once more in the
         # backward pass, when the pass is closed
-        self._skips, self._pending = [], []
+        self._skips, self._pending, self._queries = [], [], {}
 
 
 class Hooks:
@@ -274,8 +334,22 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
 
         return after
 
-    modules = dict(unet.named_modules())
-    if unknown := [name for name in guide.touches if name not in modules]:
+    def asked(name: str) -> Callable[..., None]:
+        def after(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if guided := current():
+                guided.asks(name, output)
+
+        return after
+
+    def answered(name: str, layer: Any) -> Callable[..., Any]:
+        def before(module: Any, args: tuple[Any, ...]) -> Any:
+            guided = current()
+            return (guided.push(name, layer, args[0]), *args[1:]) if guided else None
+
+        return before
+
+    modules: dict[str, Any] = dict(unet.named_modules())
+    if unknown := [name for name in (*guide.touches, *guide.pushes) if name not in modules]:
         raise GuideError(f"this denoiser has no {unknown[0]}, to which the guide adds")
     hooks.handles = [
         unet.register_forward_pre_hook(begin, with_kwargs=True),
@@ -284,5 +358,10 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
         unet.mid_block.register_forward_hook(middle),
         *(block.register_forward_pre_hook(up, with_kwargs=True) for block in unet.up_blocks),
         *(modules[name].register_forward_hook(touched(name)) for name in guide.touches),
+        *(modules[name].to_q.register_forward_hook(asked(name)) for name in guide.pushes),
+        *(
+            modules[name].to_out[0].register_forward_pre_hook(answered(name, modules[name]))
+            for name in guide.pushes
+        ),
     ]
     return hooks

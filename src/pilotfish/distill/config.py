@@ -138,6 +138,8 @@ class DistillConfig(TrainingConfig):
     """What an external guide sees beside t, w and text; ``latents`` is the paper's plain form."""
     push: bool = True
     """Whether a tiny guide pushes the text."""
+    attention: bool = True
+    """Whether a tiny guide pushes the answers of the cross-attention layers."""
     rank: int = 28
     """Channels of what a tiny guide adds to each decoder layer; 0 leaves them alone."""
     head: int = 48

@@ -64,6 +64,11 @@ class Guide(ModelMixin, ConfigMixin):
         """Names of the denoiser's modules to whose outputs the guide adds."""
         return ()
 
+    @property
+    def pushes(self) -> tuple[str, ...]:
+        """Names of the denoiser's cross-attention layers that the guide pushes."""
+        return ()
+
     def check(self, fingerprint: Mapping[str, Any]) -> None:
         """Refuse a denoiser that the guide was not made for.
 

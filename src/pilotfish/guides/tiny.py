@@ -1,11 +1,14 @@
 """The tiny guide: it lets the base itself do most of the work.
 
 CFG adds to the conditional prediction the way from the unconditional to the conditional one
-once more, ``w - 1`` times. The guide does that in three places of the one pass:
+once more, ``w - 1`` times. The guide does that in four places of the one pass:
 
 - *Text.* The prompt is pushed on, away from the negative prompt, before it enters the base:
   ``c + g (c - n)`` with a learned gain g. To first order in g the base then goes the way of
   equation (1) by itself, with its own weights, whichever fine-tune they are of.
+- *Attention.* The answer of each cross-attention layer of mid block and decoder is pushed
+  on, away from what the layer would answer to the negative prompt: ``a + g (a - a_n)``, for the
+  price of a few more keys and values (NAG, arXiv 2505.21179, with learned gains).
 - *Layers.* What each decoder layer makes is read through a 1x1 convolution of low rank,
   modulated by w, timestep and text, and the answer is added to it.
 - *Prediction.* A small head, linear in ``w - 1`` as CFG is, does the rest; it also sees the
@@ -24,7 +27,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from pilotfish.contract import GuideError, GuideInputs, Injection, ModuleAddition
-from pilotfish.denoisers import decoder_layers
+from pilotfish.denoisers import cross_attention_layers, decoder_layers
 from pilotfish.guidance import guidance_strength, per_sample
 from pilotfish.guides.base import Guide
 from pilotfish.guides.layers import Condition, silent
@@ -38,6 +41,7 @@ class TinyGuide(Guide):
     Args:
         denoiser: the fingerprint of the denoiser.
         push: whether the text is pushed.
+        attention: whether the answers of the cross-attention layers are.
         rank: channels of each layer's addition; 0 leaves the layers alone.
         head: channels of the head; 0 leaves the prediction alone.
         condition: width of the embedding of t, w and text.
@@ -55,6 +59,7 @@ class TinyGuide(Guide):
         self,
         denoiser: dict[str, Any],
         push: bool = True,
+        attention: bool = True,
         rank: int = 28,
         head: int = 48,
         condition: int = 32,
@@ -63,10 +68,12 @@ class TinyGuide(Guide):
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()
-        if not (push or rank or head):
-            raise GuideError("a tiny guide needs at least one of push, rank and head")
+        if not (push or attention or rank or head):
+            raise GuideError("a tiny guide needs at least one of push, attention, rank and head")
         self.embedding = Condition(denoiser["cross_attention_dim"], condition)
         self.text = silent(nn.Linear(condition, 1)) if push else None
+        self.heads = cross_attention_layers(denoiser) if attention else {}
+        self.gains = silent(nn.Linear(condition, sum(self.heads.values()))) if self.heads else None
         layers = decoder_layers(denoiser) if rank else {}
         self.names = tuple(layers)
         self.layers = nn.ModuleList([Layer(c, rank) for c in layers.values()])
@@ -84,6 +91,11 @@ class TinyGuide(Guide):
     def touches(self) -> tuple[str, ...]:
         """The decoder's layers and the last convolution, those that have a part."""
         return (*self.names, PREDICTION) if self.output is not None else self.names
+
+    @property
+    def pushes(self) -> tuple[str, ...]:
+        """The cross-attention layers of mid block and decoder."""
+        return tuple(self.heads)
 
     @torch.no_grad()
     def _begin_plainly(self, modulate: nn.Linear) -> None:
@@ -105,6 +117,11 @@ class TinyGuide(Guide):
         if self.text is not None:
             gain = inside[..., 0] * self.text(condition)[:, :, None]
             pushed = gain * (text - inputs.negative_hidden_states)
+        attention: dict[str, torch.Tensor] = {}
+        if self.gains is not None:
+            gains = inside[..., 0, 0] * self.gains(condition)
+            parts = gains.split(list(self.heads.values()), 1)
+            attention = dict(zip(self.heads, parts, strict=True))
         modules: dict[str, ModuleAddition] = {}
         if self.modulate is not None:
             answers = self.modulate(condition).split([*self.ranks, self.scalings], 1)
@@ -117,7 +134,7 @@ class TinyGuide(Guide):
                     self.output, latents=latents, modulation=answers[-2], scalings=answers[-1],
                     strength=strength,
                 )  # fmt: skip
-        return Injection(text=pushed, modules=modules)
+        return Injection(text=pushed, attention=attention, modules=modules)
 
 
 class LowRank(nn.Module):
