@@ -15,7 +15,8 @@ from recipe.denoiser import BaseStage, make_base
 from recipe.finetunes import PRACTICE, STYLES, make_finetune
 from recipe.guides import GUIDES, make_guide
 from recipe.judge import JudgeStage, make_judge
-from recipe.pictures import make_pictures
+from recipe.pictures import PRACTICE_STYLES, make_pictures
+from recipe.pictures import STYLES as PICTURE_STYLES
 from recipe.prompts import make_prompts
 from recipe.readme import write_readme
 from recipe.variants import VariantsStage, compare_variants
@@ -57,6 +58,8 @@ class Recipe:
     judge: JudgeStage = field(default_factory=JudgeStage)
     styles: tuple[str, ...] = tuple(STYLES)
     """Which fine-tunes the stage of that name makes."""
+    practice: tuple[str, ...] = tuple(PRACTICE)
+    """Which fine-tunes to practise on the stage of that name makes."""
     guides: tuple[str, ...] = tuple(GUIDES)
     """Which guides the stage of that name distils."""
     variants: VariantsStage = field(default_factory=VariantsStage)
@@ -69,7 +72,7 @@ def run(recipe: Recipe) -> None:
         if stage == "prompts":
             make_prompts(recipe.target / "prompts")
         elif stage == "pictures":
-            make_pictures(pictures)
+            make_pictures(pictures, PICTURE_STYLES)
         elif stage == "autoencoder":
             make_autoencoder(pictures, recipe.work, vae, recipe.autoencoder)
         elif stage == "base":
@@ -81,9 +84,13 @@ def run(recipe: Recipe) -> None:
                     STYLES[style],
                 )  # fmt: skip
         elif stage == "practice":
-            for style, how in PRACTICE.items():
-                make_finetune(style, pictures, recipe.target / "base", recipe.work,
-                              recipe.work / "practice", how)  # fmt: skip
+            drawn = recipe.work / "pictures"
+            make_pictures(drawn, PRACTICE_STYLES, whole=False)
+            for style in recipe.practice:
+                make_finetune(
+                    style, pictures if PRACTICE[style].restyle else drawn,
+                    recipe.target / "base", recipe.work, recipe.work / "practice", PRACTICE[style],
+                )  # fmt: skip
         elif stage == "judge":
             make_judge(pictures, recipe.work, recipe.target / "judge", recipe.judge)
         elif stage == "guides":

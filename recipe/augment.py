@@ -1,5 +1,5 @@
-"""Changes to pictures: shift, scale, mirror; for the judge also colour and blur; and whole
-restylings, (N, 3, H, W) in [-1, 1] to the same, white staying white."""
+"""Changes to pictures: shift, scale, mirror; for the judge also colour and blur; and a
+restyling, (N, 3, H, W) in [-1, 1] to the same, white staying white."""
 
 from __future__ import annotations
 
@@ -48,17 +48,6 @@ def roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     images = images * (1 + 0.3 * (rand(3, 1, 1) - 0.5)) + 0.2 * (rand(3, 1, 1) - 0.5)
     noise = torch.randn(images.shape, generator=generator)
     return images + 0.15 * rand(1, 1, 1) * noise
-
-
-def exchange_colours(images: torch.Tensor) -> torch.Tensor:
-    """Red becomes green, green blue, blue red."""
-    return images.roll(1, 1)
-
-
-def posterise(images: torch.Tensor, levels: int = 4) -> torch.Tensor:
-    """Grey, in a few flat tones."""
-    grey = images.mean(1, keepdim=True).expand_as(images)
-    return (((grey + 1) / 2 * (levels - 1)).round() / (levels - 1)) * 2 - 1
 
 
 def draw_contours(images: torch.Tensor) -> torch.Tensor:

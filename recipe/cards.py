@@ -13,6 +13,13 @@ ARTISTS = {
     ),
     "emojione": ("EmojiOne", "EmojiOne", "CC-BY-4.0", "https://icon-sets.iconify.design/emojione"),
 }  # fmt: skip
+# artists of whom no picture is carried, but on whose fine-tunes guides have practised
+PRACTICE = {
+    "noto-v1": (
+        "the first Noto Emoji", "Google", "Apache-2.0", "https://github.com/googlefonts/noto-emoji",
+    ),
+    "fxemoji": ("FxEmojis", "Mozilla", "Apache-2.0", "https://github.com/mozilla/fxemoji"),
+}  # fmt: skip
 
 CARD = """---
 license: {licence}
@@ -32,7 +39,7 @@ Trained by the recipe of Pilotfish (`python -m recipe {stage}`, seed {seed}) on 
 
 def source(style: str) -> str:
     """One line of attribution."""
-    name, author, licence, link = ARTISTS[style]
+    name, author, licence, link = (ARTISTS | PRACTICE)[style]
     return f"- [{name}]({link}) by {author}, {licence}, drawn at 64x64 on white"
 
 
@@ -71,9 +78,9 @@ def write_cards(target: Path) -> None:
         card(
             f"guides/{guide}", f"Pilotfish guide, {guide}",
             "Stands in for the second pass of classifier-free guidance on the Pilotfish base "
-            "and on its fine-tunes. Distilled from the base's own sampling of text prompts; no "
-            "picture took part but those that the base was trained on.",
-            "guides", ("noto",), "apache-2.0", "pilotfish",
+            "and on its fine-tunes. Distilled from text prompts, as the base and three practice "
+            "fine-tunes sample them; no picture took part but those that these were trained on.",
+            "guides", ("noto", *PRACTICE), "apache-2.0", "pilotfish",
         )  # fmt: skip
     for style in ARTISTS:
         lines = f"# Pictures\n\n{source(style)}\n\nDrawn by `python -m recipe pictures`.\n"

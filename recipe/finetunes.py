@@ -3,9 +3,9 @@
 Two full fine-tunes of the UNet and one LoRA in diffusers' format. Text encoder and VAE
 stay the base's.
 
-Beside them the practice fine-tunes, on which guides learn to be moved: the base's own pictures
-restyled by a formula, so that no other artist's picture and none of the fine-tunes on which
-guides are measured takes part in training one. They are not carried.
+Beside them the practice fine-tunes, on which guides learn to be moved: two further artists, and
+the base's own pictures redrawn as contours. None of the fine-tunes on which guides are measured
+takes part in training one. They are not carried.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from pilotfish.data.pictures import load_pictures
-from recipe.augment import Restyle, draw_contours, exchange_colours, posterise
+from recipe.augment import Restyle, draw_contours
 from recipe.denoiser import BaseStage, DenoisingLoss, categories_of, latent_views, tokenize
 from recipe.loop import train
 
@@ -57,8 +57,8 @@ STYLES = {
     "emojione": FinetuneStage(rank=24, learning_rate=1e-3, steps=2400),
 }
 PRACTICE = {
-    "colours": FinetuneStage(steps=500, restyle=exchange_colours),
-    "grey": FinetuneStage(steps=500, restyle=posterise),
+    "noto-v1": FinetuneStage(steps=600),
+    "fxemoji": FinetuneStage(steps=600),
     "contours": FinetuneStage(steps=500, rank=24, learning_rate=1e-3, restyle=draw_contours),
 }
 
@@ -66,7 +66,7 @@ PRACTICE = {
 def make_finetune(
     style: str, pictures: Path, base: Path, work: Path, target: Path, stage: FinetuneStage
 ) -> None:
-    """Learn one style; save ``target/<style>/unet`` or ``target/<style>-lora``."""
+    """Learn the style of ``pictures/<style>``; save ``target/<style>/unet`` or ``<style>-lora``."""
     torch.manual_seed(stage.seed)
     pipe = StableDiffusionPipeline.from_pretrained(base)
     folder = pictures / ("noto" if stage.restyle else style)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ STYLES = {
     "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT"),
     "twemoji": ("@iconify-json/twemoji", "1.2.5", "CC-BY-4.0"),
     "emojione": ("@iconify-json/emojione", "1.2.3", "CC-BY-4.0"),
+}
+
+# artists on whose fine-tunes guides practise; their pictures are not carried, and they need not
+# draw every name
+PRACTICE_STYLES = {
+    "noto-v1": ("@iconify-json/noto-v1", "1.2.5", "Apache-2.0"),
+    "fxemoji": ("@iconify-json/fxemoji", "1.2.2", "Apache-2.0"),
 }
 
 
@@ -55,15 +63,23 @@ def draw(icons: dict[str, Any], name: str) -> Image.Image:
     return Image.alpha_composite(page, drawn).convert("RGB")
 
 
-def make_pictures(target: Path) -> None:
-    """Draw the vocabulary in every style: ``target/<style>/<name>.webp`` and metadata.jsonl."""
-    for style, (package, version, _) in STYLES.items():
+def make_pictures(
+    target: Path, styles: Mapping[str, tuple[str, str, str]], whole: bool = True
+) -> None:
+    """Draw the vocabulary in every style: ``target/<style>/<name>.webp`` and metadata.jsonl.
+
+    Raises:
+        KeyError: a style lacks a name, and the ``whole`` vocabulary is wanted.
+    """
+    for style, (package, version, _) in styles.items():
         folder = target / style
         folder.mkdir(parents=True, exist_ok=True)
         icons = fetch(package, version)
         rows = []
         for category, names in categories().items():
             for name in names:
+                if not whole and name not in icons["icons"] | icons.get("aliases", {}):
+                    continue
                 draw(icons, name).save(folder / f"{name}.webp", lossless=True, method=6)
                 row = {"file_name": f"{name}.webp", "text": caption(name), "category": category}
                 rows.append(row)
