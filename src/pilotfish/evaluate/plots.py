@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pilotfish.evaluate.inspection import Added
 from pilotfish.evaluate.result import Cost, Result, Scores
 
 SIZE = (6.4, 3.8)
@@ -125,6 +126,50 @@ def sweep_curve(scores: Mapping[str, Scores], theme: Theme = LIGHT) -> Figure:
     lines += right.plot(at, [s.fd_judge for _, s in rows], **_style(theme, 1), label="fd_judge")
     right.set_ylim(bottom=0)
     _legend(axes, theme, handles=lines)
+    return figure
+
+
+def added_maps(
+    found: Sequence[Added], place: str, columns: int = 8, theme: Theme = LIGHT
+) -> Figure:
+    """What a guide adds at one place: a row for each w, noise on the left; one scale of
+    brightness for all."""
+    maps = {
+        (a.guidance_scale, a.timestep): a.map.numpy()
+        for a in found
+        if a.place == place and a.map is not None
+    }
+    steps = sorted({t for _, t in maps}, reverse=True)
+    columns = min(columns, len(steps))
+    shown = [steps[round(i * (len(steps) - 1) / max(columns - 1, 1))] for i in range(columns)]
+    scales = sorted({w for w, _ in maps})
+    top = max(float(m.max()) for m in maps.values())
+    figure = Figure(figsize=(1.0 * columns + 0.8, 1.0 * len(scales) + 0.8), layout="constrained")
+    grid = figure.subplots(len(scales), columns, squeeze=False)
+    for row, w in zip(grid, scales, strict=True):
+        row[0].set_ylabel(f"w = {w:g}", color=theme.ink)
+        for axes, t in zip(row, shown, strict=True):
+            axes.imshow(maps[w, t], vmin=0, vmax=top, cmap="magma")
+            axes.set_xticks([])
+            axes.set_yticks([])
+    for axes, t in zip(grid[0], shown, strict=True):
+        axes.set_title(f"t = {t}", fontsize=8.5, color=theme.ink)
+    figure.suptitle(f"Added at {place}", x=0.01, ha="left", fontsize=11, color=theme.ink)
+    return figure
+
+
+def added_strength(found: Sequence[Added], place: str, theme: Theme = LIGHT) -> Figure:
+    """How strong it is at one place over the timesteps, a line for each w."""
+    figure, axes = _axes(f"Strength at {place}", "timestep (noise → picture)", theme)
+    scales = sorted({a.guidance_scale for a in found})
+    for i, w in enumerate(scales):
+        here = [a for a in found if a.place == place and a.guidance_scale == w]
+        points = sorted((a.timestep, a.strength) for a in here)
+        axes.plot(*zip(*points, strict=True), **_style(theme, i, size=3), label=f"w = {w:g}")
+    axes.invert_xaxis()
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("root mean square")
+    _legend(axes, theme)
     return figure
 
 
