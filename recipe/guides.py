@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pilotfish.cli.distill import distill
 from pilotfish.distill.config import DistillConfig
+from pilotfish.distill.stages import distill
 from recipe.finetunes import practice_folders
 
 GUIDES: dict[str, dict[str, Any]] = {

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pilotfish import embedded
-from pilotfish.cli.distill import distill
 from pilotfish.distill.config import DistillConfig
+from pilotfish.distill.stages import distill
 from pilotfish.evaluate.guidance_error import guidance_error
 from pilotfish.evaluate.hosts import embedded_hosts
 from pilotfish.evaluate.machine import machine, versions

@@ -9,8 +9,8 @@ import tyro
 from rich.console import Console
 
 from pilotfish import embedded
-from pilotfish.cli.distill import KINDS
 from pilotfish.cli.names import guide, host
+from pilotfish.distill.kinds import KINDS
 from pilotfish.evaluate.cost import cost, guide_size
 from pilotfish.evaluate.machine import machine
 from pilotfish.evaluate.table import cost_table

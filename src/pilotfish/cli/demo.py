@@ -13,9 +13,9 @@ import tyro
 from rich.console import Console
 
 from pilotfish import embedded
-from pilotfish.cli.distill import distill
 from pilotfish.cli.progress import shown
 from pilotfish.distill.config import DistillConfig
+from pilotfish.distill.stages import distill
 from pilotfish.evaluate import plots, report
 from pilotfish.evaluate.evaluation import evaluate
 from pilotfish.evaluate.features import Judge

@@ -1,0 +1,53 @@
+"""The two stages, each from its settings to the guide that it makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from pilotfish.distill.config import ConfigError, DistillConfig, StepsConfig
+from pilotfish.distill.guidance_stage import GuidanceDistillation
+from pilotfish.distill.kinds import new_guide
+from pilotfish.distill.material import Material
+from pilotfish.distill.step_stage import StepDistillation
+from pilotfish.guides import Guide
+
+
+def distill(config: DistillConfig) -> Guide:
+    """Stage 1: train a guide as ``config`` says; it is in ``output_dir/guide`` afterwards."""
+    material = Material.of(config, config.pictures)
+    return GuidanceDistillation(config, material, new_guide(config, material)).run()
+
+
+def distill_steps(config: StepsConfig, teacher: Guide) -> dict[int, Guide]:
+    """Stage 2, all rounds; each one's guide is in ``output_dir/steps-<n>/guide`` afterwards.
+
+    A round that is finished is not done again with ``resume``.
+
+    Args:
+        teacher: the guide to begin with, from stage 1.
+
+    Returns:
+        The guides by their number of steps.
+
+    Raises:
+        ConfigError: the folder holds an earlier run, and nothing was said of resuming; or a
+            checkpoint was named, where every round has its own.
+    """
+    if config.resume not in (None, "latest"):
+        raise ConfigError(f"rounds resume from latest, each from its own, not {config.resume}")
+    folders = {n: Path(config.output_dir) / f"steps-{n}" for n in config.steps}
+    if config.resume is None and any(folder.exists() for folder in folders.values()):
+        raise ConfigError(
+            f"{config.output_dir} holds rounds of an earlier run; --resume latest goes on with "
+            "it, another --output_dir keeps it"
+        )
+    material, made = Material.of(config), {}
+    for steps, folder in folders.items():
+        if (folder / "guide").is_dir():
+            student = Guide.from_pretrained(folder / "guide")
+        else:
+            settings = replace(config, output_dir=str(folder))
+            student = StepDistillation(settings, material, teacher, steps).run()
+        made[steps] = teacher = student
+    return made
