@@ -1,4 +1,4 @@
-"""Every rival as a guide, on a real denoiser."""
+"""Every rival that is a guide, on a real denoiser."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pilotfish.contract import GuideError
 from pilotfish.guides import Guide
 from pilotfish.passes import GuidedStudent
 
-KINDS: dict[str, type[Any]] = {name: getattr(rivals, name) for name in rivals.__all__}
+ALL: dict[str, type[Any]] = {name: getattr(rivals, name) for name in rivals.__all__}
+KINDS = {name: kind for name, kind in ALL.items() if issubclass(kind, Guide)}
 AT_ONE_SCALE = {"GuidanceLoRA", "TextSharpener"}
 
 
