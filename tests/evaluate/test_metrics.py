@@ -16,6 +16,7 @@ from pilotfish.evaluate.metrics import (
     LatentMeter,
     PromptMeter,
     gain_kept,
+    gain_kept_interval,
     indices,
 )
 
@@ -146,3 +147,26 @@ def test_prompts_find_their_place_among_the_names() -> None:
 def test_names_that_do_not_serve(prompts: list[str], names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         indices(prompts, names)
+
+
+def test_the_interval_holds_the_gain_kept_and_narrows_with_more_pictures() -> None:
+    generator = torch.Generator().manual_seed(2)
+    widths = []
+    for n in (50, 800):
+        chance = torch.rand(n, generator=generator)
+        none, cfg, guided = ((chance < p).float() for p in (0.2, 0.8, 0.7))
+        low, high = gain_kept_interval(none, cfg, guided, rounds=400)
+        whole = gain_kept(*(float(x.mean()) for x in (none, cfg, guided)))
+        assert low < whole < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+
+
+def test_a_guide_that_is_cfg_keeps_all_of_it_for_certain() -> None:
+    none, cfg = torch.zeros(40), torch.ones(40)
+    assert gain_kept_interval(none, cfg, cfg, rounds=50) == (1, 1)
+
+
+def test_no_gain_has_no_interval() -> None:
+    same = torch.ones(40)
+    assert all(math.isnan(end) for end in gain_kept_interval(same, same, same, rounds=50))

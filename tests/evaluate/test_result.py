@@ -33,6 +33,7 @@ def test_the_shape_of_the_json(result: Result) -> None:
     for way in ("none", "guided"):
         assert set(host["agreement"][way]) == {"psnr", "ssim", "cosine"}
     assert {"latent_mse_ratio", "gain_kept", "gain_kept_cosine"} < set(host)
+    assert set(host["gain_kept_interval"]) == {"low", "high"}
     assert set(written["guide"]) == {"parameters", "share", "name"}
     assert {"cfg_over_guided", "cfg_over_plain", "flops", "passes"} < set(written["cost"])
     assert set(written["run"]) == {

@@ -21,9 +21,10 @@ from pilotfish.evaluate.metrics import (
     AgreementMeter,
     LatentMeter,
     gain_kept,
+    gain_kept_interval,
     indices,
 )
-from pilotfish.evaluate.result import HostResult, Result, Run
+from pilotfish.evaluate.result import HostResult, Interval, Result, Run
 from pilotfish.evaluate.scores import Progress, ScoreMeter, real_pictures
 from pilotfish.evaluate.ways import WAYS, cycle, three_ways
 from pilotfish.guides import Guide
@@ -104,6 +105,9 @@ def evaluate_host(
         guidance_error=error,
         latent_mse_ratio=latents.compute(),
         gain_kept=gain_kept(none.prompt_score, cfg.prompt_score, guided.prompt_score),
+        gain_kept_interval=Interval(
+            *gain_kept_interval(*(scores[way].prompt.found() for way in WAYS))
+        ),
         gain_kept_cosine=gain_kept(none.cosine, cfg.cosine, guided.cosine),
         none=none,
         cfg=cfg,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pilotfish.evaluate import plots
 from pilotfish.evaluate.result import HostResult, Result, Scores
-from pilotfish.evaluate.table import cost_rows, number, percent, score_cells
+from pilotfish.evaluate.table import cost_rows, kept, number, percent, score_cells
 from pilotfish.evaluate.ways import TITLES, WAYS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -121,7 +121,7 @@ def _figures(host: HostResult) -> list[str]:
     agreement = host.agreement["guided"]
     return [
         number(host.guidance_error.mean, 3), number(host.latent_mse_ratio, 3),
-        percent(host.gain_kept), percent(host.gain_kept_cosine),
+        kept(host), percent(host.gain_kept_cosine),
         number(agreement.psnr, 1), number(agreement.ssim), number(agreement.cosine),
     ]  # fmt: skip
 

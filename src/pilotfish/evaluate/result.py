@@ -54,12 +54,21 @@ class GuidanceError:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """Between two values."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class HostResult:
     """One host: a base or a fine-tune, against its own CFG.
 
     Attributes:
         latent_mse_ratio: MSE(guided, cfg) / MSE(unguided, cfg) of final latents.
         gain_kept: (guided - none) / (cfg - none) in prompt score.
+        gain_kept_interval: its 95 % interval, over the choice of pictures.
         gain_kept_cosine: the same in mean cosine.
         agreement: with the CFG picture, of ``guided`` and of ``none``.
         more: further scores by name, then by way, such as ``{"fid": {"cfg": ...}}``.
@@ -68,6 +77,7 @@ class HostResult:
     guidance_error: GuidanceError
     latent_mse_ratio: float
     gain_kept: float
+    gain_kept_interval: Interval
     gain_kept_cosine: float
     none: Scores
     cfg: Scores

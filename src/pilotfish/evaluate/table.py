@@ -7,7 +7,7 @@ import math
 from rich.console import Group
 from rich.table import Table
 
-from pilotfish.evaluate.result import Cost, Result, Scores
+from pilotfish.evaluate.result import Cost, HostResult, Result, Scores
 from pilotfish.evaluate.ways import TITLES, WAYS
 
 
@@ -19,6 +19,14 @@ def number(value: float, digits: int = 2) -> str:
 def percent(value: float) -> str:
     """A share of 1 in per cent, or a dash."""
     return f"{100 * value:.0f} %" if math.isfinite(value) else "–"
+
+
+def kept(host: HostResult) -> str:
+    """The gain kept with its interval: ``81 % (74-88)``."""
+    ends = (host.gain_kept_interval.low, host.gain_kept_interval.high)
+    if not all(map(math.isfinite, ends)):
+        return percent(host.gain_kept)
+    return f"{percent(host.gain_kept)} ({100 * ends[0]:.0f}–{100 * ends[1]:.0f})"
 
 
 def flops(value: float) -> str:
@@ -49,7 +57,7 @@ def hosts_table(result: Result) -> Table:
         pair = (host.agreement[way].psnr for way in ("none", "guided"))
         table.add_row(
             name, number(host.guidance_error.mean, 3), number(host.latent_mse_ratio, 3),
-            percent(host.gain_kept), percent(host.gain_kept_cosine),
+            kept(host), percent(host.gain_kept_cosine),
             " / ".join(number(p, 1) for p in pair),
         )  # fmt: skip
     return table
@@ -114,7 +122,7 @@ def markdown_table(result: Result) -> str:
     for name, host in result.hosts.items():
         cells = [percent(getattr(host, way).prompt_score) for way in WAYS]
         cells[-1] = f"**{cells[-1]}**"
-        cells += [percent(host.gain_kept), number(host.guidance_error.mean)]
+        cells += [kept(host), number(host.guidance_error.mean)]
         lines.append(f"| right name found, {name} | " + " | ".join(cells) + " |")
     passes = (f"{result.cost.passes[way]:g}" for way in ("plain", "cfg", "guided"))
     lines.append("| denoiser passes | {} | {} | **{}** | | |".format(*passes))
