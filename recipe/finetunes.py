@@ -41,7 +41,7 @@ class FinetuneStage:
         restyle: if given, the pictures are the base's own, restyled.
     """
 
-    steps: int = 1000
+    steps: int = 1600
     batch: int = 64
     learning_rate: float = 4e-4
     rank: int = 0
@@ -52,8 +52,8 @@ class FinetuneStage:
 
 
 STYLES = {
-    "fluent": FinetuneStage(learning_rate=3e-4),
-    "twemoji": FinetuneStage(learning_rate=3e-4),
+    "fluent": FinetuneStage(),
+    "twemoji": FinetuneStage(),
     "emojione": FinetuneStage(rank=24, learning_rate=1e-3, steps=2400),
 }
 PRACTICE = {
