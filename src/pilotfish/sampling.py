@@ -8,17 +8,24 @@ the teacher's own sampling step by step, for the guidance error.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from pilotfish.guidance import classifier_free_guidance
-from pilotfish.guides import Guide
 from pilotfish.passes import FrozenTeacher
 from pilotfish.schedules import Schedule, sampling_timesteps
+
+
+class Attachable(Protocol):
+    """What a pipeline samples with in place of CFG: a guide, or a rule for some of the steps."""
+
+    def attached(self, pipe: Any) -> AbstractContextManager[Any]:
+        """The pipeline with it, until the block ends."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ def sample(
     seeds: Sequence[int],
     guidance_scale: float,
     num_inference_steps: int = 25,
-    guide: Guide | None = None,
+    guide: Attachable | None = None,
     negative_prompt: str | None = None,
     batch_size: int = 32,
     **call: Any,

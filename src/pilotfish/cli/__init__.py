@@ -14,6 +14,7 @@ COMMANDS = {
     "distill-steps": "teach a guide to do with half the steps, round after round",
     "sample": "make pictures with a guide (or with CFG, or with no guidance)",
     "evaluate": "measure a guide on a base and its fine-tunes",
+    "compare": "train and measure every method that does without the second pass",
     "sweep": "measure what CFG alone does, by guidance scale",
     "inspect": "show what a guide adds, and where, from noise to picture",
     "benchmark": "time CFG, a plain pass and a guided pass side by side",

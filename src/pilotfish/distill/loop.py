@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,6 +111,7 @@ class Distillation:
         self.hooks = [student.hooks]
         self.learner = Learner(student, config, rate, self.accelerator)
         self.step = self.micro = 0
+        self.seconds = 0.0  # spent on training steps, the teacher's passes among them
         self.history: list[dict[str, float]] = []
         self.smooth: dict[str, float] = {}
 
@@ -194,8 +196,10 @@ class Distillation:
         )  # fmt: skip
         with stop_requested() as stop, bar:
             while self.step < config.max_train_steps:
+                start = time.perf_counter()
                 for _ in range(config.gradient_accumulation_steps):
                     self._tick()
+                self.seconds += time.perf_counter() - start
                 self.step += 1
                 bar.update()
                 bar.set_postfix_str(
@@ -284,6 +288,10 @@ class Distillation:
     def _finish(self) -> None:
         guide = self.learner.finish()
         if self.accelerator.is_main_process:
+            config, processes = self.config, self.accelerator.num_processes
+            batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+            took = {"steps": self.step, "samples": self.step * batch, "seconds": self.seconds}
+            (self.folder / "training.json").write_text(json.dumps(took, indent=1) + "\n")
             save_whole(guide, self.folder / "guide")
             self.notice(f"saved {self.folder / 'guide'}")
 
@@ -311,6 +319,7 @@ class Distillation:
             facts = self.learner.facts() | {
                 "history": self.history, "smooth": self.smooth,
                 "base_checksum": self.base_checksum, "what": self._what(),
+                "seconds": self.seconds,
             }  # fmt: skip
             save_checkpoint(self.folder, self.step, tensors, facts)
             prune_checkpoints(self.folder, limit)
@@ -350,6 +359,7 @@ class Distillation:
     def _load(self, checkpoint: Checkpoint) -> None:
         facts = checkpoint.facts
         self.step, self.history, self.smooth = checkpoint.step, facts["history"], facts["smooth"]
+        self.seconds = facts["seconds"]
         self.learner.load(checkpoint)
         if not self.accelerator.is_main_process:
             own = self._own_folder() / f"checkpoint-{checkpoint.step}"

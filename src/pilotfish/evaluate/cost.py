@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,16 +76,16 @@ def cost(
         with counted_rows(pipe.unet) as rows:
             call(way, 2, num_inference_steps)
         passes[way] = sum(rows) / 2
-    flops = {way: _flops(pipe, lambda way=way: call(way, 1, 1)) for way in WAYS}  # type: ignore[misc]
+    flops = {way: denoiser_flops(pipe, lambda way=way: call(way, 1, 1)) for way in WAYS}  # type: ignore[misc]
     times = {
-        batch: [
-            {way: call(way, batch, num_inference_steps) for way in WAYS} for _ in range(rounds + 1)
-        ][1:]
+        batch: take_turns(
+            {way: partial(call, way, batch, num_inference_steps) for way in WAYS}, rounds
+        )
         for batch in batch_sizes
     }
     return Cost(
-        cfg_over_guided={str(b): _ratio(t, "guided") for b, t in times.items()},
-        cfg_over_plain={str(b): _ratio(t, "plain") for b, t in times.items()},
+        cfg_over_guided={str(b): speed_up(t, "guided") for b, t in times.items()},
+        cfg_over_plain={str(b): speed_up(t, "plain") for b, t in times.items()},
         flops=flops,
         passes=passes,
         seconds={
@@ -110,13 +111,19 @@ def counted_rows(denoiser: torch.nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def _flops(pipe: Any, call: Callable[[], object]) -> int:
+def take_turns(calls: Mapping[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
+    """What each call gives, round after round, after one that warms up."""
+    return [{way: call() for way, call in calls.items()} for _ in range(rounds + 1)][1:]
+
+
+def speed_up(rounds: Sequence[dict[str, float]], way: str) -> float:
+    """How much faster a way is than ``cfg``: the median over the ratios of single rounds."""
+    return statistics.median(r["cfg"] / r[way] for r in rounds)
+
+
+def denoiser_flops(pipe: Any, call: Callable[[], object]) -> int:
     """FLOPs inside the denoiser during ``call``, what a guide adds in its hooks included."""
     # Torch's counter knows no fused attention on the CPU; the plain form is counted in full.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return int(sum(counter.get_flop_counts()[type(pipe.unet).__name__].values()))
-
-
-def _ratio(rounds: Sequence[dict[str, float]], way: str) -> float:
-    return statistics.median(r["cfg"] / r[way] for r in rounds)

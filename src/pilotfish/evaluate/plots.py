@@ -78,12 +78,12 @@ def training_curve(rows: Sequence[Mapping[str, float]], theme: Theme = LIGHT) ->
         axes.set_ylim(0, 1.05 * max(1.0, *(e for _, e in curves["guidance_error"])))
     if curves["loss"]:
         right = axes.twinx()
-        _clean(right, theme, "right")
+        clean(right, theme, "right")
         right.set_ylabel("loss", color=theme.series[1])
         points = zip(*curves["loss"], strict=True)
         lines += right.plot(*points, color=theme.series[1], lw=1.2, alpha=0.8, label="loss")
         right.set_ylim(bottom=0)
-    _legend(axes, theme, handles=lines)
+    legend(axes, theme, handles=lines)
     return figure
 
 
@@ -107,7 +107,7 @@ def cost_bars(cost: Cost, theme: Theme = LIGHT) -> Figure:
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylim(0, 1.25)
     axes.grid(visible=False, axis="x")
-    _legend(axes, theme, ncols=3, loc="upper center")
+    legend(axes, theme, ncols=3, loc="upper center")
     return figure
 
 
@@ -121,11 +121,11 @@ def sweep_curve(scores: Mapping[str, Scores], theme: Theme = LIGHT) -> Figure:
     lines += axes.plot(at, [s.top5 for _, s in rows], **_style(theme, 2), label="top-5")
     axes.set_ylim(0, 1)
     right = axes.twinx()
-    _clean(right, theme, "right")
+    clean(right, theme, "right")
     right.set_ylabel("fd_judge")
     lines += right.plot(at, [s.fd_judge for _, s in rows], **_style(theme, 1), label="fd_judge")
     right.set_ylim(bottom=0)
-    _legend(axes, theme, handles=lines)
+    legend(axes, theme, handles=lines)
     return figure
 
 
@@ -169,7 +169,7 @@ def added_strength(found: Sequence[Added], place: str, theme: Theme = LIGHT) -> 
     axes.invert_xaxis()
     axes.set_ylim(bottom=0)
     axes.set_ylabel("root mean square")
-    _legend(axes, theme)
+    legend(axes, theme)
     return figure
 
 
@@ -190,7 +190,7 @@ def save(figure: Figure, path: str | Path) -> None:
 def _axes(title: str, x: str, theme: Theme) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
-    _clean(axes, theme, "left")
+    clean(axes, theme, "left")
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=theme.ink)
     axes.set_xlabel(x, color=theme.ink)
     axes.grid(visible=True, color=theme.faint, lw=0.7)
@@ -198,7 +198,8 @@ def _axes(title: str, x: str, theme: Theme) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _clean(axes: Axes, theme: Theme, side: str) -> None:
+def clean(axes: Axes, theme: Theme, side: str) -> None:
+    """Two spines, the bottom one and one side; all in the theme's ink."""
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("bottom", side))
         spine.set_color(theme.faint)
@@ -218,9 +219,10 @@ def _error_axis(figure: Figure, axes: Axes, theme: Theme) -> Figure:
     axes.axhline(1, color=theme.ink, lw=1, ls=(0, (4, 3)), alpha=0.7, label="no guide")
     axes.set_ylabel("guidance error")
     axes.set_ylim(bottom=0)
-    _legend(axes, theme)
+    legend(axes, theme)
     return figure
 
 
-def _legend(axes: Axes, theme: Theme, **where: Any) -> None:
+def legend(axes: Axes, theme: Theme, **where: Any) -> None:
+    """A legend without a frame."""
     axes.legend(frameon=False, fontsize=8.5, labelcolor=theme.ink, **where)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pilotfish.guides import Guide
-from pilotfish.sampling import Sample, sample
+from pilotfish.sampling import Attachable, Sample, sample
 
 WAYS = ("none", "cfg", "guided")
 TITLES = {"none": "no guidance", "cfg": "CFG", "guided": "guided"}
@@ -52,7 +52,7 @@ def cycle(prompts: Sequence[str], samples: int, seed: int) -> tuple[list[str], l
 
 def draw(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, guidance_scale: float,
-    num_inference_steps: int, guide: Guide | None = None,
+    num_inference_steps: int, guide: Attachable | None = None,
 ) -> Drawn:  # fmt: skip
     """One batch in one way."""
     return Drawn.of(

@@ -1,0 +1,100 @@
+"""``pilotfish compare``: every method under one budget and one measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from pilotfish import embedded
+from pilotfish.cli.evaluate import choose_hosts
+from pilotfish.compare.bench import Measurement
+from pilotfish.compare.comparison import Comparing
+from pilotfish.compare.methods import METHODS
+from pilotfish.compare.plan import Plan
+from pilotfish.compare.plots import pareto
+from pilotfish.compare.table import comparison_table
+from pilotfish.data.prompts import load_prompts
+from pilotfish.distill.loop import Interrupted
+from pilotfish.evaluate.features import Judge
+from pilotfish.evaluate.plots import save
+
+QUICK: dict[str, Any] = {
+    "max_train_steps": 8, "equal_seconds": False, "train_batch_size": 16, "samples": 16,
+    "held_out": 8, "num_inference_steps": 10, "rounds": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompareConfig(Plan):
+    """Train every method with an equal budget on one base, measure each there and, untouched, on
+    every fine-tune. The same command goes on where it was stopped."""
+
+    hosts: tuple[str, ...] = tuple(embedded.HOSTS)
+    """Pipelines, first the base to train on: base, fluent, twemoji, emojione, or folders or hub
+    ids."""
+    pictures: tuple[str, ...] = ()
+    """Folders of real pictures (metadata.jsonl), one for each host that is not embedded."""
+    train_prompts: str | None = None
+    """Text file of prompts to train on. Left out: the embedded ones."""
+    prompts: str | None = None
+    """Text file of what is drawn; the judge must find each among all of them. Left out: the
+    embedded captions."""
+    held_out_prompts: str | None = None
+    """Text file of prompts for the guidance error. Left out: the embedded ones."""
+    judge: str | None = None
+    """Folder of a CLIP that judges. Left out: the embedded judge."""
+    seed: int = 0
+    """Of the pictures."""
+    quick: bool = False
+    """A few steps and pictures, to see it work in minutes; the figures mean little."""
+    output_dir: str = "runs/compare"
+    """Trainings, figures so far, plots."""
+    output: str | None = None
+    """The finished figures. Left out: compare.json in ``output_dir``."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    config = tyro.cli(
+        CompareConfig, args=list(arguments), prog="pilotfish compare", use_underscores=True,
+        description=f"{CompareConfig.__doc__} Methods: {', '.join(METHODS)}.",
+    )  # fmt: skip
+    if config.quick:
+        config = replace(config, **QUICK)
+    folder = Path(config.output_dir)
+    names = load_prompts(config.prompts) if config.prompts else embedded.prompts("captions")
+    held_out = (
+        load_prompts(config.held_out_prompts)
+        if config.held_out_prompts
+        else embedded.prompts("held_out")
+    )[: config.held_out]
+    how = Measurement(
+        names, held_out, config.samples, config.guidance_scale, config.num_inference_steps,
+        config.seed,
+    )  # fmt: skip
+    training = {"prompts": config.train_prompts, "validation_prompts": config.held_out_prompts}
+    if config.hosts[0] not in embedded.HOSTS:
+        training["pretrained_model_name_or_path"] = config.hosts[0]
+    elif config.hosts[0] != "base":
+        raise ValueError(f"{config.hosts[0]} is a fine-tune; the first host is the base")
+    comparing = Comparing(
+        config, choose_hosts(config.hosts, config.pictures), how,
+        Judge.from_folder(config.judge) if config.judge else Judge.embedded(), folder,
+        training=training, command=" ".join(["pilotfish compare", *arguments]),
+    )  # fmt: skip
+    try:
+        found = comparing.run()
+    except Interrupted as error:
+        raise Interrupted("stopped; the same command goes on from here") from error
+    if config.output:
+        found.save(config.output)
+    for budget in found.budgets:
+        Console(width=160).print(comparison_table(found, budget))
+        save(pareto(found, budget), folder / f"pareto-{budget}.png")
+        print(f"saved {folder / f'pareto-{budget}.png'}")
+    print(f"saved {config.output or comparing.file}")

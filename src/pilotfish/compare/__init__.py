@@ -1,0 +1,1 @@
+"""Every method that does without the second pass of CFG, side by side under one measurement."""

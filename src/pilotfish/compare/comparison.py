@@ -1,0 +1,219 @@
+"""The comparison: every method trained alike, measured alike, and saved as it goes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pilotfish.compare.bench import Bench, Measurement
+from pilotfish.compare.methods import DEFAULT, METHODS
+from pilotfish.compare.plan import Plan
+from pilotfish.compare.result import (
+    Comparison,
+    HostScores,
+    MethodCost,
+    MethodResult,
+    MethodRun,
+    Training,
+)
+from pilotfish.distill.config import ConfigError, DistillConfig
+from pilotfish.distill.stages import distill
+from pilotfish.evaluate.cost import denoiser_flops, speed_up, take_turns
+from pilotfish.evaluate.features import Judge
+from pilotfish.evaluate.hosts import Host
+from pilotfish.evaluate.machine import machine, versions
+from pilotfish.evaluate.result import Run
+from pilotfish.guides import Guide
+from pilotfish.sampling import Attachable
+
+BATCH = 8
+"""Pictures at once where the wall clock is compared."""
+
+
+class Comparing:
+    """One comparison in one folder; it goes on where it stopped.
+
+    Args:
+        plan: what is compared.
+        hosts: by name, first the base on which all methods are trained.
+        how: how each is measured.
+        judge: the judge.
+        folder: the trainings and ``compare.json``.
+        training: settings that every training shares, such as another base and its prompts.
+        command: the command line that repeats it.
+        notice: called with a line of text worth showing to a person.
+
+    Raises:
+        ConfigError: the folder holds a comparison of another plan.
+    """
+
+    def __init__(
+        self, plan: Plan, hosts: Mapping[str, Host], how: Measurement, judge: Judge, folder: Path,
+        *, training: Mapping[str, Any], command: str, notice: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        self.plan, self.hosts, self.how, self.judge = plan, hosts, how, judge
+        self.folder, self.training, self.notice = folder, training, notice
+        self.file = folder / "compare.json"
+        run = Run(
+            command, how.seed, plan.samples, plan.guidance_scale, plan.num_inference_steps,
+            machine(), versions(),
+        )  # fmt: skip
+        self.found = Comparison(DEFAULT, {}, {}, plan.facts() | {"hosts": " ".join(hosts)}, run)
+        if self.file.is_file():
+            before = Comparison.load(self.file)
+            if before.plan != self.found.plan:
+                raise ConfigError(
+                    f"{folder} holds a comparison with other settings; give it the same, or "
+                    "another --output_dir"
+                )
+            self.found = before
+
+    def run(self) -> Comparison:
+        """Whatever of it is still missing."""
+        for name, key in self._runs():
+            self._train(name, key)
+        for host in self.hosts:
+            self._measure(host)
+        if any(math.isnan(m.cost.cfg_over_method) for m in self.found.methods.values()):
+            self._time()
+        return self.found
+
+    def _runs(self) -> Iterator[tuple[str, str]]:
+        """Method and key of every run. All that see equal samples come first: only then is it
+        known how long the default takes."""
+        budgets = ("samples", "seconds") if self.plan.equal_seconds else ("samples",)
+        for budget in budgets:
+            for seed in self.plan.seeds:
+                for name in self.plan.methods:
+                    if METHODS[name].rule is None:
+                        yield name, f"{budget}-{seed}"
+                    elif budget == "samples" and seed == self.plan.seeds[0]:
+                        yield name, "free"
+
+    # -- training -----------------------------------------------------------------------
+
+    def _place(self, name: str, key: str) -> Path:
+        return self.folder / name / key
+
+    def _train(self, name: str, key: str) -> None:
+        """Train, unless it is done; then make room for its figures."""
+        place, method = self._place(name, key), METHODS[name]
+        if method.rule is None and not (place / "guide").is_dir():
+            self.notice(f"training {name}, {key}")
+            distill(self._config(name, key))
+        took = Training()
+        if method.rule is None:
+            took = Training(**json.loads((place / "training.json").read_text()))
+        if name not in self.found.methods:
+            self.found.methods[name] = MethodResult(
+                method.title, 0, 0.0, MethodCost(), {}
+            )
+        self.found.methods[name].runs.setdefault(key, MethodRun(took, {}))
+        self.found.save(self.file)
+
+    def _config(self, name: str, key: str) -> DistillConfig:
+        plan, place = self.plan, self._place(name, key)
+        steps = self._steps(name, key)
+        shared: dict[str, Any] = {
+            "output_dir": str(place), "max_train_steps": steps, "resume": "latest",
+            "train_batch_size": plan.train_batch_size, "mixed_precision": plan.mixed_precision,
+            "lr_warmup_steps": max(1, min(100, steps // 8)), "validation_steps": steps,
+            "checkpointing_steps": 50, "checkpoints_total_limit": 1, "report_to": "none",
+            "seed": int(key.split("-")[1]), "pool": max(512, plan.train_batch_size),
+            "replay_capacity": 2048,
+        }  # fmt: skip
+        if METHODS[name].one_scale:
+            w = plan.guidance_scale
+            shared |= {"guidance_scale_min": w, "guidance_scale_max": w}
+        return DistillConfig(**shared | dict(self.training) | dict(METHODS[name].settings))
+
+    def _steps(self, name: str, key: str) -> int:
+        """As many as the plan says, or as many as fit into the seconds that the default took."""
+        budget, seed = key.split("-")
+        started = self._place(name, key) / "config.json"
+        if started.is_file():  # what was once decided stays
+            return int(json.loads(started.read_text())["max_train_steps"])
+        if budget == "samples":
+            return self.plan.max_train_steps
+        mine, default = (self.found.methods[m].runs[f"samples-{seed}"] for m in (name, DEFAULT))
+        pace = mine.training.seconds / mine.training.steps
+        return max(1, round(default.training.seconds / pace))
+
+    # -- measuring ----------------------------------------------------------------------
+
+    def _method(self, name: str, key: str) -> Attachable:
+        rule = METHODS[name].rule
+        return rule() if rule else Guide.from_pretrained(self._place(name, key) / "guide")
+
+    def _measure(self, host: str) -> None:
+        """What is missing of one host, saved after each method."""
+        missing = [(n, k) for n, k in self._runs() if host not in self._scores(n, k)]
+        if not missing and host in self.found.references:
+            return
+        self.notice(f"{host}: drawn without guidance and with CFG")
+        bench = Bench(self.hosts[host], self.how, self.judge)
+        self.found.references[host] = {"none": bench.none.scores, "cfg": bench.cfg.scores}
+        for name, key in missing:
+            self.notice(f"{host}: {name}, {key}")
+            self._scores(name, key)[host] = bench.measure(self._method(name, key))
+            self.found.save(self.file)
+
+    def _scores(self, name: str, key: str) -> dict[str, HostScores]:
+        return self.found.methods[name].runs[key].hosts
+
+    # -- cost ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _time(self) -> None:
+        """All methods take turns on the base, so that a busy machine strikes all alike."""
+        self.notice("timing all methods side by side")
+        base = next(iter(self.hosts))
+        pipe, steps = self.hosts[base].load(), self.plan.num_inference_steps
+        pipe.set_progress_bar_config(disable=True)
+        denoiser = sum(p.numel() for p in pipe.unet.parameters())
+        methods = {name: self._method(name, next(iter(m.runs)))
+                   for name, m in self.found.methods.items()}  # fmt: skip
+        call = partial(_timed_call, pipe, steps=steps)
+        calls = {name: partial(call, m, self.plan.guidance_scale) for name, m in methods.items()}
+        rounds = take_turns(
+            {"cfg": partial(call, None, self.plan.guidance_scale), **calls}, self.plan.rounds
+        )
+        plain = denoiser_flops(pipe, partial(_timed_call, pipe, None, 1.0, steps=1, batch=1))
+        for name, method in methods.items():
+            result = self.found.methods[name]
+            passes = next(iter(result.runs.values())).hosts[base].passes
+            parameters, flops = 0, passes / steps * plain
+            if isinstance(method, Guide):
+                parameters = sum(p.numel() for p in method.parameters())
+                once = partial(_timed_call, pipe, method, self.plan.guidance_scale, 1, 1)
+                flops = denoiser_flops(pipe, once)
+            self.found.methods[name] = MethodResult(
+                result.title, parameters, parameters / denoiser,
+                MethodCost(passes, flops / plain, speed_up(rounds, name)), result.runs,
+            )  # fmt: skip
+        self.found.save(self.file)
+
+
+def _timed_call(
+    pipe: Any, method: Attachable | None, guidance_scale: float, steps: int, batch: int = BATCH
+) -> float:
+    """Seconds of one call of the pipeline, up to the final latents."""
+    if isinstance(method, Guide):
+        method.to(pipe.unet.device, pipe.unet.dtype)
+    with method.attached(pipe) if method else nullcontext():
+        start = time.perf_counter()
+        pipe(
+            [""] * batch, guidance_scale=guidance_scale, num_inference_steps=steps,
+            output_type="latent", generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        if pipe.unet.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start

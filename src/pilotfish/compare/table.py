@@ -1,0 +1,64 @@
+"""A comparison as tables, on a terminal and in Markdown."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from pilotfish.compare.result import Comparison
+from pilotfish.evaluate.table import number, percent
+
+HEADINGS = ("method", "parameters", "FLOPs", "speed", "kept, base", "kept, fine-tunes",
+            "error, base", "error, fine-tunes", "fd_judge, base")  # fmt: skip
+
+
+def cells(found: Comparison, budget: str) -> list[tuple[str, ...]]:
+    """One line a method, best on the fine-tunes first; FLOPs are shares of CFG's, speed is over
+    CFG, all else means over trainings."""
+    rows = []
+    for name in ranked(found, budget):
+        method, cost = found.methods[name], found.methods[name].cost
+
+        def error(*hosts: str, name: str = name) -> float:
+            values = [
+                found.methods[name].mean(budget, lambda run, h=h: run.hosts[h].guidance_error)  # type: ignore[misc]
+                for h in hosts
+            ]
+            return sum(values) / len(values) if values else float("nan")
+
+        rows.append((
+            method.title + (" (default)" if name == found.default else ""),
+            f"{100 * method.share:.2f} %", percent(cost.flops_over_plain / 2),
+            f"{number(cost.cfg_over_method)}×",
+            percent(found.kept(name, found.base, budget)),
+            percent(found.kept_on_fine_tunes(name, budget)),
+            number(error(found.base)), number(error(*found.fine_tunes)),
+            number(method.mean(budget, lambda run: run.hosts[found.base].scores.fd_judge), 1),
+        ))  # fmt: skip
+    return rows
+
+
+def ranked(found: Comparison, budget: str) -> list[str]:
+    """Methods that have a run in the budget, those that keep most on the fine-tunes first."""
+    having = [
+        name
+        for name, m in found.methods.items()
+        if any(key.split("-")[0] in (budget, "free") for key in m.runs)
+    ]
+    return sorted(having, key=lambda name: -found.kept_on_fine_tunes(name, budget))
+
+
+def comparison_table(found: Comparison, budget: str) -> Table:
+    """For a terminal."""
+    table = Table(title=f"Equal {budget}: {found.plan['max_train_steps']} training steps")
+    for i, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in cells(found, budget):
+        table.add_row(*row)
+    return table
+
+
+def comparison_markdown(found: Comparison, budget: str) -> str:
+    """For a page."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in cells(found, budget)]
+    return "\n".join(lines) + "\n"
