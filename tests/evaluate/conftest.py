@@ -1,19 +1,14 @@
-"""A tiny seeded judge, hosts with pictures, and a result that needs no measuring."""
+"""Hosts with pictures, and a result that needs no measuring."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.hosts import Host
 from pilotfish.evaluate.result import (
     Agreement,
@@ -28,41 +23,6 @@ from pilotfish.evaluate.result import (
 )
 from pilotfish.guides import Guide, TinyGuide
 
-NAMES = ["a", "b", "c", "d", "e", "f", "cat"]
-
-
-@pytest.fixture
-def names() -> list[str]:
-    return list(NAMES)
-
-
-@pytest.fixture
-def clip(pipe: Any) -> tuple[CLIPModel, CLIPProcessor]:
-    """A random CLIP over 16x16 pictures, with the pipeline's tokenizer."""
-    tokenizer = pipe.tokenizer
-    shared = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "projection_dim": 12,
-    }  # fmt: skip
-    text = shared | {
-        "vocab_size": len(tokenizer), "max_position_embeddings": 8,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
-    }  # fmt: skip
-    vision = shared | {"image_size": 16, "patch_size": 8}
-    torch.manual_seed(6)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-    images = CLIPImageProcessorPil(
-        size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16},
-        do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.25] * 3,
-    )  # fmt: skip
-    return model, CLIPProcessor(images, tokenizer)
-
-
-@pytest.fixture
-def judge(clip: tuple[CLIPModel, CLIPProcessor]) -> Judge:
-    return Judge(*clip)
-
 
 @pytest.fixture
 def guide(pipe: Any) -> Guide:
@@ -75,21 +35,6 @@ def guide(pipe: Any) -> Guide:
 def moved(guide: Guide, randomise: Callable[[Guide], Guide]) -> Guide:
     """A guide that changes pictures."""
     return randomise(guide)
-
-
-@pytest.fixture
-def real(tmp_path: Path) -> Path:
-    """A folder of captioned noise."""
-    folder = tmp_path / "real"
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    rows = []
-    for i in range(6):
-        pixels = noise.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"{i}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
 
 
 @pytest.fixture

@@ -113,9 +113,7 @@ class Comparing:
         if method.rule is None:
             took = Training(**json.loads((place / "training.json").read_text()))
         if name not in self.found.methods:
-            self.found.methods[name] = MethodResult(
-                method.title, 0, 0.0, MethodCost(), {}
-            )
+            self.found.methods[name] = MethodResult(method.title, 0, 0.0, MethodCost(), {})
         self.found.methods[name].runs.setdefault(key, MethodRun(took, {}))
         self.found.save(self.file)
 

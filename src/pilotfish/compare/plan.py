@@ -36,9 +36,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.methods) - set(METHODS)):
-            raise ConfigError(
-                f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}"
-            )
+            raise ConfigError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
         if not self.methods or not self.seeds:
             raise ConfigError("a comparison needs at least one method and one seed")
         if self.equal_seconds and DEFAULT not in self.methods:

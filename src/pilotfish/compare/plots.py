@@ -25,7 +25,7 @@ def pareto(found: Comparison, budget: str, theme: Theme = LIGHT) -> Figure:
         axes.grid(visible=True, color=theme.faint, lw=0.7)
         axes.set_axisbelow(True)
         for x, y, label in ((1, 1, "CFG"), (0.5, 0, "no guidance")):
-            axes.plot(x, y, "k*" if y else "kx", ms=10, color=theme.ink, label=label)
+            axes.plot(x, y, ls="", marker="*" if y else "x", ms=10, color=theme.ink, label=label)
         for i, (name, method) in enumerate(found.methods.items()):
             axes.plot(
                 method.cost.flops_over_plain / 2, kept(name), ls="",

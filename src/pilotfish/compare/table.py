@@ -14,7 +14,7 @@ HEADINGS = ("method", "parameters", "FLOPs", "speed", "kept, base", "kept, fine-
 def cells(found: Comparison, budget: str) -> list[tuple[str, ...]]:
     """One line a method, best on the fine-tunes first; FLOPs are shares of CFG's, speed is over
     CFG, all else means over trainings."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in ranked(found, budget):
         method, cost = found.methods[name], found.methods[name].cost
 

@@ -106,7 +106,11 @@ def evaluate_host(
         latent_mse_ratio=latents.compute(),
         gain_kept=gain_kept(none.prompt_score, cfg.prompt_score, guided.prompt_score),
         gain_kept_interval=Interval(
-            *gain_kept_interval(*(scores[way].prompt.found() for way in WAYS))
+            *gain_kept_interval(
+                scores["none"].prompt.found(),
+                scores["cfg"].prompt.found(),
+                scores["guided"].prompt.found(),
+            )
         ),
         gain_kept_cosine=gain_kept(none.cosine, cfg.cosine, guided.cosine),
         none=none,
