@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from pilotfish.evaluate.machine import machine, versions
-from pilotfish.evaluate.result import Result, ResultError
+from pilotfish.evaluate.result import Result
+from pilotfish.evaluate.saved import ResultError
 from pilotfish.evaluate.table import result_table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from pilotfish.evaluate.saved import Saved
@@ -58,22 +59,23 @@ class HostResult:
     Attributes:
         latent_mse_ratio: MSE(guided, cfg) / MSE(unguided, cfg) of final latents.
         gain_kept: (guided - none) / (cfg - none) in prompt score.
-        gain_kept_interval: its 95 % interval, over the choice of pictures.
         gain_kept_cosine: the same in mean cosine.
         agreement: with the CFG picture, of ``guided`` and of ``none``.
         more: further scores by name, then by way, such as ``{"fid": {"cfg": ...}}``.
+        gain_kept_interval: 95 % interval of the gain kept, over the choice of pictures; not a
+            number in results from before it was measured.
     """
 
     guidance_error: GuidanceError
     latent_mse_ratio: float
     gain_kept: float
-    gain_kept_interval: Interval
     gain_kept_cosine: float
     none: Scores
     cfg: Scores
     guided: Scores
     agreement: dict[str, Agreement]
     more: dict[str, dict[str, float]] = field(default_factory=dict)
+    gain_kept_interval: Interval = field(default_factory=lambda: Interval(math.nan, math.nan))
 
 
 @dataclass(frozen=True)
