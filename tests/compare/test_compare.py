@@ -157,6 +157,11 @@ def test_equal_seconds_are_those_of_the_default(start: Callable[..., Comparing])
     assert dice["seconds-0"].training.steps == wanted
 
 
+def test_equal_seconds_need_the_default(start: Callable[..., Comparing]) -> None:
+    with pytest.raises(ConfigError, match="as long as tiny takes"):
+        start(plan=replace(PLAN, methods=("dice",), equal_seconds=True))
+
+
 def test_another_plan_is_refused(start: Callable[..., Comparing]) -> None:
     start(plan=replace(PLAN, methods=("guidance-interval",))).run()
     with pytest.raises(ConfigError, match="other settings"):
@@ -169,7 +174,6 @@ def test_another_plan_is_refused(start: Callable[..., Comparing]) -> None:
         ({"methods": ("tiny", "telepathy")}, "no method telepathy; there are tiny"),
         ({"methods": ()}, "at least one method"),
         ({"seeds": ()}, "at least one method and one seed"),
-        ({"methods": ("dice",), "equal_seconds": True}, "as long as tiny takes"),
         ({"max_train_steps": 0}, "max_train_steps must be at least 1"),
     ],
 )

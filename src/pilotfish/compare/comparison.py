@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -52,7 +53,8 @@ class Comparing:
         notice: called with a line of text worth showing to a person.
 
     Raises:
-        ConfigError: the folder holds a comparison of another plan.
+        ConfigError: the folder holds a comparison of another plan; or equal seconds are wanted
+            without the default, whose seconds they are.
     """
 
     def __init__(
@@ -62,11 +64,19 @@ class Comparing:
         self.plan, self.hosts, self.how, self.judge = plan, hosts, how, judge
         self.folder, self.training, self.notice = folder, training, notice
         self.file = folder / "compare.json"
+        if plan.equal_seconds and DEFAULT not in plan.methods:
+            raise ConfigError(
+                f"equal_seconds is as long as {DEFAULT} takes; compare it too, or use "
+                "--no_equal_seconds"
+            )
         run = Run(
             command, how.seed, plan.samples, plan.guidance_scale, plan.num_inference_steps,
             machine(), versions(),
         )  # fmt: skip
-        self.found = Comparison(DEFAULT, {}, {}, plan.facts() | {"hosts": " ".join(hosts)}, run)
+        # what goes in by its checksum: a path may hold something else by now
+        given = repr((list(how.names), list(how.held_out), how.seed, sorted(training.items())))
+        facts = plan.facts() | {"hosts": " ".join(hosts), "inputs": f"{crc32(given.encode()):08x}"}
+        self.found = Comparison(DEFAULT, {}, {}, facts, run)
         if self.file.is_file():
             before = Comparison.load(self.file)
             if before.plan != self.found.plan:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from pilotfish.compare.methods import DEFAULT, METHODS
+from pilotfish.compare.methods import METHODS
 from pilotfish.distill.config import ConfigError
 
 
@@ -39,11 +39,6 @@ class Plan:
             raise ConfigError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
         if not self.methods or not self.seeds:
             raise ConfigError("a comparison needs at least one method and one seed")
-        if self.equal_seconds and DEFAULT not in self.methods:
-            raise ConfigError(
-                f"equal_seconds is as long as {DEFAULT} takes; compare it too, or use "
-                "--no-equal_seconds"
-            )
         for name in ("max_train_steps", "rounds", "held_out"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -51,4 +46,4 @@ class Plan:
     def facts(self) -> dict[str, str]:
         """The settings on which every figure depends; the choice of methods is none of them."""
         free = ("methods", "equal_seconds", "seeds", "rounds")
-        return {k: str(v) for k, v in asdict(self).items() if k not in free}
+        return {f.name: str(getattr(self, f.name)) for f in fields(Plan) if f.name not in free}
