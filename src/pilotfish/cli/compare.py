@@ -51,7 +51,8 @@ class CompareConfig(Plan):
     seed: int = 0
     """Of the pictures."""
     quick: bool = False
-    """A few steps and pictures, to see it work in minutes; the figures mean little."""
+    """A few steps and pictures on the first two hosts, to see it work in minutes; the figures mean
+    little."""
     output_dir: str = "runs/compare"
     """Trainings, figures so far, plots."""
     output: str | None = None
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         description=f"{CompareConfig.__doc__} Methods: {', '.join(METHODS)}.",
     )  # fmt: skip
     if config.quick:
-        config = replace(config, **QUICK)
+        config = replace(config, hosts=config.hosts[:2], **QUICK)
     folder = Path(config.output_dir)
     names = load_prompts(config.prompts) if config.prompts else embedded.prompts("captions")
     held_out = (

@@ -136,7 +136,7 @@ class Comparing:
             "lr_warmup_steps": max(1, min(100, steps // 8)), "validation_steps": steps,
             "checkpointing_steps": 50, "checkpoints_total_limit": 1, "report_to": "none",
             "seed": int(key.split("-")[1]), "pool": max(512, plan.train_batch_size),
-            "replay_capacity": 2048,
+            "replay_capacity": min(2048, 32 * plan.train_batch_size),
         }  # fmt: skip
         if METHODS[name].one_scale:
             w = plan.guidance_scale
