@@ -120,3 +120,40 @@ def test_a_sweep_at_w_is_the_cfg_of_an_evaluation(
     swept = sweep(pipe, guidance_scales=(1.0, 4.0), **same)
     found = evaluate_host(pipe, guide, **same, **TOLD)
     assert swept == {"1": found.none, "4": found.cfg}
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_goes_on_from_the_hosts_that_are_measured(
+    hosts: dict[str, Host], moved: Guide, judge: Judge, names: list[str], tmp_path: Path
+) -> None:
+    file, told = tmp_path / "unfinished.json", []
+
+    def run(guide: Guide, stop: str = "", file: Path | None = file) -> Result:
+        def progress(what: str, done: int, total: int) -> None:
+            told.append(what)
+            if stop and what.startswith(stop):
+                raise Stopped
+
+        return evaluate(
+            hosts, guide, guide_name="tiny", command="", prompts=names, names=names, judge=judge,
+            rounds=1, batch_sizes=(1,), progress=progress, unfinished=file, **SMALL, **TOLD,
+        )  # fmt: skip
+
+    with pytest.raises(Stopped):
+        run(moved, "watercolour: pictures")
+    told.clear()
+    resumed = run(moved)
+    assert not any(what.startswith("base") for what in told)
+    assert repr(resumed.hosts) == repr(run(moved, file=None).hosts)  # nan is not equal to itself
+    told.clear()
+    with torch.no_grad():
+        next(moved.parameters()).mul_(1.5)
+    assert repr(run(moved).hosts) != repr(resumed.hosts)
+    assert any(what.startswith("base") for what in told), "another guide, yet nothing measured"
+    file.write_text("{")
+    told.clear()
+    run(moved)
+    assert any(what.startswith("base") for what in told), "an unreadable file, yet nothing measured"

@@ -51,6 +51,8 @@ class EvaluateConfig:
     clip: str | None = None
     """Folder of a CLIP: adds CLIP score."""
     output: str = "runs/evaluation.json"
+    """JSON file of the result. Until all is measured, the finished hosts are kept beside it, and
+    the same command goes on from there."""
     grid: str | None = None
     """PNG file: without guidance, CFG and guided, side by side on every host."""
 
@@ -82,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
     held_out = load_prompts(config.held_out) if config.held_out else embedded.prompts("held_out")
     judge = Judge.from_folder(config.judge) if config.judge else Judge.embedded()
     hosts, chosen = choose_hosts(config.hosts, config.pictures), guide(config.guide)
+    unfinished = Path(f"{config.output}.unfinished")
     with shown() as progress:
         result = evaluate(
             hosts, chosen,
@@ -89,9 +92,11 @@ def main(arguments: Sequence[str]) -> None:
             prompts=names, names=names, held_out=held_out, judge=judge, samples=config.samples,
             seed=config.seed, guidance_scale=config.guidance_scale, rounds=config.rounds,
             num_inference_steps=config.num_inference_steps, batch_size=config.batch_size,
-            inception_weights=config.inception_weights, clip=config.clip, progress=progress,
+            inception_weights=config.inception_weights, clip=config.clip,
+            unfinished=unfinished, progress=progress,
         )  # fmt: skip
     result.save(config.output)
+    unfinished.unlink(missing_ok=True)
     Console().print(result_table(result))
     print(f"saved {config.output}")
     if config.grid:

@@ -24,6 +24,7 @@ from pilotfish.evaluate.metrics import (
     gain_kept_interval,
     indices,
 )
+from pilotfish.evaluate.parts import Parts, fingerprint
 from pilotfish.evaluate.result import HostResult, Interval, Result, Run
 from pilotfish.evaluate.scores import Progress, ScoreMeter, real_pictures
 from pilotfish.evaluate.ways import WAYS, cycle, three_ways
@@ -134,6 +135,7 @@ def evaluate(
     batch_sizes: Sequence[int] = (1, 8),
     rounds: int = 5,
     judge: Judge | None = None,
+    unfinished: str | Path | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -145,6 +147,8 @@ def evaluate(
         command: the command line that repeats the run.
         batch_sizes: at which the wall clock is compared.
         rounds: of the wall clock.
+        unfinished: file that keeps each host as soon as it is measured; the same call goes on
+            from it. To be deleted when the result is safe.
         settings: the rest of :func:`evaluate_host`.
 
     Raises:
@@ -154,6 +158,8 @@ def evaluate(
         raise ValueError("there is no host to evaluate on")
     _check(samples, guidance_scale)
     judge = judge or Judge.embedded()
+    file = Path(unfinished) if unfinished is not None else None
+    parts = Parts.found(file)
     results: dict[str, HostResult] = {}
     spent, size = None, None
     same: dict[str, Any] = {
@@ -161,16 +167,31 @@ def evaluate(
     }  # fmt: skip
     for name, host in hosts.items():
         pipe = host.load()
+        key = name if file is None else fingerprint(
+            {**_modules(pipe), "guide": guide, "judge": judge.model},
+            {**same, **settings, "samples": samples, "seed": seed, "pictures": host.pictures,
+             "rounds": rounds, "batch_sizes": batch_sizes, "on": (machine(), versions())},
+        )  # fmt: skip
         if spent is None or size is None:
             size = guide_size(guide, pipe, guide_name)
-            spent = cost(pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same)
-        results[name] = evaluate_host(
-            pipe, guide, pictures_folder=host.pictures, samples=samples, seed=seed, judge=judge,
-            progress=_prefixed(progress, name), **same, **settings,
-        )  # fmt: skip
+            if key not in parts.costs:
+                parts.costs[key] = cost(pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same)
+            spent = parts.costs[key]
+        if key not in parts.hosts:
+            parts.hosts[key] = evaluate_host(
+                pipe, guide, pictures_folder=host.pictures, samples=samples, seed=seed,
+                judge=judge, progress=_prefixed(progress, name), **same, **settings,
+            )  # fmt: skip
+            if file is not None:
+                parts.save(file)
+        results[name] = parts.hosts[key]
     assert spent is not None and size is not None
     run = Run(command, seed, samples, machine=machine(), versions=versions(), **same)
     return Result(results, size, spent, run)
+
+
+def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
+    return {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
 
 
 def _check(samples: int, guidance_scale: float) -> None:

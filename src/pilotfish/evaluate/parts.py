@@ -1,0 +1,44 @@
+"""What an interrupted evaluation leaves behind, so that it goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from pilotfish.evaluate.result import Cost, HostResult
+from pilotfish.evaluate.saved import ResultError, Saved
+from pilotfish.passes import checksum
+
+
+@dataclass
+class Parts(Saved):
+    """What is finished, by the fingerprint of all that went into it.
+
+    With another guide, model or setting a fingerprint is unknown, and that part is measured
+    again: nothing stale can get into a result.
+    """
+
+    hosts: dict[str, HostResult] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+
+    @classmethod
+    def found(cls, file: Path | None) -> Self:
+        """Those of a file; none if there is no such file or it cannot be read."""
+        try:
+            return cls.load(file) if file is not None else cls()
+        except ResultError:
+            return cls()
+
+
+def fingerprint(modules: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> str:
+    """SHA-256 of weights and settings; the latter by their ``repr``, so plain values only."""
+    digest = sha256()
+    for name, module in sorted(modules.items()):
+        digest.update(f"{name} {checksum(module)}\n".encode())
+    digest.update(repr(sorted(settings.items())).encode())
+    return digest.hexdigest()
