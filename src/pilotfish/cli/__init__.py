@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "make pictures with a guide (or with CFG, or with no guidance)",
     "evaluate": "measure a guide on a base and its fine-tunes",
     "compare": "train and measure every method that does without the second pass",
+    "steps": "measure quality against the number of sampling steps",
     "sweep": "measure what CFG alone does, by guidance scale",
     "inspect": "show what a guide adds, and where, from noise to picture",
     "benchmark": "time CFG, a plain pass and a guided pass side by side",

@@ -22,6 +22,7 @@ from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.grids import draw_hosts, host_grid, wide_grid
 from pilotfish.evaluate.hosts import embedded_hosts
 from pilotfish.evaluate.table import result_table
+from pilotfish.evaluate.ways import spread
 from pilotfish.guides import Guide
 
 
@@ -61,8 +62,7 @@ def main(arguments: Sequence[str]) -> None:
         "num_inference_steps": config.num_inference_steps,
         "seed": config.seed,
     }
-    # an even walk through all names, so that few samples still see every category
-    prompts = names[:: max(1, len(names) // config.samples)][: config.samples]
+    prompts = spread(names, config.samples)
     results = {}
     guides: dict[str, Guide] = {"shipped": embedded.load_guide(), "fresh": fresh}
     for label, guide in guides.items():

@@ -6,17 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from pilotfish.compare.result import HostScores
-from pilotfish.evaluate.cost import counted_rows
 from pilotfish.evaluate.features import Judge
+from pilotfish.evaluate.gallery import Gallery
 from pilotfish.evaluate.guidance_error import guidance_error
 from pilotfish.evaluate.hosts import Host
-from pilotfish.evaluate.metrics import LatentMeter, gain_kept, gain_kept_interval, indices
+from pilotfish.evaluate.metrics import LatentMeter, gain_kept, gain_kept_interval
 from pilotfish.evaluate.result import Interval, Scores
-from pilotfish.evaluate.scores import ScoreMeter, real_pictures
-from pilotfish.evaluate.ways import cycle, draw
+from pilotfish.evaluate.ways import spread
 from pilotfish.guides import Guide
 from pilotfish.sampling import Attachable
 
@@ -41,56 +38,24 @@ class Measurement:
     batch_size: int = 32
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """The pictures of one way, as far as they are needed further on.
-
-    Attributes:
-        scores: the judge's.
-        found: (N,) 1 where the right name was found first.
-        latents: (N, C, h, w) final latents.
-        passes: of the denoiser for one picture.
-    """
-
-    scores: Scores
-    found: torch.Tensor
-    latents: torch.Tensor
-    passes: float
-
-
 class Bench:
     """A host with its pictures without guidance and with CFG.
 
     Raises:
-        ValueError: fewer than two samples, or a w of at most 1.
+        ValueError: a w of at most 1; and what :class:`Gallery` raises.
     """
 
     def __init__(self, host: Host, how: Measurement, judge: Judge) -> None:
-        if how.samples < 2 or how.guidance_scale <= 1:
-            raise ValueError("a comparison needs at least two samples and a w above 1")
-        self.pipe, self.how, self.judge = host.load(), how, judge
-        # an even walk through the names, so that few samples still see every category
-        step = max(1, len(how.names) // how.samples)
-        self.texts, self.seeds = cycle(how.names[::step], how.samples, how.seed)
-        self.right, self.named = indices(self.texts, how.names), judge.texts(list(how.names))
-        self.real = real_pictures(self.pipe, host.pictures)
-        self.none, self.cfg = self.draw(1.0), self.draw(how.guidance_scale)
-
-    def draw(self, guidance_scale: float, method: Attachable | None = None) -> Drawn:
-        """All pictures in one way."""
-        meter, latents = ScoreMeter(self.judge, self.named, self.real), []
-        with counted_rows(self.pipe.unet) as rows:
-            for i in range(0, self.how.samples, self.how.batch_size):
-                part = slice(i, i + self.how.batch_size)
-                drawn = draw(
-                    self.pipe, self.texts[part], self.seeds[part], guidance_scale=guidance_scale,
-                    num_inference_steps=self.how.num_inference_steps, guide=method,
-                )  # fmt: skip
-                features = self.judge.images(drawn.images)
-                meter.update(drawn.images, features, self.right[part].to(features.device))
-                latents.append(drawn.latents)
-        passes = sum(rows) / self.how.samples
-        return Drawn(meter.compute(), meter.prompt.found(), torch.cat(latents), passes)
+        if how.guidance_scale <= 1:
+            raise ValueError(f"there is no gain to keep at w = {how.guidance_scale:g}; take more")
+        self.pipe, self.how = host.load(), how
+        self.gallery = Gallery(
+            self.pipe, judge, prompts=spread(how.names, how.samples), names=how.names,
+            pictures_folder=host.pictures, samples=how.samples, seed=how.seed,
+            batch_size=how.batch_size,
+        )  # fmt: skip
+        self.none = self.gallery.draw(1.0, how.num_inference_steps)
+        self.cfg = self.gallery.draw(how.guidance_scale, how.num_inference_steps)
 
     def measure(self, method: Attachable) -> HostScores:
         """One method on this host."""
@@ -101,7 +66,8 @@ class Bench:
                 self.pipe, method, how.held_out, seed=how.seed, batch_size=how.batch_size,
                 num_inference_steps=how.num_inference_steps,
             ).mean  # fmt: skip
-        made, latents = self.draw(how.guidance_scale, method), LatentMeter()
+        made = self.gallery.draw(how.guidance_scale, how.num_inference_steps, method)
+        latents = LatentMeter()
         latents.update(made.latents, none.latents, cfg.latents)
         return HostScores(
             guidance_error=error,

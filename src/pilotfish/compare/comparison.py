@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from pilotfish.compare.result import (
 )
 from pilotfish.distill.config import ConfigError, DistillConfig
 from pilotfish.distill.stages import distill
-from pilotfish.evaluate.cost import denoiser_flops, speed_up, take_turns
+from pilotfish.evaluate.cost import denoiser_flops, speed_up, take_turns, timed_call
 from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.hosts import Host
 from pilotfish.evaluate.machine import machine, versions
@@ -185,43 +183,23 @@ class Comparing:
         self.notice("timing all methods side by side")
         base = next(iter(self.hosts))
         pipe, steps = self.hosts[base].load(), self.plan.num_inference_steps
-        pipe.set_progress_bar_config(disable=True)
         denoiser = sum(p.numel() for p in pipe.unet.parameters())
         methods = {name: self._method(name, next(iter(m.runs)))
                    for name, m in self.found.methods.items()}  # fmt: skip
-        call = partial(_timed_call, pipe, steps=steps)
-        calls = {name: partial(call, m, self.plan.guidance_scale) for name, m in methods.items()}
-        rounds = take_turns(
-            {"cfg": partial(call, None, self.plan.guidance_scale), **calls}, self.plan.rounds
-        )
-        plain = denoiser_flops(pipe, partial(_timed_call, pipe, None, 1.0, steps=1, batch=1))
+        w = self.plan.guidance_scale
+        turns = {"cfg": None, **methods}
+        calls = {name: partial(timed_call, pipe, m, w, steps, BATCH) for name, m in turns.items()}
+        rounds = take_turns(calls, self.plan.rounds)
+        plain = denoiser_flops(pipe, partial(timed_call, pipe, None, 1.0, 1, 1))
         for name, method in methods.items():
             result = self.found.methods[name]
             passes = next(iter(result.runs.values())).hosts[base].passes
             parameters, flops = 0, passes / steps * plain
             if isinstance(method, Guide):
                 parameters = sum(p.numel() for p in method.parameters())
-                once = partial(_timed_call, pipe, method, self.plan.guidance_scale, 1, 1)
-                flops = denoiser_flops(pipe, once)
+                flops = denoiser_flops(pipe, partial(timed_call, pipe, method, w, 1, 1))
             self.found.methods[name] = MethodResult(
                 result.title, parameters, parameters / denoiser,
                 MethodCost(passes, flops / plain, speed_up(rounds, name)), result.runs,
             )  # fmt: skip
         self.found.save(self.file)
-
-
-def _timed_call(
-    pipe: Any, method: Attachable | None, guidance_scale: float, steps: int, batch: int = BATCH
-) -> float:
-    """Seconds of one call of the pipeline, up to the final latents."""
-    if isinstance(method, Guide):
-        method.to(pipe.unet.device, pipe.unet.dtype)
-    with method.attached(pipe) if method else nullcontext():
-        start = time.perf_counter()
-        pipe(
-            [""] * batch, guidance_scale=guidance_scale, num_inference_steps=steps,
-            output_type="latent", generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
-        if pipe.unet.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pilotfish.evaluate.result import Cost, GuideSize
 from pilotfish.guides import Guide
+from pilotfish.sampling import Attachable
 
+K = TypeVar("K")
 WAYS = ("plain", "cfg", "guided")
 
 
@@ -57,19 +59,11 @@ def cost(
     if rounds < 1 or not batch_sizes:
         raise ValueError("the cost needs at least one round and one batch size")
     scales = {"plain": 1.0, "cfg": guidance_scale, "guided": guidance_scale}
-    guide.to(pipe.unet.device, pipe.unet.dtype)
-    pipe.set_progress_bar_config(disable=True)
 
     def call(way: str, batch: int, steps: int) -> float:
-        with guide.attached(pipe) if way == "guided" else nullcontext():
-            start = clock()
-            pipe(
-                [prompt] * batch, guidance_scale=scales[way], num_inference_steps=steps,
-                output_type="latent", generator=torch.Generator().manual_seed(0),
-            )  # fmt: skip
-            if pipe.unet.device.type == "cuda":
-                torch.cuda.synchronize()
-            return clock() - start
+        return timed_call(
+            pipe, guide if way == "guided" else None, scales[way], steps, batch, prompt, clock
+        )
 
     passes = {}
     for way in WAYS:
@@ -111,7 +105,26 @@ def counted_rows(denoiser: torch.nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def take_turns(calls: Mapping[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
+def timed_call(
+    pipe: Any, method: Attachable | None, guidance_scale: float, steps: int, batch: int,
+    prompt: str = "", clock: Callable[[], float] = time.perf_counter,
+) -> float:  # fmt: skip
+    """Seconds of one call of the pipeline, up to the final latents."""
+    if isinstance(method, Guide):
+        method.to(pipe.unet.device, pipe.unet.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    with method.attached(pipe) if method else nullcontext():
+        start = clock()
+        pipe(
+            [prompt] * batch, guidance_scale=guidance_scale, num_inference_steps=steps,
+            output_type="latent", generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        if pipe.unet.device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock() - start
+
+
+def take_turns(calls: Mapping[K, Callable[[], float]], rounds: int) -> list[dict[K, float]]:
     """What each call gives, round after round, after one that warms up."""
     return [{way: call() for way, call in calls.items()} for _ in range(rounds + 1)][1:]
 

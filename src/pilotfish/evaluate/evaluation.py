@@ -24,7 +24,7 @@ from pilotfish.evaluate.metrics import (
     gain_kept_interval,
     indices,
 )
-from pilotfish.evaluate.parts import Parts, fingerprint
+from pilotfish.evaluate.parts import Parts, fingerprint, modules
 from pilotfish.evaluate.result import HostResult, Interval, Result, Run
 from pilotfish.evaluate.scores import Progress, ScoreMeter, real_pictures
 from pilotfish.evaluate.ways import WAYS, cycle, three_ways
@@ -168,7 +168,7 @@ def evaluate(
     for name, host in hosts.items():
         pipe = host.load()
         key = name if file is None else fingerprint(
-            {**_modules(pipe), "guide": guide, "judge": judge.model},
+            {**modules(pipe), "guide": guide, "judge": judge.model},
             {**same, **settings, "samples": samples, "seed": seed, "pictures": host.pictures,
              "rounds": rounds, "batch_sizes": batch_sizes, "on": (machine(), versions())},
         )  # fmt: skip
@@ -188,10 +188,6 @@ def evaluate(
     assert spent is not None and size is not None
     run = Run(command, seed, samples, machine=machine(), versions=versions(), **same)
     return Result(results, size, spent, run)
-
-
-def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
-    return {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
 
 
 def _check(samples: int, guidance_scale: float) -> None:

@@ -1,4 +1,4 @@
-"""What an interrupted evaluation leaves behind, so that it goes on where it stopped."""
+"""What an interrupted measurement leaves behind, so that it goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -15,19 +15,15 @@ from pilotfish.evaluate.saved import ResultError, Saved
 from pilotfish.passes import checksum
 
 
-@dataclass
-class Parts(Saved):
+class Unfinished(Saved):
     """What is finished, by the fingerprint of all that went into it.
 
     With another guide, model or setting a fingerprint is unknown, and that part is measured
     again: nothing stale can get into a result.
     """
 
-    hosts: dict[str, HostResult] = field(default_factory=dict)
-    costs: dict[str, Cost] = field(default_factory=dict)
-
     @classmethod
-    def found(cls, file: Path | None) -> Self:
+    def found(cls, file: str | Path | None) -> Self:
         """Those of a file; none if there is no such file or it cannot be read."""
         try:
             return cls.load(file) if file is not None else cls()
@@ -35,10 +31,23 @@ class Parts(Saved):
             return cls()
 
 
-def fingerprint(modules: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> str:
+@dataclass
+class Parts(Unfinished):
+    """Of an evaluation."""
+
+    hosts: dict[str, HostResult] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+
+
+def modules(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline by name."""
+    return {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+
+
+def fingerprint(networks: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> str:
     """SHA-256 of weights and settings; the latter by their ``repr``, so plain values only."""
     digest = sha256()
-    for name, module in sorted(modules.items()):
+    for name, module in sorted(networks.items()):
         digest.update(f"{name} {checksum(module)}\n".encode())
     digest.update(repr(sorted(settings.items())).encode())
     return digest.hexdigest()

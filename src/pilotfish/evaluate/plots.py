@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from pilotfish.evaluate.inspection import Added
 from pilotfish.evaluate.result import Cost, Result, Scores
+from pilotfish.evaluate.steps import StepsResult
 
 SIZE = (6.4, 3.8)
 DPI = 160
@@ -126,6 +127,37 @@ def sweep_curve(scores: Mapping[str, Scores], theme: Theme = LIGHT) -> Figure:
     lines += right.plot(at, [s.fd_judge for _, s in rows], **_style(theme, 1), label="fd_judge")
     right.set_ylim(bottom=0)
     legend(axes, theme, handles=lines)
+    return figure
+
+
+def step_curves(result: StepsResult, host: str, theme: Theme = LIGHT) -> Figure:
+    """Prompt score and ``fd_judge`` of one host against the denoiser passes of a picture, a line
+    for each way; a number beside a point is that of its sampling steps."""
+    figure = Figure(figsize=(2 * SIZE[0] - 2, SIZE[1]), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, title, value in (
+        (left, "right name found first", lambda s: s.prompt_score),
+        (right, "fd_judge", lambda s: s.fd_judge),
+    ):
+        clean(axes, theme, "left")
+        axes.set_title(title, loc="left", fontsize=10.5, color=theme.ink)
+        axes.set_xlabel("denoiser passes of a picture", color=theme.ink)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(visible=True, color=theme.faint, lw=0.7)
+        axes.set_axisbelow(True)
+        for i, (way, by_steps) in enumerate(result.hosts[host].items()):
+            points = [(cell.passes, value(cell.scores), n) for n, cell in by_steps.items()]
+            style = _style(theme, i)
+            axes.plot([p[0] for p in points], [p[1] for p in points], **style, label=way)
+            for x, y, n in points:
+                axes.annotate(
+                    n, (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7,
+                    color=style["color"],
+                )  # fmt: skip
+    left.set_ylim(bottom=0)
+    legend(left, theme)
+    figure.suptitle(host, x=0.01, ha="left", fontsize=11, fontweight="bold", color=theme.ink)
     return figure
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pilotfish.evaluate.features import Judge
-from pilotfish.evaluate.metrics import indices
+from pilotfish.evaluate.gallery import Gallery
 from pilotfish.evaluate.result import Scores
-from pilotfish.evaluate.scores import Progress, ScoreMeter, real_pictures
-from pilotfish.evaluate.ways import cycle, draw
+from pilotfish.evaluate.scores import Progress
 
 SWEEP = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
 
@@ -32,26 +31,13 @@ def sweep(
     """What CFG alone does for a pipeline: scores by w, from the same seeds at each.
 
     Raises:
-        ValueError: as :func:`evaluate_host`.
+        ValueError: as :class:`Gallery`.
     """
-    if samples < 2:
-        raise ValueError(f"at least two samples are needed, not {samples}")
-    judge = judge or Judge.embedded()
-    texts, seeds = cycle(prompts, samples, seed)
-    right, named = indices(texts, names), judge.texts(list(names))
-    real = real_pictures(pipe, pictures_folder)
-    found = {}
-    for w in guidance_scales:
-        meter = ScoreMeter(judge, named, real)
-        for i in range(0, samples, batch_size):
-            part = slice(i, i + batch_size)
-            drawn = draw(
-                pipe, texts[part], seeds[part], guidance_scale=w,
-                num_inference_steps=num_inference_steps,
-            )  # fmt: skip
-            features = judge.images(drawn.images)
-            meter.update(drawn.images, features, right[part].to(features.device))
-            if progress:
-                progress(f"w = {w:g}", min(i + batch_size, samples), samples)
-        found[f"{w:g}"] = meter.compute()
-    return found
+    gallery = Gallery(
+        pipe, judge or Judge.embedded(), prompts=prompts, names=names,
+        pictures_folder=pictures_folder, samples=samples, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    return {
+        f"{w:g}": gallery.draw(w, num_inference_steps, None, progress, f"w = {w:g}").scores
+        for w in guidance_scales
+    }

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from pilotfish.evaluate.result import Cost, HostResult, Result, Scores
+from pilotfish.evaluate.steps import StepsResult
 from pilotfish.evaluate.ways import TITLES, WAYS
 
 
@@ -83,6 +84,47 @@ def score_cells(scores: Scores) -> tuple[str, str, str, str]:
         percent(scores.prompt_score), percent(scores.top5),
         number(scores.cosine, 3), number(scores.fd_judge, 1),
     )  # fmt: skip
+
+
+STEP_HEADINGS = ("", "steps", "passes", "time", "top-1", "top-5", "fd_judge", "of CFG's top-1",
+                 "of CFG's fd_judge")  # fmt: skip
+
+
+def step_rows(result: StepsResult, host: str) -> list[tuple[str, ...]]:
+    """One line for each way and number of steps. Time is that of a call; it and the last two
+    columns are beside CFG with the most steps."""
+    ways = result.hosts[host]
+    longest = ways["cfg"][max(ways["cfg"], key=int)].scores
+    rows: list[tuple[str, ...]] = []
+    for way, by_steps in ways.items():
+        for n, cell in by_steps.items():
+            scores = cell.scores
+            rows.append((
+                TITLES.get(way, way), n, f"{cell.passes:g}",
+                number(result.wall_clock[way][n]),
+                percent(scores.prompt_score), percent(scores.top5), number(scores.fd_judge, 1),
+                percent(scores.prompt_score / longest.prompt_score)
+                if longest.prompt_score else number(math.nan),
+                number(scores.fd_judge / longest.fd_judge),
+            ))  # fmt: skip
+    return rows
+
+
+def steps_table(result: StepsResult, host: str) -> Table:
+    """Scores against steps on one host, for a terminal."""
+    table = Table(title=f"{host}, w = {result.run.guidance_scale:g}, {result.run.samples} samples")
+    for i, heading in enumerate(STEP_HEADINGS):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in step_rows(result, host):
+        table.add_row(*row)
+    return table
+
+
+def steps_markdown(result: StepsResult, host: str) -> str:
+    """The same for a page."""
+    lines = ["| " + " | ".join(STEP_HEADINGS) + " |", "|---|" + "---:|" * (len(STEP_HEADINGS) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in step_rows(result, host)]
+    return "\n".join(lines) + "\n"
 
 
 def cost_table(cost: Cost) -> Table:

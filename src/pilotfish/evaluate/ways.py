@@ -39,6 +39,11 @@ class Drawn:
         )
 
 
+def spread(names: Sequence[str], samples: int) -> list[str]:
+    """At most ``samples`` names in an even walk, so that few still come from every category."""
+    return list(names[:: max(1, len(names) // samples)][:samples])
+
+
 def cycle(prompts: Sequence[str], samples: int, seed: int) -> tuple[list[str], list[int]]:
     """``samples`` prompts, going round again where there are fewer, each with its own seed.
 
