@@ -70,9 +70,11 @@ def main(arguments: Sequence[str]) -> None:
             results[label] = evaluate(
                 hosts, guide, guide_name=f"tiny, {label}", command=command, prompts=prompts,
                 names=names, held_out=embedded.prompts("held_out")[:16], judge=judge,
-                samples=config.samples, rounds=2, progress=progress, **sampling,
+                samples=config.samples, rounds=2, unfinished=folder / f"{label}.unfinished",
+                progress=progress, **sampling,
             )  # fmt: skip
         results[label].save(folder / f"{label}.json")
+        (folder / f"{label}.unfinished").unlink(missing_ok=True)
     with shown() as progress:
         drawn = draw_hosts(hosts, guides["shipped"], embedded.SHOWN, progress, **sampling)
     grids = {"Base and fine-tunes, the shipped guide": wide_grid(embedded.SHOWN, drawn)}
