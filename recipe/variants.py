@@ -19,16 +19,21 @@ from pilotfish.evaluate.machine import machine, versions
 from pilotfish.guides import Guide
 from recipe.finetunes import practice_folders
 
+NOTHING = {"push": False, "attention": False, "embedding": False, "rank": 0, "head": 0}
 FORMS: dict[str, dict[str, Any]] = {
     "external-latents": {"guide": "external", "reads": ("latents",)},
     "external-skips": {"guide": "external", "reads": ("skips",)},
     "external-both": {"guide": "external", "reads": ("latents", "skips")},
-    "tiny-text": {"attention": False, "rank": 0, "head": 0},
-    "tiny-attention": {"push": False, "rank": 0, "head": 0},
-    "tiny-layers": {"push": False, "attention": False, "head": 0},
-    "tiny-head": {"push": False, "attention": False, "rank": 0},
-    "tiny-layers-head": {"push": False, "attention": False},
+    "tiny-text": {**NOTHING, "push": True},
+    "tiny-attention": {**NOTHING, "attention": True},
+    "tiny-embedding": {**NOTHING, "embedding": True},
+    "tiny-layers": {**NOTHING, "rank": 28},
+    "tiny-head": {**NOTHING, "head": 48},
+    "tiny-layers-head": {**NOTHING, "rank": 28, "head": 48},
+    "tiny-pushes": {"rank": 0, "head": 0},
+    "tiny-no-text": {"push": False},
     "tiny-no-attention": {"attention": False},
+    "tiny-no-embedding": {"embedding": False},
     "tiny": {},
     "full": {"guide": "full"},
 }

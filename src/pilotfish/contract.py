@@ -55,16 +55,18 @@ class Injection:
         text: (N, L, D), added to the encoder hidden states.
         encoder: asked when the mid block is done; its answers are added to the mid block's
             output and to the skip features on their way into the decoder.
-        attention: by the name of a cross-attention layer, how far its answer is pushed away from
-            its answer to the negative prompt, ``a + g (a - a_n)``: (N, heads). The names are
-            among those that the guide ``pushes``.
+        pushes: by the name of a layer that takes in the text, how far its answer is pushed away
+            from its answer to the negative prompt, ``a + g (a - a_n)``. For a cross-attention
+            layer it is (N, heads); for a residual layer, whose answer is what it takes from
+            the embedding of timestep and text, (N, 1). The names are among those that the
+            guide ``pushes``.
         modules: by the name of a module of the denoiser, what is added to its output. The
             names are among those that the guide ``touches``.
     """
 
     text: torch.Tensor | None = None
     encoder: EncoderAddition | None = None
-    attention: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    pushes: Mapping[str, torch.Tensor] = field(default_factory=dict)
     modules: Mapping[str, ModuleAddition] = field(default_factory=dict)
 
 

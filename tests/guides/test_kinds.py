@@ -71,7 +71,7 @@ def maps(made: Made) -> Maps:
     def every(
         injection: Injection, samples: slice = slice(None), made: Made = made
     ) -> list[torch.Tensor]:
-        found: list[torch.Tensor | None] = [injection.text, *injection.attention.values()]
+        found: list[torch.Tensor | None] = [injection.text, *injection.pushes.values()]
         if injection.encoder is not None:
             skips = tuple(s[samples] for s in made.skips)
             of_skips, of_mid = injection.encoder(skips, made.mid[samples])
@@ -99,9 +99,9 @@ def test_what_leaves_has_the_shape_of_what_it_is_added_to(
         of_skips, of_mid = injection.encoder(made.skips, made.mid)
         assert [None if a is None else a.shape for a in of_skips] == [s.shape for s in made.skips]
         assert of_mid is None or of_mid.shape == made.mid.shape
-    assert set(injection.attention) == set(trained.pushes)
-    for gain in injection.attention.values():
-        assert gain.shape == (len(inputs.latents), 2)
+    assert set(injection.pushes) == set(trained.pushes)
+    for gain in injection.pushes.values():
+        assert gain.shape in ((len(inputs.latents), 2), (len(inputs.latents), 1))
     assert set(injection.modules) == set(trained.touches)
     for name, addition in injection.modules.items():
         entered, made_there = made.modules[name]
@@ -200,8 +200,9 @@ def test_a_part_of_the_tiny_guide_can_be_left_out(
 
 
 def test_a_tiny_guide_without_any_part_is_refused(unet: UNet2DConditionModel) -> None:
-    with pytest.raises(GuideError, match="at least one of push, attention, rank and head"):
-        TinyGuide.for_denoiser(unet, "epsilon", push=False, attention=False, rank=0, head=0)
+    nothing = {"push": False, "attention": False, "embedding": False, "rank": 0, "head": 0}
+    with pytest.raises(GuideError, match="at least one of push, attention, embedding, rank"):
+        TinyGuide.for_denoiser(unet, "epsilon", **nothing)
 
 
 def test_the_full_guide_starts_from_the_encoder(unet: UNet2DConditionModel) -> None:

@@ -2,8 +2,8 @@
 
 A guide is asked when a call begins. What it answers is added to the text on its way in, to the
 mid block's output, to the skip features on their way into the decoder, to what its
-modules make, the last of them the prediction; and cross-attention layers answer further away
-from the negative prompt. Residuals of a ControlNet are added beside it.
+modules make, the last of them the prediction; and the layers that take in the text answer
+further away from the negative prompt. Residuals of a ControlNet are added beside it.
 
 Hooks are native PyTorch hooks, and they do nothing unless a :class:`GuidedPass` is open
 in the current context: a plain pipeline that shares the UNet never notices them.
@@ -19,108 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import TextTimeEmbedding
 from torch.utils.hooks import RemovableHandle
 
 from pilotfish.contract import GuideError, GuideInputs, GuideLike, Injection
 
 _SHOWN = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
 _OPEN: ContextVar[GuidedPass | None] = ContextVar("pilotfish_guided_pass", default=None)
-
-
-def fingerprint(unet: UNet2DConditionModel, prediction_type: str) -> dict[str, Any]:
-    """What must agree for a guide to fit: the shape of the denoiser and what it predicts."""
-    config = unet.config
-    return {
-        "family": type(unet).__name__,
-        "in_channels": config.out_channels,
-        "block_out_channels": list(config.block_out_channels),
-        "layers_per_block": config.layers_per_block,
-        "down_block_types": list(config.down_block_types),
-        "mid_block_type": config.mid_block_type,
-        "up_block_types": list(config.up_block_types),
-        "transformer_layers_per_block": config.transformer_layers_per_block,
-        "attention_head_dim": config.attention_head_dim,
-        "use_linear_projection": config.use_linear_projection,
-        "cross_attention_dim": config.cross_attention_dim,
-        "prediction_type": prediction_type,
-    }
-
-
-def skip_channels(config: Any) -> list[int]:
-    """Channels of the skip features in the order in which the encoder makes them.
-
-    ``config`` is a UNet's configuration or a fingerprint.
-    """
-    config = dict(config)
-    widths, layers = config["block_out_channels"], config["layers_per_block"]
-    layers = [layers] * len(widths) if isinstance(layers, int) else layers
-    channels = [widths[0]]
-    for i, (width, depth) in enumerate(zip(widths, layers, strict=True)):
-        last = i == len(widths) - 1
-        channels += [width] * (depth if last else depth + 1)
-    return channels
-
-
-def skip_levels(config: Any) -> list[int]:
-    """The resolution level of each skip feature: 0 is the latents' own, each next one half."""
-    config = dict(config)
-    count, layers = len(config["block_out_channels"]), config["layers_per_block"]
-    layers = [layers] * count if isinstance(layers, int) else layers
-    levels = [0]
-    for i, depth in enumerate(layers):
-        levels += [i] * depth + ([i + 1] if i < count - 1 else [])
-    return levels
-
-
-def decoder_layers(config: Any) -> dict[str, int]:
-    """The decoder's residual and attention layers in the order in which they run: the name of
-    each module, and the channels that it makes.
-
-    ``config`` is a UNet's configuration or a fingerprint.
-    """
-    config = dict(config)
-    widths, depths = config["block_out_channels"], config["layers_per_block"]
-    depths = [depths] * len(widths) if isinstance(depths, int) else depths
-    blocks = zip(reversed(widths), reversed(depths), config["up_block_types"], strict=True)
-    layers: dict[str, int] = {}
-    for i, (width, depth, kind) in enumerate(blocks):
-        for j in range(depth + 1):
-            layers[f"up_blocks.{i}.resnets.{j}"] = width
-            if "CrossAttn" in kind:
-                layers[f"up_blocks.{i}.attentions.{j}"] = width
-    return layers
-
-
-def cross_attention_layers(config: Any) -> dict[str, int]:
-    """The cross-attention layers of mid block and decoder in the order in which they run: the
-    name of each, and its heads.
-
-    ``config`` is a UNet's configuration or a fingerprint.
-    """
-    config = dict(config)
-    blocks = len(config["block_out_channels"])
-
-    def each(value: Any) -> list[Any]:
-        return list(value) if isinstance(value, list | tuple) else [value] * blocks
-
-    # diffusers' own naming: what is called the dimension of a head is their number
-    heads = each(config["attention_head_dim"])
-    depths = each(config["layers_per_block"])
-    inner = each(config["transformer_layers_per_block"])
-    layers: dict[str, int] = {}
-
-    def add(place: str, level: int) -> None:
-        count = inner[level]
-        for k in range(count if isinstance(count, int) else count[0]):
-            layers[f"{place}.transformer_blocks.{k}.attn2"] = heads[level]
-
-    if "CrossAttn" in (config["mid_block_type"] or ""):
-        add("mid_block.attentions.0", blocks - 1)
-    for i, kind in enumerate(config["up_block_types"]):
-        if "CrossAttn" in kind:
-            for j in range(depths[blocks - 1 - i] + 1):
-                add(f"up_blocks.{i}.attentions.{j}", blocks - 1 - i)
-    return layers
 
 
 class GuidedPass:
@@ -150,6 +55,7 @@ class GuidedPass:
         self._injection = Injection()
         self._negative = torch.empty(0)
         self._queries: dict[str, torch.Tensor] = {}
+        self._turn = self._embedding = torch.empty(0)
         self._skips: list[torch.Tensor] = []
         self._pending: list[torch.Tensor | None] = []
         self._serving: dict[int, object] = {}
@@ -236,7 +142,7 @@ class GuidedPass:
 
     def asks(self, name: str, query: torch.Tensor) -> None:
         """A cross-attention layer asks, (N, pixels, width)."""
-        if name in self._injection.attention:
+        if name in self._injection.pushes:
             self._queries[name] = query
 
     def push(self, name: str, layer: Any, answer: torch.Tensor) -> torch.Tensor:
@@ -253,9 +159,28 @@ class GuidedPass:
             split(query), split(layer.to_k(self._negative)), split(layer.to_v(self._negative)),
             scale=layer.scale,
         ).transpose(1, 2)  # fmt: skip
-        gain = self._injection.attention[name][:, None, :, None]
+        gain = self._injection.pushes[name][:, None, :, None]
         away = gain * (answer.unflatten(-1, (layer.heads, -1)) - other)
         return answer + away.flatten(2)
+
+    def pools(self, pooling: Any, made: torch.Tensor) -> None:
+        """The denoiser pooled the text for its embedding, (N, E): keep the way from there to
+        the pooled negative prompt."""
+        if self._injection.pushes:
+            self._turn = pooling.forward(self._negative) - made
+
+    def embeds(self, embedding: torch.Tensor) -> None:
+        """A residual layer is given the embedding of timestep and text, (N, E)."""
+        self._embedding = embedding
+
+    def push_embedding(self, name: str, layer: Any, answer: torch.Tensor) -> torch.Tensor:
+        """What a residual layer takes from the embedding, (N, channels): push it on, away from
+        what it would take with the negative prompt."""
+        gain = self._injection.pushes.get(name)
+        if gain is None:
+            return answer
+        other = layer.time_emb_proj.forward(layer.nonlinearity(self._embedding + self._turn))
+        return answer + gain * (answer - other)
 
     def _forget(self) -> None:
         # the injection stays: gradient checkpointing runs the decoder once more in the
@@ -348,6 +273,33 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
 
         return before
 
+    def pooled(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if guided := current():
+            guided.pools(module, output)
+
+    def embeds(module: Any, args: tuple[Any, ...]) -> None:
+        if guided := current():
+            guided.embeds(args[1])
+
+    def embedded(name: str, layer: Any) -> Callable[..., Any]:
+        def after(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> Any:
+            guided = current()
+            return guided.push_embedding(name, layer, output) if guided else None
+
+        return after
+
+    def pushed(name: str) -> list[RemovableHandle]:
+        layer = modules[name]
+        if hasattr(layer, "to_q"):  # cross-attention
+            return [
+                layer.to_q.register_forward_hook(asked(name)),
+                layer.to_out[0].register_forward_pre_hook(answered(name, layer)),
+            ]
+        return [
+            layer.register_forward_pre_hook(embeds),
+            layer.time_emb_proj.register_forward_hook(embedded(name, layer)),
+        ]
+
     modules: dict[str, Any] = dict(unet.named_modules())
     if unknown := [name for name in (*guide.touches, *guide.pushes) if name not in modules]:
         raise GuideError(f"this denoiser has no {unknown[0]}, to which the guide adds")
@@ -358,10 +310,9 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
         unet.mid_block.register_forward_hook(middle),
         *(block.register_forward_pre_hook(up, with_kwargs=True) for block in unet.up_blocks),
         *(modules[name].register_forward_hook(touched(name)) for name in guide.touches),
-        *(modules[name].to_q.register_forward_hook(asked(name)) for name in guide.pushes),
-        *(
-            modules[name].to_out[0].register_forward_pre_hook(answered(name, modules[name]))
-            for name in guide.pushes
-        ),
+        *(handle for name in guide.pushes for handle in pushed(name)),
     ]
+    pooling = getattr(unet, "add_embedding", None)
+    if guide.pushes and isinstance(pooling, TextTimeEmbedding):
+        hooks.handles.append(pooling.register_forward_hook(pooled))
     return hooks

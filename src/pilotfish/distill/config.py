@@ -140,6 +140,8 @@ class DistillConfig(TrainingConfig):
     """Whether a tiny guide pushes the text."""
     attention: bool = True
     """Whether a tiny guide pushes the answers of the cross-attention layers."""
+    embedding: bool = True
+    """Whether a tiny guide pushes what residual layers take from an embedded text."""
     rank: int = 28
     """Channels of what a tiny guide adds to each decoder layer; 0 leaves them alone."""
     head: int = 48

@@ -66,7 +66,7 @@ class Guide(ModelMixin, ConfigMixin):
 
     @property
     def pushes(self) -> tuple[str, ...]:
-        """Names of the denoiser's cross-attention layers that the guide pushes."""
+        """Names of the layers that take in the text whose answers the guide pushes."""
         return ()
 
     def check(self, fingerprint: Mapping[str, Any]) -> None:

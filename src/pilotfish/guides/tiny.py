@@ -1,7 +1,7 @@
 """The tiny guide: it lets the base itself do most of the work.
 
 CFG adds to the conditional prediction the way from the unconditional to the conditional one
-once more, ``w - 1`` times. The guide does that in four places of the one pass:
+once more, ``w - 1`` times. The guide does that in five places of the one pass:
 
 - *Text.* The prompt is pushed on, away from the negative prompt, before it enters the base:
   ``c + g (c - n)`` with a learned gain g. To first order in g the base then goes the way of
@@ -9,7 +9,9 @@ once more, ``w - 1`` times. The guide does that in four places of the one pass:
 - *Attention.* The answer of each cross-attention layer of mid block and decoder is pushed
   on, away from what the layer would answer to the negative prompt: ``a + g (a - a_n)``, for the
   price of a few more keys and values (NAG, arXiv 2505.21179, with learned gains).
-- *Layers.* What each decoder layer makes is read through a 1x1 convolution of low rank,
+- *Embedding.* Where the embedding of the timestep holds the text as well, what each residual
+  layer takes from it is pushed on in the same way.
+- *Layers.* What each decoder layer makes is read through a convolution of low rank,
   modulated by w, timestep and text, and the answer is added to it.
 - *Prediction.* A small head, linear in ``w - 1`` as CFG is, does the rest; it also sees the
   latents.
@@ -27,7 +29,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from pilotfish.contract import GuideError, GuideInputs, Injection, ModuleAddition
-from pilotfish.denoisers import cross_attention_layers, decoder_layers
+from pilotfish.denoisers import cross_attention_layers, decoder_layers, embedding_layers
 from pilotfish.guidance import guidance_strength, per_sample
 from pilotfish.guides.base import Guide
 from pilotfish.guides.layers import Condition, silent
@@ -42,6 +44,7 @@ class TinyGuide(Guide):
         denoiser: the fingerprint of the denoiser.
         push: whether the text is pushed.
         attention: whether the answers of the cross-attention layers are.
+        embedding: whether what the residual layers take from the embedding is.
         rank: channels of each layer's addition; 0 leaves the layers alone.
         head: channels of the head; 0 leaves the prediction alone.
         condition: width of the embedding of t, w and text.
@@ -60,6 +63,7 @@ class TinyGuide(Guide):
         denoiser: dict[str, Any],
         push: bool = True,
         attention: bool = True,
+        embedding: bool = True,
         rank: int = 28,
         head: int = 48,
         condition: int = 32,
@@ -68,12 +72,16 @@ class TinyGuide(Guide):
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()
-        if not (push or attention or rank or head):
-            raise GuideError("a tiny guide needs at least one of push, attention, rank and head")
-        self.embedding = Condition(denoiser["cross_attention_dim"], condition)
+        if not (push or attention or embedding or rank or head):
+            raise GuideError(
+                "a tiny guide needs at least one of push, attention, embedding, rank and head"
+            )
+        self.conditioning = Condition(denoiser["cross_attention_dim"], condition)
         self.text = silent(nn.Linear(condition, 1)) if push else None
-        self.heads = cross_attention_layers(denoiser) if attention else {}
-        self.gains = silent(nn.Linear(condition, sum(self.heads.values()))) if self.heads else None
+        self.pushed = cross_attention_layers(denoiser) if attention else {}
+        self.pushed |= dict.fromkeys(embedding_layers(denoiser), 1) if embedding else {}
+        gains = sum(self.pushed.values())
+        self.gains = silent(nn.Linear(condition, gains)) if gains else None
         layers = decoder_layers(denoiser) if rank else {}
         self.names = tuple(layers)
         self.layers = nn.ModuleList([Layer(c, rank) for c in layers.values()])
@@ -94,8 +102,8 @@ class TinyGuide(Guide):
 
     @property
     def pushes(self) -> tuple[str, ...]:
-        """The cross-attention layers of mid block and decoder."""
-        return tuple(self.heads)
+        """Cross-attention layers of mid block and decoder, and residual layers of the whole."""
+        return tuple(self.pushed)
 
     @torch.no_grad()
     def _begin_plainly(self, modulate: nn.Linear) -> None:
@@ -108,20 +116,20 @@ class TinyGuide(Guide):
         modulate.bias[start:] = 0
 
     def forward(self, inputs: GuideInputs) -> Injection:
-        condition = self.embedding(inputs)
+        condition = self.conditioning(inputs)
         text, latents = inputs.encoder_hidden_states, inputs.latents
         strength = per_sample(guidance_strength(inputs.guidance_scale), latents)
         # inside the network the effect of a change saturates; at the prediction it is linear
         inside = torch.log1p(strength)
-        pushed = None
+        further = None
         if self.text is not None:
             gain = inside[..., 0] * self.text(condition)[:, :, None]
-            pushed = gain * (text - inputs.negative_hidden_states)
-        attention: dict[str, torch.Tensor] = {}
+            further = gain * (text - inputs.negative_hidden_states)
+        pushes: dict[str, torch.Tensor] = {}
         if self.gains is not None:
             gains = inside[..., 0, 0] * self.gains(condition)
-            parts = gains.split(list(self.heads.values()), 1)
-            attention = dict(zip(self.heads, parts, strict=True))
+            parts = gains.split(list(self.pushed.values()), 1)
+            pushes = dict(zip(self.pushed, parts, strict=True))
         modules: dict[str, ModuleAddition] = {}
         if self.modulate is not None:
             answers = self.modulate(condition).split([*self.ranks, self.scalings], 1)
@@ -134,29 +142,33 @@ class TinyGuide(Guide):
                     self.output, latents=latents, modulation=answers[-2], scalings=answers[-1],
                     strength=strength,
                 )  # fmt: skip
-        return Injection(text=pushed, attention=attention, modules=modules)
+        return Injection(text=further, pushes=pushes, modules=modules)
 
 
 class LowRank(nn.Module):
-    """``strength * up silu(gain * down x + shift)``; what comes before ``up`` has ``rank``
-    channels.
+    """``strength * up silu(h + near h)`` with ``h = gain * down x + shift``, of ``rank`` channels.
 
-    Both are 1x1 convolutions, written as matrix products: on few pixels the call of a
-    convolution costs more than its arithmetic.
+    ``down`` and ``up`` are 1x1 convolutions, written as matrix products: on few pixels the call
+    of a convolution costs more than its arithmetic. ``near`` is a 3x3 convolution of each channel
+    by itself: the details that guidance sharpens are differences between neighbours.
     """
 
     def __init__(self, entering: int, leaving: int, rank: int) -> None:
         super().__init__()
         self.down = nn.Parameter(torch.empty(rank, entering))
         self.up = nn.Parameter(torch.zeros(leaving, rank))
+        self.near = nn.Conv2d(rank, rank, 3, padding=1, groups=rank, bias=False)
         nn.init.uniform_(self.down, -(entering**-0.5), entering**-0.5)
+        nn.init.zeros_(self.near.weight)
 
     def forward(
         self, x: torch.Tensor, modulation: torch.Tensor, strength: torch.Tensor
     ) -> torch.Tensor:
         """(N, entering, h, w), (N, 2 rank), (N, 1, 1, 1) -> (N, leaving, h, w)."""
         gain, shift = modulation[:, :, None].chunk(2, 1)
-        hidden = F.silu(torch.baddbmm(shift, gain * self.down, x.flatten(2)))
+        hidden = torch.baddbmm(shift, gain * self.down, x.flatten(2))
+        seen = self.near(hidden.view(len(x), -1, *x.shape[-2:]))
+        hidden = F.silu(hidden + seen.flatten(2))
         made = torch.bmm(self.up.expand(len(x), -1, -1), strength[..., 0] * hidden)
         return made.view(len(x), -1, *x.shape[-2:])
 
