@@ -327,7 +327,7 @@ def test_a_comparison_writes_figures_and_a_plot_and_is_not_done_twice(
     [
         (("--hosts", "fluent"), "fluent is a fine-tune; the first host is the base"),
         (("--methods", "telepathy"), "no method telepathy"),
-        (("--guidance_scale", "1"), "w above 1"),
+        (("--guidance_scale", "1"), "no gain to keep"),
     ],
 )
 def test_a_comparison_that_cannot_be_says_why(
