@@ -28,7 +28,7 @@ class BenchmarkConfig:
     batch_sizes: tuple[int, ...] = (1, 8)
     num_inference_steps: int = 25
     guidance_scale: float = 4.0
-    rounds: int = 10
+    rounds: int = 15
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     fresh = distill(
         DistillConfig(
             output_dir=str(folder / "distill"), max_train_steps=config.max_train_steps,
-            validation_steps=100, checkpointing_steps=100, seed=config.seed, resume=config.resume,
+            validation_steps=50, checkpointing_steps=100, seed=config.seed, resume=config.resume,
             # a short run sees few states anyway, and should not wait for thousands
             pool=512, replay_capacity=2048, lr_warmup_steps=30,
         )
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
             results[label] = evaluate(
                 hosts, guide, guide_name=f"tiny, {label}", command=command, prompts=prompts,
                 names=names, held_out=embedded.prompts("held_out")[:16], judge=judge,
-                samples=config.samples, rounds=2, unfinished=folder / f"{label}.unfinished",
+                samples=config.samples, rounds=7, unfinished=folder / f"{label}.unfinished",
                 progress=progress, **sampling,
             )  # fmt: skip
         results[label].save(folder / f"{label}.json")

@@ -44,7 +44,7 @@ class EvaluateConfig:
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
     batch_size: int = 32
-    rounds: int = 5
+    rounds: int = 15
     """Rounds of the side-by-side timing."""
     inception_weights: str | None = None
     """File of Inception weights: adds FID."""

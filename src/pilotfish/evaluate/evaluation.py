@@ -133,7 +133,7 @@ def evaluate(
     guidance_scale: float = 4.0,
     num_inference_steps: int = 25,
     batch_sizes: Sequence[int] = (1, 8),
-    rounds: int = 5,
+    rounds: int = 15,
     judge: Judge | None = None,
     unfinished: str | Path | None = None,
     progress: Progress | None = None,
@@ -170,13 +170,16 @@ def evaluate(
         key = name if file is None else fingerprint(
             {**modules(pipe), "guide": guide, "judge": judge.model},
             {**same, **settings, "samples": samples, "seed": seed, "pictures": host.pictures,
-             "rounds": rounds, "batch_sizes": batch_sizes, "on": (machine(), versions())},
+             "on": (machine(), versions())},
         )  # fmt: skip
         if spent is None or size is None:
             size = guide_size(guide, pipe, guide_name)
-            if key not in parts.costs:
-                parts.costs[key] = cost(pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same)
-            spent = parts.costs[key]
+            timed = f"{key} {rounds} {list(batch_sizes)}"
+            if timed not in parts.costs:
+                parts.costs[timed] = cost(
+                    pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same
+                )
+            spent = parts.costs[timed]
         if key not in parts.hosts:
             parts.hosts[key] = evaluate_host(
                 pipe, guide, pictures_folder=host.pictures, samples=samples, seed=seed,
