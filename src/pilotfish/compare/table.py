@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from pilotfish.compare.result import Comparison
-from pilotfish.evaluate.table import number, percent
+from pilotfish.evaluate.table import markdown, number, percent, terminal
 
 HEADINGS = ("method", "parameters", "FLOPs", "speed", "kept, base", "kept, fine-tunes",
             "error, base", "error, fine-tunes", "fd_judge, base")  # fmt: skip
@@ -49,16 +49,10 @@ def ranked(found: Comparison, budget: str) -> list[str]:
 
 def comparison_table(found: Comparison, budget: str) -> Table:
     """For a terminal."""
-    table = Table(title=f"Equal {budget}: {found.plan['max_train_steps']} training steps")
-    for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if i else "left")
-    for row in cells(found, budget):
-        table.add_row(*row)
-    return table
+    title = f"Equal {budget}: {found.plan['max_train_steps']} training steps"
+    return terminal(title, HEADINGS, cells(found, budget))
 
 
 def comparison_markdown(found: Comparison, budget: str) -> str:
     """For a page."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells(found, budget)]
-    return "\n".join(lines) + "\n"
+    return markdown(HEADINGS, cells(found, budget))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rich.console import Group
 from rich.table import Table
@@ -112,18 +113,29 @@ def step_rows(result: StepsResult, host: str) -> list[tuple[str, ...]]:
 
 def steps_table(result: StepsResult, host: str) -> Table:
     """Scores against steps on one host, for a terminal."""
-    table = Table(title=f"{host}, w = {result.run.guidance_scale:g}, {result.run.samples} samples")
-    for i, heading in enumerate(STEP_HEADINGS):
-        table.add_column(heading, justify="right" if i else "left")
-    for row in step_rows(result, host):
-        table.add_row(*row)
-    return table
+    title = f"{host}, w = {result.run.guidance_scale:g}, {result.run.samples} samples"
+    return terminal(title, STEP_HEADINGS, step_rows(result, host))
 
 
 def steps_markdown(result: StepsResult, host: str) -> str:
     """The same for a page."""
-    lines = ["| " + " | ".join(STEP_HEADINGS) + " |", "|---|" + "---:|" * (len(STEP_HEADINGS) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in step_rows(result, host)]
+    return markdown(STEP_HEADINGS, step_rows(result, host))
+
+
+def terminal(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Rows for a terminal; all but the first column are figures."""
+    table = Table(title=title)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same rows for a page."""
+    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
