@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,18 @@ def test_goes_on_from_the_hosts_that_are_measured(
     told.clear()
     run(moved)
     assert any(what.startswith("base") for what in told), "an unreadable file, yet nothing measured"
+
+
+def test_a_guide_in_half_precision_is_known_again_on_every_host(
+    hosts: dict[str, Host], moved: Guide, judge: Judge, names: list[str], tmp_path: Path
+) -> None:
+    """A host turns the guide to its own precision; that makes no other guide of it."""
+    told: list[str] = []
+    for _ in range(2):
+        told.clear()
+        evaluate(
+            hosts, deepcopy(moved).half(), guide_name="tiny", command="", prompts=names,
+            names=names, judge=judge, rounds=1, batch_sizes=(1,), unfinished=tmp_path / "u.json",
+            progress=lambda what, done, total: told.append(what), **SMALL, **TOLD,
+        )  # fmt: skip
+    assert not told

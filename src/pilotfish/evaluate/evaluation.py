@@ -29,6 +29,7 @@ from pilotfish.evaluate.result import HostResult, Interval, Result, Run
 from pilotfish.evaluate.scores import Progress, ScoreMeter, real_pictures
 from pilotfish.evaluate.ways import WAYS, cycle, three_ways
 from pilotfish.guides import Guide
+from pilotfish.passes import checksum
 
 
 def evaluate_host(
@@ -160,6 +161,8 @@ def evaluate(
     judge = judge or Judge.embedded()
     file = Path(unfinished) if unfinished is not None else None
     parts = Parts.found(file)
+    # before any host has turned it to its own precision
+    weights = None if file is None else checksum(guide)
     results: dict[str, HostResult] = {}
     spent, size = None, None
     same: dict[str, Any] = {
@@ -168,9 +171,9 @@ def evaluate(
     for name, host in hosts.items():
         pipe = host.load()
         key = name if file is None else fingerprint(
-            {**modules(pipe), "guide": guide, "judge": judge.model},
+            {**modules(pipe), "judge": judge.model},
             {**same, **settings, "samples": samples, "seed": seed, "pictures": host.pictures,
-             "on": (machine(), versions())},
+             "guide": weights, "on": (machine(), versions())},
         )  # fmt: skip
         if spent is None or size is None:
             size = guide_size(guide, pipe, guide_name)
@@ -179,6 +182,8 @@ def evaluate(
                 parts.costs[timed] = cost(
                     pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same
                 )
+                if file is not None:
+                    parts.save(file)
             spent = parts.costs[timed]
         if key not in parts.hosts:
             parts.hosts[key] = evaluate_host(

@@ -23,6 +23,7 @@ from pilotfish.evaluate.saved import Saved
 from pilotfish.evaluate.scores import Progress
 from pilotfish.evaluate.ways import spread
 from pilotfish.guides import Guide
+from pilotfish.passes import checksum
 from pilotfish.sampling import Attachable
 
 STEPS = (4, 8, 16, 32, 50)
@@ -136,6 +137,8 @@ def score_steps(
     ways = {"none": Way(1.0, {None: None}), "cfg": Way(guidance_scale, {None: None})}
     ways |= {name: Way.of(guidance_scale, given) for name, given in methods.items()}
     parts, found = StepParts.found(unfinished), {}
+    # before any host has turned a guide to its own precision
+    marks = {id(m): _mark(m) for way in ways.values() for m in way.methods.values()}
     for host, given in hosts.items():
         pipe = given.load()
         gallery = Gallery(
@@ -149,7 +152,7 @@ def score_steps(
             name: {
                 str(n): _cell(
                     parts, unfinished, gallery, networks, settings, way, n,
-                    progress, f"{host}: {name}, {n} steps",
+                    progress, f"{host}: {name}, {n} steps", marks[id(way.method(n))],
                 )
                 for n in way.steps(steps)
             }
@@ -168,16 +171,14 @@ def score_steps(
 
 def _cell(
     parts: StepParts, file: str | Path | None, gallery: Gallery, networks: dict[str, nn.Module],
-    settings: dict[str, Any], way: Way, steps: int, progress: Progress | None, what: str,
+    settings: dict[str, Any], way: Way, steps: int, progress: Progress | None, what: str, mark: str,
 ) -> StepScores:  # fmt: skip
     """One way with one number of steps, measured unless it is among the parts."""
     method = way.method(steps)
     key = what
     if file is not None:
-        mine: dict[str, nn.Module] = {"method": method} if isinstance(method, nn.Module) else {}
         key = fingerprint(
-            networks | mine,
-            settings | {"w": way.guidance_scale, "steps": steps, "method": _settings(method)},
+            networks, settings | {"w": way.guidance_scale, "steps": steps, "method": mark}
         )
     if key not in parts.cells:
         judged = gallery.draw(way.guidance_scale, steps, method, progress, what)
@@ -187,11 +188,11 @@ def _cell(
     return parts.cells[key]
 
 
-def _settings(method: Attachable | None) -> tuple[str, Any]:
-    """What a method is beside its weights."""
+def _mark(method: Attachable | None) -> str:
+    """What tells a method from others: its kind, its settings, its weights."""
     if isinstance(method, Guide):
-        return type(method).__name__, sorted(method.config.items())
-    return type(method).__name__, sorted(vars(method).items()) if method else None
+        return f"{type(method).__name__} {sorted(method.config.items())} {checksum(method)}"
+    return f"{type(method).__name__} {sorted(vars(method).items()) if method else None}"
 
 
 @torch.no_grad()
