@@ -54,7 +54,7 @@ class FinetuneStage:
 STYLES = {
     "fluent": FinetuneStage(),
     "twemoji": FinetuneStage(),
-    "emojione": FinetuneStage(rank=24, learning_rate=1e-3, steps=2400),
+    "emojione": FinetuneStage(rank=24, learning_rate=1e-3, steps=3600),
 }
 PRACTICE = {
     "noto-v1": FinetuneStage(steps=600),
