@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from pilotfish.guides import Guide
+from pilotfish.guides import FullGuide, Guide
 from pilotfish.passes import (
+    NULL,
     FrozenTeacher,
     GuidedStudent,
     checkpoint_in_context,
@@ -38,17 +39,18 @@ def test_the_teacher_makes_both_predictions_in_one_call(
     prompts, null = states
     z, t, prompt = batch
     with batches(unet) as sizes:
-        unconditional, conditional = FrozenTeacher(unet, prompts, null)(z, t, prompt)
+        teacher = FrozenTeacher(unet, torch.cat([prompts, null]))
+        unconditional, conditional = teacher(z, t, prompt, torch.tensor([NULL, 1]))
     assert sizes == [4]
     with torch.no_grad():
-        n = unet(z, t, null.expand(2, -1, -1)).sample
+        n = unet(z, t, torch.cat([null, prompts[1:2]])).sample
         c = unet(z, t, prompts[prompt]).sample
     torch.testing.assert_close(unconditional, n)
     torch.testing.assert_close(conditional, c)
 
 
 def test_the_teacher_is_frozen(unet: UNet2DConditionModel, states: Any) -> None:
-    FrozenTeacher(unet.train(), *states)
+    FrozenTeacher(unet.train(), torch.cat(states))
     assert not unet.training
     assert not any(p.requires_grad for p in unet.parameters())
 
@@ -58,9 +60,9 @@ def test_a_fresh_student_is_the_conditional_model(
 ) -> None:
     prompts, null = states
     z, t, prompt = batch
-    student = GuidedStudent(fresh, unet, null)
+    student = GuidedStudent(fresh, unet)
     with torch.no_grad():
-        guided = student(z, t, prompts[prompt], torch.tensor([3.0, 7.5]))
+        guided = student(z, t, prompts[prompt], null, torch.tensor([3.0, 7.5]))
         plain = unet(z, t, prompts[prompt]).sample
     assert torch.equal(guided, plain)
 
@@ -70,9 +72,9 @@ def test_scale_one_is_the_conditional_model_and_others_are_not(
 ) -> None:
     prompts, null = states
     z, t, prompt = batch
-    student = GuidedStudent(trained, unet, null)
+    student = GuidedStudent(trained, unet)
     with torch.no_grad():
-        guided = student(z, t, prompts[prompt], torch.tensor([1.0, 4.0]))
+        guided = student(z, t, prompts[prompt], null, torch.tensor([1.0, 4.0]))
         plain = unet(z, t, prompts[prompt]).sample
     assert torch.equal(guided[0], plain[0])
     assert not torch.allclose(guided[1], plain[1])
@@ -84,11 +86,11 @@ def test_gradient_checkpointing_changes_no_gradient(
     """It runs parts of the pass again when the guided pass is long over."""
     prompts, null = states
     z, t, prompt = batch
-    student = GuidedStudent(trained, unet.requires_grad_(False), null)
+    student = GuidedStudent(trained, unet.requires_grad_(False))
 
     def gradients() -> list[torch.Tensor]:
         trained.zero_grad()
-        student(z, t, prompts[prompt], torch.tensor([3.0, 7.5])).pow(2).mean().backward()
+        student(z, t, prompts[prompt], null, torch.tensor([3.0, 7.5])).pow(2).mean().backward()
         return [p.grad.clone() for p in trained.parameters() if p.grad is not None]
 
     plain = gradients()
@@ -102,15 +104,36 @@ def test_every_sample_has_its_own_scale(
 ) -> None:
     prompts, null = states
     z, t, prompt = batch
-    student = GuidedStudent(trained, unet, null)
+    student = GuidedStudent(trained, unet)
     with torch.no_grad():
-        together = student(z, t, prompts[prompt], torch.tensor([2.5, 2.75]))
+        together = student(z, t, prompts[prompt], null, torch.tensor([2.5, 2.75]))
         for i, w in enumerate((2.5, 2.75)):
             one = slice(i, i + 1)
-            alone = student(z[one], t[one], prompts[prompt][one], torch.tensor([w]))
+            alone = student(z[one], t[one], prompts[prompt][one], null, torch.tensor([w]))
             torch.testing.assert_close(together[one], alone)
-        other = student(z, t, prompts[prompt], torch.tensor([2.75, 2.75]))
+        other = student(z, t, prompts[prompt], null, torch.tensor([2.75, 2.75]))
     assert not torch.allclose(together[0], other[0], rtol=0, atol=1e-7)
+
+
+def test_every_sample_has_its_own_negative_prompt(
+    trained: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+) -> None:
+    prompts, null = states
+    z, t, prompt = batch
+    teacher, scale = FrozenTeacher(unet, torch.cat(states)), torch.tensor([3.0, 7.5])
+    student = GuidedStudent(trained, unet)
+    negative = torch.tensor([NULL, 1])
+    with torch.no_grad():
+        together = student(z, t, prompts[prompt], teacher.negatives(negative), scale)
+        for i, text in enumerate((null, prompts[1:2])):
+            one = slice(i, i + 1)
+            alone = student(z[one], t[one], prompts[prompt][one], text, scale[one])
+            torch.testing.assert_close(together[one], alone)
+        plain = student(z, t, prompts[prompt], null, scale)
+    # the paper's full guide is a copy of the encoder, which knows of no negative prompt
+    ignored = torch.allclose(together[1], plain[1], rtol=0, atol=1e-7)
+    assert ignored == isinstance(trained, FullGuide)
+    assert teacher.negatives(torch.full((2,), NULL)).shape[0] == 1
 
 
 def test_only_the_guide_is_trained(
@@ -118,12 +141,12 @@ def test_only_the_guide_is_trained(
 ) -> None:
     prompts, null = states
     z, t, prompt = batch
-    FrozenTeacher(unet, prompts, null)
+    FrozenTeacher(unet, torch.cat(states))
     before = checksum(unet)
-    student = GuidedStudent(fresh, unet, null)
+    student = GuidedStudent(fresh, unet)
     assert {id(p) for p in student.parameters()} == {id(p) for p in fresh.parameters()}
     optimizer = torch.optim.SGD(student.parameters(), 0.1)
-    student(z, t, prompts[prompt], torch.tensor([3.0, 7.5])).pow(2).mean().backward()
+    student(z, t, prompts[prompt], null, torch.tensor([3.0, 7.5])).pow(2).mean().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in fresh.parameters())
     optimizer.step()
     assert checksum(unet) == before

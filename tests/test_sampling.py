@@ -10,7 +10,7 @@ import torch
 
 from pilotfish.guidance import classifier_free_guidance
 from pilotfish.guides import Guide
-from pilotfish.passes import FrozenTeacher, encode_prompts
+from pilotfish.passes import NULL, FrozenTeacher, encode_prompts
 from pilotfish.sampling import cfg_trajectories, decode, sample
 from pilotfish.schedules import Schedule
 
@@ -97,9 +97,10 @@ def test_the_teachers_trajectory_is_the_pipelines_cfg(
     texts = ["cat", "a dog"]
     call = {"num_inference_steps": steps, "output_type": "latent", "guidance_scale": scale}
     expected = pipe(texts, latents=noise.clone(), **call).images
-    teacher = FrozenTeacher(pipe.unet, encode_prompts(pipe, texts), encode_prompts(pipe, [""]))
+    teacher = FrozenTeacher(pipe.unet, encode_prompts(pipe, [*texts, ""]))
     schedule = Schedule.of(pipe.scheduler)
-    walked = list(cfg_trajectories(teacher, schedule, torch.arange(2), noise, scale, steps))
+    prompt, negative = torch.arange(2), torch.full((2,), NULL)
+    walked = list(cfg_trajectories(teacher, schedule, prompt, negative, noise, scale, steps))
     assert len(walked) == steps
     last = walked[-1]
     found = schedule.ddim_step(last.latents, last.cfg, last.timestep, torch.full((2,), -1))
@@ -110,10 +111,11 @@ def test_the_teachers_trajectory_is_the_pipelines_cfg(
 
 
 def test_every_step_holds_equation_one(pipe: Any) -> None:
-    teacher = FrozenTeacher(pipe.unet, encode_prompts(pipe, ["cat"]), encode_prompts(pipe, [""]))
+    teacher = FrozenTeacher(pipe.unet, encode_prompts(pipe, ["cat", "a dog", ""]))
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(14))
     schedule = Schedule.of(pipe.scheduler)
-    for step in cfg_trajectories(teacher, schedule, torch.tensor([0]), noise, 3.0, 3):
-        n, c = teacher(step.latents, step.timestep, step.prompt)
+    prompt, negative = torch.tensor([0]), torch.tensor([1])
+    for step in cfg_trajectories(teacher, schedule, prompt, negative, noise, 3.0, 3):
+        n, c = teacher(step.latents, step.timestep, prompt, negative)
         assert torch.equal(step.conditional, c)
         assert torch.equal(step.cfg, classifier_free_guidance(n, c, 3.0))

@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from pilotfish.denoisers import GuidedPass, install
 from pilotfish.guides import Guide
 
+NULL = -1
+"""The index of the null prompt among texts."""
+
 
 class FrozenTeacher:
     """The base denoiser's two predictions, without gradient.
@@ -23,29 +26,33 @@ class FrozenTeacher:
 
     Args:
         denoiser: the base; its parameters are frozen here.
-        prompts: (P, L, D) encoder hidden states of every prompt.
-        null: (1, L, D) of the null prompt.
+        texts: (P, L, D) encoder hidden states of every prompt, the null prompt last.
     """
 
-    def __init__(self, denoiser: nn.Module, prompts: torch.Tensor, null: torch.Tensor) -> None:
+    def __init__(self, denoiser: nn.Module, texts: torch.Tensor) -> None:
         self.denoiser = denoiser.eval().requires_grad_(False)
-        self.prompts, self.null = prompts, null
+        self._texts, self.null = texts, texts[NULL:]
 
     @torch.no_grad()
     def __call__(
-        self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(unconditional, conditional) predictions, one doubled call."""
-        text = self.texts(prompt)
-        both, place = torch.cat([self.null.expand_as(text), text]), self.null.device
+        self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor,
+        negative: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Predictions for (negative, prompt), each given by its index (N,), in one doubled call."""
+        both, place = self.texts(torch.cat([negative, prompt])), self.null.device
         doubled = latents.repeat(2, 1, 1, 1).to(place, self.null.dtype)
         out = self.denoiser(doubled, timestep.repeat(2).to(place), both, return_dict=False)
         unconditional, conditional = out[0].to(latents.device, torch.float32).chunk(2)
         return unconditional, conditional
 
-    def texts(self, prompt: torch.Tensor) -> torch.Tensor:
-        """(N, L, D) encoder hidden states of prompts (N,), on the denoiser's device."""
-        return self.prompts[prompt.to(self.prompts.device)]
+    def texts(self, index: torch.Tensor) -> torch.Tensor:
+        """(N, L, D) encoder hidden states of texts (N,), on the denoiser's device."""
+        return self._texts[index.to(self.null.device)]
+
+    def negatives(self, index: torch.Tensor) -> torch.Tensor:
+        """As :meth:`texts`, but (1, L, D) where all are the null prompt: a guide then has to look
+        at it once."""
+        return self.null if (index == NULL).all() else self.texts(index)
 
 
 class GuidedStudent(nn.Module):
@@ -56,10 +63,10 @@ class GuidedStudent(nn.Module):
     than the denoiser; the answer comes back there.
     """
 
-    def __init__(self, guide: Guide, denoiser: nn.Module, null: torch.Tensor) -> None:
+    def __init__(self, guide: Guide, denoiser: nn.Module) -> None:
         super().__init__()
         self.guide = guide
-        self._base = (denoiser, null)
+        self._base = (denoiser,)
         self.hooks = install(guide, denoiser)  # type: ignore[arg-type]
 
     def forward(
@@ -67,22 +74,22 @@ class GuidedStudent(nn.Module):
         latents: torch.Tensor,
         timestep: torch.Tensor,
         states: torch.Tensor,
+        negative_states: torch.Tensor,
         guidance_scale: torch.Tensor,
     ) -> torch.Tensor:
         """The guided prediction, (N, C, h, w).
 
         Args:
-            states: (N, L, D) encoder hidden states.
+            states: (N, L, D) encoder hidden states, on the denoiser's device.
+            negative_states: (1 or N, L, D) of the null or negative prompt, there as well.
             guidance_scale: (N,).
         """
-        denoiser, null = self._base
-        place = null.device
-        guided = GuidedPass(self.guide, lambda: guidance_scale, lambda: null)
+        (denoiser,), place = self._base, states.device
+        guided = GuidedPass(self.guide, lambda: guidance_scale, lambda: negative_states)
         with guided.open():
             prediction: torch.Tensor = denoiser(
-                latents.to(place, null.dtype), timestep.to(place), states.to(place),
-                return_dict=False,
-            )[0]  # fmt: skip
+                latents.to(place, states.dtype), timestep.to(place), states, return_dict=False
+            )[0]
         return prediction.to(latents.device)
 
 

@@ -109,7 +109,8 @@ class TeacherStep:
     Attributes:
         latents: (N, C, h, w).
         timestep: (N,) all the same.
-        prompt: (N,) prompt indices.
+        prompt: (N,) index of the prompt.
+        negative: (N,) index of the null or negative prompt.
         conditional: (N, C, h, w).
         cfg: (N, C, h, w) equation (1).
     """
@@ -117,6 +118,7 @@ class TeacherStep:
     latents: torch.Tensor
     timestep: torch.Tensor
     prompt: torch.Tensor
+    negative: torch.Tensor
     conditional: torch.Tensor
     cfg: torch.Tensor
 
@@ -125,15 +127,17 @@ def cfg_trajectories(
     teacher: FrozenTeacher,
     schedule: Schedule,
     prompt: torch.Tensor,
+    negative: torch.Tensor,
     latents: torch.Tensor,
     guidance_scale: float,
     num_inference_steps: int = 25,
 ) -> Iterator[TeacherStep]:
-    """Walk from noise ``latents`` (N, C, h, w) to pictures by the teacher's CFG with DDIM."""
+    """Walk from noise ``latents`` (N, C, h, w) to pictures by the teacher's CFG with DDIM, with
+    the texts of indices ``prompt`` and ``negative`` (N,)."""
     t_all = sampling_timesteps(num_inference_steps, len(schedule.alphas_cumprod))
     for t, to in pairwise(t_all):
         here, there = t.expand(len(latents)), to.expand(len(latents))
-        unconditional, conditional = teacher(latents, here, prompt)
+        unconditional, conditional = teacher(latents, here, prompt, negative)
         cfg = classifier_free_guidance(unconditional, conditional, guidance_scale)
-        yield TeacherStep(latents, here, prompt, conditional, cfg)
+        yield TeacherStep(latents, here, prompt, negative, conditional, cfg)
         latents = schedule.ddim_step(latents, cfg, here, there)

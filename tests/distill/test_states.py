@@ -13,6 +13,7 @@ from pilotfish.distill.guidance_states import GuidanceStates, NoisedPictures, Ro
 from pilotfish.distill.pool import Pool
 from pilotfish.distill.states import Replay, Source, States
 from pilotfish.guidance import classifier_free_guidance
+from pilotfish.passes import NULL
 from pilotfish.schedules import Schedule, sampling_timesteps
 
 SHAPE = (4, 8, 8)
@@ -21,16 +22,17 @@ PROMPTS = 5
 
 
 def teacher(
-    z: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor
+    z: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor, negative: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two predictions that differ by prompt and time."""
+    """Two predictions that differ by prompts and time."""
     tone = (prompt + 1).reshape(-1, 1, 1, 1) * 0.01 + t.reshape(-1, 1, 1, 1) * 1e-4
-    return 0.9 * z, 0.9 * z + tone
+    return 0.9 * z + (negative + 1).reshape(-1, 1, 1, 1) * 0.02, 0.9 * z + tone
 
 
 def student(
-    z: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor, w: torch.Tensor
-) -> torch.Tensor:
+    z: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor, negative: torch.Tensor,
+    w: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     return torch.full_like(z, 0.25)
 
 
@@ -40,7 +42,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def rolling(schedule: Schedule, seed: int = 0, **options: Any) -> RollingTrajectories:
     own = options.pop("student", None)
-    plain: dict[str, Any] = {"size": 12, "steps": (3, 6), "train_timesteps": 1000}
+    plain: dict[str, Any] = {
+        "size": 12, "steps": (3, 6), "train_timesteps": 1000, "negative_share": 0.5
+    }  # fmt: skip
     pool = Pool(PROMPTS, SHAPE, SCALES, generator=seeded(seed), **{**plain, **options})
     return RollingTrajectories(teacher, schedule, pool, own)
 
@@ -77,7 +81,7 @@ def test_picked_states_keep_together(schedule: Schedule) -> None:
 
 def test_noised_pictures_lie_on_the_forward_process(schedule: Schedule) -> None:
     clean = torch.randn(7, *SHAPE, generator=seeded(2))
-    source = NoisedPictures(teacher, schedule, clean, torch.arange(7), SCALES)
+    source = NoisedPictures(teacher, schedule, clean, torch.arange(7), SCALES, 7, 0.5)
     states = source.draw(256, seeded(3))
     a = schedule.alphas_cumprod[states.timestep].reshape(-1, 1, 1, 1)
     noise = (states.latents - a.sqrt() * clean[states.prompt]) / (1 - a).sqrt()
@@ -87,7 +91,7 @@ def test_noised_pictures_lie_on_the_forward_process(schedule: Schedule) -> None:
     assert states.timestep.max() > 900
     assert SCALES[0] <= states.guidance_scale.min()
     assert states.guidance_scale.max() <= SCALES[1]
-    n, c = teacher(states.latents, states.timestep, states.prompt)
+    n, c = teacher(states.latents, states.timestep, states.prompt, states.negative)
     assert torch.equal(states.unconditional, n)
     assert torch.equal(states.conditional, c)
 
@@ -161,7 +165,7 @@ def test_the_student_steps_its_share(schedule: Schedule, share: float) -> None:
 def test_the_teachers_answer_is_kept_for_the_students_states(schedule: Schedule) -> None:
     source = rolling(schedule, student=student, student_share=1.0)
     states = source.draw(12, seeded(1))
-    n, c = teacher(states.latents, states.timestep, states.prompt)
+    n, c = teacher(states.latents, states.timestep, states.prompt, states.negative)
     assert torch.equal(states.unconditional, n)
     assert torch.equal(states.conditional, c)
 
@@ -169,6 +173,20 @@ def test_the_teachers_answer_is_kept_for_the_students_states(schedule: Schedule)
 def test_a_share_is_a_share(schedule: Schedule) -> None:
     source = rolling(schedule, size=2000, student=student, student_share=0.3)
     assert source.pool.own.float().mean() == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_has_other_prompts_as_negative_prompts(schedule: Schedule, share: float) -> None:
+    pool = rolling(schedule, size=2000, negative_share=share).pool
+    assert (pool.negative != NULL).float().mean() == pytest.approx(share, abs=0.05)
+    assert set(pool.negative.tolist()) - {NULL} == (set(range(PROMPTS)) if share else set())
+
+
+def test_a_share_of_negative_prompts_moves_no_other_draw(schedule: Schedule) -> None:
+    """What was trained without them is trained again to the same weights."""
+    with_them, without = rolling(schedule).pool, rolling(schedule, negative_share=0.0).pool
+    for name in ("latents", "length", "prompt", "scale", "own"):
+        assert torch.equal(getattr(with_them, name), getattr(without, name))
 
 
 @pytest.mark.parametrize("steps", [1, 4, 48, 96])
@@ -202,7 +220,7 @@ class Counting:
         self.next += n
         self.draws += 1
         z = number.reshape(-1, 1, 1, 1).float()
-        return GuidanceStates(z, number, number.float(), number, z, z)
+        return GuidanceStates(z, number, number.float(), number, number, z, z)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"next": torch.tensor(self.next)}
@@ -239,9 +257,9 @@ def test_a_ring_smaller_than_a_batch_still_serves() -> None:
 
 
 def sources(schedule: Schedule, seed: int) -> dict[str, Source]:
-    clean = torch.randn(7, *SHAPE, generator=seeded(2))
+    clean, prompt = torch.randn(7, *SHAPE, generator=seeded(2)), torch.arange(7) % PROMPTS
     return {
-        "noised": NoisedPictures(teacher, schedule, clean, torch.arange(7) % PROMPTS, SCALES),
+        "noised": NoisedPictures(teacher, schedule, clean, prompt, SCALES, PROMPTS, 0.5),
         "trajectory": rolling(schedule, seed),
         "student": rolling(schedule, seed, student=student, student_share=0.5),
     }

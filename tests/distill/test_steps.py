@@ -61,8 +61,11 @@ def hooks_of(module: Any) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
-def guided(z: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    tone = (prompt + 1).reshape(-1, 1, 1, 1) * 0.01 + t.reshape(-1, 1, 1, 1) * 1e-4
+def guided(
+    z: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor, negative: torch.Tensor,
+    w: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    tone = (prompt - 0.5 * negative + 1).reshape(-1, 1, 1, 1) * 0.01 + t.reshape(-1, 1, 1, 1) * 1e-4
     return 0.9 * z + w.reshape(-1, 1, 1, 1) * tone
 
 
@@ -72,17 +75,18 @@ def test_the_goal_is_where_two_steps_lead(schedule: Schedule, own: float) -> Non
         return torch.Generator().manual_seed(seed)
 
     pool = Pool(5, SHAPE, (1.5, 6.0), size=12, steps=(4, 4), train_timesteps=1000,
-                generator=seeded(0), student_share=own)  # fmt: skip
+                generator=seeded(0), student_share=own, negative_share=0.5)  # fmt: skip
     source = HalvedTrajectories(guided, schedule, pool, lambda z, *_: torch.zeros_like(z))
     before, slots = pool.latents.clone(), torch.randperm(12, generator=seeded(1))[:6]
     states = source.draw(6, seeded(1))
     fine = [t.expand(6) for t in sampling_timesteps(8)]
     z, prompt, w = before[slots], states.prompt, states.guidance_scale
+    texts = prompt, states.negative
     assert torch.equal(states.latents, z)
-    halfway = schedule.ddim_step(z, guided(z, fine[0], prompt, w), fine[0], fine[1])
-    goal = schedule.ddim_step(halfway, guided(halfway, fine[1], prompt, w), fine[1], fine[2])
+    halfway = schedule.ddim_step(z, guided(z, fine[0], *texts, w), fine[0], fine[1])
+    goal = schedule.ddim_step(halfway, guided(halfway, fine[1], *texts, w), fine[1], fine[2])
     assert torch.equal(states.timestep, fine[0])
-    assert torch.equal(states.untrained, guided(z, fine[0], prompt, w))
+    assert torch.equal(states.untrained, guided(z, fine[0], *texts, w))
     reached = schedule.ddim_step(z, states.target(w), fine[0], fine[2])
     torch.testing.assert_close(reached, goal, atol=1e-4, rtol=1e-4)
     led = schedule.ddim_step(z, torch.zeros_like(z), fine[0], fine[2]) if own else goal
@@ -150,10 +154,11 @@ def test_a_whole_trajectory_of_the_teacher_is_walked(schedule: Schedule) -> None
     pool = Pool(5, SHAPE, (3.0, 3.0), size=1, steps=(3, 3), train_timesteps=1000,
                 generator=generator)  # fmt: skip
     source = HalvedTrajectories(guided, schedule, pool)
-    z, prompt, w = pool.latents.clone(), pool.prompt.clone(), pool.scale.clone()
+    z, w = pool.latents.clone(), pool.scale.clone()
+    texts = pool.prompt.clone(), pool.negative.clone()
     states = [source.draw(1, generator) for _ in range(3)]
     for t, to in pairwise(sampling_timesteps(6)):
-        z = schedule.ddim_step(z, guided(z, t.expand(1), prompt, w), t.expand(1), to.expand(1))
+        z = schedule.ddim_step(z, guided(z, t.expand(1), *texts, w), t.expand(1), to.expand(1))
     last = states[-1]
     end = torch.full((1,), -1)
     reached = schedule.ddim_step(last.latents, last.target(w), last.timestep, end)

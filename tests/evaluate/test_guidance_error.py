@@ -9,6 +9,7 @@ import torch
 from pilotfish.contract import GuideError
 from pilotfish.evaluate.guidance_error import ErrorMeter, guidance_error
 from pilotfish.guides import Guide, TinyGuide
+from pilotfish.passes import NULL
 from pilotfish.sampling import TeacherStep
 
 PROMPTS = ["cat", "a", "b"]
@@ -18,7 +19,8 @@ SHORT = {"num_inference_steps": 2, "guidance_scales": (2.0, 4.0)}
 def step(t: int, seed: int = 0) -> TeacherStep:
     generator = torch.Generator().manual_seed(seed)
     z, conditional, cfg = (torch.randn(2, 4, 3, 3, generator=generator) for _ in range(3))
-    return TeacherStep(z, torch.tensor([t, t]), torch.arange(2), conditional, cfg)
+    times, negative = torch.tensor([t, t]), torch.full((2,), NULL)
+    return TeacherStep(z, times, torch.arange(2), negative, conditional, cfg)
 
 
 def test_a_fresh_guide_is_no_guide(pipe: Any, guide: Guide) -> None:
@@ -41,7 +43,7 @@ def test_a_perfect_answer_has_no_error() -> None:
 
 def test_every_scale_counts_alike_however_large_its_distances() -> None:
     meter, state = ErrorMeter(), step(999)
-    far = TeacherStep(state.latents, state.timestep, state.prompt,
+    far = TeacherStep(state.latents, state.timestep, state.prompt, state.negative,
                       10 * state.conditional, 10 * state.cfg)  # fmt: skip
     meter.update(2.0, state, state.cfg)
     meter.update(7.0, far, far.conditional)

@@ -50,10 +50,10 @@ def null() -> torch.Tensor:
 def predict(
     guide: Guide, unet: UNet2DConditionModel, batch: Batch, w: torch.Tensor = SCALE
 ) -> torch.Tensor:
-    student = GuidedStudent(guide, unet, null())
+    student = GuidedStudent(guide, unet)
     try:
         with torch.no_grad():
-            return student(*batch, w)
+            return student(*batch, null(), w)
     finally:
         student.hooks.remove()
 
@@ -68,12 +68,12 @@ def test_a_fresh_one_changes_nothing(
 
 def test_it_can_learn(fresh: Guide, unet: UNet2DConditionModel, batch: Batch) -> None:
     unet.requires_grad_(False)
-    student = GuidedStudent(fresh, unet, null())
+    student = GuidedStudent(fresh, unet)
     optimizer = torch.optim.Adam(fresh.parameters(), 2e-3)
     with torch.no_grad():
         plain = unet(*batch).sample
     for _ in range(20):
-        (student(*batch, SCALE) - 2 * plain).square().mean().backward()
+        (student(*batch, null(), SCALE) - 2 * plain).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     student.hooks.remove()
@@ -84,8 +84,8 @@ def test_it_can_learn(fresh: Guide, unet: UNet2DConditionModel, batch: Batch) ->
 def test_every_parameter_has_a_part(
     trained: Guide, unet: UNet2DConditionModel, batch: Batch
 ) -> None:
-    student = GuidedStudent(trained, unet, null())
-    student(*batch, SCALE).square().sum().backward()
+    student = GuidedStudent(trained, unet)
+    student(*batch, null(), SCALE).square().sum().backward()
     student.hooks.remove()
     assert not [n for n, p in trained.named_parameters() if p.grad is None]
 

@@ -46,6 +46,8 @@ class TrainingConfig:
     guidance_scale_min: float = 1.0
     guidance_scale_max: float = 8.0
     """w is drawn anew for every sample, uniformly between the two."""
+    negative_share: float = 0.0
+    """Share of the states with another prompt as negative prompt, in place of the null prompt."""
     student_share: float = 0.5
     """Share of the latents that the student steps itself, where the states are partly its own."""
     pool: int = 1024
@@ -80,7 +82,8 @@ class TrainingConfig:
             "guidance_scale_max", "above 1 and at least guidance_scale_min",
         )  # fmt: skip
         self._need(0 <= self.practice_share <= 1, "practice_share", "between 0 and 1")
-        self._need(0 <= self.student_share <= 1, "student_share", "between 0 and 1")
+        for name in ("student_share", "negative_share"):
+            self._need(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self._need(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
         self._need(self.pool >= self.train_batch_size, "pool", "at least train_batch_size")
 

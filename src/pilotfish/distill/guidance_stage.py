@@ -24,7 +24,10 @@ class GuidanceDistillation(Distillation):
         if config.states == "noised":
             latents, prompt = material.pictures()
             scales = (config.guidance_scale_min, config.guidance_scale_max)
-            return NoisedPictures(self.base, material.schedule, latents, prompt, scales)
+            return NoisedPictures(
+                self.base, material.schedule, latents, prompt, scales,
+                len(material.prompts), config.negative_share,
+            )  # fmt: skip
         own = config.states == "student"
         pool = self.pool(
             (config.trajectory_steps_min, config.trajectory_steps_max),

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import torch
 
-from pilotfish.distill.pool import Pool
+from pilotfish.distill.pool import Pool, draw_negatives
 from pilotfish.distill.rolling import Rolling
 from pilotfish.distill.states import Guided, States, TwoPasses
 from pilotfish.guidance import classifier_free_guidance, draw_guidance_scales
@@ -57,16 +57,19 @@ class NoisedPictures:
     Args:
         latents: (M, C, h, w) clean latents.
         prompt: (M,) the prompt index of each.
+        prompts: how many there are.
+        negative_share: as of a :class:`~pilotfish.distill.pool.Pool`.
     """
 
     kind = GuidanceStates
 
     def __init__(
         self, teacher: TwoPasses, schedule: Schedule, latents: torch.Tensor, prompt: torch.Tensor,
-        scales: tuple[float, float],
+        scales: tuple[float, float], prompts: int, negative_share: float = 0.0,
     ) -> None:  # fmt: skip
         self.teacher, self.schedule, self.scales = teacher, schedule, scales
         self.latents, self.prompt = latents, prompt
+        self.prompts, self.negative_share = prompts, negative_share
 
     def draw(self, n: int, generator: torch.Generator) -> GuidanceStates:
         pick = torch.randint(len(self.latents), (n,), generator=generator)
@@ -75,7 +78,9 @@ class NoisedPictures:
         z = self.schedule.add_noise(self.latents[pick], noise, t)
         prompt = self.prompt[pick]
         scale = draw_guidance_scales(n, *self.scales, generator)
-        return GuidanceStates(z, t, scale, prompt, *self.teacher(z, t, prompt))
+        negative = draw_negatives(n, self.prompts, self.negative_share, generator)
+        said = self.teacher(z, t, prompt, negative)
+        return GuidanceStates(z, t, scale, prompt, negative, *said)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {}
@@ -103,7 +108,8 @@ class RollingTrajectories(Rolling):
 
     def teach(self, slots: torch.Tensor) -> tuple[GuidanceStates, torch.Tensor]:
         pool = self.pool
-        z, prompt, scale = pool.latents[slots], pool.prompt[slots], pool.scale[slots]
-        t = pool.timestep(slots)
-        states = GuidanceStates(z, t, scale, prompt, *self.teacher(z, t, prompt))
+        z, t, scale = pool.latents[slots], pool.timestep(slots), pool.scale[slots]
+        prompt, negative = pool.prompt[slots], pool.negative[slots]
+        said = self.teacher(z, t, prompt, negative)
+        states = GuidanceStates(z, t, scale, prompt, negative, *said)
         return states, states.target(scale)

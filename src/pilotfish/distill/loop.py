@@ -107,7 +107,7 @@ class Distillation:
         fine_tunes = [fine_tuned_weights(self.unet, where) for where in config.practice]
         self.practice = PracticeHosts(self.unet, fine_tunes, config.practice_share)
         rate = config.learning_rate or guide.learning_rate * self.rate_factor
-        student = GuidedStudent(guide, self.unet, self.base.null)
+        student = GuidedStudent(guide, self.unet)
         self.hooks = [student.hooks]
         self.learner = Learner(student, config, rate, self.accelerator)
         self.step = self.micro = 0
@@ -133,15 +133,23 @@ class Distillation:
             (config.guidance_scale_min, config.guidance_scale_max), size=config.pool, steps=steps,
             train_timesteps=len(material.schedule.alphas_cumprod),
             generator=self._generator(10**9 - 1), student_share=student_share,
+            negative_share=config.negative_share,
         )  # fmt: skip
+
+    def texts(
+        self, prompt: torch.Tensor, negative: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoder hidden states of both, by their indices, as a student takes them."""
+        return self.base.texts(prompt), self.base.negatives(negative)
 
     @torch.no_grad()
     def own_prediction(
-        self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor, w: torch.Tensor
-    ) -> torch.Tensor:
+        self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor,
+        negative: torch.Tensor, w: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """What the student predicts as it stands, without gradient."""
         student = self.accelerator.unwrap_model(self.learner.student)
-        prediction: torch.Tensor = student(latents, timestep, self.base.texts(prompt), w)
+        prediction: torch.Tensor = student(latents, timestep, *self.texts(prompt, negative), w)
         return prediction.float()
 
     # -- training -----------------------------------------------------------------------
@@ -221,8 +229,8 @@ class Distillation:
         w = self._scales(states, generator).to(self.accelerator.device)
         states = states.to(self.accelerator.device)
         with self.accelerator.accumulate(self.learner.student):
-            texts = self.base.texts(states.prompt)
-            guided = self.learner.student(states.latents, states.timestep, texts, w)
+            texts = self.texts(states.prompt, states.negative)
+            guided = self.learner.student(states.latents, states.timestep, *texts, w)
             target = states.target(w)
             loss = self.loss(guided, target, w, states)
             self._note(loss, guided, target, states)

@@ -69,14 +69,14 @@ class Material:
         return self.pipe.unet.config.in_channels, height, width
 
     @cached_property
-    def prompt_states(self) -> torch.Tensor:
-        """(P, L, D) encoder hidden states of ``prompts``, then of ``held_out``."""
-        return encode_prompts(self.pipe, [*self.prompts, *self.held_out])
+    def texts(self) -> torch.Tensor:
+        """(P, L, D) encoder hidden states of ``prompts``, then of ``held_out``, then of the null
+        prompt."""
+        return encode_prompts(self.pipe, [*self.prompts, *self.held_out, ""])
 
     def base(self) -> FrozenTeacher:
         """The base's two passes, over training and held-out prompts."""
-        null = encode_prompts(self.pipe, [""])
-        return FrozenTeacher(self.pipe.unet, self.prompt_states, null)
+        return FrozenTeacher(self.pipe.unet, self.texts)
 
     @torch.no_grad()
     def pictures(self) -> tuple[torch.Tensor, torch.Tensor]:

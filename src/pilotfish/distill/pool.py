@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from pilotfish.guidance import draw_guidance_scales
+from pilotfish.passes import NULL
 from pilotfish.schedules import sampling_timesteps
 
 
@@ -21,19 +22,23 @@ class Pool:
         steps: (fewest, most) sampling steps of a trajectory, drawn for each.
         train_timesteps: of the noise schedule.
         student_share: of the trajectories, those that the student steps itself.
+        negative_share: of the trajectories, those with another prompt as negative prompt in
+            place of the null prompt.
     """
 
     def __init__(
         self, prompts: int, shape: tuple[int, ...], scales: tuple[float, float], *, size: int,
         steps: tuple[int, int], train_timesteps: int, generator: torch.Generator,
-        student_share: float = 0.0,
+        student_share: float = 0.0, negative_share: float = 0.0,
     ) -> None:  # fmt: skip
         self.prompts, self.shape, self.scales, self.steps = prompts, shape, scales, steps
-        self.train_timesteps, self.student_share = train_timesteps, student_share
+        self.train_timesteps = train_timesteps
+        self.student_share, self.negative_share = student_share, negative_share
         self.latents = torch.empty(size, *shape)
         self.position = torch.zeros(size, dtype=torch.long)
         self.length = torch.zeros(size, dtype=torch.long)
         self.prompt = torch.zeros(size, dtype=torch.long)
+        self.negative = torch.full((size,), NULL)
         self.scale = torch.zeros(size)
         self.own = torch.zeros(size, dtype=torch.bool)
         # where lengths differ, the first trajectories may be as short as one step, so that they
@@ -53,6 +58,7 @@ class Pool:
         self.prompt[slots] = torch.randint(self.prompts, (n,), generator=generator)
         self.scale[slots] = draw_guidance_scales(n, *self.scales, generator)
         self.own[slots] = torch.rand(n, generator=generator) < self.student_share
+        self.negative[slots] = draw_negatives(n, self.prompts, self.negative_share, generator)
 
     def take(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """(n,) slots, or all of them where there are fewer, none twice."""
@@ -77,7 +83,7 @@ class Pool:
         self.position[slots] += 1
         self._begin(slots[self.position[slots] >= self.length[slots]], generator)
 
-    _KEPT = ("latents", "position", "length", "prompt", "scale", "own")
+    _KEPT = ("latents", "position", "length", "prompt", "negative", "scale", "own")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What must be saved."""
@@ -87,3 +93,12 @@ class Pool:
         """Put it back."""
         for name in self._KEPT:
             getattr(self, name).copy_(tensors[name])
+
+
+def draw_negatives(n: int, prompts: int, share: float, generator: torch.Generator) -> torch.Tensor:
+    """(n,) indices of negative prompts: any of the prompts in a ``share`` of them, else null."""
+    negative = torch.full((n,), NULL)
+    if share:
+        drawn = torch.randint(prompts, (n,), generator=generator)
+        negative = torch.where(torch.rand(n, generator=generator) < share, drawn, negative)
+    return negative

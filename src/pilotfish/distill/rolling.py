@@ -38,7 +38,7 @@ class Rolling:
             part = states.pick(own)
             prediction = prediction.clone()
             prediction[own] = self.student(
-                part.latents, part.timestep, part.prompt, part.guidance_scale
+                part.latents, part.timestep, part.prompt, part.negative, part.guidance_scale
             )
         to = self.pool.timestep(slots, ahead=1)
         stepped = self.schedule.ddim_step(states.latents, prediction, states.timestep, to)

@@ -13,10 +13,15 @@ from typing import ClassVar, Protocol, Self
 
 import torch
 
-# (latents, timestep, prompt index) -> the base's (unconditional, conditional) predictions
-TwoPasses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-# (latents, timestep, prompt index, guidance scale) -> a guided prediction
-Guided = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (latents, timestep, prompt, negative prompt) -> the base's (unconditional, conditional)
+# predictions; texts are given by their index
+TwoPasses = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+]
+# (latents, timestep, prompt, negative prompt, guidance scale) -> a guided prediction
+Guided = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class States:
         timestep: (N,) int64.
         guidance_scale: (N,) the scale at which each was being sampled.
         prompt: (N,) int64, index into the prompts.
+        negative: (N,) int64, index of the null or negative prompt.
         any_scale: whether the target is known at every scale, or at its own alone.
     """
 
@@ -37,6 +43,7 @@ class States:
     timestep: torch.Tensor
     guidance_scale: torch.Tensor
     prompt: torch.Tensor
+    negative: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.timestep)

@@ -65,7 +65,7 @@ class StepDistillation(Distillation):
         )
         super().__init__(config, material, student, notice)
         self.teacher.to(self.accelerator.device)
-        self.leading = GuidedStudent(self.teacher, self.unet, self.base.null)
+        self.leading = GuidedStudent(self.teacher, self.unet)
         self.hooks.append(self.leading.hooks)
 
     def source(self) -> Source:
@@ -73,9 +73,10 @@ class StepDistillation(Distillation):
 
         @torch.no_grad()
         def predict(
-            latents: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor, w: torch.Tensor
-        ) -> torch.Tensor:
-            made: torch.Tensor = self.leading(latents, t, self.base.texts(prompt), w)
+            latents: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor, negative: torch.Tensor,
+            w: torch.Tensor,
+        ) -> torch.Tensor:  # fmt: skip
+            made: torch.Tensor = self.leading(latents, t, *self.texts(prompt, negative), w)
             return made.float()
 
         pool = self.pool((self.steps, self.steps), self.config.student_share)

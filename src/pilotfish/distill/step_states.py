@@ -58,11 +58,13 @@ class HalvedTrajectories(Rolling):
 
     def teach(self, slots: torch.Tensor) -> tuple[StepStates, torch.Tensor]:
         pool, step = self.pool, self.schedule.ddim_step
-        z, prompt, scale = pool.latents[slots], pool.prompt[slots], pool.scale[slots]
+        z, scale = pool.latents[slots], pool.scale[slots]
+        prompt, negative = pool.prompt[slots], pool.negative[slots]
         t, between = pool.timestep(slots), pool.timestep(slots, ahead=1, finer=2)
         to = pool.timestep(slots, ahead=1)
-        first = self.teacher(z, t, prompt, scale)
+        first = self.teacher(z, t, prompt, negative, scale)
         halfway = step(z, first, t, between)
-        goal = step(halfway, self.teacher(halfway, between, prompt, scale), between, to)
+        second = self.teacher(halfway, between, prompt, negative, scale)
+        goal = step(halfway, second, between, to)
         prediction = self.schedule.prediction_between(z, goal, t, to)
-        return StepStates(z, t, scale, prompt, prediction, first), prediction
+        return StepStates(z, t, scale, prompt, negative, prediction, first), prediction

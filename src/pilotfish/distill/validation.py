@@ -14,7 +14,7 @@ from pilotfish.data.pictures import to_pixels
 from pilotfish.distill.config import TrainingConfig
 from pilotfish.distill.material import Material
 from pilotfish.guides import Guide
-from pilotfish.passes import FrozenTeacher, GuidedStudent
+from pilotfish.passes import NULL, FrozenTeacher, GuidedStudent
 from pilotfish.sampling import Sample, TeacherStep, cfg_trajectories, sample
 
 SCALES = (2.0, 4.0, 7.0)
@@ -62,18 +62,21 @@ class GuidanceValidation:
             generator = torch.Generator().manual_seed(self.config.seed)
             noise = torch.randn(count, *self.material.latent_shape, generator=generator)
             prompt = torch.arange(first, first + count)
-            walk = cfg_trajectories(self.base, self.material.schedule, prompt, noise, w, STEPS)
+            walk = cfg_trajectories(
+                self.base, self.material.schedule, prompt, torch.full_like(prompt, NULL), noise,
+                w, STEPS,
+            )  # fmt: skip
             self.trajectories[w] = list(walk)
         return self.trajectories[w]
 
     @torch.no_grad()
     def _error(self, guide: Guide, w: float) -> float:
-        student = GuidedStudent(guide, self.material.pipe.unet, self.base.null)
+        student = GuidedStudent(guide, self.material.pipe.unet)
         gap = whole = 0.0
         try:
             for state in self._walk(w):
                 scale, text = torch.full((len(state.latents),), w), self.base.texts(state.prompt)
-                guided = student(state.latents, state.timestep, text, scale)
+                guided = student(state.latents, state.timestep, text, self.base.null, scale)
                 gap += float((guided - state.cfg).pow(2).sum())
                 whole += float((state.conditional - state.cfg).pow(2).sum())
         finally:

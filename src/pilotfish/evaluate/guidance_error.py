@@ -17,7 +17,7 @@ import torch
 from pilotfish.denoisers import fingerprint
 from pilotfish.evaluate.result import GuidanceError
 from pilotfish.guides import Guide
-from pilotfish.passes import FrozenTeacher, GuidedStudent, encode_prompts
+from pilotfish.passes import NULL, FrozenTeacher, GuidedStudent, encode_prompts
 from pilotfish.sampling import TeacherStep, cfg_trajectories
 from pilotfish.schedules import Schedule
 
@@ -69,6 +69,7 @@ def guidance_error(
     num_inference_steps: int = 25,
     seed: int = 0,
     batch_size: int = 32,
+    negative_prompts: Sequence[str] | None = None,
 ) -> GuidanceError:
     """The guidance error of ``guide`` on the denoiser of ``pipe``.
 
@@ -78,34 +79,43 @@ def guidance_error(
         prompts: held out of the guide's training.
         guidance_scales: each w, above 1.
         seed: of the first noise; the same for every w.
+        negative_prompts: one for each prompt; left out, the null prompt.
 
     Raises:
-        ValueError: no prompt, or a w of at most 1, where there is no guidance to miss.
+        ValueError: no prompt, another number of negative prompts, or a w of at most 1, where
+            there is no guidance to miss.
         GuideError: the guide does not fit.
     """
     if not prompts:
         raise ValueError("the guidance error needs at least one prompt")
     if not guidance_scales or min(guidance_scales) <= 1:
         raise ValueError(f"the guidance error is defined for w above 1, not {guidance_scales}")
+    negative_prompts = negative_prompts or [""] * len(prompts)
+    if len(negative_prompts) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(negative_prompts)} negative prompts")
     unet, schedule = pipe.unet, Schedule.of(pipe.scheduler)
     guide.check(fingerprint(unet, schedule.prediction_type))
     guide.to(unet.device, unet.dtype).eval()
-    teacher = FrozenTeacher(unet, encode_prompts(pipe, list(prompts)), encode_prompts(pipe, [""]))
+    texts = [*prompts, *negative_prompts, ""]
+    teacher = FrozenTeacher(unet, encode_prompts(pipe, texts))
+    negative = torch.tensor([NULL if not n else len(prompts) + i
+                             for i, n in enumerate(negative_prompts)])  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(prompts), *latent_shape(pipe), generator=generator)
     noise = noise.to(unet.device, unet.dtype)
     meter = ErrorMeter()
-    student = GuidedStudent(guide, unet, teacher.null)
+    student = GuidedStudent(guide, unet)
     try:
         for w in guidance_scales:
             for index in torch.arange(len(prompts)).split(batch_size):
                 walk = cfg_trajectories(
-                    teacher, schedule, index, noise[index], w, num_inference_steps
-                )
+                    teacher, schedule, index, negative[index], noise[index], w,
+                    num_inference_steps,
+                )  # fmt: skip
                 scale = torch.full((len(index),), float(w))
+                both = teacher.texts(index), teacher.negatives(negative[index])
                 for state in walk:
-                    text = teacher.prompts[index]
-                    guided = student(state.latents, state.timestep, text, scale)
+                    guided = student(state.latents, state.timestep, *both, scale)
                     meter.update(float(w), state, guided)
     finally:
         student.hooks.remove()
