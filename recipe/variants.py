@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pilotfish import embedded
 from pilotfish.distill.config import DistillConfig
 from pilotfish.distill.stages import distill
@@ -21,21 +23,15 @@ from recipe.finetunes import practice_folders
 
 NOTHING = {"push": False, "attention": False, "embedding": False, "rank": 0, "head": 0}
 FORMS: dict[str, dict[str, Any]] = {
+    "tiny": {},
     "external-latents": {"guide": "external", "reads": ("latents",)},
     "external-skips": {"guide": "external", "reads": ("skips",)},
-    "external-both": {"guide": "external", "reads": ("latents", "skips")},
+    "full": {"guide": "full"},
     "tiny-text": {**NOTHING, "push": True},
     "tiny-attention": {**NOTHING, "attention": True},
     "tiny-embedding": {**NOTHING, "embedding": True},
-    "tiny-layers": {**NOTHING, "rank": 28},
-    "tiny-head": {**NOTHING, "head": 48},
-    "tiny-layers-head": {**NOTHING, "rank": 28, "head": 48},
     "tiny-pushes": {"rank": 0, "head": 0},
-    "tiny-no-text": {"push": False},
-    "tiny-no-attention": {"attention": False},
-    "tiny-no-embedding": {"embedding": False},
-    "tiny": {},
-    "full": {"guide": "full"},
+    "tiny-layers-head": {**NOTHING, "rank": 28, "head": 48},
 }
 TRAINING: dict[str, dict[str, Any]] = {
     # "tiny" itself is trained on new states at every step, from trajectories, on the base alone
@@ -44,7 +40,16 @@ TRAINING: dict[str, dict[str, Any]] = {
     "tiny-reuse-4": {"replay_reuse": 4},
     "tiny-pool-64": {"pool": 64},
     "tiny-prompts-429": {"prompts": str(embedded.FOLDER / "prompts" / "captions.txt")},
+    "tiny-negatives": {"negative_share": 0.25},
     "tiny-practice": {"practice": True},
+}
+FURTHER: dict[str, dict[str, Any]] = {
+    "external-both": {"guide": "external", "reads": ("latents", "skips")},
+    "tiny-layers": {**NOTHING, "rank": 28},
+    "tiny-head": {**NOTHING, "head": 48},
+    "tiny-no-text": {"push": False},
+    "tiny-no-attention": {"attention": False},
+    "tiny-no-embedding": {"embedding": False},
 }
 
 
@@ -52,10 +57,10 @@ TRAINING: dict[str, dict[str, Any]] = {
 class VariantsStage:
     """What is compared, and how long each is trained."""
 
-    names: tuple[str, ...] = (*FORMS, *TRAINING)
-    steps: int = 150
+    names: tuple[str, ...] = (*FORMS, *TRAINING, *FURTHER)
+    steps: int = 100
     batch: int = 64
-    prompts: int = 32
+    prompts: int = 24
     num_inference_steps: int = 12
     seed: int = 0
     output: Path = Path("results/variants.json")
@@ -70,7 +75,7 @@ def compare_variants(work: Path, stage: VariantsStage) -> None:
     for name in stage.names:
         if name in rows:
             continue
-        settings = {"states": "trajectory", **(FORMS | TRAINING)[name]}
+        settings = {"states": "trajectory", **(FORMS | TRAINING | FURTHER)[name]}
         if settings.get("practice"):
             settings["practice"] = practice_folders(work)
         folder = work / "variants" / name
@@ -107,8 +112,10 @@ def measure(guide: Guide, held_out: list[str], stage: VariantsStage) -> dict[str
         pipe = found.load()
         if host == "base":
             share = parameters / sum(p.numel() for p in pipe.unet.parameters())
-        error = guidance_error(
-            pipe, guide, held_out, seed=stage.seed, num_inference_steps=stage.num_inference_steps
-        )
+        with torch.autocast("cpu", torch.bfloat16):  # as they were trained
+            error = guidance_error(
+                pipe, guide, held_out, seed=stage.seed,
+                num_inference_steps=stage.num_inference_steps,
+            )  # fmt: skip
         errors[host] = {"mean": error.mean, "by_w": error.by_w}
     return {"parameters": parameters, "share": share, "guidance_error": errors}

@@ -55,7 +55,7 @@ def sample(
     guidance_scale: float,
     num_inference_steps: int = 25,
     guide: Attachable | None = None,
-    negative_prompt: str | None = None,
+    negative_prompts: Sequence[str] | None = None,
     batch_size: int = 32,
     **call: Any,
 ) -> Iterator[Sample]:
@@ -66,14 +66,16 @@ def sample(
         seeds: as many as prompts.
         guidance_scale: w; 1 is no guidance.
         guide: attached while a batch is sampled, if given; else the pipeline runs as it is.
-        negative_prompt: one for all of them.
+        negative_prompts: as many as prompts; left out, the null prompt.
         call: further arguments of the pipeline's call.
 
     Raises:
-        ValueError: prompts and seeds differ in number.
+        ValueError: prompts, seeds or negative prompts differ in number.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    if negative_prompts is not None and len(negative_prompts) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(negative_prompts)} negative prompts")
     pipe.set_progress_bar_config(disable=True)
     for i in range(0, len(prompts), batch_size):
         texts, some = list(prompts[i : i + batch_size]), seeds[i : i + batch_size]
@@ -81,7 +83,7 @@ def sample(
         with guide.attached(pipe) if guide is not None else nullcontext():
             latents = pipe(
                 texts,
-                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts),
+                negative_prompt=negative_prompts and list(negative_prompts[i : i + batch_size]),
                 guidance_scale=guidance_scale,
                 num_inference_steps=num_inference_steps,
                 generator=[torch.Generator().manual_seed(s) for s in some],

@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure a guide on a base and its fine-tunes",
     "compare": "train and measure every method that does without the second pass",
     "steps": "measure quality against the number of sampling steps",
+    "negatives": "measure whether negative prompts still do what they do under CFG",
     "sweep": "measure what CFG alone does, by guidance scale",
     "inspect": "show what a guide adds, and where, from noise to picture",
     "benchmark": "time CFG, a plain pass and a guided pass side by side",

@@ -65,7 +65,8 @@ def main(arguments: Sequence[str]) -> None:
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if config.guidance == "none" else config.guidance_scale,
         num_inference_steps=config.num_inference_steps, batch_size=config.batch_size,
-        guide=network, negative_prompt=config.negative_prompt,
+        guide=network,
+        negative_prompts=config.negative_prompt and [config.negative_prompt] * len(texts),
     )  # fmt: skip
     images = []
     for one in tqdm(made, total=len(texts), desc="sample"):

@@ -26,7 +26,7 @@ from pilotfish.evaluate.metrics import (
 )
 from pilotfish.evaluate.parts import Parts, fingerprint, modules
 from pilotfish.evaluate.result import HostResult, Interval, Result, Run
-from pilotfish.evaluate.scores import Progress, ScoreMeter, real_pictures
+from pilotfish.evaluate.scores import Progress, ScoreMeter, prefixed, real_pictures
 from pilotfish.evaluate.ways import WAYS, cycle, three_ways
 from pilotfish.guides import Guide
 from pilotfish.passes import checksum
@@ -188,7 +188,7 @@ def evaluate(
         if key not in parts.hosts:
             parts.hosts[key] = evaluate_host(
                 pipe, guide, pictures_folder=host.pictures, samples=samples, seed=seed,
-                judge=judge, progress=_prefixed(progress, name), **same, **settings,
+                judge=judge, progress=prefixed(progress, name), **same, **settings,
             )  # fmt: skip
             if file is not None:
                 parts.save(file)
@@ -216,10 +216,3 @@ def _further(
     if clip is not None:
         meters["clip_score"] = {way: ClipScore(clip) for way in WAYS}
     return meters
-
-
-def _prefixed(progress: Progress | None, name: str) -> Progress | None:
-    if progress is None:
-        return None
-    tell = progress
-    return lambda what, done, total: tell(f"{name}: {what}", done, total)

@@ -70,6 +70,7 @@ def guidance_error(
     seed: int = 0,
     batch_size: int = 32,
     negative_prompts: Sequence[str] | None = None,
+    ignoring: bool = False,
 ) -> GuidanceError:
     """The guidance error of ``guide`` on the denoiser of ``pipe``.
 
@@ -80,6 +81,7 @@ def guidance_error(
         guidance_scales: each w, above 1.
         seed: of the first noise; the same for every w.
         negative_prompts: one for each prompt; left out, the null prompt.
+        ignoring: the guide is told the null prompt, whatever CFG is told.
 
     Raises:
         ValueError: no prompt, another number of negative prompts, or a w of at most 1, where
@@ -113,7 +115,8 @@ def guidance_error(
                     num_inference_steps,
                 )  # fmt: skip
                 scale = torch.full((len(index),), float(w))
-                both = teacher.texts(index), teacher.negatives(negative[index])
+                told = torch.full_like(index, NULL) if ignoring else negative[index]
+                both = teacher.texts(index), teacher.negatives(told)
                 for state in walk:
                     guided = student(state.latents, state.timestep, *both, scale)
                     meter.update(float(w), state, guided)

@@ -40,3 +40,11 @@ def real_pictures(pipe: Any, folder: str | Path | None) -> torch.Tensor | None:
         return None
     size = latent_shape(pipe)[1] * int(pipe.vae_scale_factor)
     return from_pixels(load_pictures(folder, size).pixels)
+
+
+def prefixed(progress: Progress | None, name: str) -> Progress | None:
+    """The same progress, told whose it is."""
+    if progress is None:
+        return None
+    tell = progress
+    return lambda what, done, total: tell(f"{name}: {what}", done, total)

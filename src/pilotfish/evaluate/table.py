@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.table import Table
 
+from pilotfish.evaluate.negative import TOLD, NegativeResult
 from pilotfish.evaluate.result import Cost, HostResult, Result, Scores
 from pilotfish.evaluate.steps import StepsResult
 from pilotfish.evaluate.ways import TITLES, WAYS
@@ -183,3 +184,23 @@ def markdown_table(result: Result) -> str:
     plain, guided = result.cost.cfg_over_plain[batch], result.cost.cfg_over_guided[batch]
     lines.append(f"| speed, batch {batch} | {number(plain)}× | 1× | **{number(guided)}×** | | |")
     return "\n".join(lines) + "\n"
+
+
+def negatives_table(result: NegativeResult) -> Table:
+    """One line a host: guidance errors, and how near pictures come to CFG's with the same
+    negative prompt, where the guide is told it and where it is not."""
+    table = Table(title=f"Negative prompts, guide {result.guide.name}")
+    table.add_column("host")
+    for name in ("error, null", "told", "ignoring", "PSNR told / ignoring", "cosine"):
+        table.add_column(name, justify="right")
+    for name, host in result.hosts.items():
+        both = [host.agreement[way] for way in TOLD]
+        table.add_row(
+            name,
+            number(host.null.mean, 3),
+            f"{number(host.told.mean, 3)} ({number(host.ratio)}x)",
+            f"{number(host.ignoring.mean, 3)} ({number(host.ratio_ignoring)}x)",
+            " / ".join(number(a.psnr, 1) for a in both),
+            " / ".join(number(a.cosine) for a in both),
+        )
+    return table

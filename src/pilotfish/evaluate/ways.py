@@ -58,6 +58,7 @@ def cycle(prompts: Sequence[str], samples: int, seed: int) -> tuple[list[str], l
 def draw(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, guidance_scale: float,
     num_inference_steps: int, guide: Attachable | None = None,
+    negative_prompts: Sequence[str] | None = None,
 ) -> Drawn:  # fmt: skip
     """One batch in one way."""
     return Drawn.of(
@@ -65,6 +66,7 @@ def draw(
             sample(
                 pipe, prompts, seeds=seeds, guidance_scale=guidance_scale, guide=guide,
                 num_inference_steps=num_inference_steps, batch_size=len(prompts),
+                negative_prompts=negative_prompts,
             )
         )
     )  # fmt: skip
