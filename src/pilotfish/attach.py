@@ -9,14 +9,37 @@ pipeline asks whether it should run classifier-free guidance. ``detach`` gives t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import BoundArguments, signature
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks
 
 from pilotfish.contract import GuideError, GuideLike
-from pilotfish.denoisers import GuidedPass, Hooks, fingerprint, install
+from pilotfish.denoisers import (
+    GuidedPass,
+    Hooks,
+    fingerprint,
+    heed_hooks,
+    install,
+    is_compiled,
+    uncompiled,
+)
+
+ASKS = "do_classifier_free_guidance"
+"""What a pipeline asks itself, and tells those who prepare its conditions."""
+SECOND_PASS = (
+    "guidance_rescale",
+    "guess_mode",
+    "negative_original_size",
+    "negative_target_size",
+    "negative_crops_coords_top_left",
+    "negative_aesthetic_score",
+)
+"""Arguments of a pipeline's call that act on the second pass only."""
 
 
 class Guided:
@@ -25,13 +48,16 @@ class Guided:
     _pilotfish_guide: GuideLike
     _pilotfish_hooks: Hooks
     _pilotfish_negative: torch.Tensor
+    _pilotfish_pictures: int = 0
     _pilotfish_open: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         guide = self._pilotfish_guide
-        _place_beside(guide, self.unet)  # type: ignore[attr-defined]
-        if kwargs.get("guidance_rescale"):
-            warnings.warn("guidance_rescale has no second pass to act on; ignored", stacklevel=2)
+        _sit(guide, self)
+        call = _bind(super().__call__, args, kwargs)  # type: ignore[misc]
+        _warn_of_arguments(guide, call)
+        if call.arguments.get("callback_on_step_end"):
+            call.arguments["callback_on_step_end"] = _Undoubled(call)
         guided = GuidedPass(
             guide,
             lambda: self.guidance_scale,  # type: ignore[attr-defined]
@@ -41,7 +67,7 @@ class Guided:
         self._pilotfish_open = True
         try:
             with guided.open():
-                return super().__call__(*args, **kwargs)  # type: ignore[misc]
+                return super().__call__(*call.args, **call.kwargs)  # type: ignore[misc]
         finally:
             self._pilotfish_open = False
             self._pilotfish_negative = torch.empty(0)
@@ -53,33 +79,40 @@ class Guided:
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As the pipeline does it, and the negative prompt as well, kept for the guide."""
-        if not self._pilotfish_open or self.guidance_scale <= 1:  # type: ignore[attr-defined]
-            return super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
-        if "do_classifier_free_guidance" in kwargs:
-            kwargs["do_classifier_free_guidance"] = True
-        else:  # prompt, device, num_images_per_prompt, do_classifier_free_guidance, ...
-            args = (*args[:3], True, *args[4:])
-        encoded = super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
-        self._pilotfish_negative = encoded[1]
-        _warn_outside_range(self._pilotfish_guide, self.guidance_scale)  # type: ignore[attr-defined]
+        plain = super().encode_prompt  # type: ignore[misc]
+        if not self._pilotfish_guides:
+            return plain(*args, **kwargs)
+        call = _bind(plain, args, kwargs, **{ASKS: True})
+        encoded = plain(*call.args, **call.kwargs)
+        self._pilotfish_pictures, self._pilotfish_negative = len(encoded[0]), encoded[1]
         return encoded
+
+    def prepare_ip_adapter_image_embeds(self, *args: Any, **kwargs: Any) -> Any:
+        """Those of the pictures alone, given or made together with the negative ones, as with
+        classifier-free guidance."""
+        plain = super().prepare_ip_adapter_image_embeds  # type: ignore[misc]
+        if not self._pilotfish_guides:
+            return plain(*args, **kwargs)
+        call = _bind(plain, args, kwargs, **{ASKS: True})
+        return [both.chunk(2)[1] for both in plain(*call.args, **call.kwargs)]
+
+    @property
+    def _pilotfish_guides(self) -> bool:
+        """Whether a guided call is running, at a scale that needs guidance."""
+        return self._pilotfish_open and self.guidance_scale > 1  # type: ignore[attr-defined,no-any-return]
 
 
 def attach(guide: GuideLike, pipe: Any) -> None:
     """Put ``guide`` on ``pipe``.
 
     Raises:
-        GuideError: the pipeline has no UNet, another guide is attached already, or the
-            guide was made for another denoiser.
+        GuideError: the pipeline does not leave guidance to a guide, another guide is attached
+            already, or the guide was made for another denoiser.
     """
     if isinstance(pipe, Guided):
         raise GuideError("this pipeline has a guide already; detach it first")
-    unet = getattr(pipe, "unet", None)
-    if unet is None or not hasattr(pipe, "encode_prompt"):
-        raise GuideError(f"{type(pipe).__name__} has no UNet with a text prompt to guide")
-    guide.check(fingerprint(unet, pipe.scheduler.config.prediction_type))
     guide.eval()
-    hooks, plain = install(guide, unet), type(pipe)
+    hooks, plain = _fit(guide, pipe), type(pipe)
     pipe.__class__ = type(plain.__name__, (Guided, plain), {"__module__": plain.__module__})
     pipe._pilotfish_guide, pipe._pilotfish_hooks = guide, hooks
 
@@ -108,13 +141,41 @@ def attached(guide: GuideLike, pipe: Any) -> Iterator[Any]:
         detach(guide, pipe)
 
 
+class _Undoubled(MultiPipelineCallbacks):
+    """A callback at the end of a step, of a call in which nothing is doubled.
+
+    Callbacks that end guidance on the way keep of each condition what belongs to the second
+    half of a doubled batch, or its last row. Here there is that half only, and it stays whole.
+    """
+
+    def __init__(self, call: BoundArguments) -> None:
+        super().__init__([call.arguments["callback_on_step_end"]])
+        self.asked = call.arguments.get("callback_on_step_end_tensor_inputs", ["latents"])
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        return getattr(self.callbacks[0], "tensor_inputs", self.asked)
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> Any:
+        before = dict(given)
+        after = super().__call__(pipe, step, timestep, given)
+        return {k: before[k] if _shorter(v, before.get(k)) else v for k, v in after.items()}
+
+
 class _Watch:
-    """Warns once in a call when a guide distilled to few steps is asked for others."""
+    """Refuses a second pass of another kind; warns once in a call when a guide distilled to few
+    steps is asked for others."""
 
     def __init__(self, guide: GuideLike, pipe: Any) -> None:
         self.known, self.pipe = guide.timesteps, pipe
 
-    def __call__(self) -> None:
+    def __call__(self, batch: int) -> None:
+        pictures = self.pipe._pilotfish_pictures
+        if batch != pictures:
+            raise GuideError(
+                f"{type(self.pipe).__name__} runs the denoiser on a batch of {batch} for "
+                f"{pictures} of prompts: turn off what makes passes beside guidance"
+            )
         if self.known is None:
             return
         known, scheduler, self.known = self.known, self.pipe.scheduler, None
@@ -132,16 +193,80 @@ class _Watch:
         )  # fmt: skip
 
 
-def _place_beside(guide: GuideLike, unet: Any) -> None:
-    """Move the guide to the denoiser's device and dtype, if it is not there."""
-    if (guide.device, guide.dtype) != (unet.device, unet.dtype):
-        guide.to(unet.device, unet.dtype)
+def _denoiser(pipe: Any) -> Any:
+    """The UNet of a pipeline that leaves guidance to a guide.
+
+    Raises:
+        GuideError: it does not.
+    """
+    name, unet = type(pipe).__name__, uncompiled(getattr(pipe, "unet", None))
+    if not isinstance(unet, UNet2DConditionModel):
+        raise GuideError(f"{name} has no UNet2DConditionModel, the only denoiser a guide fits")
+    if not hasattr(pipe, "encode_prompt"):
+        raise GuideError(f"{name} has no encode_prompt to give a guide its negative prompt")
+    if not hasattr(type(pipe), ASKS):
+        raise GuideError(f"{name} does not ask {ASKS}, where a guide answers no")
+    if unet.config.time_cond_proj_dim is not None:
+        raise GuideError(
+            "this denoiser takes in the guidance scale itself and makes no second pass, whose "
+            "place a guide could take"
+        )
+    if unet.config.encoder_hid_dim_type not in (None, "ip_image_proj"):
+        raise GuideError(
+            f"this denoiser projects its text once more ({unet.config.encoder_hid_dim_type}), "
+            "which a guide does not"
+        )
+    return unet
 
 
-def _warn_outside_range(guide: GuideLike, scale: float) -> None:
+def _fit(guide: GuideLike, pipe: Any) -> Hooks:
+    """Hooks of a guide on a pipeline's denoiser, if it was made for that."""
+    unet = _denoiser(pipe)
+    guide.check(fingerprint(unet, pipe.scheduler.config.prediction_type))
+    return install(guide, unet)
+
+
+def _sit(guide: GuideLike, pipe: Any) -> None:
+    """Before a call: the guide beside the denoiser, its hooks on the denoiser as it is now."""
+    unet, place = uncompiled(pipe.unet), pipe._execution_device
+    if not pipe._pilotfish_hooks.sit_on(unet):
+        hooks = _fit(guide, pipe)
+        pipe._pilotfish_hooks.remove()
+        pipe._pilotfish_hooks = hooks
+    if is_compiled(pipe.unet):
+        heed_hooks()
+    if (guide.device, guide.dtype) != (place, unet.dtype):
+        guide.to(place, unet.dtype)
+
+
+def _bind(method: Callable[..., Any], args: Any, kwargs: Any, **changes: Any) -> BoundArguments:
+    """The arguments of a method by their names, some of them changed."""
+    call = signature(method).bind(*args, **kwargs)
+    call.arguments |= changes
+    return call
+
+
+def _warn_of_arguments(guide: GuideLike, call: BoundArguments) -> None:
+    """What a call asks for that a guide cannot give."""
+    usual = {name: p.default for name, p in call.signature.parameters.items()}
+    given = usual | call.arguments
+    scale = given["guidance_scale"]
+    if scale <= 1:
+        return
     low, high = guide.guidance_scale_range
     if not low <= scale <= high:
         warnings.warn(
             f"guidance_scale {scale} lies outside [{low}, {high}], where this guide was trained",
-            stacklevel=4,
+            stacklevel=3,
         )
+    for name in SECOND_PASS:
+        if name in given and given[name] != usual[name]:
+            warnings.warn(
+                f"{name} acts on the second pass, and a guide makes none",
+                stacklevel=3,
+            )
+
+
+def _shorter(after: Any, before: Any) -> bool:
+    both = isinstance(after, torch.Tensor) and isinstance(before, torch.Tensor)
+    return both and len(after) < len(before)

@@ -1,5 +1,7 @@
 """One small adapter a denoiser family: which features exist, and where a guide adds to them."""
 
+from pilotfish.denoisers.compiled import heed_hooks, is_compiled, uncompiled
+from pilotfish.denoisers.guided_pass import GuidedPass
 from pilotfish.denoisers.layout import (
     cross_attention_layers,
     decoder_layers,
@@ -8,7 +10,7 @@ from pilotfish.denoisers.layout import (
     skip_channels,
     skip_levels,
 )
-from pilotfish.denoisers.unet import GuidedPass, Hooks, install
+from pilotfish.denoisers.unet import Hooks, install
 
 __all__ = [
     "GuidedPass",
@@ -17,7 +19,10 @@ __all__ = [
     "decoder_layers",
     "embedding_layers",
     "fingerprint",
+    "heed_hooks",
     "install",
+    "is_compiled",
     "skip_channels",
     "skip_levels",
+    "uncompiled",
 ]

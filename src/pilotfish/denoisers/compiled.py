@@ -1,0 +1,30 @@
+"""torch.compile: a compiled denoiser has to notice the hooks of a guide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def uncompiled(unet: Any) -> Any:
+    """The denoiser itself, where ``torch.compile`` has wrapped it."""
+    return getattr(unet, "_orig_mod", unet)
+
+
+def is_compiled(unet: Any) -> bool:
+    """Whether a denoiser, or any part of it, is compiled."""
+    parts = uncompiled(unet).modules()
+    return uncompiled(unet) is not unet or any(m._compiled_call_impl is not None for m in parts)
+
+
+def heed_hooks() -> None:
+    """Compile with regard to hooks, from now on.
+
+    By default ``torch.compile`` takes two modules of one class for the same code, even if only
+    one of them has hooks, and so leaves out some of a guide.
+    """
+    config = torch._dynamo.config
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
