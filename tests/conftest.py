@@ -16,108 +16,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import settings
 from PIL import Image
-from tokenizers import pre_tokenizers
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-)
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from pilotfish.evaluate.features import Judge
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 from pilotfish.schedules import Schedule
+from tests import components
 
 settings.register_profile("pilotfish", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("pilotfish")
 
-WIDTH = 16
-TOKENS = 8
 KINDS = {"tiny": TinyGuide, "external": ExternalGuide, "full": FullGuide}
-
-
-def _unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
-    plain: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
-        "cross_attention_dim": WIDTH,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-        "addition_embed_type": "text",
-        "addition_embed_type_num_heads": 2,
-    }
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(**{**plain, **config}).eval()
-
-
-def _scheduler(prediction_type: str) -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-        timestep_spacing="trailing",
-    )
-
-
-def _tokenizer() -> CLIPTokenizer:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "ca", "cat</w>"]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [("c", "a"), ("ca", "t</w>")]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
-
-
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    torch.manual_seed(1)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        projection_dim=WIDTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config).eval()
-
-
-def _autoencoder() -> AutoencoderKL:
-    torch.manual_seed(2)
-    return AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        sample_size=16,
-        scaling_factor=0.5,
-    ).eval()
 
 
 @pytest.fixture(scope="session")
 def make_unet() -> Callable[..., UNet2DConditionModel]:
     """A function that makes a seeded UNet; keywords change its configuration."""
-    return _unet
+    return components.unet
 
 
 @pytest.fixture(scope="session")
@@ -138,13 +56,13 @@ def make_pipe(
 
     def make(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
         if prediction_type not in _pipelines:
-            tokenizer = _tokenizer()
+            tokenizer = components.tokenizer()
             pipe = StableDiffusionPipeline(
-                vae=_autoencoder(),
-                text_encoder=_text_encoder(tokenizer),
+                vae=components.autoencoder(),
+                text_encoder=components.text_encoder(tokenizer),
                 tokenizer=tokenizer,
-                unet=_unet(),
-                scheduler=_scheduler(prediction_type),
+                unet=components.unet(),
+                scheduler=components.scheduler(prediction_type),
                 safety_checker=None,
                 feature_extractor=None,
                 requires_safety_checker=False,
@@ -155,7 +73,7 @@ def make_pipe(
             **{
                 **plain,
                 "unet": copy.deepcopy(plain["unet"]),
-                "scheduler": _scheduler(prediction_type),
+                "scheduler": components.scheduler(prediction_type),
             },
             requires_safety_checker=False,
         )
@@ -179,7 +97,7 @@ def unet(pipe: StableDiffusionPipeline) -> UNet2DConditionModel:
 @pytest.fixture
 def schedule(prediction_type: str) -> Schedule:
     """The noise schedule of the pipelines, for epsilon and for v prediction."""
-    return Schedule.of(_scheduler(prediction_type))
+    return Schedule.of(components.scheduler(prediction_type))
 
 
 @pytest.fixture(params=sorted(KINDS))

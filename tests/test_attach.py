@@ -279,7 +279,7 @@ def test_detaching_what_is_not_attached_is_refused(trained: Guide, pipe: Pipe) -
 
 
 def test_a_pipeline_without_unet_is_refused(trained: Guide) -> None:
-    with pytest.raises(GuideError, match="dict has no UNet2DConditionModel"):
+    with pytest.raises(GuideError, match="dict cannot take a guide: it has no UNet"):
         trained.attach({})
 
 

@@ -1,0 +1,153 @@
+"""What is tested of a guide on diffusers' pipelines: the tests' parametrisation, and the page
+of the docs that is made of it.
+
+    python -m tests.pipelines.matrix > docs/compatibility.md
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import diffusers
+
+from tests.pipelines.hosts import KINDS
+from tests.pipelines.refused import REFUSED
+
+EVERY = tuple(KINDS)
+XL = tuple(n for n in EVERY if KINDS[n].xl)
+SD = tuple(n for n in EVERY if n not in XL)
+PLAIN = ("SD", "SD, v", "SDXL")
+SOME = ("SD", "SD img2img", "SD ControlNet", "SDXL", "SDXL ControlNet")
+
+
+def taking(*arguments: str) -> tuple[str, ...]:
+    """The pipelines whose call takes these arguments."""
+    calls = {
+        n: inspect.signature(getattr(diffusers, k.pipeline).__call__) for n, k in KINDS.items()
+    }
+    return tuple(n for n, call in calls.items() if set(arguments) <= set(call.parameters))
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One row.
+
+    Attributes:
+        says: what is tested, or what is warned of.
+        pipelines: on which.
+        warns: whether it works with a warning.
+    """
+
+    says: str
+    pipelines: Sequence[str]
+    warns: bool = False
+
+
+STEP_END = taking("callback_on_step_end")
+CUTOFF = tuple(n for n in STEP_END if "depth2img" not in n)
+
+FEATURES = {
+    "one pass": Feature("one denoiser call a step, at batch N", EVERY),
+    "fresh": Feature("an untrained guide is the conditional model, bit for bit", EVERY),
+    "w ≤ 1": Feature("the conditional model, bit for bit, whatever the guide", EVERY),
+    "detach": Feature("CFG is back, bit for bit", EVERY),
+    "shared denoiser": Feature("a plain pipeline on the same denoiser does CFG", EVERY),
+    "negative_prompt": Feature("reaches the guide picture by picture", EVERY),
+    "no negative prompt": Feature("zeros reach the guide, as they do CFG", XL),
+    "num_images_per_prompt": Feature("one call a step at N times as many", EVERY),
+    "prompt_embeds": Feature("given embeddings are as good as prompts", EVERY),
+    "clip_skip": Feature("holds for the prompt; the negative prompt is that of CFG", XL),
+    "callback_on_step_end": Feature("sees and changes the latents", STEP_END),
+    "CFG cutoff": Feature("diffusers' own callback turns the guide off for the rest", CUTOFF),
+    "dynamic CFG": Feature(
+        "a callback that takes `prompt_embeds.chunk(2)[-1]` turns the guide off for the rest",
+        [n for n in CUTOFF if n in SD],
+    ),
+    "IP-Adapter, image": Feature("the picture's embeddings, not doubled", SOME),
+    "IP-Adapter, embeds": Feature("given as for CFG, doubled", SOME),
+    "LoRA": Feature("loaded before or after attaching, the same bit for bit", SOME),
+    "LoRA scale": Feature("`cross_attention_kwargs` reaches the denoiser", SOME),
+    "LoRA unloaded": Feature("the guide is as without it, bit for bit", SOME),
+    "textual inversion": Feature("a learned token in the prompt", SOME[:3]),
+    "DDIMScheduler": Feature("one call a step, fresh is conditional", PLAIN),
+    "DDPMScheduler": Feature("the same", PLAIN),
+    "PNDMScheduler": Feature("the same", PLAIN),
+    "EulerDiscreteScheduler": Feature("the same", PLAIN),
+    "EulerAncestralDiscreteScheduler": Feature("the same", PLAIN),
+    "DPMSolverMultistepScheduler": Feature("the same", PLAIN),
+    "UniPCMultistepScheduler": Feature("the same", PLAIN),
+    "LMSDiscreteScheduler": Feature("the same", PLAIN),
+    "HeunDiscreteScheduler": Feature("the same, with its further calls in between", PLAIN),
+    "LCMScheduler": Feature("the same", PLAIN),
+    "bfloat16": Feature("the guide follows into half precision", SOME),
+    "model offload": Feature("with accelerate's hooks, CPU to CPU", SOME),
+    "sequential offload": Feature("with weights on no device, CPU to CPU", SOME),
+    "attention slicing": Feature("the same pictures, up to rounding", SOME),
+    "fuse_qkv_projections": Feature("the same pictures, up to rounding", SOME),
+    "FreeU": Feature("one call a step, fresh is conditional", SOME),
+    "torch.compile": Feature("before or after attaching, the same up to rounding", ("SD", "SDXL")),
+    "threads": Feature("guided and plain on one denoiser at a time", ("SD", "SDXL")),
+    "save_pretrained": Feature("nothing of the guide is saved", SOME),
+    "from_pipe": Feature("another pipeline from a guided one does CFG", ("SD", "SDXL")),
+    "another denoiser": Feature("`pipe.unet = ...`: guided if it fits, else refused", SOME),
+    "guidance_rescale": Feature("acts on the second pass", taking("guidance_rescale"), True),
+    "guess_mode": Feature(
+        "leaves ControlNet out of the second pass", taking("guess_mode"), True
+    ),
+    "negative_original_size": Feature(
+        "is the second pass's size", taking("negative_original_size"), True
+    ),
+}  # fmt: skip
+
+
+def pipelines(feature: str) -> list[str]:
+    """The pipelines on which a feature is tested."""
+    return list(FEATURES[feature].pipelines)
+
+
+def table(names: Sequence[str]) -> str:
+    """Features down, pipelines across."""
+    rows = [["", *names, "what is tested"], ["---", *[":---:"] * len(names), "---"]]
+    for name, feature in FEATURES.items():
+        mark = "warns" if feature.warns else "✓"
+        marks = [mark if n in feature.pipelines else "" for n in names]
+        if any(marks):
+            rows.append([name, *marks, feature.says])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def page() -> str:
+    """The page of the docs."""
+    count = sum(len(f.pipelines) for f in FEATURES.values() if not f.warns)
+    warning = sum(len(f.pipelines) for f in FEATURES.values() if f.warns)
+    refused = "\n".join(f"| `{name}` | {sentence} |" for name, sentence in REFUSED.items())
+    return f"""# Where a guide works
+
+Every mark on this page is a test in `tests/pipelines`: diffusers' own pipelines on tiny random components, with a tiny guide attached. What is tested is the wiring, not the pictures: {count} cells work, {warning} work with a warning, {len(REFUSED)} pipelines are refused. What has no mark has no test. The page is made from the tests' parametrisation by `python -m tests.pipelines.matrix > docs/compatibility.md`.
+
+A guide fits the denoiser that it was made for: one for Stable Diffusion 1.x works on img2img, ControlNet and the 9 channels of inpainting, and on no SDXL.
+
+## Stable Diffusion
+
+{table(SD)}
+
+## Stable Diffusion XL
+
+{table(XL)}
+
+## Warned of
+
+An argument that acts on the second pass has nothing to act on: the call goes on without its effect there, and says so.
+
+## Refused
+
+| pipeline | with this sentence |
+|---|---|
+{refused}
+"""
+
+
+if __name__ == "__main__":
+    print(page(), end="")

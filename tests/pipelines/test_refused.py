@@ -1,0 +1,65 @@
+"""Pipelines that cannot take a guide, and arguments that have no second pass to act on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pilotfish import GuideError
+from tests.pipelines import hosts, refused
+from tests.pipelines.matrix import pipelines
+
+
+@pytest.mark.parametrize("name", [n for names in refused.WHY.values() for n in names])
+def test_refused_when_attached(name: str) -> None:
+    pipe = refused.build(name)
+    before = set(vars(pipe))
+    with pytest.raises(GuideError) as caught:
+        hosts.guide("SD").attach(pipe)
+    assert str(caught.value) == refused.REFUSED[name]
+    assert (type(pipe).__name__, set(vars(pipe))) == (name, before)
+
+
+@pytest.mark.parametrize(("name", "pipeline"), zip(("SD", "SDXL"), refused.PAG, strict=True))
+def test_perturbed_attention_is_refused_in_a_call(name: str, pipeline: str) -> None:
+    layers = {"pag_applied_layers": ["mid"]}
+    host, guide = hosts.host(name, pipeline, **layers), hosts.guide(name)
+    perturbed = host.draw(pag_scale=3.0)
+    with guide.attached(host.pipe):
+        with pytest.raises(GuideError) as caught:
+            host.draw(pag_scale=3.0)
+        assert str(caught.value) == refused.REFUSED[pipeline]
+        with host.batches() as sizes:
+            host.draw(pag_scale=0.0)
+        assert sizes == [2, 2]
+    assert torch.equal(host.draw(pag_scale=3.0), perturbed)
+
+
+@pytest.mark.parametrize("name", pipelines("guidance_rescale"))
+def test_rescaling_warns(name: str) -> None:
+    host = hosts.host(name)
+    with hosts.guide(name).attached(host.pipe):
+        guided = host.draw()
+        with pytest.warns(UserWarning, match="guidance_rescale acts on the second pass"):
+            assert torch.equal(host.draw(guidance_rescale=0.7), guided)
+
+
+@pytest.mark.parametrize("name", pipelines("guess_mode"))
+def test_guess_mode_warns(name: str) -> None:
+    host = hosts.host(name)
+    conditional = host.draw(guidance_scale=1.0, guess_mode=True)
+    with (
+        hosts.guide(name, trained=False).attached(host.pipe),
+        pytest.warns(UserWarning, match="guess_mode acts on the second pass"),
+    ):
+        assert torch.equal(host.draw(guess_mode=True), conditional)
+
+
+@pytest.mark.parametrize("name", pipelines("negative_original_size"))
+def test_sizes_of_the_second_pass_warn(name: str) -> None:
+    host = hosts.host(name)
+    sizes = {"negative_original_size": (8, 8), "negative_target_size": (8, 8)}
+    with hosts.guide(name).attached(host.pipe):
+        guided = host.draw()
+        with pytest.warns(UserWarning, match="negative_original_size acts on the second pass"):
+            assert torch.equal(host.draw(**sizes), guided)

@@ -1,0 +1,144 @@
+"""How a pipeline is run: its scheduler, its precision, its memory and its speed."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import accelerate
+import diffusers
+import pytest
+import torch
+
+from tests.pipelines import hosts
+from tests.pipelines.hosts import Host
+from tests.pipelines.matrix import FEATURES, pipelines
+
+SCHEDULERS = [
+    pytest.param(name, feature, id=f"{name}-{feature}")
+    for feature in FEATURES
+    if feature.endswith("Scheduler")
+    for name in pipelines(feature)
+]
+
+
+def alone(name: str) -> Host:
+    """A host that shares no component with others."""
+    return hosts.host(name, **copy.deepcopy(hosts.shared(name)))
+
+
+def is_conditional(host: Host, name: str) -> None:
+    """A fresh guide is the conditional model in one pass a step."""
+    with host.batches() as plain:
+        conditional = host.draw(guidance_scale=1.0)
+    with hosts.guide(name, trained=False).attached(host.pipe), host.batches() as sizes:
+        assert torch.equal(host.draw(), conditional)
+    assert sizes == plain
+    with hosts.guide(name).attached(host.pipe):
+        assert not torch.allclose(host.draw(), conditional)
+
+
+@pytest.mark.parametrize(("name", "scheduler"), SCHEDULERS)
+def test_schedulers(name: str, scheduler: str) -> None:
+    host = hosts.host(name)
+    host.pipe.scheduler = getattr(diffusers, scheduler).from_config(host.pipe.scheduler.config)
+    is_conditional(host, name)
+
+
+@pytest.mark.parametrize("name", pipelines("bfloat16"))
+def test_half_precision(name: str) -> None:
+    host, guide = alone(name), hosts.guide(name)
+    host.pipe.to(torch.bfloat16)
+    with guide.attached(host.pipe):
+        assert host.draw().dtype == guide.dtype == torch.bfloat16
+    is_conditional(host, name)
+
+
+@pytest.mark.parametrize("name", pipelines("model offload"))
+def test_the_denoiser_offloaded_as_a_whole(name: str) -> None:
+    host = alone(name)
+    with hosts.guide(name).attached(host.pipe):
+        guided = host.draw()
+        host.pipe.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(host.draw(), guided)
+    is_conditional(host, name)
+
+
+@pytest.mark.parametrize("name", pipelines("sequential offload"))
+def test_the_denoiser_offloaded_layer_by_layer(name: str) -> None:
+    host, guide = alone(name), hosts.guide(name)
+    with guide.attached(host.pipe):
+        guided = host.draw()
+        accelerate.cpu_offload(host.pipe.unet, torch.device("cpu"))
+        assert host.pipe.unet.device.type == "meta"
+        assert torch.equal(host.draw(), guided)
+    assert guide.device.type == "cpu"
+    is_conditional(host, name)
+
+
+@pytest.mark.parametrize("name", pipelines("attention slicing"))
+def test_attention_in_slices(name: str) -> None:
+    host = hosts.host(name)
+    with hosts.guide(name).attached(host.pipe):
+        guided = host.draw()
+        host.pipe.enable_attention_slicing(1)
+        torch.testing.assert_close(host.draw(), guided, atol=1e-3, rtol=1e-3)
+    is_conditional(host, name)
+
+
+@pytest.mark.parametrize("name", pipelines("fuse_qkv_projections"))
+def test_fused_projections(name: str) -> None:
+    host = hosts.host(name)
+    with hosts.guide(name).attached(host.pipe):
+        guided = host.draw()
+        host.pipe.fuse_qkv_projections(vae=False)
+        torch.testing.assert_close(host.draw(), guided, atol=1e-3, rtol=1e-3)
+    is_conditional(host, name)
+
+
+@pytest.mark.parametrize("name", pipelines("FreeU"))
+def test_freeu(name: str) -> None:
+    host = hosts.host(name)
+    host.pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    is_conditional(host, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["attached", "compiled"])
+@pytest.mark.parametrize("name", pipelines("torch.compile"))
+def test_a_compiled_denoiser(name: str, first: str) -> None:
+    torch.compiler.reset()
+    host, guide = hosts.host(name), hosts.guide(name)
+    cfg = host.draw()
+    with guide.attached(host.pipe):
+        guided = host.draw()
+    if first == "compiled":
+        host.pipe.unet = torch.compile(host.pipe.unet, backend="eager")
+        torch.testing.assert_close(host.draw(), cfg)
+    with guide.attached(host.pipe):
+        if first == "attached":
+            host.pipe.unet = torch.compile(host.pipe.unet, backend="eager")
+        torch.testing.assert_close(host.draw(), guided)
+    torch.testing.assert_close(host.draw(), cfg)
+
+
+@pytest.mark.parametrize("name", pipelines("threads"))
+def test_guided_and_plain_threads_share_a_denoiser(name: str) -> None:
+    host = hosts.host(name)
+    both = {"guided": host, "plain": hosts.sibling(host)}
+    drawn: dict[str, torch.Tensor] = {}
+    start = threading.Barrier(2)
+
+    def work(which: str) -> None:
+        start.wait()
+        drawn[which] = both[which].draw(num_inference_steps=6)
+
+    with hosts.guide(name).attached(host.pipe):
+        expected = {which: one.draw(num_inference_steps=6) for which, one in both.items()}
+        threads: list[Any] = [threading.Thread(target=work, args=(which,)) for which in both]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(drawn[which], expected[which]) for which in both)
