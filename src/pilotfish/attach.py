@@ -48,7 +48,6 @@ class Guided:
     _pilotfish_guide: GuideLike
     _pilotfish_hooks: Hooks
     _pilotfish_negative: torch.Tensor
-    _pilotfish_pictures: int = 0
     _pilotfish_open: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +83,7 @@ class Guided:
             return plain(*args, **kwargs)
         call = _bind(plain, args, kwargs, **{ASKS: True})
         encoded = plain(*call.args, **call.kwargs)
-        self._pilotfish_pictures, self._pilotfish_negative = len(encoded[0]), encoded[1]
+        self._pilotfish_negative = encoded[1]
         return encoded
 
     def prepare_ip_adapter_image_embeds(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,11 +169,11 @@ class _Watch:
         self.known, self.pipe = guide.timesteps, pipe
 
     def __call__(self, batch: int) -> None:
-        pictures = self.pipe._pilotfish_pictures
+        pictures = len(self.pipe._pilotfish_negative)
         if batch != pictures:
             raise GuideError(
                 f"{type(self.pipe).__name__} runs the denoiser on a batch of {batch} for "
-                f"{pictures} of prompts: turn off what makes passes beside guidance"
+                f"{pictures} pictures; turn off what makes passes beside guidance, such as PAG"
             )
         if self.known is None:
             return
@@ -199,24 +198,20 @@ def _denoiser(pipe: Any) -> Any:
     Raises:
         GuideError: it does not.
     """
-    name, unet = type(pipe).__name__, uncompiled(getattr(pipe, "unet", None))
+    unet = uncompiled(getattr(pipe, "unet", None))
     if not isinstance(unet, UNet2DConditionModel):
-        raise GuideError(f"{name} has no UNet2DConditionModel, the only denoiser a guide fits")
-    if not hasattr(pipe, "encode_prompt"):
-        raise GuideError(f"{name} has no encode_prompt to give a guide its negative prompt")
-    if not hasattr(type(pipe), ASKS):
-        raise GuideError(f"{name} does not ask {ASKS}, where a guide answers no")
-    if unet.config.time_cond_proj_dim is not None:
-        raise GuideError(
-            "this denoiser takes in the guidance scale itself and makes no second pass, whose "
-            "place a guide could take"
-        )
-    if unet.config.encoder_hid_dim_type not in (None, "ip_image_proj"):
-        raise GuideError(
-            f"this denoiser projects its text once more ({unet.config.encoder_hid_dim_type}), "
-            "which a guide does not"
-        )
-    return unet
+        why = "it has no UNet2DConditionModel"
+    elif not hasattr(pipe, "encode_prompt"):
+        why = "it has no encode_prompt, which makes the negative prompt"
+    elif not hasattr(type(pipe), ASKS):
+        why = f"it does not ask {ASKS} whether to make a second pass"
+    elif unet.config.time_cond_proj_dim is not None:
+        why = "its denoiser takes in the guidance scale and needs no second pass"
+    elif unet.config.encoder_hid_dim_type not in (None, "ip_image_proj"):
+        why = f"its denoiser projects the text once more ({unet.config.encoder_hid_dim_type})"
+    else:
+        return unet
+    raise GuideError(f"{type(pipe).__name__} cannot take a guide: {why}; use it without one")
 
 
 def _fit(guide: GuideLike, pipe: Any) -> Hooks:

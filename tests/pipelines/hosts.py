@@ -14,7 +14,7 @@ import torch
 from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
 from transformers import CLIPTextModelWithProjection
 
-from pilotfish import TinyGuide
+from pilotfish import Guide, TinyGuide
 from tests import components
 
 SIDE = 16
@@ -197,10 +197,10 @@ def shared(name: str) -> dict[str, Any]:
     return made | _helper(name)
 
 
-def guide(name: str, trained: bool = True) -> TinyGuide:
+def guide(name: str, trained: bool = True, kind: type[Guide] = TinyGuide) -> Guide:
     """One for the pipeline's denoiser; trained, every parameter of it has moved."""
     torch.manual_seed(3)
-    made = TinyGuide.for_denoiser(_unet(name), KINDS[name].prediction_type).eval()
+    made = kind.for_denoiser(_unet(name), KINDS[name].prediction_type).eval()
     with torch.no_grad():
         for parameter in made.parameters() if trained else ():
             parameter.add_(0.1 * torch.randn(parameter.shape))

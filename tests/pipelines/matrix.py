@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import diffusers
 
 from tests.pipelines.hosts import KINDS
-from tests.pipelines.refused import REFUSED
+from tests.pipelines.refused import ATTACHED, PAG, UNETS, WHY
 
 EVERY = tuple(KINDS)
 XL = tuple(n for n in EVERY if KINDS[n].xl)
 SD = tuple(n for n in EVERY if n not in XL)
 PLAIN = ("SD", "SD, v", "SDXL")
-SOME = ("SD", "SD img2img", "SD ControlNet", "SDXL", "SDXL ControlNet")
+SOME = ("SD", "SD ControlNet", "SDXL")
+ADAPTED = (*SOME, "SD img2img", "SDXL ControlNet")
 
 
 def taking(*arguments: str) -> tuple[str, ...]:
@@ -65,12 +66,12 @@ FEATURES = {
         "a callback that takes `prompt_embeds.chunk(2)[-1]` turns the guide off for the rest",
         [n for n in CUTOFF if n in SD],
     ),
-    "IP-Adapter, image": Feature("the picture's embeddings, not doubled", SOME),
-    "IP-Adapter, embeds": Feature("given as for CFG, doubled", SOME),
-    "LoRA": Feature("loaded before or after attaching, the same bit for bit", SOME),
-    "LoRA scale": Feature("`cross_attention_kwargs` reaches the denoiser", SOME),
-    "LoRA unloaded": Feature("the guide is as without it, bit for bit", SOME),
-    "textual inversion": Feature("a learned token in the prompt", SOME[:3]),
+    "IP-Adapter, image": Feature("the picture's embeddings, not doubled", ADAPTED),
+    "IP-Adapter, embeds": Feature("given as for CFG, doubled", ADAPTED),
+    "LoRA": Feature("loaded before or after attaching, the same bit for bit", ADAPTED),
+    "LoRA scale": Feature("`cross_attention_kwargs` reaches the denoiser", ADAPTED),
+    "LoRA unloaded": Feature("the guide is as before, up to rounding", ADAPTED),
+    "textual inversion": Feature("a learned token in the prompt", SOME[:2]),
     "DDIMScheduler": Feature("one call a step, fresh is conditional", PLAIN),
     "DDPMScheduler": Feature("the same", PLAIN),
     "PNDMScheduler": Feature("the same", PLAIN),
@@ -87,11 +88,13 @@ FEATURES = {
     "attention slicing": Feature("the same pictures, up to rounding", SOME),
     "fuse_qkv_projections": Feature("the same pictures, up to rounding", SOME),
     "FreeU": Feature("one call a step, fresh is conditional", SOME),
-    "torch.compile": Feature("before or after attaching, the same up to rounding", ("SD", "SDXL")),
+    "torch.compile": Feature("before or after attaching, the same up to rounding", ("SD",)),
     "threads": Feature("guided and plain on one denoiser at a time", ("SD", "SDXL")),
     "save_pretrained": Feature("nothing of the guide is saved", SOME),
     "from_pipe": Feature("another pipeline from a guided one does CFG", ("SD", "SDXL")),
     "another denoiser": Feature("`pipe.unet = ...`: guided if it fits, else refused", SOME),
+    "ExternalGuide": Feature("fresh it is conditional, trained it is not, one call a step", SOME),
+    "FullGuide": Feature("the same", SOME),
     "guidance_rescale": Feature("acts on the second pass", taking("guidance_rescale"), True),
     "guess_mode": Feature(
         "leaves ControlNet out of the second pass", taking("guess_mode"), True
@@ -102,6 +105,43 @@ FEATURES = {
 }  # fmt: skip
 
 
+PAGE = """\
+# Where a guide works
+
+Every mark on this page is a test in `tests/pipelines`: diffusers' own pipelines on tiny random \
+components, with a tiny guide attached. It is the wiring that is tested, not the pictures: \
+{works} cells work, {warns} work with a warning, {refuses} pipelines are refused. What has no mark \
+has no test. The page is made of the tests' parametrisation by \
+`python -m tests.pipelines.matrix > docs/compatibility.md`.
+
+A guide is made for one denoiser and works in all pipelines around it. A pipeline whose denoiser \
+differs in shape needs a guide of its own.
+
+## Stable Diffusion
+
+{sd}
+
+## Stable Diffusion XL
+
+{xl}
+
+## Warned of
+
+An argument that acts on the second pass has none to act on. The call goes on without that \
+effect and warns.
+
+## Refused
+
+When a guide is attached: such a pipeline "cannot take a guide".
+
+| because | pipelines |
+|---|---|
+{refused}
+
+In a call, as long as `pag_scale` is above 0: {pag}.
+"""
+
+
 def pipelines(feature: str) -> list[str]:
     """The pipelines on which a feature is tested."""
     return list(FEATURES[feature].pipelines)
@@ -109,7 +149,7 @@ def pipelines(feature: str) -> list[str]:
 
 def table(names: Sequence[str]) -> str:
     """Features down, pipelines across."""
-    rows = [["", *names, "what is tested"], ["---", *[":---:"] * len(names), "---"]]
+    rows = [["", *names, "what is tested"], ["---", *[":-:"] * len(names), "---"]]
     for name, feature in FEATURES.items():
         mark = "warns" if feature.warns else "✓"
         marks = [mark if n in feature.pipelines else "" for n in names]
@@ -118,35 +158,21 @@ def table(names: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def shown(name: str) -> str:
+    """A refused pipeline, and what it is refused with."""
+    config = ", ".join(f"`{k}={v}`" for k, v in UNETS.get(name, {}).items())
+    return f"`{name}`" + (f" with {config}" if config else "")
+
+
 def page() -> str:
     """The page of the docs."""
-    count = sum(len(f.pipelines) for f in FEATURES.values() if not f.warns)
-    warning = sum(len(f.pipelines) for f in FEATURES.values() if f.warns)
-    refused = "\n".join(f"| `{name}` | {sentence} |" for name, sentence in REFUSED.items())
-    return f"""# Where a guide works
-
-Every mark on this page is a test in `tests/pipelines`: diffusers' own pipelines on tiny random components, with a tiny guide attached. What is tested is the wiring, not the pictures: {count} cells work, {warning} work with a warning, {len(REFUSED)} pipelines are refused. What has no mark has no test. The page is made from the tests' parametrisation by `python -m tests.pipelines.matrix > docs/compatibility.md`.
-
-A guide fits the denoiser that it was made for: one for Stable Diffusion 1.x works on img2img, ControlNet and the 9 channels of inpainting, and on no SDXL.
-
-## Stable Diffusion
-
-{table(SD)}
-
-## Stable Diffusion XL
-
-{table(XL)}
-
-## Warned of
-
-An argument that acts on the second pass has nothing to act on: the call goes on without its effect there, and says so.
-
-## Refused
-
-| pipeline | with this sentence |
-|---|---|
-{refused}
-"""
+    works = sum(len(f.pipelines) for f in FEATURES.values() if not f.warns)
+    warns = sum(len(f.pipelines) for f in FEATURES.values() if f.warns)
+    refused = "\n".join(f"| {why} | {', '.join(map(shown, names))} |" for why, names in WHY.items())
+    return PAGE.format(
+        works=works, warns=warns, refuses=len(ATTACHED) + len(PAG), sd=table(SD), xl=table(XL),
+        refused=refused, pag=", ".join(map(shown, PAG)),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pipelines that a guide does not work on, and the sentence with which each is refused."""
+"""Pipelines that a guide does not work on, and why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ WHY = {
     "it has no encode_prompt, which makes the negative prompt": (
         "StableDiffusionInstructPix2PixPipeline",
         "StableDiffusionImageVariationPipeline",
-        "StableVideoDiffusionPipeline",
     ),
     "it does not ask do_classifier_free_guidance whether to make a second pass": (
         "StableDiffusionXLInstructPix2PixPipeline",
@@ -37,29 +36,31 @@ WHY = {
     ),
     "its denoiser projects the text once more (text_proj)": ("StableDiffusionXLPipeline",),
 }
-PAG = (
-    "StableDiffusionPAGPipeline",
-    "StableDiffusionXLPAGPipeline",
-)
-"""These are refused in a call, and only if ``pag_scale`` is above 0."""
-
 UNETS = {
     "LatentConsistencyModelPipeline": {"time_cond_proj_dim": 8},
     "StableDiffusionXLPipeline": {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 8},
 }
-REFUSED = {
-    name: f"{name} cannot take a guide: {why}; use it without one"
-    for why, names in WHY.items()
-    for name in names
-} | {
-    name: f"{name} runs the denoiser on a batch of 4 for 2 pictures: turn off what makes passes "
-    "beside guidance, as pag_scale does"
-    for name in PAG
-}
+"""What is particular in the UNet's configuration."""
+
+PAG = ("StableDiffusionPAGPipeline", "StableDiffusionXLPAGPipeline")
+"""Refused in a call, where ``pag_scale`` is above 0."""
+
+ATTACHED = [(name, why) for why, names in WHY.items() for name in names]
+"""Refused when a guide is attached."""
+
+
+def sentence(name: str, why: str = "") -> str:
+    """With which a pipeline is refused."""
+    if name in PAG:
+        return (
+            f"{name} runs the denoiser on a batch of 4 for 2 pictures; turn off what makes "
+            "passes beside guidance, such as PAG"
+        )
+    return f"{name} cannot take a guide: {why}; use it without one"
 
 
 def build(name: str) -> Any:
-    """A pipeline that has a scheduler and, if it takes one, a UNet, and nothing else."""
+    """A pipeline of this class that has a scheduler, a UNet if it takes one, and nothing else."""
     kind = getattr(diffusers, name)
     parameters = inspect.signature(kind.__init__).parameters.values()
     parts: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""How a pipeline is run: its scheduler, its precision, its memory and its speed."""
+"""How a pipeline is run: its scheduler, its guide, its precision, memory and speed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 
+from pilotfish import ExternalGuide, FullGuide, Guide, TinyGuide
 from tests.pipelines import hosts
 from tests.pipelines.hosts import Host
 from tests.pipelines.matrix import FEATURES, pipelines
@@ -28,22 +29,33 @@ def alone(name: str) -> Host:
     return hosts.host(name, **copy.deepcopy(hosts.shared(name)))
 
 
-def is_conditional(host: Host, name: str) -> None:
+def is_conditional(host: Host, name: str, kind: type[Guide] = TinyGuide) -> None:
     """A fresh guide is the conditional model in one pass a step."""
     with host.batches() as plain:
         conditional = host.draw(guidance_scale=1.0)
-    with hosts.guide(name, trained=False).attached(host.pipe), host.batches() as sizes:
+    with hosts.guide(name, False, kind).attached(host.pipe), host.batches() as sizes:
         assert torch.equal(host.draw(), conditional)
     assert sizes == plain
-    with hosts.guide(name).attached(host.pipe):
+    with hosts.guide(name, kind=kind).attached(host.pipe):
         assert not torch.allclose(host.draw(), conditional)
 
 
 @pytest.mark.parametrize(("name", "scheduler"), SCHEDULERS)
 def test_schedulers(name: str, scheduler: str) -> None:
     host = hosts.host(name)
-    host.pipe.scheduler = getattr(diffusers, scheduler).from_config(host.pipe.scheduler.config)
+    config = host.pipe.scheduler.config | {"skip_prk_steps": True}  # as PNDM's own has it
+    host.pipe.scheduler = getattr(diffusers, scheduler).from_config(config)
     is_conditional(host, name)
+
+
+@pytest.mark.parametrize("name", pipelines("ExternalGuide"))
+def test_an_external_guide(name: str) -> None:
+    is_conditional(hosts.host(name), name, ExternalGuide)
+
+
+@pytest.mark.parametrize("name", pipelines("FullGuide"))
+def test_a_full_guide(name: str) -> None:
+    is_conditional(hosts.host(name), name, FullGuide)
 
 
 @pytest.mark.parametrize("name", pipelines("bfloat16"))
