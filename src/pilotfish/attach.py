@@ -54,7 +54,7 @@ class Guided:
         guide = self._pilotfish_guide
         _sit(guide, self)
         call = _bind(super().__call__, args, kwargs)  # type: ignore[misc]
-        _warn_of_arguments(guide, call)
+        _warn_of_arguments(guide, call, self)
         if call.arguments.get("callback_on_step_end"):
             call.arguments["callback_on_step_end"] = _Undoubled(call)
         guided = GuidedPass(
@@ -110,8 +110,8 @@ def attach(guide: GuideLike, pipe: Any) -> None:
     """
     if isinstance(pipe, Guided):
         raise GuideError("this pipeline has a guide already; detach it first")
-    guide.eval()
     hooks, plain = _fit(guide, pipe), type(pipe)
+    guide.eval()
     pipe.__class__ = type(plain.__name__, (Guided, plain), {"__module__": plain.__module__})
     pipe._pilotfish_guide, pipe._pilotfish_hooks = guide, hooks
 
@@ -241,10 +241,13 @@ def _bind(method: Callable[..., Any], args: Any, kwargs: Any, **changes: Any) ->
     return call
 
 
-def _warn_of_arguments(guide: GuideLike, call: BoundArguments) -> None:
+def _warn_of_arguments(guide: GuideLike, call: BoundArguments, pipe: Any) -> None:
     """What a call asks for that a guide cannot give."""
     usual = {name: p.default for name, p in call.signature.parameters.items()}
     given = usual | call.arguments
+    if "guess_mode" in given:  # some ControlNets ask for it themselves
+        nets = getattr(pipe.controlnet, "nets", [pipe.controlnet])
+        given["guess_mode"] |= any(n.config.get("global_pool_conditions") for n in nets)
     scale = given["guidance_scale"]
     if scale <= 1:
         return

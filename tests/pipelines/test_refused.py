@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -53,6 +55,16 @@ def test_guess_mode_warns(name: str) -> None:
         pytest.warns(UserWarning, match="guess_mode acts on the second pass"),
     ):
         assert torch.equal(host.draw(guess_mode=True), conditional)
+
+
+def test_a_controlnet_that_guesses_by_itself_warns() -> None:
+    host = hosts.host("SD ControlNet", **copy.deepcopy(hosts.shared("SD ControlNet")))
+    host.pipe.controlnet.register_to_config(global_pool_conditions=True)
+    with (
+        hosts.guide("SD ControlNet").attached(host.pipe),
+        pytest.warns(UserWarning, match="guess_mode acts on the second pass"),
+    ):
+        host.draw()
 
 
 @pytest.mark.parametrize("name", pipelines("negative_original_size"))
