@@ -49,7 +49,9 @@ def test_saved_and_loaded_it_is_the_same(
     with trained.attached(pipe):
         expected = draw(pipe)
     with again.attached(pipe):
-        assert torch.equal(draw(pipe), expected)
+        made = draw(pipe)
+    # a file may lay weights at other addresses, and kernels choose their order of sums by them
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_the_folder_is_diffusers_own_form(trained: Guide, folder: Path) -> None:
