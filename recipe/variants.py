@@ -43,6 +43,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "tiny-negatives": {"negative_share": 0.25},
     "tiny-practice": {"practice": True},
 }
+# further forms, last, so that a run which is cut off has the others
 FURTHER: dict[str, dict[str, Any]] = {
     "external-both": {"guide": "external", "reads": ("latents", "skips")},
     "tiny-layers": {**NOTHING, "rank": 28},
@@ -68,9 +69,8 @@ class VariantsStage:
 
 def compare_variants(work: Path, stage: VariantsStage) -> None:
     """Train each, measure its guidance error on every host, write JSON, print the table."""
-    rows: dict[str, Any] = {}
-    if stage.output.is_file():
-        rows = json.loads(stage.output.read_text())["variants"]
+    run = {k: v for k, v in asdict(stage).items() if k not in ("names", "output")}
+    rows = measured(stage.output, run)
     held_out = embedded.prompts("held_out")[: stage.prompts]
     for name in stage.names:
         if name in rows:
@@ -88,20 +88,31 @@ def compare_variants(work: Path, stage: VariantsStage) -> None:
             )
         )  # fmt: skip
         rows[name] = measure(guide, held_out, stage)
-        run = {k: v for k, v in asdict(stage).items() if k not in ("names", "output")}
-        run |= {
-            "command": "python -m recipe variants",
-            "machine": machine(),
-            "versions": versions(),
-        }
+        how = {"command": "python -m recipe variants", "machine": machine(), "versions": versions()}
         stage.output.parent.mkdir(parents=True, exist_ok=True)
-        stage.output.write_text(json.dumps({"variants": rows, "run": run}, indent=2) + "\n")
+        stage.output.write_text(json.dumps({"variants": rows, "run": run | how}, indent=2) + "\n")
     hosts = list(embedded.HOSTS)
     print("| variant | parameters |", " | ".join(hosts), "|")
     print("|---|---:|" + "---:|" * len(hosts))
     for name, row in rows.items():
         errors = " | ".join(f"{row['guidance_error'][host]['mean']:.3f}" for host in hosts)
         print(f"| {name} | {100 * row['share']:.2f} % | {errors} |")
+
+
+def measured(output: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The rows of an earlier run to go on from, if there are any.
+
+    Raises:
+        ValueError: they are of other settings, and one table cannot hold both.
+    """
+    if not output.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(output.read_text())
+    differs = [k for k, v in run.items() if found["run"].get(k) != v]
+    if differs:
+        raise ValueError(f"{output} was made with another {differs[0]}; move it away to begin anew")
+    rows: dict[str, Any] = found["variants"]
+    return rows
 
 
 def measure(guide: Guide, held_out: list[str], stage: VariantsStage) -> dict[str, Any]:
@@ -112,7 +123,7 @@ def measure(guide: Guide, held_out: list[str], stage: VariantsStage) -> dict[str
         pipe = found.load()
         if host == "base":
             share = parameters / sum(p.numel() for p in pipe.unet.parameters())
-        with torch.autocast("cpu", torch.bfloat16):  # as they were trained
+        with torch.autocast(pipe.device.type, torch.bfloat16):  # as they were trained
             error = guidance_error(
                 pipe, guide, held_out, seed=stage.seed,
                 num_inference_steps=stage.num_inference_steps,

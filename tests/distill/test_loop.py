@@ -93,6 +93,30 @@ def test_half_precision_resumes_and_leaves_the_guide_whole(
     assert same(whole, train(plain, material("v_prediction"))) == (precision == "no")
 
 
+def test_the_student_is_shown_the_negative_prompts_of_its_states(
+    config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[torch.Tensor, torch.Tensor]] = []
+    plain = GuidanceDistillation.texts
+
+    def texts(self: Any, prompt: torch.Tensor, negative: torch.Tensor) -> Any:
+        both = plain(self, prompt, negative)
+        shown.append((negative, both[1]))
+        return both
+
+    monkeypatch.setattr(GuidanceDistillation, "texts", texts)
+    given = material("epsilon")
+    with_them = train(replace(config, negative_share=1.0), given)
+    for negative, states in shown:
+        assert (negative >= 0).all()
+        assert torch.equal(states, given.texts[negative])
+    assert len(shown) == config.max_train_steps
+    elsewhere = replace(config, output_dir=f"{config.output_dir}-null")
+    assert not same(with_them, train(elsewhere, given))
+    with pytest.raises(ConfigError, match="negative prompts"):
+        train(replace(config, negative_share=0.5, resume="latest"), given)
+
+
 def test_another_seed_gives_other_weights(
     config: DistillConfig, material: Callable[[str], Material], tmp_path: Path
 ) -> None:

@@ -349,7 +349,8 @@ class Distillation:
             raise ConfigError(f"{path} was trained on another base; its checksum differs")
         if checkpoint.facts.get("what") != self._what():
             raise ConfigError(
-                f"{path} is of another kind of guide, another stage, or other practice"
+                f"{path} is of another kind of guide, another stage, or other practice or "
+                "negative prompts"
             )
         self._load(checkpoint)
         self.notice(f"resumed from {path} at step {self.step}")
@@ -359,7 +360,7 @@ class Distillation:
         config = {k: v for k, v in self.guide.config.items() if not k.startswith("_")}
         what = {
             "measure": self.measure, "guide": type(self.guide).__name__, "config": config,
-            "practice": self.config.practice,
+            "practice": self.config.practice, "negative_share": self.config.negative_share,
         }  # fmt: skip
         plain: dict[str, Any] = json.loads(json.dumps(what))
         return plain
