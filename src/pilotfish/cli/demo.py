@@ -31,8 +31,8 @@ class DemoConfig:
     """Distil a guide from nothing for a few minutes, measure it and the shipped one on the base
     and on three fine-tunes that neither has seen, and write a report with pictures."""
 
-    max_train_steps: int = 200
-    samples: int = 64
+    max_train_steps: int = 150
+    samples: int = 48
     """Pictures for each host and way of guidance."""
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
