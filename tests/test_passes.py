@@ -9,22 +9,23 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from pilotfish.contract import PromptEmbeds
 from pilotfish.guides import FullGuide, Guide
 from pilotfish.passes import (
-    NULL,
     FrozenTeacher,
     GuidedStudent,
     checkpoint_in_context,
     checksum,
-    encode_prompts,
     guidance_error,
 )
+from pilotfish.prompts import NULL, PromptTable, some_or_one
 
 
 @pytest.fixture
-def states() -> tuple[torch.Tensor, torch.Tensor]:
-    both = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(8))
-    return both[:3], both[3:]
+def prompts() -> PromptTable:
+    """Three, and the null prompt."""
+    generator = torch.Generator().manual_seed(8)
+    return PromptTable(PromptEmbeds(torch.randn(4, 8, 16, generator=generator)))
 
 
 @pytest.fixture
@@ -34,63 +35,61 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_the_teacher_makes_both_predictions_in_one_call(
-    unet: UNet2DConditionModel, states: Any, batch: Any, batches: Callable[..., Any]
+    unet: UNet2DConditionModel, prompts: PromptTable, batch: Any, batches: Callable[..., Any]
 ) -> None:
-    prompts, null = states
     z, t, prompt = batch
     with batches(unet) as sizes:
-        teacher = FrozenTeacher(unet, torch.cat([prompts, null]))
+        teacher = FrozenTeacher(unet, prompts)
         unconditional, conditional = teacher(z, t, prompt, torch.tensor([NULL, 1]))
     assert sizes == [4]
     with torch.no_grad():
-        n = unet(z, t, torch.cat([null, prompts[1:2]])).sample
-        c = unet(z, t, prompts[prompt]).sample
+        n = unet(z, t, prompts(torch.tensor([NULL, 1])).hidden_states).sample
+        c = unet(z, t, prompts(prompt).hidden_states).sample
     torch.testing.assert_close(unconditional, n)
     torch.testing.assert_close(conditional, c)
 
 
-def test_the_teacher_is_frozen(unet: UNet2DConditionModel, states: Any) -> None:
-    FrozenTeacher(unet.train(), torch.cat(states))
+def test_the_teacher_is_frozen(unet: UNet2DConditionModel, prompts: PromptTable) -> None:
+    FrozenTeacher(unet.train(), prompts)
     assert not unet.training
     assert not any(p.requires_grad for p in unet.parameters())
 
 
 def test_a_fresh_student_is_the_conditional_model(
-    fresh: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+    fresh: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
 ) -> None:
-    prompts, null = states
     z, t, prompt = batch
     student = GuidedStudent(fresh, unet)
     with torch.no_grad():
-        guided = student(z, t, prompts[prompt], null, torch.tensor([3.0, 7.5]))
-        plain = unet(z, t, prompts[prompt]).sample
+        guided = student(z, t, prompts(prompt), prompts.null, torch.tensor([3.0, 7.5]))
+        plain = unet(z, t, prompts(prompt).hidden_states).sample
     assert torch.equal(guided, plain)
 
 
 def test_scale_one_is_the_conditional_model_and_others_are_not(
-    trained: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+    trained: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
 ) -> None:
-    prompts, null = states
     z, t, prompt = batch
     student = GuidedStudent(trained, unet)
     with torch.no_grad():
-        guided = student(z, t, prompts[prompt], null, torch.tensor([1.0, 4.0]))
-        plain = unet(z, t, prompts[prompt]).sample
+        guided = student(z, t, prompts(prompt), prompts.null, torch.tensor([1.0, 4.0]))
+        plain = unet(z, t, prompts(prompt).hidden_states).sample
     assert torch.equal(guided[0], plain[0])
     assert not torch.allclose(guided[1], plain[1])
 
 
 def test_gradient_checkpointing_changes_no_gradient(
-    trained: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+    trained: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
 ) -> None:
     """It runs parts of the pass again when the guided pass is long over."""
-    prompts, null = states
     z, t, prompt = batch
     student = GuidedStudent(trained, unet.requires_grad_(False))
 
     def gradients() -> list[torch.Tensor]:
         trained.zero_grad()
-        student(z, t, prompts[prompt], null, torch.tensor([3.0, 7.5])).pow(2).mean().backward()
+        student(z, t, prompts(prompt), prompts.null, torch.tensor([3.0, 7.5])).pow(
+            2
+        ).mean().backward()
         return [p.grad.clone() for p in trained.parameters() if p.grad is not None]
 
     plain = gradients()
@@ -100,53 +99,50 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 def test_every_sample_has_its_own_scale(
-    trained: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+    trained: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
 ) -> None:
-    prompts, null = states
     z, t, prompt = batch
     student = GuidedStudent(trained, unet)
     with torch.no_grad():
-        together = student(z, t, prompts[prompt], null, torch.tensor([2.5, 2.75]))
+        together = student(z, t, prompts(prompt), prompts.null, torch.tensor([2.5, 2.75]))
         for i, w in enumerate((2.5, 2.75)):
             one = slice(i, i + 1)
-            alone = student(z[one], t[one], prompts[prompt][one], null, torch.tensor([w]))
+            alone = student(z[one], t[one], prompts(prompt[one]), prompts.null, torch.tensor([w]))
             torch.testing.assert_close(together[one], alone)
-        other = student(z, t, prompts[prompt], null, torch.tensor([2.75, 2.75]))
+        other = student(z, t, prompts(prompt), prompts.null, torch.tensor([2.75, 2.75]))
     assert not torch.allclose(together[0], other[0], rtol=0, atol=1e-7)
 
 
 def test_every_sample_has_its_own_negative_prompt(
-    trained: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+    trained: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
 ) -> None:
-    prompts, null = states
     z, t, prompt = batch
-    teacher, scale = FrozenTeacher(unet, torch.cat(states)), torch.tensor([3.0, 7.5])
+    scale = torch.tensor([3.0, 7.5])
     student = GuidedStudent(trained, unet)
     negative = torch.tensor([NULL, 1])
     with torch.no_grad():
-        together = student(z, t, prompts[prompt], teacher.negatives(negative), scale)
-        for i, text in enumerate((null, prompts[1:2])):
+        together = student(z, t, prompts(prompt), some_or_one(prompts, negative), scale)
+        for i, text in enumerate((prompts.null, prompts(torch.tensor([1])))):
             one = slice(i, i + 1)
-            alone = student(z[one], t[one], prompts[prompt][one], text, scale[one])
+            alone = student(z[one], t[one], prompts(prompt[one]), text, scale[one])
             torch.testing.assert_close(together[one], alone)
-        plain = student(z, t, prompts[prompt], null, scale)
+        plain = student(z, t, prompts(prompt), prompts.null, scale)
     # the paper's full guide is a copy of the encoder, which knows of no negative prompt
     ignored = torch.allclose(together[1], plain[1], rtol=0, atol=1e-7)
     assert ignored == isinstance(trained, FullGuide)
-    assert teacher.negatives(torch.full((2,), NULL)).shape[0] == 1
+    assert len(some_or_one(prompts, torch.full((2,), NULL))) == 1
 
 
 def test_only_the_guide_is_trained(
-    fresh: Guide, unet: UNet2DConditionModel, states: Any, batch: Any
+    fresh: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
 ) -> None:
-    prompts, null = states
     z, t, prompt = batch
-    FrozenTeacher(unet, torch.cat(states))
+    FrozenTeacher(unet, prompts)
     before = checksum(unet)
     student = GuidedStudent(fresh, unet)
     assert {id(p) for p in student.parameters()} == {id(p) for p in fresh.parameters()}
     optimizer = torch.optim.SGD(student.parameters(), 0.1)
-    student(z, t, prompts[prompt], null, torch.tensor([3.0, 7.5])).pow(2).mean().backward()
+    student(z, t, prompts(prompt), prompts.null, torch.tensor([3.0, 7.5])).pow(2).mean().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in fresh.parameters())
     optimizer.step()
     assert checksum(unet) == before
@@ -166,10 +162,3 @@ def test_guidance_error_is_zero_for_cfg_and_one_for_no_guide() -> None:
     assert guidance_error(conditional, cfg, conditional) == 1
     middle = guidance_error((cfg + conditional) / 2, cfg, conditional)
     assert middle == pytest.approx(0.25)
-
-
-def test_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any) -> None:
-    texts = ["cat", "a red cat", "", "dog"]
-    expected = pipe.encode_prompt(texts, "cpu", 1, False)[0]
-    torch.testing.assert_close(encode_prompts(pipe, texts, batch=3), expected)
-    assert encode_prompts(pipe, texts).shape == (4, 8, 16)

@@ -10,7 +10,8 @@ import torch
 
 from pilotfish.guidance import classifier_free_guidance
 from pilotfish.guides import Guide
-from pilotfish.passes import NULL, FrozenTeacher, encode_prompts
+from pilotfish.passes import FrozenTeacher
+from pilotfish.prompts import NULL, encoded
 from pilotfish.sampling import cfg_trajectories, decode, sample
 from pilotfish.schedules import Schedule
 
@@ -97,7 +98,7 @@ def test_the_teachers_trajectory_is_the_pipelines_cfg(
     texts = ["cat", "a dog"]
     call = {"num_inference_steps": steps, "output_type": "latent", "guidance_scale": scale}
     expected = pipe(texts, latents=noise.clone(), **call).images
-    teacher = FrozenTeacher(pipe.unet, encode_prompts(pipe, [*texts, ""]))
+    teacher = FrozenTeacher(pipe.unet, encoded(pipe, texts))
     schedule = Schedule.of(pipe.scheduler)
     prompt, negative = torch.arange(2), torch.full((2,), NULL)
     walked = list(cfg_trajectories(teacher, schedule, prompt, negative, noise, scale, steps))
@@ -111,7 +112,7 @@ def test_the_teachers_trajectory_is_the_pipelines_cfg(
 
 
 def test_every_step_holds_equation_one(pipe: Any) -> None:
-    teacher = FrozenTeacher(pipe.unet, encode_prompts(pipe, ["cat", "a dog", ""]))
+    teacher = FrozenTeacher(pipe.unet, encoded(pipe, ["cat", "a dog"]))
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(14))
     schedule = Schedule.of(pipe.scheduler)
     prompt, negative = torch.tensor([0]), torch.tensor([1])

@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks
 
-from pilotfish.contract import GuideError, GuideLike
+from pilotfish.contract import GuideError, GuideLike, PromptEmbeds
 from pilotfish.denoisers import (
     GuidedPass,
     Hooks,
@@ -47,7 +47,7 @@ class Guided:
 
     _pilotfish_guide: GuideLike
     _pilotfish_hooks: Hooks
-    _pilotfish_negative: torch.Tensor
+    _pilotfish_negative: PromptEmbeds
     _pilotfish_open: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,7 @@ class Guided:
                 return super().__call__(*call.args, **call.kwargs)  # type: ignore[misc]
         finally:
             self._pilotfish_open = False
-            self._pilotfish_negative = torch.empty(0)
+            self._pilotfish_negative = PromptEmbeds(torch.empty(0))
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -83,7 +83,8 @@ class Guided:
             return plain(*args, **kwargs)
         call = _bind(plain, args, kwargs, **{ASKS: True})
         encoded = plain(*call.args, **call.kwargs)
-        self._pilotfish_negative = encoded[1]
+        # of SDXL: prompt, negative, and both pooled
+        self._pilotfish_negative = PromptEmbeds(encoded[1], *encoded[3:4])
         return encoded
 
     def prepare_ip_adapter_image_embeds(self, *args: Any, **kwargs: Any) -> Any:

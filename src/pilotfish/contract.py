@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +11,44 @@ import torch
 
 class GuideError(ValueError):
     """A guide cannot be read, or does not fit; the message names both sides."""
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Encoded prompts, as a denoiser takes them.
+
+    Attributes:
+        hidden_states: (N, L, D), the encoder hidden states.
+        pooled: (N, E), the pooled text where the denoiser takes it as well (SDXL).
+    """
+
+    hidden_states: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden_states)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> PromptEmbeds:
+        pooled = None if self.pooled is None else self.pooled[index]
+        return PromptEmbeds(self.hidden_states[index], pooled)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self.hidden_states.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Their precision."""
+        return self.hidden_states.dtype
+
+    @staticmethod
+    def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        """Several one after another."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return PromptEmbeds(
+            torch.cat([part.hidden_states for part in parts]), torch.cat(pooled) if pooled else None
+        )
 
 
 @dataclass(frozen=True)

@@ -12,26 +12,53 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pilotfish.contract import PromptEmbeds
 from pilotfish.denoisers import GuidedPass, install
 from pilotfish.guides import Guide
+from pilotfish.prompts import Prompts
 
-NULL = -1
-"""The index of the null prompt among texts."""
+
+class Conditioned:
+    """A denoiser that is called with encoded prompts, and told the size of the picture where it
+    asks for it (SDXL). What it is given may lie on another device; the answer comes back there.
+
+    Args:
+        denoiser: the denoiser.
+        time_ids: (1, 6), SDXL's sizes and crop.
+    """
+
+    def __init__(self, denoiser: nn.Module, time_ids: torch.Tensor | None = None) -> None:
+        self.denoiser, self.time_ids = denoiser, time_ids
+
+    def __call__(
+        self, latents: torch.Tensor, timestep: torch.Tensor, prompts: PromptEmbeds
+    ) -> torch.Tensor:
+        """The prediction, (N, C, h, w)."""
+        place, more = prompts.device, {}
+        if prompts.pooled is not None and self.time_ids is not None:
+            sizes = self.time_ids.to(place, prompts.dtype).expand(len(latents), -1)
+            more = {"added_cond_kwargs": {"text_embeds": prompts.pooled, "time_ids": sizes}}
+        prediction: torch.Tensor = self.denoiser(
+            latents.to(place, prompts.dtype), timestep.to(place), prompts.hidden_states,
+            return_dict=False, **more,
+        )[0]  # fmt: skip
+        return prediction.to(latents.device)
 
 
 class FrozenTeacher:
     """The base denoiser's two predictions, without gradient.
 
-    What it is given may lie on another device than the denoiser; the answer comes back there.
-
     Args:
         denoiser: the base; its parameters are frozen here.
-        texts: (P, L, D) encoder hidden states of every prompt, the null prompt last.
+        prompts: every prompt by its index.
+        time_ids: see :class:`Conditioned`.
     """
 
-    def __init__(self, denoiser: nn.Module, texts: torch.Tensor) -> None:
-        self.denoiser = denoiser.eval().requires_grad_(False)
-        self._texts, self.null = texts, texts[NULL:]
+    def __init__(
+        self, denoiser: nn.Module, prompts: Prompts, time_ids: torch.Tensor | None = None
+    ) -> None:
+        self.base = Conditioned(denoiser.eval().requires_grad_(False), time_ids)
+        self.prompts = prompts
 
     @torch.no_grad()
     def __call__(
@@ -39,58 +66,51 @@ class FrozenTeacher:
         negative: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Predictions for (negative, prompt), each given by its index (N,), in one doubled call."""
-        both, place = self.texts(torch.cat([negative, prompt])), self.null.device
-        doubled = latents.repeat(2, 1, 1, 1).to(place, self.null.dtype)
-        out = self.denoiser(doubled, timestep.repeat(2).to(place), both, return_dict=False)
-        unconditional, conditional = out[0].to(latents.device, torch.float32).chunk(2)
+        both = self.prompts(torch.cat([negative, prompt]))
+        made = self.base(latents.repeat(2, 1, 1, 1), timestep.repeat(2), both)
+        unconditional, conditional = made.float().chunk(2)
         return unconditional, conditional
-
-    def texts(self, index: torch.Tensor) -> torch.Tensor:
-        """(N, L, D) encoder hidden states of texts (N,), on the denoiser's device."""
-        return self._texts[index.to(self.null.device)]
-
-    def negatives(self, index: torch.Tensor) -> torch.Tensor:
-        """As :meth:`texts`, but (1, L, D) where all are the null prompt: a guide then has to look
-        at it once."""
-        return self.null if (index == NULL).all() else self.texts(index)
 
 
 class GuidedStudent(nn.Module):
     """The base with a guide installed, one pass, at a scale for each sample.
 
     Only the guide is a submodule; the base is held outside the module tree, so that it
-    is neither trained, nor averaged, nor wrapped. What it is given may lie on another device
-    than the denoiser; the answer comes back there.
+    is neither trained, nor averaged, nor wrapped.
+
+    Args:
+        guide: the guide.
+        denoiser: the base.
+        time_ids: see :class:`Conditioned`.
     """
 
-    def __init__(self, guide: Guide, denoiser: nn.Module) -> None:
+    def __init__(
+        self, guide: Guide, denoiser: nn.Module, time_ids: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         self.guide = guide
-        self._base = (denoiser,)
+        self._base = (Conditioned(denoiser, time_ids),)
         self.hooks = install(guide, denoiser)  # type: ignore[arg-type]
 
     def forward(
         self,
         latents: torch.Tensor,
         timestep: torch.Tensor,
-        states: torch.Tensor,
-        negative_states: torch.Tensor,
+        prompts: PromptEmbeds,
+        negative_prompts: PromptEmbeds,
         guidance_scale: torch.Tensor,
     ) -> torch.Tensor:
         """The guided prediction, (N, C, h, w).
 
         Args:
-            states: (N, L, D) encoder hidden states, on the denoiser's device.
-            negative_states: (1 or N, L, D) of the null or negative prompt, there as well.
+            prompts: N, on the denoiser's device.
+            negative_prompts: N, or one that serves all; there as well.
             guidance_scale: (N,).
         """
-        (denoiser,), place = self._base, states.device
-        guided = GuidedPass(self.guide, lambda: guidance_scale, lambda: negative_states)
+        (base,) = self._base
+        guided = GuidedPass(self.guide, lambda: guidance_scale, lambda: negative_prompts)
         with guided.open():
-            prediction: torch.Tensor = denoiser(
-                latents.to(place, states.dtype), timestep.to(place), states, return_dict=False
-            )[0]
-        return prediction.to(latents.device)
+            return base(latents, timestep, prompts)
 
 
 def checkpoint_in_context(module: Callable[..., Any], *args: Any) -> Any:
@@ -111,14 +131,3 @@ def checksum(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def encode_prompts(pipe: Any, prompts: list[str], batch: int = 64) -> torch.Tensor:
-    """(P, L, D) encoder hidden states, by the pipeline's own ``encode_prompt``."""
-    device = pipe._execution_device
-    parts = [
-        pipe.encode_prompt(prompts[i : i + batch], device, 1, False)[0]
-        for i in range(0, len(prompts), batch)
-    ]
-    return torch.cat(parts)

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pilotfish import GuideError, TinyGuide
+from pilotfish.contract import PromptEmbeds
 from pilotfish.denoisers import GuidedPass, install
 from pilotfish.guides import Guide
 from pilotfish.rivals import GuidanceLoRA
@@ -16,7 +17,7 @@ from pilotfish.rivals import GuidanceLoRA
 
 def call(guide: Guide, unet: UNet2DConditionModel, scale: float = 4.0) -> Any:
     text = torch.randn(2, 8, 16)
-    with torch.no_grad(), GuidedPass(guide, lambda: scale, lambda: text[:1]).open():
+    with torch.no_grad(), GuidedPass(guide, lambda: scale, lambda: PromptEmbeds(text[:1])).open():
         return unet(torch.randn(2, 4, 8, 8), torch.tensor(10), text)
 
 

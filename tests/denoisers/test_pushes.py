@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 
-from pilotfish.contract import GuideInputs, Injection
+from pilotfish.contract import GuideInputs, Injection, PromptEmbeds
 from pilotfish.denoisers import (
     GuidedPass,
     cross_attention_layers,
@@ -19,8 +19,14 @@ from pilotfish.denoisers import (
     fingerprint,
     install,
 )
-from pilotfish.passes import checkpoint_in_context
+from pilotfish.passes import Conditioned, checkpoint_in_context
 
+POOLED = 12
+POOLED_TEXT = {
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + POOLED,
+}  # fmt: skip
+"""As SDXL has it."""
 SHAPES: list[dict[str, Any]] = [
     {},
     {"layers_per_block": 2, "transformer_layers_per_block": 2},
@@ -49,17 +55,28 @@ class Pusher:
         return Injection(pushes=self.gains)
 
 
-def arguments(unet: UNet2DConditionModel) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(6)
-    size, width = unet.config.sample_size, unet.config.cross_attention_dim
+def prompts(unet: UNet2DConditionModel, n: int, seed: int) -> PromptEmbeds:
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(n, 8, unet.config.cross_attention_dim, generator=generator)
+    if unet.config.addition_embed_type != "text_time":
+        return PromptEmbeds(states)
+    return PromptEmbeds(states, torch.randn(n, POOLED, generator=generator))
+
+
+def prompt(unet: UNet2DConditionModel) -> PromptEmbeds:
+    return prompts(unet, 2, 6)
+
+
+def negative_prompt(unet: UNet2DConditionModel) -> PromptEmbeds:
+    return prompts(unet, 1, 3)
+
+
+def call(unet: UNet2DConditionModel, given: PromptEmbeds) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    size, sizes = unet.config.sample_size, torch.tensor([[16.0, 16, 0, 0, 16, 16]])
     z = torch.randn(2, unet.config.in_channels, size, size, generator=generator)
-    states = torch.randn(2, 8, width, generator=generator)
-    return z, torch.tensor([900, 100]), states
-
-
-def negative_prompt(unet: UNet2DConditionModel) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(1, 8, unet.config.cross_attention_dim, generator=generator)
+    denoiser = Conditioned(unet, sizes)
+    return denoiser(z, torch.tensor([900, 100]), given)
 
 
 def run(unet: UNet2DConditionModel, gain: float) -> torch.Tensor:
@@ -67,7 +84,7 @@ def run(unet: UNet2DConditionModel, gain: float) -> torch.Tensor:
     hooks = install(guide, unet)
     negative = negative_prompt(unet)
     with torch.no_grad(), GuidedPass(guide, lambda: 4.0, lambda: negative).open():
-        pushed: torch.Tensor = unet(*arguments(unet)).sample
+        pushed = call(unet, prompt(unet))
     hooks.remove()
     return pushed
 
@@ -83,16 +100,16 @@ def without_attention_in_the_encoder(
 
 @pytest.mark.parametrize("config", SHAPES)
 @pytest.mark.parametrize(
-    "embedded", [{}, {"addition_embed_type": None}, {"resnet_time_scale_shift": "scale_shift"}]
+    "embedded",
+    [{}, {"addition_embed_type": None}, {"resnet_time_scale_shift": "scale_shift"}, POOLED_TEXT],
 )
 def test_pushed_all_the_way_back_they_answer_the_negative_prompt(
     make_unet: Callable[..., Any], config: dict[str, Any], embedded: dict[str, Any]
 ) -> None:
     unet = without_attention_in_the_encoder(make_unet, **config, **embedded)
-    z, t, states = arguments(unet)
     with torch.no_grad():
-        expected = unet(z, t, negative_prompt(unet).expand_as(states)).sample
-        plain = unet(z, t, states).sample
+        expected = call(unet, negative_prompt(unet)[torch.tensor([0, 0])])
+        plain = call(unet, prompt(unet))
     pushed = run(unet, -1.0)
     torch.testing.assert_close(pushed, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(pushed, plain, atol=1e-4)
@@ -104,7 +121,7 @@ def test_what_is_not_pushed_is_untouched_bit_for_bit(
 ) -> None:
     unet = make_unet(**config)
     with torch.no_grad():
-        plain = unet(*arguments(unet)).sample
+        plain = call(unet, prompt(unet))
     assert torch.equal(run(unet, 0.0), plain)
     assert not torch.allclose(run(unet, 0.5), plain)
 
@@ -140,7 +157,7 @@ def test_gradients_reach_the_gains_with_and_without_checkpointing(
         install(guide, unet)
         negative = negative_prompt(unet)
         with GuidedPass(guide, lambda: 4.0, lambda n=negative: n).open():
-            made = unet(*arguments(unet)).sample
+            made = call(unet, prompt(unet))
         made.square().mean().backward()
         found.append([gain.grad for gain in guide.gains.values()])
     for one, other in zip(*found, strict=True):

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from pilotfish.contract import GuideError, GuideInputs, Injection
+from pilotfish.contract import GuideError, GuideInputs, Injection, PromptEmbeds
 from pilotfish.denoisers import (
     GuidedPass,
     decoder_layers,
@@ -95,7 +95,7 @@ def unet(request: pytest.FixtureRequest, make_unet: Callable[..., Any]) -> UNet2
 
 @torch.no_grad()
 def run(unet: Any, guide: Any, scale: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
-    with GuidedPass(guide, lambda: scale, lambda: torch.zeros(1, 8, 16)).open():
+    with GuidedPass(guide, lambda: scale, lambda: PromptEmbeds(torch.zeros(1, 8, 16))).open():
         return unet(*arguments, **keywords, return_dict=False)[0]
 
 

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+from pilotfish.contract import PromptEmbeds
 from pilotfish.distill import guidance_stage
 from pilotfish.distill.checkpoints import list_checkpoints
 from pilotfish.distill.config import ConfigError, DistillConfig
@@ -96,7 +97,7 @@ def test_half_precision_resumes_and_leaves_the_guide_whole(
 def test_the_student_is_shown_the_negative_prompts_of_its_states(
     config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: list[tuple[torch.Tensor, torch.Tensor]] = []
+    shown: list[tuple[torch.Tensor, PromptEmbeds]] = []
     plain = GuidanceDistillation.texts
 
     def texts(self: Any, prompt: torch.Tensor, negative: torch.Tensor) -> Any:
@@ -107,9 +108,9 @@ def test_the_student_is_shown_the_negative_prompts_of_its_states(
     monkeypatch.setattr(GuidanceDistillation, "texts", texts)
     given = material("epsilon")
     with_them = train(replace(config, negative_share=1.0), given)
-    for negative, states in shown:
+    for negative, embeds in shown:
         assert (negative >= 0).all()
-        assert torch.equal(states, given.texts[negative])
+        assert torch.equal(embeds.hidden_states, given.texts(negative).hidden_states)
     assert len(shown) == config.max_train_steps
     elsewhere = replace(config, output_dir=f"{config.output_dir}-null")
     assert not same(with_them, train(elsewhere, given))

@@ -13,7 +13,7 @@ from pilotfish.distill.guidance_states import GuidanceStates, NoisedPictures, Ro
 from pilotfish.distill.pool import Pool
 from pilotfish.distill.states import Replay, Source, States
 from pilotfish.guidance import classifier_free_guidance
-from pilotfish.passes import NULL
+from pilotfish.prompts import NULL
 from pilotfish.schedules import Schedule, sampling_timesteps
 
 SHAPE = (4, 8, 8)

@@ -9,7 +9,7 @@ import torch
 from pilotfish.contract import GuideError
 from pilotfish.evaluate.guidance_error import ErrorMeter, guidance_error
 from pilotfish.guides import Guide, TinyGuide
-from pilotfish.passes import NULL
+from pilotfish.prompts import NULL
 from pilotfish.sampling import TeacherStep
 
 PROMPTS = ["cat", "a", "b"]

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pilotfish import rivals
-from pilotfish.contract import GuideError
+from pilotfish.contract import GuideError, PromptEmbeds
 from pilotfish.guides import Guide
 from pilotfish.passes import GuidedStudent
 
@@ -43,8 +43,11 @@ def batch() -> Batch:
     return z, torch.tensor([900, 500, 10]), text
 
 
-def null() -> torch.Tensor:
-    return torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(4))
+def ask(student: GuidedStudent, batch: Batch, w: torch.Tensor = SCALE) -> torch.Tensor:
+    z, t, text = batch
+    null = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(4))
+    prediction: torch.Tensor = student(z, t, PromptEmbeds(text), PromptEmbeds(null), w)
+    return prediction
 
 
 def predict(
@@ -53,7 +56,7 @@ def predict(
     student = GuidedStudent(guide, unet)
     try:
         with torch.no_grad():
-            return student(*batch, null(), w)
+            return ask(student, batch, w)
     finally:
         student.hooks.remove()
 
@@ -73,7 +76,7 @@ def test_it_can_learn(fresh: Guide, unet: UNet2DConditionModel, batch: Batch) ->
     with torch.no_grad():
         plain = unet(*batch).sample
     for _ in range(20):
-        (student(*batch, null(), SCALE) - 2 * plain).square().mean().backward()
+        (ask(student, batch) - 2 * plain).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     student.hooks.remove()
@@ -85,7 +88,7 @@ def test_every_parameter_has_a_part(
     trained: Guide, unet: UNet2DConditionModel, batch: Batch
 ) -> None:
     student = GuidedStudent(trained, unet)
-    student(*batch, null(), SCALE).square().sum().backward()
+    ask(student, batch).square().sum().backward()
     student.hooks.remove()
     assert not [n for n, p in trained.named_parameters() if p.grad is None]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pilotfish.contract import GuideError, GuideInputs, GuideLike, Injection
+from pilotfish.contract import GuideError, GuideInputs, GuideLike, Injection, PromptEmbeds
 
 MIDDLE = "mid_block"
 _OPEN: ContextVar[GuidedPass | None] = ContextVar("pilotfish_guided_pass", default=None)
@@ -28,7 +28,7 @@ class GuidedPass:
     Args:
         guide: the guide.
         guidance_scale: a function that gives w, a number or (N,); asked at every call.
-        negative_hidden_states: a function that gives (1 or N, L, D).
+        negative_prompts: a function that gives those of the batch, or one that serves all.
         watch: called before every guided call with its batch size N.
     """
 
@@ -36,15 +36,15 @@ class GuidedPass:
         self,
         guide: GuideLike,
         guidance_scale: Callable[[], float | torch.Tensor],
-        negative_hidden_states: Callable[[], torch.Tensor],
+        negative_prompts: Callable[[], PromptEmbeds],
         watch: Callable[[int], None] = lambda n: None,
     ) -> None:
         self.guide = guide
         self.guidance_scale = guidance_scale
-        self.negative_hidden_states = negative_hidden_states
+        self.negative_prompts = negative_prompts
         self.watch = watch
         self._injection = Injection()
-        self._negative = torch.empty(0)
+        self._negative = PromptEmbeds(torch.empty(0))
         self._queries: dict[str, torch.Tensor] = {}
         self._turn = self._embedding = torch.empty(0)
         self._skips: list[torch.Tensor] = []
@@ -98,7 +98,8 @@ class GuidedPass:
             return encoder_hidden_states
         timestep = torch.as_tensor(timestep, device=sample.device)
         self.watch(n)
-        negative = self._negative = self.negative_hidden_states()
+        self._negative = self.negative_prompts()
+        negative = self._negative.hidden_states
         self._injection = self.guide(
             GuideInputs(
                 latents=sample[:, : self.guide.config.denoiser["in_channels"]],
@@ -154,23 +155,32 @@ class GuidedPass:
         if query is None:
             return answer
         self._due.discard(name)
+        negative = self._negative.hidden_states
 
         def split(x: torch.Tensor) -> torch.Tensor:  # by heads; one negative prompt serves all
             return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2).expand(len(query), -1, -1, -1)
 
         other = F.scaled_dot_product_attention(
-            split(query), split(layer.to_k(self._negative)), split(layer.to_v(self._negative)),
+            split(query), split(layer.to_k(negative)), split(layer.to_v(negative)),
             scale=layer.scale,
         ).transpose(1, 2)  # fmt: skip
         gain = self._injection.pushes[name][:, None, :, None]
         away = gain * (answer.unflatten(-1, (layer.heads, -1)) - other)
         return answer + away.flatten(2)
 
-    def pools(self, pooling: Any, made: torch.Tensor) -> None:
-        """The denoiser pooled the text for its embedding, (N, E): keep the way from there to
-        the pooled negative prompt."""
-        if self._injection.pushes:
-            self._turn = pooling.forward(self._negative) - made
+    def pools(self, pooling: Any, given: torch.Tensor, made: torch.Tensor) -> None:
+        """The denoiser made (N, E) of what it was ``given`` for its embedding: the hidden states
+        of the text, which it pools, or SDXL's pooled text with the sizes after it. Keep the way
+        from there to what it would have made of the negative prompt."""
+        if not self._injection.pushes:
+            return
+        pooled = self._negative.pooled
+        if pooled is None:
+            other = self._negative.hidden_states
+        else:
+            sizes = given[:, pooled.shape[1] :]
+            other = torch.cat([pooled.expand(len(given), -1), sizes], 1)
+        self._turn = pooling.forward(other) - made
 
     def embeds(self, embedding: torch.Tensor) -> None:
         """A residual layer is given the embedding of timestep and text, (N, E)."""

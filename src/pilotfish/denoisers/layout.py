@@ -10,6 +10,10 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
+TEXTS_EMBEDDED = ("text", "text_time")
+"""How the text may enter the embedding of the timestep: its hidden states are pooled there, or
+it comes pooled, with SDXL's sizes."""
+
 
 def fingerprint(unet: UNet2DConditionModel, prediction_type: str) -> dict[str, Any]:
     """What must agree for a guide to fit: the shape of the denoiser and what it predicts."""
@@ -99,9 +103,9 @@ def cross_attention_layers(config: Any) -> dict[str, int]:
 
 def embedding_layers(config: Any) -> list[str]:
     """The residual layers, in the order in which they run, where the embedding that they take
-    holds the hidden states of the text beside the timestep; where it does not, none."""
+    holds the text beside the timestep; where it does not, none."""
     config = dict(config)
-    if config["addition_embed_type"] != "text":
+    if config["addition_embed_type"] not in TEXTS_EMBEDDED:
         return []
     depths, kind = _depths(config), config["mid_block_type"]
     middle = 0 if kind is None else 1 if kind == "UNetMidBlock2D" else 2

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.embeddings import TextTimeEmbedding
 from torch.utils.hooks import RemovableHandle
 
 from pilotfish.contract import GuideError, GuideLike
 from pilotfish.denoisers.guided_pass import GuidedPass
+from pilotfish.denoisers.layout import TEXTS_EMBEDDED
 
 _SHOWN = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
 
@@ -123,7 +123,7 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
 
     def pooled(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if guided := current():
-            guided.pools(module, output)
+            guided.pools(module, args[0], output)
 
     def embeds(module: Any, args: tuple[Any, ...]) -> None:
         if guided := current():
@@ -160,7 +160,6 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
         *(modules[name].register_forward_hook(touched(name)) for name in guide.touches),
         *(handle for name in guide.pushes for handle in pushed(name)),
     ]
-    pooling = getattr(unet, "add_embedding", None)
-    if guide.pushes and isinstance(pooling, TextTimeEmbedding):
-        hooks.handles.append(pooling.register_forward_hook(pooled))
+    if guide.pushes and unet.config.addition_embed_type in TEXTS_EMBEDDED:
+        hooks.handles.append(unet.add_embedding.register_forward_hook(pooled))
     return hooks

@@ -1,8 +1,9 @@
 """Checkpoints that survive a kill: written aside, synced, then renamed into place.
 
-A checkpoint is a folder ``checkpoint-<step>`` with two files: ``state.safetensors``
-holds every tensor (weights, averages, optimiser moments, sampling state) and
-``state.json`` every plain number. Nothing is pickled, so nothing is ever unpickled.
+A checkpoint is a folder ``checkpoint-<step>``: ``state.safetensors`` holds every tensor of the
+learner (weights, averages, optimiser moments), ``stream-<i>.safetensors`` those of a stream of
+training states, and ``state.json`` every plain number. Nothing is pickled, so nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-PREFIX = "checkpoint-"
+PREFIX, STREAM = "checkpoint-", "stream-"
 
 
 class CheckpointError(RuntimeError):
@@ -46,35 +48,69 @@ class Checkpoint:
         return {k[len(start) :]: v for k, v in self.tensors.items() if k.startswith(start)}
 
 
+class Writing:
+    """A checkpoint on its way to the disk. It exists whole or not at all.
+
+    One process opens and closes it; in between, any process may write streams into it.
+
+    Args:
+        folder: where ``checkpoint-<step>`` will be.
+        step: optimiser steps done.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.step = folder, step
+        self.final = folder / f"{PREFIX}{step}"
+        self.aside = folder / f".{PREFIX}{step}.part"
+
+    def open(self) -> None:
+        """Make room beside the place where it will be."""
+        with self._refusals():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.aside, ignore_errors=True)
+            self.aside.mkdir()
+
+    def stream(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write what must be saved of one stream of states."""
+        with self._refusals():
+            _write(self.aside / f"{STREAM}{number}.safetensors", tensors)
+
+    def close(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> Path:
+        """Write the rest; from now on it exists."""
+        with self._refusals():
+            _write(self.aside / "state.safetensors", tensors)
+            state = self.aside / "state.json"
+            state.write_text(json.dumps({"step": self.step, **facts}))
+            for path in (state, self.aside):
+                _sync(path)
+            shutil.rmtree(self.final, ignore_errors=True)
+            self.aside.rename(self.final)
+            _sync(self.folder)
+        return self.final
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            raise CheckpointError(
+                f"could not write {self.final}: {error}. Earlier checkpoints are intact; free "
+                "some space and run the same command with --resume latest"
+            ) from error
+
+
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
 ) -> Path:
-    """Write ``folder/checkpoint-<step>`` so that it either exists whole or not at all.
+    """Write ``folder/checkpoint-<step>``, all of it by this process.
 
     Raises:
         CheckpointError: the disk refused (full, read-only). What was saved before is untouched.
     """
-    final = folder / f"{PREFIX}{step}"
-    aside = folder / f".{PREFIX}{step}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        save_file(contiguous, str(aside / "state.safetensors"))
-        (aside / "state.json").write_text(json.dumps({"step": step, **facts}))
-        for path in (aside / "state.safetensors", aside / "state.json", aside):
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        _sync(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"could not write {final}: {error}. Earlier checkpoints are intact; free some "
-            "space and run the same command with --resume latest"
-        ) from error
-    return final
+    writing = Writing(folder, step)
+    writing.open()
+    return writing.close(tensors, facts)
 
 
 def save_whole(model: Any, folder: Path) -> None:
@@ -106,15 +142,36 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint folder.
+    """Read one checkpoint folder, without its streams.
 
     Raises:
         CheckpointError: it is missing, truncated or not a checkpoint.
     """
-    try:
+    with _readable(path):
         facts = json.loads((path / "state.json").read_text())
         tensors = load_file(str(path / "state.safetensors"))
         return Checkpoint(int(facts["step"]), tensors, facts)
+
+
+def saved_streams(path: Path) -> list[int]:
+    """The numbers of the streams in a checkpoint folder."""
+    return sorted(int(p.stem[len(STREAM) :]) for p in path.glob(f"{STREAM}*.safetensors"))
+
+
+def load_stream(path: Path, number: int) -> dict[str, torch.Tensor]:
+    """Read one stream of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing or truncated.
+    """
+    with _readable(path):
+        return load_file(str(path / f"{STREAM}{number}.safetensors"))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is not a readable checkpoint ({error}); "
@@ -152,6 +209,11 @@ def module_tensors(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str
     for name, module in modules.items():
         for key, value in module.state_dict().items():
             yield f"{name}.{key}", value
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(path))
+    _sync(path)
 
 
 def _sync(path: Path) -> None:

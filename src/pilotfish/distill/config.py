@@ -50,11 +50,15 @@ class TrainingConfig:
     """Share of the states with another prompt as negative prompt, in place of the null prompt."""
     student_share: float = 0.5
     """Share of the latents that the student steps itself, where the states are partly its own."""
+    streams: int | None = None
+    """Streams of training states, shared out among the processes. Left out: one a process, or
+    those of the checkpoint. With a fixed number, which the number of processes divides, a run
+    gives the same guide on one process or several."""
     pool: int = 1024
-    """Latents on their way at once, on every host; with few of them the guide learns their prompts
-    by heart."""
+    """Latents on their way at once, in every stream and on every host; with few of them the guide
+    learns their prompts by heart."""
     replay_capacity: int = 8192
-    """States kept with what the teacher said of them, for all hosts together."""
+    """States kept with what the teacher said of them, in every stream for all hosts together."""
     replay_reuse: int = 1
     """Training steps for each new batch of states. 1 runs the teacher at every step; more is
     faster, but the guide then learns the trajectories that it is shown by heart."""
@@ -81,6 +85,7 @@ class TrainingConfig:
             self.guidance_scale_max >= max(self.guidance_scale_min, 1 + 1e-6),
             "guidance_scale_max", "above 1 and at least guidance_scale_min",
         )  # fmt: skip
+        self._need(self.streams is None or self.streams >= 1, "streams", "at least 1")
         self._need(0 <= self.practice_share <= 1, "practice_share", "between 0 and 1")
         for name in ("student_share", "negative_share"):
             self._need(0 <= getattr(self, name) <= 1, name, "between 0 and 1")

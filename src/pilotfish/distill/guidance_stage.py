@@ -18,23 +18,24 @@ class GuidanceDistillation(Distillation):
     config: DistillConfig
     measure = "guidance_error"
 
-    def source(self) -> Source:
+    def source(self, stream: int) -> Source:
         """The states that ``--states`` names."""
         config, material = self.config, self.material
         if config.states == "noised":
             latents, prompt = material.pictures()
             scales = (config.guidance_scale_min, config.guidance_scale_max)
             return NoisedPictures(
-                self.base, material.schedule, latents, prompt, scales,
+                self.teacher, material.schedule, latents, prompt, scales,
                 len(material.prompts), config.negative_share,
             )  # fmt: skip
         own = config.states == "student"
         pool = self.pool(
+            stream,
             (config.trajectory_steps_min, config.trajectory_steps_max),
             config.student_share if own else 0.0,
         )
         student = self.own_prediction if own else None
-        return RollingTrajectories(self.base, material.schedule, pool, student)
+        return RollingTrajectories(self.teacher, material.schedule, pool, student)
 
     def loss(
         self, guided: torch.Tensor, target: torch.Tensor, guidance_scale: torch.Tensor,
@@ -45,4 +46,4 @@ class GuidanceDistillation(Distillation):
 
     def validation(self) -> GuidanceValidation:
         """The guidance error on held-out prompts."""
-        return GuidanceValidation(self.config, self.material, self.base)
+        return GuidanceValidation(self.config, self.material, self.teacher)

@@ -3,9 +3,9 @@
 What is learnt is a stage's own: where its states come from, its loss, its validation
 (:mod:`pilotfish.distill.guidance_stage`, :mod:`pilotfish.distill.step_stage`).
 
-Every tick (one micro-batch) draws its randomness from a generator of its own, seeded by
-(seed, process, tick), and everything else that changes is in the checkpoint. So a resumed
-run does what an uninterrupted one would have done, to the same weights.
+Whatever is drawn at random comes from the streams (:mod:`pilotfish.distill.streams`), and
+everything else that changes is in the checkpoint. So a resumed run does what an uninterrupted
+one would have done, to the same weights, and several processes do what one would have done.
 """
 
 from __future__ import annotations
@@ -22,26 +22,31 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
+from pilotfish.contract import PromptEmbeds
 from pilotfish.distill.checkpoints import (
-    Checkpoint,
+    Writing,
     list_checkpoints,
     load_checkpoint,
+    load_stream,
     prune_checkpoints,
-    save_checkpoint,
     save_whole,
+    saved_streams,
 )
 from pilotfish.distill.config import ConfigError, TrainingConfig
 from pilotfish.distill.learner import Learner
 from pilotfish.distill.material import Material
 from pilotfish.distill.pool import Pool
 from pilotfish.distill.practice import PracticeHosts
+from pilotfish.distill.record import Record
 from pilotfish.distill.signals import stop_requested
-from pilotfish.distill.states import Replay, Source, States
+from pilotfish.distill.states import Source, States
+from pilotfish.distill.streams import FIRST, Streams, generator, share_out, shared_draws
 from pilotfish.distill.validation import Validation
 from pilotfish.guidance import draw_guidance_scales
 from pilotfish.guides import Guide
-from pilotfish.passes import GuidedStudent, checkpoint_in_context, checksum
+from pilotfish.passes import checkpoint_in_context, checksum
 from pilotfish.pipelines import fine_tuned_weights
+from pilotfish.prompts import some_or_one
 
 SAME_SCALE = 0.5
 """Share of the samples that are trained at the scale at which they were being sampled:
@@ -71,8 +76,8 @@ class Distillation:
     rate_factor: ClassVar[float] = 1.0
     """The learning rate as a share of the guide's own, where the settings name none."""
 
-    def source(self) -> Source:
-        """Where the stage's states come from."""
+    def source(self, stream: int) -> Source:
+        """Where the states of a stream come from."""
         raise NotImplementedError
 
     def loss(
@@ -100,47 +105,37 @@ class Distillation:
             project_config=ProjectConfiguration(str(self.folder), str(self.folder / "logs")),
         )
         self.unet = material.pipe.to(self.accelerator.device).unet
-        self.base = material.base()
+        self.teacher = material.teacher()
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing(checkpoint_in_context)
         self.base_checksum = checksum(self.unet)
         fine_tunes = [fine_tuned_weights(self.unet, where) for where in config.practice]
         self.practice = PracticeHosts(self.unet, fine_tunes, config.practice_share)
         rate = config.learning_rate or guide.learning_rate * self.rate_factor
-        student = GuidedStudent(guide, self.unet)
+        student = material.student(guide)
         self.hooks = [student.hooks]
         self.learner = Learner(student, config, rate, self.accelerator)
-        self.step = self.micro = 0
-        self.seconds = 0.0  # spent on training steps, the teacher's passes among them
-        self.history: list[dict[str, float]] = []
-        self.smooth: dict[str, float] = {}
-
-    @property
-    def _words(self) -> str:
-        return self.measure.replace("_", " ")
+        self.record = Record(self.measure)
 
     # -- states -------------------------------------------------------------------------
 
-    def _generator(self, tick: int) -> torch.Generator:
-        process = self.accelerator.process_index
-        return torch.Generator().manual_seed((self.config.seed * 64 + process) * 10**9 + tick)
-
-    def pool(self, steps: tuple[int, int], student_share: float) -> Pool:
+    def pool(self, stream: int, steps: tuple[int, int], student_share: float) -> Pool:
         """Latents on their way, over all prompts of the material."""
         config, material = self.config, self.material
         return Pool(
             len(material.prompts), material.latent_shape,
             (config.guidance_scale_min, config.guidance_scale_max), size=config.pool, steps=steps,
             train_timesteps=len(material.schedule.alphas_cumprod),
-            generator=self._generator(10**9 - 1), student_share=student_share,
+            generator=generator(config.seed, stream, FIRST), student_share=student_share,
             negative_share=config.negative_share,
         )  # fmt: skip
 
     def texts(
         self, prompt: torch.Tensor, negative: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoder hidden states of both, by their indices, as a student takes them."""
-        return self.base.texts(prompt), self.base.negatives(negative)
+    ) -> tuple[PromptEmbeds, PromptEmbeds]:
+        """Both, by their indices, as a student takes them."""
+        prompts = self.material.texts
+        return prompts(prompt), some_or_one(prompts, negative)
 
     @torch.no_grad()
     def own_prediction(
@@ -163,13 +158,11 @@ class Distillation:
         """
         self._begin()
         try:
-            capacity = self.config.replay_capacity // len(self.practice)
-            self.replays = [
-                Replay(self.source(), capacity, self.config.replay_reuse)
-                for _ in range(len(self.practice))
-            ]
+            found = self._found()
+            self.streams = self._streams(found)
             self.validating = self.validation()
-            self._resume()
+            if found is not None:
+                self._load(found)
             self._train()
             self.practice.wear(0)
             if checksum(self.unet) != self.base_checksum:
@@ -197,37 +190,38 @@ class Distillation:
             self.accelerator.init_trackers("pilotfish")
 
     def _train(self) -> None:
-        config, accelerator = self.config, self.accelerator
+        config, accelerator, record = self.config, self.accelerator, self.record
+        ticks = config.gradient_accumulation_steps
         bar = tqdm(
-            initial=self.step, total=config.max_train_steps, desc="distil", mininterval=1.0,
+            initial=record.step, total=config.max_train_steps, desc="distil", mininterval=1.0,
             disable=not accelerator.is_main_process,
         )  # fmt: skip
         with stop_requested() as stop, bar:
-            while self.step < config.max_train_steps:
+            while record.step < config.max_train_steps:
                 start = time.perf_counter()
-                for _ in range(config.gradient_accumulation_steps):
-                    self._tick()
-                self.seconds += time.perf_counter() - start
-                self.step += 1
+                for tick in range(record.step * ticks, (record.step + 1) * ticks):
+                    self._tick(tick)
+                record.seconds += time.perf_counter() - start
+                record.step += 1
                 bar.update()
-                bar.set_postfix_str(
-                    f"loss {self.smooth['loss']:.4f}  {self._words} "
-                    f"{self.smooth[self.measure]:.3f}", refresh=False,
-                )  # fmt: skip
+                bar.set_postfix_str(record.line(), refresh=False)
                 if accelerator.log_with:
-                    accelerator.log(dict(self.smooth), self.step)
-                self._milestones(stop())
+                    accelerator.log(dict(record.smooth), record.step)
+                self._milestones(self._any(stop()))
 
-    def _tick(self) -> None:
-        config = self.config
-        tick = self.step * config.gradient_accumulation_steps + self.micro
-        generator = self._generator(tick)
-        host = self.practice.draw(generator)
+    def _any(self, mine: bool) -> bool:
+        """Whether it is so in any process: all must stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return mine
+        flag = torch.tensor(float(mine), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def _tick(self, tick: int) -> None:
+        host = self.practice.draw(shared_draws(self.config.seed, tick))
         self.practice.wear(host)
         with self.accelerator.autocast():  # the teacher's passes
-            states = self.replays[host].draw(config.train_batch_size, tick, generator)
-        w = self._scales(states, generator).to(self.accelerator.device)
-        states = states.to(self.accelerator.device)
+            states, w = self.streams.draw(host, tick, self._scales)
+        states, w = states.to(self.accelerator.device), w.to(self.accelerator.device)
         with self.accelerator.accumulate(self.learner.student):
             texts = self.texts(states.prompt, states.negative)
             guided = self.learner.student(states.latents, states.timestep, *texts, w)
@@ -235,7 +229,6 @@ class Distillation:
             loss = self.loss(guided, target, w, states)
             self._note(loss, guided, target, states)
             self.learner.learn(loss)
-        self.micro = (self.micro + 1) % config.gradient_accumulation_steps
 
     def _scales(self, states: States, generator: torch.Generator) -> torch.Tensor:
         if not states.any_scale:
@@ -248,34 +241,32 @@ class Distillation:
     def _note(
         self, loss: torch.Tensor, guided: torch.Tensor, target: torch.Tensor, states: States
     ) -> None:
-        value = float(loss.detach())
+        with torch.no_grad():
+            gap = (guided.float() - target).pow(2).mean()
+            whole = (states.untrained - target).pow(2).mean()
+            mine = torch.stack([loss.float(), gap, whole])
+            value, *rest = self.accelerator.reduce(mine, "mean").tolist()
         if not math.isfinite(value):
             kept = list_checkpoints(self.folder)
             where = f"the last good checkpoint is {kept[-1].name}" if kept else "nothing was saved"
             raise DistillError(
-                f"the loss became {value} at step {self.step + 1}; {where}. "
+                f"the loss became {value} at step {self.record.step + 1}; {where}. "
                 "Lower --learning_rate or use --mixed_precision no"
             )
-        with torch.no_grad():
-            gap = (guided.detach().float() - target).pow(2).sum()
-            whole = (states.untrained - target).pow(2).sum()
-        for name, new in (("loss", value), ("gap", float(gap)), ("whole", float(whole))):
-            old = self.smooth.get(name, new)
-            self.smooth[name] = 0.98 * old + 0.02 * new
-        self.smooth[self.measure] = self.smooth["gap"] / max(self.smooth["whole"], 1e-12)
+        self.record.note(value, *rest)
 
     # -- milestones ---------------------------------------------------------------------
 
     def _milestones(self, stopping: bool) -> None:
-        config = self.config
-        last = self.step == config.max_train_steps
-        if last or self.step % config.validation_steps == 0:
+        config, step = self.config, self.record.step
+        last = step == config.max_train_steps
+        if last or step % config.validation_steps == 0:
             self._validate()
-        if last or stopping or self.step % config.checkpointing_steps == 0:
+        if last or stopping or step % config.checkpointing_steps == 0:
             self.save()
         if stopping and not last:
             raise Interrupted(
-                f"stopped at step {self.step}; run the same command with --resume latest to go on"
+                f"stopped at step {step}; run the same command with --resume latest to go on"
             )
 
     def _validate(self) -> None:
@@ -283,77 +274,62 @@ class Distillation:
         if not self.accelerator.is_main_process:
             return
         self.practice.wear(0)
+        step = self.record.step
         with self.learner.averaged() as guide:
-            row = self.validating.run(guide, self.step, self.folder / "validation")
-        name, value = next(iter(row.items()))
-        row = {"step": self.step, "loss": self.smooth["loss"], **row}
-        self.history.append(row)
-        (self.folder / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
+            row = self.validating.run(guide, step, self.folder / "validation")
+        self.record.validated(row, self.folder)
         if self.accelerator.log_with:
-            self.accelerator.log({f"validation/{k}": v for k, v in row.items()}, self.step)
-        self.notice(f"step {self.step}: {name.replace('_', ' ')} {value:.3f} (held out)")
+            self.accelerator.log({f"validation/{k}": v for k, v in row.items()}, step)
+        name, value = next(iter(row.items()))
+        self.notice(f"step {step}: {name.replace('_', ' ')} {value:.3f} (held out)")
 
     def _finish(self) -> None:
         guide = self.learner.finish()
         if self.accelerator.is_main_process:
             config, processes = self.config, self.accelerator.num_processes
             batch = config.train_batch_size * config.gradient_accumulation_steps * processes
-            took = {"steps": self.step, "samples": self.step * batch, "seconds": self.seconds}
-            (self.folder / "training.json").write_text(json.dumps(took, indent=1) + "\n")
+            self.record.finished(batch, self.folder)
             save_whole(guide, self.folder / "guide")
             self.notice(f"saved {self.folder / 'guide'}")
 
     # -- checkpoints --------------------------------------------------------------------
 
-    def _own_folder(self) -> Path:
-        """Where this process keeps its replay ring; the first one's goes with the weights."""
-        return self.folder / f"process-{self.accelerator.process_index}"
-
     def save(self) -> None:
         """Write a checkpoint: weights, average, optimiser, states, history."""
         accelerator = self.accelerator
-        rings = {
-            f"replay.{i}.{k}": v
-            for i, replay in enumerate(self.replays)
-            for k, v in replay.tensors().items()
-        }
-        limit = self.config.checkpoints_total_limit
-        if not accelerator.is_main_process:
-            save_checkpoint(self._own_folder(), self.step, rings, {})
-            prune_checkpoints(self._own_folder(), limit)
+        writing = Writing(self.folder, self.record.step)
+        if accelerator.is_main_process:
+            writing.open()
+        accelerator.wait_for_everyone()
+        for number, tensors in self.streams.tensors().items():
+            writing.stream(number, tensors)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            tensors = self.learner.tensors() | rings
-            facts = self.learner.facts() | {
-                "history": self.history, "smooth": self.smooth,
-                "base_checksum": self.base_checksum, "what": self._what(),
-                "seconds": self.seconds,
-            }  # fmt: skip
-            save_checkpoint(self.folder, self.step, tensors, facts)
-            prune_checkpoints(self.folder, limit)
+            facts = self.learner.facts() | self.record.facts()
+            facts |= {"base_checksum": self.base_checksum, "what": self._what()}
+            writing.close(self.learner.tensors(), facts)
+            prune_checkpoints(self.folder, self.config.checkpoints_total_limit)
         accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
-        if self.config.resume is None:
-            return
-        if self.config.resume == "latest":
-            found = list_checkpoints(self.folder)
-            if not found:
-                self.notice(f"no checkpoint in {self.folder}; starting from the beginning")
-                return
-            path = found[-1]
-        else:
-            path = Path(self.config.resume)
-        checkpoint = load_checkpoint(path)
-        if checkpoint.facts.get("base_checksum") != self.base_checksum:
-            raise ConfigError(f"{path} was trained on another base; its checksum differs")
-        if checkpoint.facts.get("what") != self._what():
-            raise ConfigError(
-                f"{path} is of another kind of guide, another stage, or other practice or "
-                "negative prompts"
-            )
-        self._load(checkpoint)
-        self.notice(f"resumed from {path} at step {self.step}")
+    def _found(self) -> Path | None:
+        """The checkpoint to go on from."""
+        if self.config.resume != "latest":
+            return None if self.config.resume is None else Path(self.config.resume)
+        if found := list_checkpoints(self.folder):
+            return found[-1]
+        self.notice(f"no checkpoint in {self.folder}; starting from the beginning")
+        return None
+
+    def _streams(self, found: Path | None) -> Streams:
+        """Those of this process, as many in all as was asked for or as a checkpoint has."""
+        config, processes = self.config, self.accelerator.num_processes
+        saved = len(saved_streams(found)) if found is not None else 0
+        number = config.streams or (saved if saved and saved % processes == 0 else processes)
+        return Streams(
+            share_out(number, processes, self.accelerator.process_index), config.seed,
+            batch=config.train_batch_size, hosts=len(self.practice), source=self.source,
+            capacity=config.replay_capacity, reuse=config.replay_reuse,
+        )  # fmt: skip
 
     def _what(self) -> dict[str, Any]:
         """What is trained, in plain JSON: a checkpoint of something else is refused."""
@@ -365,13 +341,18 @@ class Distillation:
         plain: dict[str, Any] = json.loads(json.dumps(what))
         return plain
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        facts = checkpoint.facts
-        self.step, self.history, self.smooth = checkpoint.step, facts["history"], facts["smooth"]
-        self.seconds = facts["seconds"]
+    def _load(self, path: Path) -> None:
+        checkpoint = load_checkpoint(path)
+        if checkpoint.facts.get("base_checksum") != self.base_checksum:
+            raise ConfigError(f"{path} was trained on another base; its checksum differs")
+        if checkpoint.facts.get("what") != self._what():
+            raise ConfigError(
+                f"{path} is of another kind of guide, another stage, or other practice or "
+                "negative prompts"
+            )
+        self.record.load(checkpoint.step, checkpoint.facts)
         self.learner.load(checkpoint)
-        if not self.accelerator.is_main_process:
-            own = self._own_folder() / f"checkpoint-{checkpoint.step}"
-            checkpoint = load_checkpoint(own)
-        for i, replay in enumerate(self.replays):
-            replay.load(checkpoint.part(f"replay.{i}"))
+        saved = saved_streams(path)
+        for number in self.streams.rings:  # where there are more now, several go on from one
+            self.streams.load(number, load_stream(path, saved[number % len(saved)]))
+        self.notice(f"resumed from {path} at step {self.record.step}")

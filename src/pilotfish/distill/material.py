@@ -13,8 +13,10 @@ from pilotfish import embedded
 from pilotfish.data.pictures import from_pixels, load_pictures
 from pilotfish.data.prompts import load_prompts
 from pilotfish.distill.config import ConfigError, TrainingConfig
-from pilotfish.passes import FrozenTeacher, encode_prompts
+from pilotfish.guides import Guide
+from pilotfish.passes import FrozenTeacher, GuidedStudent
 from pilotfish.pipelines import load_pipeline
+from pilotfish.prompts import Prompts, encoded, time_ids
 from pilotfish.schedules import Schedule
 
 
@@ -69,14 +71,17 @@ class Material:
         return self.pipe.unet.config.in_channels, height, width
 
     @cached_property
-    def texts(self) -> torch.Tensor:
-        """(P, L, D) encoder hidden states of ``prompts``, then of ``held_out``, then of the null
-        prompt."""
-        return encode_prompts(self.pipe, [*self.prompts, *self.held_out, ""])
+    def texts(self) -> Prompts:
+        """``prompts``, then ``held_out``, by their index."""
+        return encoded(self.pipe, [*self.prompts, *self.held_out])
 
-    def base(self) -> FrozenTeacher:
+    def teacher(self) -> FrozenTeacher:
         """The base's two passes, over training and held-out prompts."""
-        return FrozenTeacher(self.pipe.unet, self.texts)
+        return FrozenTeacher(self.pipe.unet, self.texts, time_ids(self.pipe))
+
+    def student(self, guide: Guide) -> GuidedStudent:
+        """The base with a guide on it."""
+        return GuidedStudent(guide, self.pipe.unet, time_ids(self.pipe))
 
     @torch.no_grad()
     def pictures(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from pilotfish.guidance import draw_guidance_scales
-from pilotfish.passes import NULL
+from pilotfish.prompts import NULL
 from pilotfish.schedules import sampling_timesteps
 
 

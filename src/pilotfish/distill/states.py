@@ -7,7 +7,7 @@ and :mod:`pilotfish.distill.step_states` each add it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol, Self
 
@@ -64,6 +64,15 @@ class States:
     def to(self, device: torch.device) -> Self:
         """The states on a device. Pools and rings lie on the CPU, whatever trains."""
         return type(self)(**{k: v.to(device) for k, v in self.tensors().items()})
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """These states, then those of ``others``."""
+        if not others:
+            return self
+        parts = [self, *others]
+        return type(self)(
+            **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(self)}
+        )
 
     def pick(self, index: torch.Tensor) -> Self:
         """The states at ``index``."""

@@ -22,7 +22,6 @@ from pilotfish.distill.states import Source, States
 from pilotfish.distill.step_states import HalvedTrajectories
 from pilotfish.distill.validation import StepValidation
 from pilotfish.guides import Guide
-from pilotfish.passes import GuidedStudent
 from pilotfish.schedules import sampling_timesteps
 
 
@@ -57,18 +56,18 @@ class StepDistillation(Distillation):
         pipe.scheduler = DDIMScheduler.from_config(
             pipe.scheduler.config, timestep_spacing="trailing"
         )
-        self.steps, self.teacher = steps, teacher.eval().requires_grad_(False)
+        self.steps, self.leader = steps, teacher.eval().requires_grad_(False)
         student = deepcopy(teacher).requires_grad_(True)
         student.register_to_config(
             timesteps=list(timesteps(steps, total)),
             guidance_scale_range=(config.guidance_scale_min, config.guidance_scale_max),
         )
         super().__init__(config, material, student, notice)
-        self.teacher.to(self.accelerator.device)
-        self.leading = GuidedStudent(self.teacher, self.unet)
+        self.leader.to(self.accelerator.device)
+        self.leading = material.student(self.leader)
         self.hooks.append(self.leading.hooks)
 
-    def source(self) -> Source:
+    def source(self, stream: int) -> Source:
         """Latents on the student's grid, some of them led by the student itself."""
 
         @torch.no_grad()
@@ -79,7 +78,7 @@ class StepDistillation(Distillation):
             made: torch.Tensor = self.leading(latents, t, *self.texts(prompt, negative), w)
             return made.float()
 
-        pool = self.pool((self.steps, self.steps), self.config.student_share)
+        pool = self.pool(stream, (self.steps, self.steps), self.config.student_share)
         return HalvedTrajectories(predict, self.material.schedule, pool, self.own_prediction)
 
     def loss(
@@ -96,7 +95,7 @@ class StepDistillation(Distillation):
 
     def validation(self) -> StepValidation:
         """The distance of final latents to the teacher's."""
-        return StepValidation(self.config, self.material, self.teacher, self.steps)
+        return StepValidation(self.config, self.material, self.leader, self.steps)
 
 
 def timesteps(steps: int, total: int) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from pilotfish.data.pictures import to_pixels
 from pilotfish.distill.config import TrainingConfig
 from pilotfish.distill.material import Material
 from pilotfish.guides import Guide
-from pilotfish.passes import NULL, FrozenTeacher, GuidedStudent
+from pilotfish.passes import FrozenTeacher
+from pilotfish.prompts import NULL
 from pilotfish.sampling import Sample, TeacherStep, cfg_trajectories, sample
 
 SCALES = (2.0, 4.0, 7.0)
@@ -37,8 +38,8 @@ class Validation(Protocol):
 class GuidanceValidation:
     """The guidance error along CFG trajectories of a few held-out prompts."""
 
-    def __init__(self, config: TrainingConfig, material: Material, base: FrozenTeacher) -> None:
-        self.config, self.material, self.base = config, material, base
+    def __init__(self, config: TrainingConfig, material: Material, teacher: FrozenTeacher) -> None:
+        self.config, self.material, self.teacher = config, material, teacher
         self.trajectories: dict[float, list[TeacherStep]] = {}
 
     def run(self, guide: Guide, step: int, folder: Path) -> dict[str, float]:
@@ -63,7 +64,7 @@ class GuidanceValidation:
             noise = torch.randn(count, *self.material.latent_shape, generator=generator)
             prompt = torch.arange(first, first + count)
             walk = cfg_trajectories(
-                self.base, self.material.schedule, prompt, torch.full_like(prompt, NULL), noise,
+                self.teacher, self.material.schedule, prompt, torch.full_like(prompt, NULL), noise,
                 w, STEPS,
             )  # fmt: skip
             self.trajectories[w] = list(walk)
@@ -71,12 +72,12 @@ class GuidanceValidation:
 
     @torch.no_grad()
     def _error(self, guide: Guide, w: float) -> float:
-        student = GuidedStudent(guide, self.material.pipe.unet)
+        student, texts = self.material.student(guide), self.teacher.prompts
         gap = whole = 0.0
         try:
             for state in self._walk(w):
-                scale, text = torch.full((len(state.latents),), w), self.base.texts(state.prompt)
-                guided = student(state.latents, state.timestep, text, self.base.null, scale)
+                scale, text = torch.full((len(state.latents),), w), texts(state.prompt)
+                guided = student(state.latents, state.timestep, text, texts.null, scale)
                 gap += float((guided - state.cfg).pow(2).sum())
                 whole += float((state.conditional - state.cfg).pow(2).sum())
         finally:

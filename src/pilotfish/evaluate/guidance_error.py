@@ -17,7 +17,8 @@ import torch
 from pilotfish.denoisers import fingerprint
 from pilotfish.evaluate.result import GuidanceError
 from pilotfish.guides import Guide
-from pilotfish.passes import NULL, FrozenTeacher, GuidedStudent, encode_prompts
+from pilotfish.passes import FrozenTeacher, GuidedStudent
+from pilotfish.prompts import NULL, encoded, some_or_one, time_ids
 from pilotfish.sampling import TeacherStep, cfg_trajectories
 from pilotfish.schedules import Schedule
 
@@ -98,15 +99,15 @@ def guidance_error(
     unet, schedule = pipe.unet, Schedule.of(pipe.scheduler)
     guide.check(fingerprint(unet, schedule.prediction_type))
     guide.to(unet.device, unet.dtype).eval()
-    texts = [*prompts, *negative_prompts, ""]
-    teacher = FrozenTeacher(unet, encode_prompts(pipe, texts))
+    texts, sizes = encoded(pipe, [*prompts, *negative_prompts]), time_ids(pipe)
+    teacher = FrozenTeacher(unet, texts, sizes)
     negative = torch.tensor([NULL if not n else len(prompts) + i
                              for i, n in enumerate(negative_prompts)])  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(prompts), *latent_shape(pipe), generator=generator)
     noise = noise.to(unet.device, unet.dtype)
     meter = ErrorMeter()
-    student = GuidedStudent(guide, unet)
+    student = GuidedStudent(guide, unet, sizes)
     try:
         for w in guidance_scales:
             for index in torch.arange(len(prompts)).split(batch_size):
@@ -116,7 +117,7 @@ def guidance_error(
                 )  # fmt: skip
                 scale = torch.full((len(index),), float(w))
                 told = torch.full_like(index, NULL) if ignoring else negative[index]
-                both = teacher.texts(index), teacher.negatives(told)
+                both = texts(index), some_or_one(texts, told)
                 for state in walk:
                     guided = student(state.latents, state.timestep, *both, scale)
                     meter.update(float(w), state, guided)

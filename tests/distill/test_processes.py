@@ -1,0 +1,82 @@
+"""Two real processes train one guide: the same as one process with both streams would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pilotfish.distill.checkpoints import list_checkpoints, saved_streams
+from pilotfish.distill.config import DistillConfig
+
+PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
+WEIGHTS = "guide/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def config(make_pipe: Callable[[str], Any], tmp_path: Path) -> DistillConfig:
+    make_pipe("epsilon").save_pretrained(tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    return DistillConfig(
+        output_dir=str(tmp_path / "run"), pretrained_model_name_or_path=str(tmp_path / "base"),
+        prompts=str(tmp_path / "prompts.txt"), train_batch_size=4, max_train_steps=12, pool=8,
+        replay_capacity=8, trajectory_steps_min=2, trajectory_steps_max=4, checkpointing_steps=6,
+        checkpoints_total_limit=None, validation_steps=12, lr_warmup_steps=1,
+        negative_share=0.5, states="student", report_to="tensorboard",
+    )  # fmt: skip
+
+
+def run(config: DistillConfig, processes: int) -> Path:
+    """The command on so many processes."""
+    folder = Path(config.output_dir)
+    file = folder.with_suffix(".json")
+    config.save(file)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*(launcher if processes > 1 else []), "-m", "pilotfish", "distill"]
+    done = subprocess.run(
+        [sys.executable, *command, "--config", str(file)], capture_output=True, text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def close(one: Path, two: Path) -> bool:
+    a, b = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
+    return all(torch.allclose(v, b[k], rtol=1e-3, atol=1e-5) for k, v in a.items())
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(config: DistillConfig, tmp_path: Path) -> None:
+    def elsewhere(name: str, **changes: Any) -> DistillConfig:
+        return replace(config, output_dir=str(tmp_path / name), **changes)
+
+    two = run(elsewhere("two"), 2)
+    one = run(elsewhere("one", train_batch_size=8, streams=2), 1)
+    assert close(two, one)
+    # other states, so the comparison can fail
+    assert not close(two, run(elsewhere("other", train_batch_size=8), 1))
+    # written once
+    histories = [json.loads((folder / "history.json").read_text()) for folder in (one, two)]
+    assert [row["step"] for row in histories[1]] == [12]
+    assert histories[1][0]["guidance_error"] == pytest.approx(
+        histories[0][0]["guidance_error"], rel=1e-3
+    )
+    assert json.loads((two / "training.json").read_text())["samples"] == 12 * 8
+    assert len(list((two / "logs").rglob("events*"))) == 1
+    middle = list_checkpoints(two)[0]
+    assert saved_streams(middle) == [0, 1]
+    # begun on two, ended on one
+    assert close(one, run(elsewhere("again", train_batch_size=8, resume=str(middle)), 1))
+    # and the other way round
+    first = list_checkpoints(one)[0]
+    assert close(one, run(elsewhere("back", resume=str(first)), 2))
