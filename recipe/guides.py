@@ -21,7 +21,8 @@ def make_guide(name: str, work: Path, target: Path) -> None:
         DistillConfig(
             output_dir=str(work / f"guide-{name}"), checkpointing_steps=100, validation_steps=200,
             report_to="none", resume="latest", mixed_precision="bf16", pool=512,
-            practice=practice_folders(work), practice_share=0.6, **GUIDES[name],
+            practice=practice_folders(work), practice_share=0.6, negative_share=0.25,
+            **GUIDES[name],
         )
     )  # fmt: skip
     guide.half().save_pretrained(target / "guides" / name)
