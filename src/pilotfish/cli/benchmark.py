@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+import torch
 import tyro
 from rich.console import Console
 
@@ -13,7 +16,8 @@ from pilotfish.cli.names import guide, host
 from pilotfish.distill.kinds import KINDS
 from pilotfish.evaluate.cost import cost, guide_size
 from pilotfish.evaluate.machine import machine
-from pilotfish.evaluate.table import cost_table
+from pilotfish.evaluate.shapes import SHAPES, ShapesResult, measure_shape
+from pilotfish.evaluate.table import cost_table, shapes_table
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,17 @@ class BenchmarkConfig:
     num_inference_steps: int = 25
     guidance_scale: float = 4.0
     rounds: int = 15
+    shape: tuple[Literal["sd15", "sd21", "sdxl"], ...] = ()
+    """Full-size denoisers with random weights, in place of a pipeline: one step of a plain pass,
+    CFG, tiny and full, side by side."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of those."""
+    device: str = "cpu"
+    """Of those, such as cuda."""
+    counted: bool = False
+    """Count parameters and operations of those; time nothing, and need no memory."""
+    output: str | None = None
+    """JSON file of those; other shapes that it holds stay in it."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -36,6 +51,9 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         BenchmarkConfig, args=list(arguments), prog="pilotfish benchmark", use_underscores=True
     )
+    if config.shape:
+        _shapes(config, " ".join(["pilotfish benchmark", *arguments]))
+        return
     pipe = host(config.pretrained_model_name_or_path)
     if config.guide in KINDS and config.guide not in embedded.guide_names():
         prediction = pipe.scheduler.config.prediction_type
@@ -50,3 +68,17 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{size.name}: {size.parameters:,} parameters, {size.share:.2%} of the denoiser")
     print(f"on {machine()}")
     Console().print(cost_table(spent))
+
+
+def _shapes(config: BenchmarkConfig, command: str) -> None:
+    output = Path(config.output) if config.output else None
+    result = ShapesResult.load(output) if output and output.is_file() else ShapesResult({})
+    for name in config.shape:
+        result.shapes[name] = measure_shape(
+            SHAPES[name], command=command, device=config.device, rounds=config.rounds,
+            dtype=getattr(torch, config.precision),
+            batch_sizes=() if config.counted else config.batch_sizes,
+        )  # fmt: skip
+        if output:
+            result.save(output)
+    Console().print(shapes_table(result))

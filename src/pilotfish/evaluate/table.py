@@ -10,6 +10,7 @@ from rich.table import Table
 
 from pilotfish.evaluate.negative import TOLD, NegativeResult
 from pilotfish.evaluate.result import Cost, HostResult, Result, Scores
+from pilotfish.evaluate.shapes import ShapesResult
 from pilotfish.evaluate.steps import StepsResult
 from pilotfish.evaluate.ways import TITLES, WAYS
 
@@ -184,6 +185,30 @@ def markdown_table(result: Result) -> str:
     plain, guided = result.cost.cfg_over_plain[batch], result.cost.cfg_over_guided[batch]
     lines.append(f"| speed, batch {batch} | {number(plain)}× | 1× | **{number(guided)}×** | | |")
     return "\n".join(lines) + "\n"
+
+
+def shapes_table(result: ShapesResult) -> Table:
+    """One line for each way of each denoiser, cost beside one plain pass and beside CFG."""
+    table = Table(title="Full size, random weights")
+    for name in ("denoiser", "", "parameters", "operations", "CFG over it", "peak memory"):
+        table.add_column(name, justify="left" if name in ("denoiser", "") else "right")
+    for name, shape in result.shapes.items():
+        for way, flops in shape.flops.items():
+            guide = shape.guides.get(way)
+            table.add_row(
+                f"{name}, {shape.parameters / 1e6:,.0f} M" if way == "plain" else "",
+                {"plain": "one pass", "cfg": "CFG"}.get(way, way),
+                f"{guide.parameters / 1e6:,.2f} M, {guide.share:.2%}" if guide else "",
+                f"{flops / shape.flops['plain']:.3f}×",
+                _by_batch({b: f"{r[way]:.2f}×" for b, r in shape.cfg_over.items() if way in r}),
+                _by_batch({b: f"{m[way] / 2**30:.1f} GiB" for b, m in shape.peak_bytes.items()}),
+            )
+        table.add_section()
+    return table
+
+
+def _by_batch(cells: dict[str, str]) -> str:
+    return ", ".join(f"{cell} at {batch}" for batch, cell in cells.items())
 
 
 def negatives_table(result: NegativeResult) -> Table:
