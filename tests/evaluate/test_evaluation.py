@@ -37,6 +37,26 @@ def test_the_three_ways_start_from_the_same_noise(pipe: Any, guide: Guide) -> No
         assert not torch.allclose(batch["cfg"].latents, batch["none"].latents, atol=1e-3)
 
 
+def test_what_is_known_is_not_drawn_again(
+    pipe: Any, guide: Guide, moved: Guide, judge: Judge, names: list[str], real: Path,
+    batches: Callable[..., Any],
+) -> None:  # fmt: skip
+    settings: dict[str, Any] = {
+        "prompts": names, "names": names, "pictures_folder": real, "judge": judge, **SMALL, **TOLD
+    }  # fmt: skip
+    known: list[Any] = []
+    evaluate_host(pipe, guide, known=known, **settings)
+    assert len(known) == 2
+    with batches(pipe.unet) as few:
+        again = evaluate_host(pipe, moved, known=known, **settings)
+    with batches(pipe.unet) as all_of_them:
+        alone = evaluate_host(pipe, moved, **settings)
+    # one pass and two, for three pictures in two steps
+    assert sum(all_of_them) - sum(few) == 3 * 3 * 2
+    for part in ("guidance_error", "latent_mse_ratio", "cfg", "guided", "agreement"):
+        assert getattr(again, part) == getattr(alone, part)
+
+
 def test_a_fresh_guide_measures_as_no_guide(
     pipe: Any, guide: Guide, judge: Judge, names: list[str], real: Path
 ) -> None:

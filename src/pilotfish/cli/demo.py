@@ -21,8 +21,9 @@ from pilotfish.evaluate.evaluation import evaluate
 from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.grids import draw_hosts, host_grid, wide_grid
 from pilotfish.evaluate.hosts import embedded_hosts
+from pilotfish.evaluate.result import Result
 from pilotfish.evaluate.table import result_table
-from pilotfish.evaluate.ways import spread
+from pilotfish.evaluate.ways import Drawn, spread
 from pilotfish.guides import Guide
 
 
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str]) -> None:
         "seed": config.seed,
     }
     prompts = spread(names, config.samples)
-    results = {}
+    results: dict[str, Result] = {}
+    known: dict[str, list[dict[str, Drawn]]] = {}
     guides: dict[str, Guide] = {"shipped": embedded.load_guide(), "fresh": fresh}
     for label, guide in guides.items():
         with shown() as progress:
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
                 hosts, guide, guide_name=f"tiny, {label}", command=command, prompts=prompts,
                 names=names, held_out=embedded.prompts("held_out")[:16], judge=judge,
                 samples=config.samples, rounds=7, unfinished=folder / f"{label}.unfinished",
-                progress=progress, **sampling,
+                known=known, progress=progress, **sampling,
             )  # fmt: skip
         results[label].save(folder / f"{label}.json")
         (folder / f"{label}.unfinished").unlink(missing_ok=True)

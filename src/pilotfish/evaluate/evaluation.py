@@ -27,7 +27,7 @@ from pilotfish.evaluate.metrics import (
 from pilotfish.evaluate.parts import Parts, fingerprint, modules
 from pilotfish.evaluate.result import HostResult, Interval, Result, Run
 from pilotfish.evaluate.scores import Progress, ScoreMeter, prefixed, real_pictures
-from pilotfish.evaluate.ways import WAYS, cycle, three_ways
+from pilotfish.evaluate.ways import WAYS, Drawn, cycle, three_ways
 from pilotfish.guides import Guide
 from pilotfish.passes import checksum
 
@@ -49,6 +49,7 @@ def evaluate_host(
     guidance_scales: Sequence[float] = SCALES,
     inception_weights: str | Path | None = None,
     clip: str | Path | None = None,
+    known: list[dict[str, Drawn]] | None = None,
     progress: Progress | None = None,
 ) -> HostResult:
     """Measure one pipeline.
@@ -64,6 +65,8 @@ def evaluate_host(
         guidance_scales: each w of the guidance error.
         inception_weights: if given, Inception FID as well.
         clip: folder of a CLIP; if given, CLIP score as well.
+        known: pictures without guidance and with CFG, of an earlier guide in all the same
+            settings; an empty list is filled with them.
         progress: called after every batch.
 
     Raises:
@@ -89,7 +92,7 @@ def evaluate_host(
     done = 0
     for batch in three_ways(
         pipe, guide, texts, seeds, guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps, batch_size=batch_size,
+        num_inference_steps=num_inference_steps, batch_size=batch_size, known=known,
     ):  # fmt: skip
         features = {way: judge.images(drawn.images) for way, drawn in batch.items()}
         for way, drawn in batch.items():
@@ -137,6 +140,7 @@ def evaluate(
     rounds: int = 15,
     judge: Judge | None = None,
     unfinished: str | Path | None = None,
+    known: dict[str, list[dict[str, Drawn]]] | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -150,6 +154,7 @@ def evaluate(
         rounds: of the wall clock.
         unfinished: file that keeps each host as soon as it is measured; the same call goes on
             from it. To be deleted when the result is safe.
+        known: by host, see :func:`evaluate_host`; an empty dict is filled.
         settings: the rest of :func:`evaluate_host`.
 
     Raises:
@@ -188,7 +193,8 @@ def evaluate(
         if key not in parts.hosts:
             parts.hosts[key] = evaluate_host(
                 pipe, guide, pictures_folder=host.pictures, samples=samples, seed=seed,
-                judge=judge, progress=prefixed(progress, name), **same, **settings,
+                judge=judge, progress=prefixed(progress, name),
+                known=None if known is None else known.setdefault(name, []), **same, **settings,
             )  # fmt: skip
             if file is not None:
                 parts.save(file)

@@ -75,22 +75,31 @@ def draw(
 def three_ways(
     pipe: Any, guide: Guide, prompts: Sequence[str], seeds: Sequence[int], *,
     guidance_scale: float, num_inference_steps: int, batch_size: int,
+    known: list[dict[str, Drawn]] | None = None,
 ) -> Iterator[dict[str, Drawn]]:  # fmt: skip
     """Batch after batch, each drawn without guidance, with CFG and with the guide.
 
-    Only one batch is alive at a time. The guide is off the pipeline whenever this yields.
+    The guide is off the pipeline whenever this yields. Only one batch is alive at a time, unless
+    they are kept for the next guide.
+
+    Args:
+        known: what does not depend on the guide, batch by batch: taken from here where it is, and
+            added where it is not.
     """
     settings: dict[str, tuple[float, Guide | None]] = {
         "none": (1.0, None),
         "cfg": (guidance_scale, None),
         "guided": (guidance_scale, guide),
     }
-    for i in range(0, len(prompts), batch_size):
+    for number, i in enumerate(range(0, len(prompts), batch_size)):
         texts, some = prompts[i : i + batch_size], seeds[i : i + batch_size]
-        yield {
-            way: draw(
-                pipe, texts, some, guidance_scale=w, guide=with_guide,
-                num_inference_steps=num_inference_steps,
-            )
-            for way, (w, with_guide) in settings.items()
-        }  # fmt: skip
+        drawn = dict(known[number]) if known and number < len(known) else {}
+        for way, (w, with_guide) in settings.items():
+            if way not in drawn:
+                drawn[way] = draw(
+                    pipe, texts, some, guidance_scale=w, guide=with_guide,
+                    num_inference_steps=num_inference_steps,
+                )  # fmt: skip
+        if known is not None and number == len(known):
+            known.append({way: drawn[way] for way in ("none", "cfg")})
+        yield drawn
