@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from pilotfish.contract import PromptEmbeds
 from pilotfish.distill.checkpoints import (
+    CheckpointError,
     Writing,
     list_checkpoints,
     load_checkpoint,
@@ -353,6 +354,8 @@ class Distillation:
         self.record.load(checkpoint.step, checkpoint.facts)
         self.learner.load(checkpoint)
         saved = saved_streams(path)
+        if not saved:
+            raise CheckpointError(f"{path} holds no streams of states; an older version made it")
         for number in self.streams.rings:  # where there are more now, several go on from one
             self.streams.load(number, load_stream(path, saved[number % len(saved)]))
         self.notice(f"resumed from {path} at step {self.record.step}")

@@ -69,10 +69,8 @@ class States:
         """These states, then those of ``others``."""
         if not others:
             return self
-        parts = [self, *others]
-        return type(self)(
-            **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(self)}
-        )
+        parts = [part.tensors() for part in (self, *others)]
+        return type(self)(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def pick(self, index: torch.Tensor) -> Self:
         """The states at ``index``."""
@@ -131,10 +129,7 @@ class Replay:
         # kernels, which round differently for other strides
         new = type(new)(**{k: v.contiguous() for k, v in new.tensors().items()})
         if self.states is None or len(self.states) + len(new) <= self.capacity:
-            old = self.states
-            joined = {k: v if old is None else torch.cat([getattr(old, k), v])
-                      for k, v in new.tensors().items()}  # fmt: skip
-            self.states = type(new)(**joined)
+            self.states = new if self.states is None else self.states.joined([new])
         else:
             where = (self.written + torch.arange(len(new))) % len(self.states)
             for name, value in new.tensors().items():

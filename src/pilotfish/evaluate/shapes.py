@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from pilotfish.contract import PromptEmbeds
-from pilotfish.evaluate.cost import speed_up, take_turns
+from pilotfish.evaluate.cost import denoiser_flops, guide_size, speed_up, take_turns
 from pilotfish.evaluate.machine import machine, versions
 from pilotfish.evaluate.result import GuideSize
 from pilotfish.evaluate.saved import Saved
@@ -145,11 +143,7 @@ class Steps:
 
     def sizes_of_guides(self) -> dict[str, GuideSize]:
         """Parameters, and their share of the denoiser's."""
-        whole = parameters(self.unet)
-        return {
-            name: GuideSize(name, parameters(guide), parameters(guide) / whole)
-            for name, guide in self.guides.items()
-        }
+        return {name: guide_size(guide, self, name) for name, guide in self.guides.items()}
 
     @torch.no_grad()
     def step(self, way: str, batch: int) -> None:
@@ -178,9 +172,7 @@ class Steps:
 
     def flops(self, way: str) -> int:
         """Operations of one step of one picture."""
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self.step(way, 1)
-        return int(counter.get_total_flops())
+        return denoiser_flops(self, partial(self.step, way, 1))
 
     def seconds(self, way: str, batch: int) -> float:
         """Wall clock of one step."""
@@ -209,7 +201,7 @@ def measure_shape(
         raise ValueError(f"at least one round is needed, not {rounds}")
     counted = Steps(shape, torch.device("meta"), dtype)
     result = ShapeResult(
-        parameters(counted.unet), counted.sizes_of_guides(),
+        sum(p.numel() for p in counted.unet.parameters()), counted.sizes_of_guides(),
         {way: counted.flops(way) for way in counted.ways}, str(dtype).removeprefix("torch."),
         command, machine(), versions(),
     )  # fmt: skip
@@ -229,11 +221,6 @@ def measure_shape(
             way: statistics.median(turn[way] for turn in turns) for way in real.ways
         }
     return result
-
-
-def parameters(module: nn.Module) -> int:
-    """How many a network has."""
-    return sum(p.numel() for p in module.parameters())
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> float:
