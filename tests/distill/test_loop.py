@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from pilotfish.contract import PromptEmbeds
 from pilotfish.distill import guidance_stage
-from pilotfish.distill.checkpoints import list_checkpoints
+from pilotfish.distill.checkpoints import CheckpointError, list_checkpoints
 from pilotfish.distill.config import ConfigError, DistillConfig
 from pilotfish.distill.guidance_stage import GuidanceDistillation
 from pilotfish.distill.loop import DistillError, Interrupted
@@ -200,6 +200,16 @@ def test_a_checkpoint_of_another_guide_is_refused(
     again = replace(config, resume="latest")
     with pytest.raises(ConfigError, match="another kind of guide"):
         GuidanceDistillation(again, stuff, other).run()
+
+
+def test_a_checkpoint_without_streams_is_refused(
+    config: DistillConfig, material: Callable[[str], Material]
+) -> None:
+    train(config, material("epsilon"))
+    for stream in list_checkpoints(Path(config.output_dir))[-1].glob("stream-*"):
+        stream.unlink()
+    with pytest.raises(CheckpointError, match="holds no streams"):
+        train(replace(config, resume="latest"), material("epsilon"))
 
 
 def test_a_run_that_fails_leaves_no_hook(

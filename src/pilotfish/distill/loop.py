@@ -23,22 +23,14 @@ from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from pilotfish.contract import PromptEmbeds
-from pilotfish.distill.checkpoints import (
-    CheckpointError,
-    Writing,
-    list_checkpoints,
-    load_checkpoint,
-    load_stream,
-    prune_checkpoints,
-    save_whole,
-    saved_streams,
-)
+from pilotfish.distill.checkpoints import list_checkpoints, save_whole
 from pilotfish.distill.config import ConfigError, TrainingConfig
 from pilotfish.distill.learner import Learner
 from pilotfish.distill.material import Material
 from pilotfish.distill.pool import Pool
 from pilotfish.distill.practice import PracticeHosts
 from pilotfish.distill.record import Record
+from pilotfish.distill.saving import Saving
 from pilotfish.distill.signals import stop_requested
 from pilotfish.distill.states import Source, States
 from pilotfish.distill.streams import FIRST, Streams, generator, share_out, shared_draws
@@ -117,8 +109,23 @@ class Distillation:
         self.hooks = [student.hooks]
         self.learner = Learner(student, config, rate, self.accelerator)
         self.record = Record(self.measure)
+        self.saving = Saving(
+            self.folder, self.accelerator, self.learner, self.record,
+            base_checksum=self.base_checksum, what=self._what(),
+            limit=config.checkpoints_total_limit,
+        )  # fmt: skip
 
     # -- states -------------------------------------------------------------------------
+
+    def _streams(self, found: Path | None) -> Streams:
+        """Those of this process."""
+        config, accelerator = self.config, self.accelerator
+        number = self.saving.number_of_streams(config.streams, found)
+        return Streams(
+            share_out(number, accelerator.num_processes, accelerator.process_index), config.seed,
+            batch=config.train_batch_size, hosts=len(self.practice), source=self.source,
+            capacity=config.replay_capacity, reuse=config.replay_reuse,
+        )  # fmt: skip
 
     def pool(self, stream: int, steps: tuple[int, int], student_share: float) -> Pool:
         """Latents on their way, over all prompts of the material."""
@@ -159,11 +166,12 @@ class Distillation:
         """
         self._begin()
         try:
-            found = self._found()
+            found = self.saving.found(self.config.resume, self.notice)
             self.streams = self._streams(found)
             self.validating = self.validation()
             if found is not None:
-                self._load(found)
+                self.saving.load(found, self.streams)
+                self.notice(f"resumed from {found} at step {self.record.step}")
             self._train()
             self.practice.wear(0)
             if checksum(self.unet) != self.base_checksum:
@@ -264,7 +272,7 @@ class Distillation:
         if last or step % config.validation_steps == 0:
             self._validate()
         if last or stopping or step % config.checkpointing_steps == 0:
-            self.save()
+            self.saving.save(self.streams)
         if stopping and not last:
             raise Interrupted(
                 f"stopped at step {step}; run the same command with --resume latest to go on"
@@ -293,45 +301,6 @@ class Distillation:
             save_whole(guide, self.folder / "guide")
             self.notice(f"saved {self.folder / 'guide'}")
 
-    # -- checkpoints --------------------------------------------------------------------
-
-    def save(self) -> None:
-        """Write a checkpoint: weights, average, optimiser, states, history."""
-        accelerator = self.accelerator
-        writing = Writing(self.folder, self.record.step)
-        if accelerator.is_main_process:
-            writing.open()
-        accelerator.wait_for_everyone()
-        for number, tensors in self.streams.tensors().items():
-            writing.stream(number, tensors)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            facts = self.learner.facts() | self.record.facts()
-            facts |= {"base_checksum": self.base_checksum, "what": self._what()}
-            writing.close(self.learner.tensors(), facts)
-            prune_checkpoints(self.folder, self.config.checkpoints_total_limit)
-        accelerator.wait_for_everyone()
-
-    def _found(self) -> Path | None:
-        """The checkpoint to go on from."""
-        if self.config.resume != "latest":
-            return None if self.config.resume is None else Path(self.config.resume)
-        if found := list_checkpoints(self.folder):
-            return found[-1]
-        self.notice(f"no checkpoint in {self.folder}; starting from the beginning")
-        return None
-
-    def _streams(self, found: Path | None) -> Streams:
-        """Those of this process, as many in all as was asked for or as a checkpoint has."""
-        config, processes = self.config, self.accelerator.num_processes
-        saved = len(saved_streams(found)) if found is not None else 0
-        number = config.streams or (saved if saved and saved % processes == 0 else processes)
-        return Streams(
-            share_out(number, processes, self.accelerator.process_index), config.seed,
-            batch=config.train_batch_size, hosts=len(self.practice), source=self.source,
-            capacity=config.replay_capacity, reuse=config.replay_reuse,
-        )  # fmt: skip
-
     def _what(self) -> dict[str, Any]:
         """What is trained, in plain JSON: a checkpoint of something else is refused."""
         config = {k: v for k, v in self.guide.config.items() if not k.startswith("_")}
@@ -341,21 +310,3 @@ class Distillation:
         }  # fmt: skip
         plain: dict[str, Any] = json.loads(json.dumps(what))
         return plain
-
-    def _load(self, path: Path) -> None:
-        checkpoint = load_checkpoint(path)
-        if checkpoint.facts.get("base_checksum") != self.base_checksum:
-            raise ConfigError(f"{path} was trained on another base; its checksum differs")
-        if checkpoint.facts.get("what") != self._what():
-            raise ConfigError(
-                f"{path} is of another kind of guide, another stage, or other practice or "
-                "negative prompts"
-            )
-        self.record.load(checkpoint.step, checkpoint.facts)
-        self.learner.load(checkpoint)
-        saved = saved_streams(path)
-        if not saved:
-            raise CheckpointError(f"{path} holds no streams of states; an older version made it")
-        for number in self.streams.rings:  # where there are more now, several go on from one
-            self.streams.load(number, load_stream(path, saved[number % len(saved)]))
-        self.notice(f"resumed from {path} at step {self.record.step}")
