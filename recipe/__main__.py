@@ -15,6 +15,7 @@ from recipe.denoiser import BaseStage, make_base
 from recipe.finetunes import PRACTICE, STYLES, make_finetune
 from recipe.guides import GUIDES, StepGuides, make_guide, make_step_guides
 from recipe.judge import JudgeStage, make_judge
+from recipe.pages import write_pages
 from recipe.pictures import PRACTICE_STYLES, make_pictures
 from recipe.pictures import STYLES as PICTURE_STYLES
 from recipe.prompts import make_prompts
@@ -31,7 +32,7 @@ STAGES = (
 class Recipe:
     """Make the embedded model. Stages, in order: prompts, pictures, autoencoder, base,
     finetunes, practice, judge, guides, steps, cards. Beside them, variants compares forms of the
-    guide, and readme puts what was measured into the README."""
+    guide; readme and pages put what was measured into the README and the documents."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -47,6 +48,7 @@ class Recipe:
             "cards",
             "variants",
             "readme",
+            "pages",
             "all",
         ]
     ]
@@ -104,6 +106,8 @@ def run(recipe: Recipe) -> None:
             compare_variants(recipe.work, recipe.variants)
         elif stage == "readme":
             write_readme(Path("README.md"), Path("results/guide.json"))
+        elif stage == "pages":
+            write_pages(Path("results"), Path("docs"))
         else:
             write_cards(recipe.target)
 
