@@ -22,9 +22,17 @@ class TrainingConfig:
     pretrained_model_name_or_path: str | None = None
     """The base pipeline, a folder or hub id. Left out: the embedded model."""
     prompts: str | None = None
-    """Text file, one prompt a line. Left out: the embedded model's training prompts."""
+    """Text file, one prompt a line; or a Parquet, CSV or JSON lines file, webdataset shards (.tar),
+    a pattern or folder of those, or a data set's id on the hub (these need the extra
+    ``datasets``). However many they are, they stay on the disk. Left out: the embedded model's
+    training prompts."""
+    caption_column: str | None = None
+    """Column of a data set. Left out: text, caption, prompt or txt, the first there is."""
+    prompts_split: str = "train"
+    """Split of a data set."""
     validation_prompts: str | None = None
-    """Prompts for validation, held out of training. Left out: the embedded model's."""
+    """Prompts for validation, held out of training; a text file, or a data set with the same
+    column and split. Left out: the embedded model's, or the first of your own prompts."""
     practice: tuple[str, ...] = ()
     """Fine-tunes of the base to practise on beside it, so that the guide is better on others:
     folders or hub ids of pipelines, UNets or LoRAs."""
