@@ -48,6 +48,13 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    base_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """In what the weights of the frozen denoiser and text encoders are held; the guide is trained
+    in float32 in any case. Half of it is half the memory. fp16 needs ``--mixed_precision fp16``,
+    which keeps gradients from vanishing on their way through it."""
+    use_8bit_adam: bool = False
+    """Adam's moments in eight bits, by bitsandbytes (the extra ``8bit``): worth it for the large
+    guides."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     ema_decay: float = 0.995
     """Decay of the guide's moving average; the average is what is saved."""
@@ -97,6 +104,10 @@ class TrainingConfig:
         self._need(0 <= self.practice_share <= 1, "practice_share", "between 0 and 1")
         for name in ("student_share", "negative_share"):
             self._need(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+        self._need(
+            self.base_dtype != "fp16" or self.mixed_precision == "fp16", "base_dtype",
+            "bf16 or fp32 without --mixed_precision fp16",
+        )  # fmt: skip
         self._need(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
         self._need(self.pool >= self.train_batch_size, "pool", "at least train_batch_size")
 

@@ -41,6 +41,7 @@ from pilotfish.passes import checkpoint_in_context, checksum
 from pilotfish.pipelines import fine_tuned_weights
 from pilotfish.prompts import some_or_one
 
+BASE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAME_SCALE = 0.5
 """Share of the samples that are trained at the scale at which they were being sampled:
 what the guide will meet. The rest get a scale of their own."""
@@ -97,6 +98,7 @@ class Distillation:
             log_with=report,
             project_config=ProjectConfiguration(str(self.folder), str(self.folder / "logs")),
         )
+        material.hold_in(BASE_DTYPES[config.base_dtype])
         self.unet = material.pipe.to(self.accelerator.device).unet
         self.teacher = material.teacher()
         if config.gradient_checkpointing:
@@ -284,8 +286,7 @@ class Distillation:
             return
         self.practice.wear(0)
         step = self.record.step
-        with self.learner.averaged() as guide:
-            row = self.validating.run(guide, step, self.folder / "validation")
+        row = self.validating.run(self.learner.averaged(), step, self.folder / "validation")
         self.record.validated(row, self.folder)
         if self.accelerator.log_with:
             self.accelerator.log({f"validation/{k}": v for k, v in row.items()}, step)

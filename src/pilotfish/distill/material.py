@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pilotfish import embedded
 from pilotfish.data.pictures import from_pixels, load_pictures
@@ -68,6 +69,13 @@ class Material:
             held_out = prompts[:64] if config.prompts else embedded.prompts("held_out")
         folder = Path(pictures) if pictures else embedded.pictures("base")
         return cls(pipe, prompts, held_out, folder)
+
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Turn the frozen networks that take part in training to a precision. The VAE, which draws
+        for validation alone and may overflow in half precision, stays as it is."""
+        for name in ("unet", "text_encoder", "text_encoder_2"):
+            if (network := getattr(self.pipe, name, None)) is not None:
+                nn.Module.to(network, dtype=dtype)  # diffusers' own warns, though nothing is kept
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
