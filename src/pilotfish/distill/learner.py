@@ -17,6 +17,7 @@ from pilotfish.distill.checkpoints import (
     restore_optimizer,
 )
 from pilotfish.distill.config import ConfigError, TrainingConfig
+from pilotfish.distill.sharding import make_whole, shared_out, whole
 from pilotfish.guides import Guide
 from pilotfish.passes import GuidedStudent
 
@@ -72,19 +73,22 @@ class Learner:
         precision."""
         guide = deepcopy(self.guide)
         self.average.copy_to(guide.parameters())
+        make_whole(guide)
         return guide.eval()
 
     def finish(self) -> Guide:
         """The guide with its averaged weights, for good."""
         self.average.copy_to(self.guide.parameters())
+        make_whole(self.guide)
         return self.guide.eval()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What must be saved of weights, average and optimiser."""
+        """What must be saved of weights, average and optimiser. Every process must ask."""
         shadow = self.average.state_dict()["shadow_params"]
         tensors = {f"guide.{k}": v for k, v in self.guide.state_dict().items()}
         tensors |= {f"average.{i}": v for i, v in enumerate(shadow)}
-        return tensors | {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+        tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+        return {k: whole(v) for k, v in tensors.items()}
 
     def facts(self) -> dict[str, Any]:
         """What must be saved beside it, plain numbers."""
@@ -99,14 +103,21 @@ class Learner:
     def load(self, checkpoint: Checkpoint) -> None:
         """Put back what :meth:`tensors` and :meth:`facts` gave."""
         facts = checkpoint.facts
-        self.guide.load_state_dict(checkpoint.part("guide"))
+        mine, parameters = self.guide.state_dict(), list(self.guide.parameters())
+        self.guide.load_state_dict(
+            {k: shared_out(v, mine[k]) for k, v in checkpoint.part("guide").items()}
+        )
         if self.accelerator.scaler is not None and "scaler" in facts:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         shadow = checkpoint.part("average")
-        ordered = [shadow[str(i)] for i in range(len(shadow))]
+        ordered = [shared_out(shadow[str(i)], p) for i, p in enumerate(parameters)]
         self.average.load_state_dict(facts["average"] | {"shadow_params": ordered})
         self.average.to(self.accelerator.device)
-        restore_optimizer(self.optimizer, checkpoint.part("optimizer") | facts.get("optimizer", {}))
+        slots = {
+            name: shared_out(value, parameters[int(name.partition(".")[0])])
+            for name, value in checkpoint.part("optimizer").items()
+        }
+        restore_optimizer(self.optimizer, slots | facts.get("optimizer", {}))
         self.rate.load_state_dict(self.rate.state_dict() | facts["rate"])
         for group, rate in zip(self.optimizer.param_groups, self.rate.get_last_lr(), strict=True):
             group["lr"] = rate

@@ -208,16 +208,18 @@ def shapes_table(result: ShapesResult) -> Table:
 
 
 def training_table(result: ShapesResult) -> Table:
-    """One line for each guide on each denoiser: what a training step takes, part by part."""
-    table = Table(title="Memory of a training step, GiB, random weights")
+    """One column for each guide on each denoiser: what a training step takes, part by part."""
+    table = Table("GiB", title="Memory of a training step, random weights")
     known = [(n, g, m) for n, shape in result.shapes.items() for g, m in shape.training.items()]
-    parts = dict.fromkeys(part for _, _, memory in known for part in memory.parts)
-    for name in ("denoiser, guide", "base in", *parts, "together", "measured"):
-        table.add_column(name, justify="left" if name == "denoiser, guide" else "right")
     for name, guide, memory in known:
-        figures = [*(memory.parts.get(part, 0.0) for part in parts), memory.total]
-        cells = [number(figure / 2**30) for figure in (*figures, memory.peak_bytes)]
-        table.add_row(f"{name}, {guide}, batch {memory.batch}", memory.precision, *cells)
+        heading = f"{name}, {guide}\n{memory.precision}, batch {memory.batch}"
+        table.add_column(heading, justify="right")
+    columns = [
+        memory.parts | {"together": memory.total, "measured": memory.peak_bytes}
+        for _, _, memory in known
+    ]
+    for part in dict.fromkeys(part for column in columns for part in column):
+        table.add_row(part, *(number(column[part] / 2**30) for column in columns))
     return table
 
 
