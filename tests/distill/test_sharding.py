@@ -86,15 +86,12 @@ def close(one: Path, two: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("guide", "checkpointing"), [("tiny", True), ("full", False)])
-def test_a_guide_that_is_shared_out_is_the_guide(
-    config: DistillConfig, guide: Any, checkpointing: bool
-) -> None:
-    config = replace(config, guide=guide, gradient_checkpointing=checkpointing)
+def test_a_guide_that_is_shared_out_is_the_guide(config: DistillConfig) -> None:
+    config = replace(config, gradient_checkpointing=True)
     plain = trained(config, "plain", False)
     shared = trained(config, "shared", True)
     assert close(plain, shared)
-    assert not close(plain, trained(config, "other", True, seed=1, max_train_steps=4))
+    assert not close(plain, trained(config, "other", True, seed=1))
     # begun in one way, ended in the other
     for name, begun, shared_out in (("there", plain, True), ("back", shared, False)):
         middle = str(list_checkpoints(begun)[0])
