@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pilotfish.data import prompts
 from pilotfish.data.prompts import open_prompts
 
 TEXTS = ["red cat", " a dog ", "", None, "tac"]
@@ -41,9 +42,9 @@ def shard(path: Path, texts: Sequence[str]) -> None:
 
 
 def test_a_column_of_a_parquet_file(tmp_path: Path) -> None:
-    prompts = open_prompts(parquet(tmp_path / "p.parquet"))
-    assert list(prompts) == FOUND
-    assert (prompts[-1], prompts[:2]) == ("tac", FOUND[:2])
+    found = open_prompts(parquet(tmp_path / "p.parquet"))
+    assert list(found) == FOUND
+    assert (found[-1], found[:2]) == ("tac", FOUND[:2])
 
 
 def test_a_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
@@ -95,9 +96,21 @@ def test_what_cannot_be_read_is_said_in_words(tmp_path: Path) -> None:
         open_prompts(parquet(tmp_path / "r.parquet", ["", " "]))
 
 
-def test_what_is_neither_here_nor_on_the_hub_is_named() -> None:
-    with pytest.raises(ValueError, match="no prompts could be read from nobody/nothing"):
-        open_prompts("nobody/nothing")
+@pytest.mark.parametrize("where", ["nobody/nothing", "nobody/nothing-v1.5", "nobody/nothing.txt"])
+def test_what_is_neither_here_nor_on_the_hub_is_named(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    plain = prompts.open_column
+
+    def open_column(where: str, *more: Any) -> Any:
+        asked.append(where)
+        return plain(where, *more)
+
+    monkeypatch.setattr(prompts, "open_column", open_column)
+    with pytest.raises(ValueError, match=f"no prompts could be read from {where}"):
+        open_prompts(where)
+    assert asked == ([] if where.endswith(".txt") else [where])  # a file's name asks no hub
 
 
 def test_the_package_that_reads_it_is_named(

@@ -10,7 +10,7 @@ from pathlib import Path
 from pilotfish.data.columns import BUILDERS, open_column
 from pilotfish.data.texts import Lines
 
-_HUB_ID = re.compile(r"[\w-]+/[\w-]+")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.txt)")
 
 
 def load_prompts(path: str | Path) -> list[str]:
