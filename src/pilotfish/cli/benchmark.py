@@ -17,7 +17,8 @@ from pilotfish.distill.kinds import KINDS
 from pilotfish.evaluate.cost import cost, guide_size
 from pilotfish.evaluate.machine import machine
 from pilotfish.evaluate.shapes import SHAPES, ShapesResult, measure_shape
-from pilotfish.evaluate.table import cost_table, shapes_table
+from pilotfish.evaluate.table import cost_table, shapes_table, training_table
+from pilotfish.evaluate.training_memory import training_memory
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class BenchmarkConfig:
     """Of those, such as cuda."""
     counted: bool = False
     """Count parameters and operations of those; time nothing, and need no memory."""
+    train: bool = False
+    """Of those, the memory of a training step of the tiny or full guide (``--guide``) on a base
+    held in ``--precision``, with gradient checkpointing: computed part by part and, unless
+    ``--counted``, measured."""
     output: str | None = None
     """JSON file of those; other shapes that it holds stay in it."""
 
@@ -73,12 +78,23 @@ def main(arguments: Sequence[str]) -> None:
 def _shapes(config: BenchmarkConfig, command: str) -> None:
     output = Path(config.output) if config.output else None
     result = ShapesResult.load(output) if output and output.is_file() else ShapesResult({})
+    dtype, counted = getattr(torch, config.precision), config.counted
     for name in config.shape:
-        result.shapes[name] = measure_shape(
-            SHAPES[name], command=command, device=config.device, rounds=config.rounds,
-            dtype=getattr(torch, config.precision),
-            batch_sizes=() if config.counted else config.batch_sizes,
-        )  # fmt: skip
+        before = result.shapes.get(name)
+        if config.train:
+            made = training_memory(
+                name, SHAPES[name], config.guide, command=command, dtype=dtype,
+                batch=config.batch_sizes[0], measured=not counted, device=config.device,
+            )  # fmt: skip
+            shape = before or measure_shape(SHAPES[name], command=command, batch_sizes=())
+            shape.training[config.guide] = made
+        else:
+            shape = measure_shape(
+                SHAPES[name], command=command, device=config.device, rounds=config.rounds,
+                dtype=dtype, batch_sizes=() if counted else config.batch_sizes,
+            )  # fmt: skip
+            shape.training.update(before.training if before else {})
+        result.shapes[name] = shape
         if output:
             result.save(output)
-    Console().print(shapes_table(result))
+    Console().print(training_table(result) if config.train else shapes_table(result))

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pilotfish import embedded
 from pilotfish.cli.evaluate import choose_hosts
+from pilotfish.cli.names import judge
 from pilotfish.compare.bench import Measurement
 from pilotfish.compare.comparison import Comparing
 from pilotfish.compare.methods import METHODS
@@ -20,8 +21,8 @@ from pilotfish.compare.plots import pareto
 from pilotfish.compare.table import comparison_table
 from pilotfish.data.prompts import load_prompts
 from pilotfish.distill.loop import Interrupted
-from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.plots import save
+from pilotfish.evaluate.spread import is_main
 
 QUICK: dict[str, Any] = {
     "max_train_steps": 8, "equal_seconds": False, "train_batch_size": 16, "samples": 16,
@@ -85,13 +86,15 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"{config.hosts[0]} is a fine-tune; the first host is the base")
     comparing = Comparing(
         config, choose_hosts(config.hosts, config.pictures), how,
-        Judge.from_folder(config.judge) if config.judge else Judge.embedded(), folder,
-        training=training, command=" ".join(["pilotfish compare", *arguments]),
+        judge(config.judge), folder, training=training,
+        command=" ".join(["pilotfish compare", *arguments]),
     )  # fmt: skip
     try:
         found = comparing.run()
     except Interrupted as error:
         raise Interrupted("stopped; the same command goes on from here") from error
+    if not is_main():
+        return
     if config.output:
         found.save(config.output)
     for budget in found.budgets:

@@ -11,13 +11,13 @@ import tyro
 from rich.console import Console
 
 from pilotfish import embedded
-from pilotfish.cli.names import guide, host
+from pilotfish.cli.names import guide, judge, measured
 from pilotfish.cli.progress import shown
 from pilotfish.data.prompts import load_prompts
 from pilotfish.evaluate.evaluation import evaluate
-from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.grids import draw_hosts, wide_grid
 from pilotfish.evaluate.hosts import Host
+from pilotfish.evaluate.spread import is_main
 from pilotfish.evaluate.table import result_table
 
 
@@ -66,10 +66,10 @@ def choose_hosts(names: Sequence[str], pictures: Sequence[str]) -> dict[str, Hos
     folders, hosts = list(pictures), {}
     for name in names:
         if name in embedded.HOSTS:
-            hosts[name] = Host(partial(host, name), embedded.pictures(name))
+            hosts[name] = Host(partial(measured, name), embedded.pictures(name))
         else:
             folder = Path(folders.pop(0)) if folders else None
-            hosts[Path(name).name] = Host(partial(host, name), folder)
+            hosts[Path(name).name] = Host(partial(measured, name), folder)
     if folders:
         raise ValueError(f"--pictures {folders[0]} belongs to no host")
     return hosts
@@ -82,23 +82,24 @@ def main(arguments: Sequence[str]) -> None:
     )
     names = load_prompts(config.prompts) if config.prompts else embedded.prompts("captions")
     held_out = load_prompts(config.held_out) if config.held_out else embedded.prompts("held_out")
-    judge = Judge.from_folder(config.judge) if config.judge else Judge.embedded()
     hosts, chosen = choose_hosts(config.hosts, config.pictures), guide(config.guide)
     unfinished = Path(f"{config.output}.unfinished")
     with shown() as progress:
         result = evaluate(
             hosts, chosen,
             guide_name=config.guide, command=" ".join(["pilotfish evaluate", *arguments]),
-            prompts=names, names=names, held_out=held_out, judge=judge, samples=config.samples,
+            prompts=names, names=names, held_out=held_out, judge=judge(config.judge),
+            samples=config.samples,
             seed=config.seed, guidance_scale=config.guidance_scale, rounds=config.rounds,
             num_inference_steps=config.num_inference_steps, batch_size=config.batch_size,
             inception_weights=config.inception_weights, clip=config.clip,
             unfinished=unfinished, progress=progress,
         )  # fmt: skip
-    result.save(config.output)
-    unfinished.unlink(missing_ok=True)
-    Console().print(result_table(result))
-    print(f"saved {config.output}")
+    if is_main():
+        result.save(config.output)
+        unfinished.unlink(missing_ok=True)
+        Console().print(result_table(result))
+        print(f"saved {config.output}")
     if config.grid:
         rows = names[:8] if config.prompts else embedded.SHOWN
         with shown() as progress:
@@ -107,6 +108,7 @@ def main(arguments: Sequence[str]) -> None:
                 guidance_scale=config.guidance_scale,
                 num_inference_steps=config.num_inference_steps,
             )  # fmt: skip
-        Path(config.grid).parent.mkdir(parents=True, exist_ok=True)
-        wide_grid(rows, drawn).save(config.grid)
-        print(f"saved {config.grid}")
+        if is_main():
+            Path(config.grid).parent.mkdir(parents=True, exist_ok=True)
+            wide_grid(rows, drawn).save(config.grid)
+            print(f"saved {config.grid}")

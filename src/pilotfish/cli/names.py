@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pilotfish import embedded
+from pilotfish.evaluate.features import Judge
+from pilotfish.evaluate.spread import device
 from pilotfish.guides import Guide
 from pilotfish.pipelines import load_pipeline
 
@@ -22,3 +24,15 @@ def guide(name: str) -> Guide:
     if name in embedded.guide_names() and not Path(name).exists():
         return embedded.load_guide(name)
     return Guide.from_pretrained(name)
+
+
+def measured(name: str) -> Any:
+    """A host where this process measures it."""
+    return host(name).to(device())
+
+
+def judge(folder: str | None) -> Judge:
+    """The embedded judge or one of the user's, there as well."""
+    found = Judge.from_folder(folder) if folder else Judge.embedded()
+    found.model.to(device())
+    return found

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from pilotfish import embedded
 from pilotfish.cli.evaluate import choose_hosts
-from pilotfish.cli.names import guide
+from pilotfish.cli.names import guide, judge
 from pilotfish.cli.progress import shown
 from pilotfish.data.prompts import load_prompts
-from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.negative import measure_negatives
+from pilotfish.evaluate.spread import is_main
 from pilotfish.evaluate.table import negatives_table
 
 
@@ -51,10 +51,11 @@ def main(arguments: Sequence[str]) -> None:
             choose_hosts(config.hosts, ()), guide(config.guide),
             load_prompts(config.prompts) if config.prompts else embedded.prompts("held_out"),
             guide_name=config.guide, command=" ".join(["pilotfish negatives", *arguments]),
-            judge=Judge.from_folder(config.judge) if config.judge else None, seed=config.seed,
+            judge=judge(config.judge), seed=config.seed,
             guidance_scale=config.guidance_scale, batch_size=config.batch_size,
             num_inference_steps=config.num_inference_steps, progress=progress,
         )  # fmt: skip
-    result.save(config.output)
-    Console().print(negatives_table(result))
-    print(f"saved {config.output}")
+    if is_main():
+        result.save(config.output)
+        Console().print(negatives_table(result))
+        print(f"saved {config.output}")

@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pilotfish.evaluate.scores import Progress as Report
+from pilotfish.evaluate.spread import is_main
 
 
 @contextmanager
 def shown() -> Iterator[Report]:
-    """A function ``(what, done, total)`` that moves a bar; each ``what`` is a line of its own."""
+    """A function ``(what, done, total)`` that moves a bar; each ``what`` is a line of its own. Of
+    several processes the first shows it."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=not is_main()) as progress:
         tasks = {}
 
         def report(what: str, done: int, total: int) -> None:

@@ -11,12 +11,12 @@ from rich.console import Console
 
 from pilotfish import embedded
 from pilotfish.cli.evaluate import choose_hosts
-from pilotfish.cli.names import guide
+from pilotfish.cli.names import guide, judge
 from pilotfish.cli.progress import shown
 from pilotfish.compare.methods import METHODS
 from pilotfish.data.prompts import load_prompts
-from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.plots import save, step_curves
+from pilotfish.evaluate.spread import is_main
 from pilotfish.evaluate.steps import STEPS, score_steps
 from pilotfish.evaluate.table import steps_table
 from pilotfish.sampling import Attachable
@@ -77,9 +77,10 @@ def main(arguments: Sequence[str]) -> None:
             command=" ".join(["pilotfish steps", *arguments]), steps=config.steps,
             samples=config.samples, seed=config.seed, guidance_scale=config.guidance_scale,
             batch_size=config.batch_size, rounds=config.rounds,
-            judge=Judge.from_folder(config.judge) if config.judge else None,
-            unfinished=unfinished, progress=progress,
+            judge=judge(config.judge), unfinished=unfinished, progress=progress,
         )  # fmt: skip
+    if not is_main():
+        return
     result.save(config.output)
     unfinished.unlink(missing_ok=True)
     for host in result.hosts:

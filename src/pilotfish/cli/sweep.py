@@ -13,9 +13,11 @@ from rich.table import Table
 
 from pilotfish import embedded
 from pilotfish.cli.evaluate import choose_hosts
+from pilotfish.cli.names import judge
 from pilotfish.cli.progress import shown
 from pilotfish.data.prompts import load_prompts
 from pilotfish.evaluate.machine import machine, versions
+from pilotfish.evaluate.spread import is_main
 from pilotfish.evaluate.sweep import SWEEP, sweep
 from pilotfish.evaluate.table import score_cells
 
@@ -49,14 +51,19 @@ def main(arguments: Sequence[str]) -> None:
         with shown() as progress:
             found[name] = sweep(
                 host.load(), prompts=names, names=names, pictures_folder=host.pictures,
-                samples=config.samples, seed=config.seed, batch_size=config.batch_size,
+                judge=judge(None), samples=config.samples, seed=config.seed,
+                batch_size=config.batch_size,
                 guidance_scales=config.guidance_scales, progress=progress,
                 num_inference_steps=config.num_inference_steps,
             )  # fmt: skip
+        if not is_main():
+            continue
         table = Table("w", "top-1", "top-5", "cosine", "fd_judge", title=f"CFG on {name}")
         for w, scores in found[name].items():
             table.add_row(w, *score_cells(scores))
         Console().print(table)
+    if not is_main():
+        return
     run = {
         "command": " ".join(["pilotfish sweep", *arguments]), "seed": config.seed,
         "samples": config.samples, "num_inference_steps": config.num_inference_steps,

@@ -30,6 +30,7 @@ from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.hosts import Host
 from pilotfish.evaluate.machine import machine, versions
 from pilotfish.evaluate.result import Run
+from pilotfish.evaluate.spread import is_main, on_main
 from pilotfish.guides import Guide
 from pilotfish.sampling import Attachable
 
@@ -39,6 +40,8 @@ BATCH = 8
 
 class Comparing:
     """One comparison in one folder; it goes on where it stopped.
+
+    Several processes train and draw together, and all of them must see the folder.
 
     Args:
         plan: what is compared.
@@ -60,7 +63,8 @@ class Comparing:
         *, training: Mapping[str, Any], command: str, notice: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self.plan, self.hosts, self.how, self.judge = plan, hosts, how, judge
-        self.folder, self.training, self.notice = folder, training, notice
+        self.folder, self.training = folder, training
+        self.notice = notice if is_main() else lambda line: None
         self.file = folder / "compare.json"
         if plan.equal_seconds and DEFAULT not in plan.methods:
             raise ConfigError(
@@ -75,8 +79,7 @@ class Comparing:
         given = repr((list(how.names), list(how.held_out), how.seed, sorted(training.items())))
         facts = plan.facts() | {"hosts": " ".join(hosts), "inputs": f"{crc32(given.encode()):08x}"}
         self.found = Comparison(DEFAULT, {}, {}, facts, run)
-        if self.file.is_file():
-            before = Comparison.load(self.file)
+        if before := on_main(lambda: Comparison.load(self.file) if self.file.is_file() else None):
             if before.plan != self.found.plan:
                 raise ConfigError(
                     f"{folder} holds a comparison with other settings; give it the same, or "
@@ -106,6 +109,10 @@ class Comparing:
                     elif budget == "samples" and seed == self.plan.seeds[0]:
                         yield name, "free"
 
+    def _save(self) -> None:
+        if is_main():
+            self.found.save(self.file)
+
     # -- training -----------------------------------------------------------------------
 
     def _place(self, name: str, key: str) -> Path:
@@ -114,20 +121,21 @@ class Comparing:
     def _train(self, name: str, key: str) -> None:
         """Train, unless it is done; then make room for its figures."""
         place, method = self._place(name, key), METHODS[name]
-        if method.rule is None and not (place / "guide").is_dir():
-            self.notice(f"training {name}, {key}")
-            distill(self._config(name, key))
         took = Training()
         if method.rule is None:
-            took = Training(**json.loads((place / "training.json").read_text()))
+            if not on_main((place / "guide").is_dir):
+                self.notice(f"training {name}, {key}")
+                distill(self._config(name, key))
+            told = on_main((place / "training.json").read_text)
+            took = Training(**json.loads(told))
         if name not in self.found.methods:
             self.found.methods[name] = MethodResult(method.title, 0, 0.0, MethodCost(), {})
         self.found.methods[name].runs.setdefault(key, MethodRun(took, {}))
-        self.found.save(self.file)
+        self._save()
 
     def _config(self, name: str, key: str) -> DistillConfig:
         plan, place = self.plan, self._place(name, key)
-        steps = self._steps(name, key)
+        steps = on_main(partial(self._steps, name, key))
         shared: dict[str, Any] = {
             "output_dir": str(place), "max_train_steps": steps, "resume": "latest",
             "train_batch_size": plan.train_batch_size, "mixed_precision": plan.mixed_precision,
@@ -170,7 +178,7 @@ class Comparing:
         for name, key in missing:
             self.notice(f"{host}: {name}, {key}")
             self._scores(name, key)[host] = bench.measure(self._method(name, key))
-            self.found.save(self.file)
+            self._save()
 
     def _scores(self, name: str, key: str) -> dict[str, HostScores]:
         return self.found.methods[name].runs[key].hosts
@@ -181,6 +189,11 @@ class Comparing:
     def _time(self) -> None:
         """All methods take turns on the base, so that a busy machine strikes all alike."""
         self.notice("timing all methods side by side")
+        self.found.methods.update(on_main(self._timed))
+        self._save()
+
+    def _timed(self) -> dict[str, MethodResult]:
+        timed = {}
         base = next(iter(self.hosts))
         pipe, steps = self.hosts[base].load(), self.plan.num_inference_steps
         denoiser = sum(p.numel() for p in pipe.unet.parameters())
@@ -198,8 +211,8 @@ class Comparing:
             if isinstance(method, Guide):
                 parameters = sum(p.numel() for p in method.parameters())
                 flops = denoiser_flops(pipe, partial(timed_call, pipe, method, w, 1, 1))
-            self.found.methods[name] = MethodResult(
+            timed[name] = MethodResult(
                 result.title, parameters, parameters / denoiser,
                 MethodCost(passes, flops / plain, speed_up(rounds, name)), result.runs,
             )  # fmt: skip
-        self.found.save(self.file)
+        return timed

@@ -47,6 +47,7 @@ class GuidedPass:
         self._negative = PromptEmbeds(torch.empty(0))
         self._queries: dict[str, torch.Tensor] = {}
         self._turn = self._embedding = torch.empty(0)
+        self._denoiser_dtype: torch.dtype | None = None
         self._skips: list[torch.Tensor] = []
         self._pending: list[torch.Tensor | None] = []
         self._due: set[str] = set()
@@ -97,24 +98,30 @@ class GuidedPass:
         else:
             return encoder_hidden_states
         timestep = torch.as_tensor(timestep, device=sample.device)
+        # in training a guide may be finer than the denoiser that it is trained on
+        self._denoiser_dtype = None if self.guide.dtype == sample.dtype else sample.dtype
         self.watch(n)
         self._negative = self.negative_prompts()
         negative = self._negative.hidden_states
         self._injection = self.guide(
             GuideInputs(
-                latents=sample[:, : self.guide.config.denoiser["in_channels"]],
+                latents=self._to_guide(sample[:, : self.guide.config.denoiser["in_channels"]]),
                 timestep=timestep.reshape(-1).expand(n),
                 guidance_scale=scale,
-                encoder_hidden_states=encoder_hidden_states,
-                negative_hidden_states=negative.expand(n, *negative.shape[1:]),
-                added_cond_kwargs=dict(added_cond_kwargs or {}),
+                encoder_hidden_states=self._to_guide(encoder_hidden_states),
+                negative_hidden_states=self._to_guide(negative.expand(n, *negative.shape[1:])),
+                added_cond_kwargs={
+                    k: self._to_guide(v) for k, v in (added_cond_kwargs or {}).items()
+                },
             )
         )
         self._due = {*self._injection.modules, *self._injection.pushes}
         if self._injection.encoder is not None:
             self._due.add(MIDDLE)
         text = self._injection.text
-        return encoder_hidden_states if text is None else encoder_hidden_states + text
+        if text is None:
+            return encoder_hidden_states
+        return self._to_denoiser(encoder_hidden_states + text)
 
     def saw(self, *features: torch.Tensor) -> None:
         """The encoder made skip features."""
@@ -126,22 +133,27 @@ class GuidedPass:
         if self._injection.encoder is None:
             return mid
         self._due.discard(MIDDLE)
-        skips, addition = self._injection.encoder(tuple(self._skips), mid)
+        features = tuple(map(self._to_guide, self._skips))
+        skips, addition = self._injection.encoder(features, self._to_guide(mid))
         self._pending, self._skips = list(skips), []
-        return mid if addition is None else mid + addition
+        return mid if addition is None else self._to_denoiser(mid + addition)
 
     def consume(self, skips: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """A decoder block takes its skip features, the newest last: add what belongs to them."""
         if not self._pending:
             return skips
         extra, self._pending = self._pending[-len(skips) :], self._pending[: -len(skips)]
-        return tuple(s if e is None else s + e for s, e in zip(skips, extra, strict=True))
+        return tuple(
+            s if e is None else self._to_denoiser(s + e) for s, e in zip(skips, extra, strict=True)
+        )
 
     def add(self, name: str, entered: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         """A module is done: add what belongs to it."""
         self._due.discard(name)
         addition = self._injection.modules.get(name)
-        return made if addition is None else made + addition(entered, made)
+        if addition is None:
+            return made
+        return self._to_denoiser(made + addition(self._to_guide(entered), self._to_guide(made)))
 
     def asks(self, name: str, query: torch.Tensor) -> None:
         """A cross-attention layer asks, (N, pixels, width)."""
@@ -166,7 +178,7 @@ class GuidedPass:
         ).transpose(1, 2)  # fmt: skip
         gain = self._injection.pushes[name][:, None, :, None]
         away = gain * (answer.unflatten(-1, (layer.heads, -1)) - other)
-        return answer + away.flatten(2)
+        return self._to_denoiser(answer + away.flatten(2))
 
     def pools(self, pooling: Any, given: torch.Tensor, made: torch.Tensor) -> None:
         """The denoiser made (N, E) of what it was ``given`` for its embedding: the hidden states
@@ -194,7 +206,7 @@ class GuidedPass:
             return answer
         self._due.discard(name)
         other = layer.time_emb_proj.forward(layer.nonlinearity(self._embedding + self._turn))
-        return answer + gain * (answer - other)
+        return self._to_denoiser(answer + gain * (answer - other))
 
     def end(self) -> None:
         """The denoiser call is done: nothing may be left that the guide was to add.
@@ -207,6 +219,14 @@ class GuidedPass:
                 f"the denoiser went past {min(self._due)}, to which the guide adds; undo what "
                 "skips or replaces its layers"
             )
+
+    def _to_guide(self, x: Any) -> Any:
+        """What a guide looks at, in its precision."""
+        return x if self._denoiser_dtype is None else x.to(self.guide.dtype)
+
+    def _to_denoiser(self, x: torch.Tensor) -> torch.Tensor:
+        """What it has added to, in the denoiser's."""
+        return x if self._denoiser_dtype is None else x.to(self._denoiser_dtype)
 
     def _forget(self) -> None:
         # the injection stays: gradient checkpointing runs the decoder once more in the

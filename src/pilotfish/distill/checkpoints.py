@@ -188,20 +188,37 @@ def prune_checkpoints(folder: Path, limit: int | None) -> None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """An optimiser's per-parameter state as a flat mapping ``<index>.<name> -> tensor``."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{k}": v for i, slots in state.items() for k, v in slots.items()}
+    return {k: v for k, v in _slots(optimizer) if isinstance(v, torch.Tensor)}
+
+
+def optimizer_numbers(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What of that state is plain numbers (bitsandbytes counts its steps so)."""
+    return {k: v for k, v in _slots(optimizer) if not isinstance(v, torch.Tensor)}
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer, slots: Mapping[str, torch.Tensor | float]
 ) -> None:
-    """Put back what :func:`optimizer_tensors` gave; the parameter groups stay as they are."""
+    """Put back what :func:`optimizer_tensors` and :func:`optimizer_numbers` gave; the parameter
+    groups stay as they are."""
     whole = optimizer.state_dict()
     whole["state"] = {}
-    for name, value in tensors.items():
-        index, _, slot = name.partition(".")
-        whole["state"].setdefault(int(index), {})[slot] = value
+    for name, value in slots.items():
+        index, *way, slot = name.split(".")
+        place = whole["state"].setdefault(int(index), {})
+        for part in way:
+            place = place.setdefault(part, {})
+        place[slot] = value
     optimizer.load_state_dict(whole)
+
+
+def _slots(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
+    for index, slots in optimizer.state_dict()["state"].items():
+        for name, value in slots.items():
+            if isinstance(value, dict):  # bitsandbytes keeps some together
+                yield from ((f"{index}.{name}.{k}", v) for k, v in value.items())
+            else:
+                yield f"{index}.{name}", value
 
 
 def module_tensors(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:

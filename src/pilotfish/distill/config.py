@@ -22,9 +22,17 @@ class TrainingConfig:
     pretrained_model_name_or_path: str | None = None
     """The base pipeline, a folder or hub id. Left out: the embedded model."""
     prompts: str | None = None
-    """Text file, one prompt a line. Left out: the embedded model's training prompts."""
+    """Text file, one prompt a line; or a Parquet, CSV or JSON lines file, webdataset shards (.tar),
+    a pattern or folder of those, or a data set's id on the hub (these need the extra
+    ``datasets``). However many they are, they stay on the disk. Left out: the embedded model's
+    training prompts."""
+    caption_column: str | None = None
+    """Column of a data set. Left out: text, caption, prompt or txt, the first there is."""
+    prompts_split: str = "train"
+    """Split of a data set."""
     validation_prompts: str | None = None
-    """Prompts for validation, held out of training. Left out: the embedded model's."""
+    """Prompts for validation, held out of training; a text file, or a data set with the same
+    column and split. Left out: the embedded model's, or the first of your own prompts."""
     practice: tuple[str, ...] = ()
     """Fine-tunes of the base to practise on beside it, so that the guide is better on others:
     folders or hub ids of pipelines, UNets or LoRAs."""
@@ -40,6 +48,13 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    base_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """In what the weights of the frozen denoiser and text encoders are held; the guide is trained
+    in float32 in any case. Half of it is half the memory. fp16 needs ``--mixed_precision fp16``,
+    which keeps gradients from vanishing on their way through it."""
+    use_8bit_adam: bool = False
+    """Adam's moments in eight bits, by bitsandbytes (the extra ``8bit``): worth it for the large
+    guides."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     ema_decay: float = 0.995
     """Decay of the guide's moving average; the average is what is saved."""
@@ -89,6 +104,10 @@ class TrainingConfig:
         self._need(0 <= self.practice_share <= 1, "practice_share", "between 0 and 1")
         for name in ("student_share", "negative_share"):
             self._need(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+        self._need(
+            self.base_dtype != "fp16" or self.mixed_precision == "fp16", "base_dtype",
+            "bf16 or fp32 without --mixed_precision fp16",
+        )  # fmt: skip
         self._need(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
         self._need(self.pool >= self.train_batch_size, "pool", "at least train_batch_size")
 

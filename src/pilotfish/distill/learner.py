@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,8 +10,14 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from pilotfish.distill.checkpoints import Checkpoint, optimizer_tensors, restore_optimizer
-from pilotfish.distill.config import TrainingConfig
+from pilotfish.distill.checkpoints import (
+    Checkpoint,
+    optimizer_numbers,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from pilotfish.distill.config import ConfigError, TrainingConfig
+from pilotfish.distill.sharding import make_whole, shared_out, whole
 from pilotfish.guides import Guide
 from pilotfish.passes import GuidedStudent
 
@@ -23,6 +28,9 @@ class Learner:
     Args:
         student: the base with the guide on it.
         learning_rate: the highest.
+
+    Raises:
+        ConfigError: Adam in eight bits is wanted, and bitsandbytes is not installed.
 
     Attributes:
         student: the same, prepared for training: what is called.
@@ -35,7 +43,7 @@ class Learner:
         guide = student.guide
         self.guide, self.config, self.accelerator = guide, config, accelerator
         guide.to(accelerator.device).train()
-        optimizer = torch.optim.AdamW(
+        optimizer = _adam(config.use_8bit_adam)(
             guide.parameters(), learning_rate, (0.9, 0.99), weight_decay=config.adam_weight_decay
         )
         self.rate = get_scheduler(
@@ -60,53 +68,72 @@ class Learner:
             self.rate.step()
             self.average.step(self.guide.parameters())
 
-    @contextmanager
-    def averaged(self) -> Iterator[Guide]:
-        """The guide with its averaged weights, for the length of a block."""
-        self.average.store(self.guide.parameters())
-        self.average.copy_to(self.guide.parameters())
-        self.guide.eval()
-        try:
-            yield self.guide
-        finally:
-            self.average.restore(self.guide.parameters())
-            self.guide.train()
+    def averaged(self) -> Guide:
+        """A copy of the guide with its averaged weights: a pipeline may turn it to its own
+        precision."""
+        guide = deepcopy(self.guide)
+        self.average.copy_to(guide.parameters())
+        make_whole(guide)
+        return guide.eval()
 
     def finish(self) -> Guide:
         """The guide with its averaged weights, for good."""
         self.average.copy_to(self.guide.parameters())
+        make_whole(self.guide)
         return self.guide.eval()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What must be saved of weights, average and optimiser."""
+        """What must be saved of weights, average and optimiser. Every process must ask."""
         shadow = self.average.state_dict()["shadow_params"]
         tensors = {f"guide.{k}": v for k, v in self.guide.state_dict().items()}
         tensors |= {f"average.{i}": v for i, v in enumerate(shadow)}
-        return tensors | {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+        tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+        return {k: whole(v) for k, v in tensors.items()}
 
     def facts(self) -> dict[str, Any]:
         """What must be saved beside it, plain numbers."""
         average = {k: v for k, v in self.average.state_dict().items() if k != "shadow_params"}
         rate = {k: v for k, v in self.rate.state_dict().items() if _is_plain(v)}
         scaler = self.accelerator.scaler
-        return {"average": average, "rate": rate} | (
+        numbers = optimizer_numbers(self.optimizer)
+        return {"average": average, "rate": rate, "optimizer": numbers} | (
             {} if scaler is None else {"scaler": scaler.state_dict()}
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Put back what :meth:`tensors` and :meth:`facts` gave."""
         facts = checkpoint.facts
-        self.guide.load_state_dict(checkpoint.part("guide"))
+        mine, parameters = self.guide.state_dict(), list(self.guide.parameters())
+        self.guide.load_state_dict(
+            {k: shared_out(v, mine[k]) for k, v in checkpoint.part("guide").items()}
+        )
         if self.accelerator.scaler is not None and "scaler" in facts:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         shadow = checkpoint.part("average")
-        ordered = [shadow[str(i)] for i in range(len(shadow))]
+        ordered = [shared_out(shadow[str(i)], p) for i, p in enumerate(parameters)]
         self.average.load_state_dict(facts["average"] | {"shadow_params": ordered})
         self.average.to(self.accelerator.device)
-        restore_optimizer(self.optimizer, checkpoint.part("optimizer"))
+        slots = {
+            name: shared_out(value, parameters[int(name.partition(".")[0])])
+            for name, value in checkpoint.part("optimizer").items()
+        }
+        restore_optimizer(self.optimizer, slots | facts.get("optimizer", {}))
         self.rate.load_state_dict(self.rate.state_dict() | facts["rate"])
         for group, rate in zip(self.optimizer.param_groups, self.rate.get_last_lr(), strict=True):
             group["lr"] = rate
+
+
+def _adam(in_8_bits: bool) -> Any:
+    """The class of the optimiser."""
+    if not in_8_bits:
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "--use_8bit_adam needs bitsandbytes: pip install 'pilotfish[8bit]'"
+        ) from error
+    return AdamW8bit
 
 
 def _is_plain(value: Any) -> bool:

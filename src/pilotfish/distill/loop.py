@@ -31,6 +31,7 @@ from pilotfish.distill.pool import Pool
 from pilotfish.distill.practice import PracticeHosts
 from pilotfish.distill.record import Record
 from pilotfish.distill.saving import Saving
+from pilotfish.distill.sharding import check, is_shared_out
 from pilotfish.distill.signals import stop_requested
 from pilotfish.distill.states import Source, States
 from pilotfish.distill.streams import FIRST, Streams, generator, share_out, shared_draws
@@ -41,6 +42,7 @@ from pilotfish.passes import checkpoint_in_context, checksum
 from pilotfish.pipelines import fine_tuned_weights
 from pilotfish.prompts import some_or_one
 
+BASE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAME_SCALE = 0.5
 """Share of the samples that are trained at the scale at which they were being sampled:
 what the guide will meet. The rest get a scale of their own."""
@@ -97,6 +99,8 @@ class Distillation:
             log_with=report,
             project_config=ProjectConfiguration(str(self.folder), str(self.folder / "logs")),
         )
+        check(self.accelerator)
+        material.hold_in(BASE_DTYPES[config.base_dtype])
         self.unet = material.pipe.to(self.accelerator.device).unet
         self.teacher = material.teacher()
         if config.gradient_checkpointing:
@@ -150,7 +154,17 @@ class Distillation:
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor,
         negative: torch.Tensor, w: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """What the student predicts as it stands, without gradient."""
+        """What the student predicts as it stands, without gradient.
+
+        Raises:
+            ConfigError: FSDP has shared it out: all processes would have to ask, and they have
+                such states at different times.
+        """
+        if is_shared_out(self.guide):
+            raise ConfigError(
+                "under FSDP the student cannot step states by itself; use --states trajectory, or "
+                "plain processes"
+            )
         student = self.accelerator.unwrap_model(self.learner.student)
         prediction: torch.Tensor = student(latents, timestep, *self.texts(prompt, negative), w)
         return prediction.float()
@@ -280,12 +294,12 @@ class Distillation:
 
     def _validate(self) -> None:
         self.accelerator.wait_for_everyone()
+        guide = self.learner.averaged()
         if not self.accelerator.is_main_process:
             return
         self.practice.wear(0)
         step = self.record.step
-        with self.learner.averaged() as guide:
-            row = self.validating.run(guide, step, self.folder / "validation")
+        row = self.validating.run(guide, step, self.folder / "validation")
         self.record.validated(row, self.folder)
         if self.accelerator.log_with:
             self.accelerator.log({f"validation/{k}": v for k, v in row.items()}, step)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pilotfish import embedded
 from pilotfish.data.pictures import from_pixels, load_pictures
-from pilotfish.data.prompts import load_prompts
+from pilotfish.data.prompts import open_prompts
+from pilotfish.data.texts import Joined
 from pilotfish.distill.config import ConfigError, TrainingConfig
 from pilotfish.guides import Guide
 from pilotfish.passes import FrozenTeacher, GuidedStudent
@@ -26,14 +29,14 @@ class Material:
 
     Attributes:
         pipe: the base pipeline.
-        prompts: texts to train on.
+        prompts: texts to train on; they may lie on a disk.
         held_out: texts to validate on.
         picture_folder: captioned pictures, for noised states.
     """
 
     pipe: Any
-    prompts: list[str]
-    held_out: list[str]
+    prompts: Sequence[str]
+    held_out: Sequence[str]
     picture_folder: Path | None = None
     schedule: Schedule = field(init=False)
 
@@ -55,13 +58,24 @@ class Material:
             pipe = load_pipeline(config.pretrained_model_name_or_path)
             if config.prompts is None:
                 raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
-        prompts = load_prompts(config.prompts) if config.prompts else embedded.prompts("training")
+
+        def given(where: str) -> Sequence[str]:
+            return open_prompts(where, config.caption_column, config.prompts_split)
+
+        prompts = given(config.prompts) if config.prompts else embedded.prompts("training")
         if config.validation_prompts:
-            held_out = load_prompts(config.validation_prompts)
+            held_out = given(config.validation_prompts)
         else:
             held_out = prompts[:64] if config.prompts else embedded.prompts("held_out")
         folder = Path(pictures) if pictures else embedded.pictures("base")
         return cls(pipe, prompts, held_out, folder)
+
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Turn the frozen networks that take part in training to a precision. The VAE, which draws
+        for validation alone and may overflow in half precision, stays as it is."""
+        for name in ("unet", "text_encoder", "text_encoder_2"):
+            if (network := getattr(self.pipe, name, None)) is not None:
+                nn.Module.to(network, dtype=dtype)  # diffusers' own warns, though nothing is kept
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -73,7 +87,7 @@ class Material:
     @cached_property
     def texts(self) -> Prompts:
         """``prompts``, then ``held_out``, by their index."""
-        return encoded(self.pipe, [*self.prompts, *self.held_out])
+        return encoded(self.pipe, Joined(self.prompts, self.held_out))
 
     def teacher(self) -> FrozenTeacher:
         """The base's two passes, over training and held-out prompts."""
@@ -94,7 +108,8 @@ class Material:
             raise ConfigError("--states noised needs --pictures, a folder with metadata.jsonl")
         size = self.latent_shape[1] * self.pipe.vae_scale_factor
         pictures = load_pictures(self.picture_folder, size)
-        place = {text: i for i, text in enumerate(self.prompts)}
+        captions = set(pictures.captions)
+        place = {text: i for i, text in enumerate(self.prompts) if text in captions}
         missing = [c for c in pictures.captions if c not in place]
         if missing:
             raise ConfigError(f"{len(missing)} captions are not among the prompts: {missing[:3]}")

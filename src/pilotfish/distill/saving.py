@@ -49,13 +49,14 @@ class Saving:
         if accelerator.is_main_process:
             writing.open()
         accelerator.wait_for_everyone()
-        for number, tensors in streams.tensors().items():
-            writing.stream(number, tensors)
+        for number, states in streams.tensors().items():
+            writing.stream(number, states)
+        tensors = self.learner.tensors()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             facts = self.learner.facts() | self.record.facts()
             facts |= {"base_checksum": self.base_checksum, "what": self.what}
-            writing.close(self.learner.tensors(), facts)
+            writing.close(tensors, facts)
             prune_checkpoints(self.folder, self.limit)
         accelerator.wait_for_everyone()
 

@@ -103,7 +103,8 @@ class StepDistillation(Distillation):
 
     def validation(self) -> StepValidation:
         """The distance of final latents to the teacher's."""
-        return StepValidation(self.config, self.material, self.leader, self.steps)
+        # a copy: in pictures it takes on the precision of the base
+        return StepValidation(self.config, self.material, deepcopy(self.leader), self.steps)
 
 
 def timesteps(steps: int, total: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Each host is measured against its own CFG, from the same noise in all three ways
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pilotfish.evaluate.metrics import (
 from pilotfish.evaluate.parts import Parts, fingerprint, modules
 from pilotfish.evaluate.result import HostResult, Interval, Result, Run
 from pilotfish.evaluate.scores import Progress, ScoreMeter, prefixed, real_pictures
+from pilotfish.evaluate.spread import on_main
 from pilotfish.evaluate.ways import WAYS, Drawn, cycle, three_ways
 from pilotfish.guides import Guide
 from pilotfish.passes import checksum
@@ -61,6 +63,7 @@ def evaluate_host(
         held_out: prompts of the guidance error, unknown to the guide.
         samples: pictures in each way; the prompts go round, each time with new seeds.
         seed: of the first picture; the others follow.
+        batch_size: of each process.
         judge: the embedded one if left out.
         guidance_scales: each w of the guidance error.
         inception_weights: if given, Inception FID as well.
@@ -184,9 +187,8 @@ def evaluate(
             size = guide_size(guide, pipe, guide_name)
             timed = f"{key} {rounds} {list(batch_sizes)}"
             if timed not in parts.costs:
-                parts.costs[timed] = cost(
-                    pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same
-                )
+                measure = partial(cost, pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same)
+                parts.costs[timed] = on_main(measure)
                 if file is not None:
                     parts.save(file)
             spent = parts.costs[timed]

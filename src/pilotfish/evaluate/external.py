@@ -38,7 +38,7 @@ class InceptionFID:
             # torch-fidelity will read it again; first make sure that tensors are all it holds.
             torch.load(weights, map_location="meta", weights_only=True)
             self.distance = FrechetInceptionDistance(
-                feature=2048, feature_extractor_weights_path=str(weights)
+                feature=2048, feature_extractor_weights_path=str(weights), sync_on_compute=False
             )
         except ModuleNotFoundError as error:
             raise ValueError(
@@ -78,7 +78,7 @@ class ClipScore:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"no CLIP could be read from {folder}") from error
         pair: Any = (_Features(model.float().eval()), processor)
-        self.score = CLIPScore(lambda: pair)
+        self.score = CLIPScore(lambda: pair, sync_on_compute=False)
 
     def update(self, images: torch.Tensor, prompts: list[str]) -> None:
         """Add pictures, (N, 3, H, W) in [-1, 1], and their N prompts."""

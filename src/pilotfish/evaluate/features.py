@@ -129,8 +129,8 @@ class FrechetFeatures(nn.Module):
         self.num_features = int(judge.model.config.vision_config.hidden_size)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, D)."""
-        return self._judge[0].pooled(images)
+        """(N, 3, H, W) in [-1, 1] -> (N, D), where the pictures lie."""
+        return self._judge[0].pooled(images).to(images.device)
 
 
 def _size(settings: Any) -> tuple[tuple[int, int], bool]:

@@ -14,6 +14,7 @@ from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.metrics import indices
 from pilotfish.evaluate.result import Scores
 from pilotfish.evaluate.scores import Progress, ScoreMeter, real_pictures
+from pilotfish.evaluate.spread import share, total, whole_batch
 from pilotfish.evaluate.ways import cycle, draw
 from pilotfish.sampling import Attachable
 
@@ -45,6 +46,7 @@ class Gallery:
         pictures_folder: real pictures in the host's style, the reference of ``fd_judge``.
         samples: pictures in each way.
         seed: of the first picture; the others follow.
+        batch_size: of each process.
 
     Raises:
         ValueError: a prompt that is no name, or fewer than two samples.
@@ -56,7 +58,7 @@ class Gallery:
     ) -> None:  # fmt: skip
         if samples < 2:
             raise ValueError(f"at least two samples are needed, not {samples}")
-        self.pipe, self.judge, self.batch_size = pipe, judge, batch_size
+        self.pipe, self.judge, self.batch_size = pipe, judge, whole_batch(batch_size)
         self.texts, self.seeds = cycle(prompts, samples, seed)
         self.right, self.named = indices(self.texts, names), judge.texts(list(names))
         self.real = real_pictures(pipe, pictures_folder)
@@ -67,6 +69,7 @@ class Gallery:
     ) -> Judged:  # fmt: skip
         """All pictures in one way: with a method at w, or with the pipeline's own CFG."""
         meter, latents, samples = ScoreMeter(self.judge, self.named, self.real), [], len(self.texts)
+        mine = 0
         with counted_rows(self.pipe.unet) as rows:
             for i in range(0, samples, self.batch_size):
                 part = slice(i, i + self.batch_size)
@@ -74,10 +77,11 @@ class Gallery:
                     self.pipe, self.texts[part], self.seeds[part], guidance_scale=guidance_scale,
                     num_inference_steps=num_inference_steps, guide=method,
                 )  # fmt: skip
+                mine += len(share(len(drawn.prompts)))
                 features = self.judge.images(drawn.images)
                 meter.update(drawn.images, features, self.right[part].to(features.device))
                 latents.append(drawn.latents)
                 if progress:
                     progress(what, min(i + self.batch_size, samples), samples)
-        passes = sum(rows) / samples
+        passes = total(sum(rows)) / total(mine)
         return Judged(meter.compute(), meter.prompt.found(), torch.cat(latents), passes)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pilotfish.denoisers import fingerprint
 from pilotfish.evaluate.result import GuidanceError
+from pilotfish.evaluate.spread import gathered, share, whole_batch
 from pilotfish.guides import Guide
 from pilotfish.passes import FrozenTeacher, GuidedStudent
 from pilotfish.prompts import NULL, encoded, some_or_one, time_ids
@@ -81,6 +83,7 @@ def guidance_error(
         prompts: held out of the guide's training.
         guidance_scales: each w, above 1.
         seed: of the first noise; the same for every w.
+        batch_size: of each process.
         negative_prompts: one for each prompt; left out, the null prompt.
         ignoring: the guide is told the null prompt, whatever CFG is told.
 
@@ -110,7 +113,8 @@ def guidance_error(
     student = GuidedStudent(guide, unet, sizes)
     try:
         for w in guidance_scales:
-            for index in torch.arange(len(prompts)).split(batch_size):
+            for batch in torch.arange(len(prompts)).split(whole_batch(batch_size)):
+                index = batch[share(len(batch))]
                 walk = cfg_trajectories(
                     teacher, schedule, index, negative[index], noise[index], w,
                     num_inference_steps,
@@ -120,7 +124,11 @@ def guidance_error(
                 both = texts(index), some_or_one(texts, told)
                 for state in walk:
                     guided = student(state.latents, state.timestep, *both, scale)
-                    meter.update(float(w), state, guided)
+                    guided, conditional, cfg = gathered(
+                        len(batch), guided, state.conditional, state.cfg
+                    )
+                    whole = replace(state, conditional=conditional, cfg=cfg)
+                    meter.update(float(w), whole, guided)
     finally:
         student.hooks.remove()
     return meter.compute()

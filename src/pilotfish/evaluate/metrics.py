@@ -70,7 +70,9 @@ class FrechetMeter:
 
     def __init__(self, judge: Judge, real: torch.Tensor | None) -> None:
         self.known = real is not None
-        self.distance = FrechetInceptionDistance(feature=FrechetFeatures(judge))
+        self.distance = FrechetInceptionDistance(
+            feature=FrechetFeatures(judge), sync_on_compute=False
+        )
         for part in real.split(64) if real is not None else ():
             self.distance.update(part, real=True)
 

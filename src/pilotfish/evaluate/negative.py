@@ -20,6 +20,7 @@ from pilotfish.evaluate.metrics import AgreementMeter, LatentMeter
 from pilotfish.evaluate.result import Agreement, GuidanceError, GuideSize, Run
 from pilotfish.evaluate.saved import Saved
 from pilotfish.evaluate.scores import Progress, prefixed
+from pilotfish.evaluate.spread import whole_batch
 from pilotfish.evaluate.ways import draw
 from pilotfish.guides import Guide
 
@@ -83,6 +84,7 @@ def negative_host(
         prompts: held out of training, each drawn once, with a seed of its own.
         negative_prompts: one for each.
         seed: of the first picture; the others follow.
+        batch_size: of each process.
         progress: called after every part.
 
     Raises:
@@ -101,6 +103,7 @@ def negative_host(
     ignoring = error(negative_prompts, ignoring=True)
     report("guidance error", 1, 1)
     latents, agreement = LatentMeter(), {way: AgreementMeter() for way in TOLD}
+    batch_size = whole_batch(batch_size)
     for i in range(0, len(prompts), batch_size):
         part = slice(i, i + batch_size)
         texts, negative = list(prompts[part]), list(negative_prompts[part])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,7 @@ from torch import nn
 
 from pilotfish.evaluate.result import Cost, HostResult
 from pilotfish.evaluate.saved import ResultError, Saved
+from pilotfish.evaluate.spread import is_main, on_main
 from pilotfish.passes import checksum
 
 
@@ -19,16 +21,24 @@ class Unfinished(Saved):
     """What is finished, by the fingerprint of all that went into it.
 
     With another guide, model or setting a fingerprint is unknown, and that part is measured
-    again: nothing stale can get into a result.
+    again: nothing stale can get into a result. Of several processes the first reads and writes.
     """
 
     @classmethod
     def found(cls, file: str | Path | None) -> Self:
         """Those of a file; none if there is no such file or it cannot be read."""
+        return on_main(partial(cls._read, file))
+
+    @classmethod
+    def _read(cls, file: str | Path | None) -> Self:
         try:
             return cls.load(file) if file is not None else cls()
         except ResultError:
             return cls()
+
+    def save(self, path: str | Path) -> None:
+        if is_main():
+            super().save(path)
 
 
 @dataclass
@@ -45,9 +55,14 @@ def modules(pipe: Any) -> dict[str, nn.Module]:
 
 
 def fingerprint(networks: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> str:
-    """SHA-256 of weights and settings; the latter by their ``repr``, so plain values only."""
-    digest = sha256()
-    for name, module in sorted(networks.items()):
-        digest.update(f"{name} {checksum(module)}\n".encode())
-    digest.update(repr(sorted(settings.items())).encode())
-    return digest.hexdigest()
+    """SHA-256 of weights and settings; the latter by their ``repr``, so plain values only. Those
+    of the first process: on another machine some would differ."""
+
+    def hashed() -> str:
+        digest = sha256()
+        for name, module in sorted(networks.items()):
+            digest.update(f"{name} {checksum(module)}\n".encode())
+        digest.update(repr(sorted(settings.items())).encode())
+        return digest.hexdigest()
+
+    return on_main(hashed)

@@ -11,7 +11,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
 
 from pilotfish.contract import PromptEmbeds
 from pilotfish.evaluate.cost import denoiser_flops, guide_size, speed_up, take_turns
 from pilotfish.evaluate.machine import machine, versions
-from pilotfish.evaluate.result import GuideSize
+from pilotfish.evaluate.result import GuideSize, TrainingMemory
 from pilotfish.evaluate.saved import Saved
 from pilotfish.guides import FullGuide, Guide, TinyGuide
 from pilotfish.passes import Conditioned, GuidedStudent
@@ -86,6 +86,7 @@ class ShapeResult:
         precision: of weights and passes.
         command: the command line that repeats it.
         machine: on which the wall clock ran.
+        training: by guide, what a training step takes of memory.
     """
 
     parameters: int
@@ -98,6 +99,7 @@ class ShapeResult:
     cfg_over: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     peak_bytes: dict[str, dict[str, float]] = field(default_factory=dict)
+    training: dict[str, TrainingMemory] = field(default_factory=dict)
 
     def more_flops(self, guide: str) -> float:
         """What a guide adds to a plain pass, as a share of it."""
@@ -118,19 +120,24 @@ class Steps:
         shape: which.
         device: ``meta`` counts without computing.
         dtype: of weights and passes.
+        guides: by name.
+        guide_dtype: of their weights, if another.
     """
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: Shape, device: torch.device, dtype: torch.dtype,
+        guides: Mapping[str, type[Guide]] = GUIDES, guide_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.device, self.dtype = device, dtype
-        with device:
+        with device, made_in(dtype):
             self.unet = UNet2DConditionModel(**shape.config)
+        with device, made_in(guide_dtype or dtype):
             self.guides = {
                 name: kind.for_denoiser(self.unet, shape.prediction_type)
-                for name, kind in GUIDES.items()
+                for name, kind in guides.items()
             }
         for module in (self.unet, *self.guides.values()):
-            nn.Module.to(module, dtype=dtype)  # diffusers' own warns, though nothing is kept
             module.eval().requires_grad_(False)
         pixels = 8 * self.unet.config.sample_size
         self.sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device)
@@ -149,22 +156,22 @@ class Steps:
     def step(self, way: str, batch: int) -> None:
         """One step of ``batch`` pictures; CFG makes its two passes in one call."""
         rows = 2 * batch if way == "cfg" else batch
-        side, width = self.unet.config.sample_size, self.unet.config.cross_attention_dim
-        channels = self.unet.config.in_channels
+        side, channels = self.unet.config.sample_size, self.unet.config.in_channels
         z = torch.zeros(rows, channels, side, side, device=self.device, dtype=self.dtype)
-        t, prompts = torch.full((rows,), 500, device=self.device), self._prompts(rows, width)
+        t, prompts = torch.full((rows,), 500, device=self.device), self.prompts(rows)
         if way not in self.guides:
             self.base(z, t, prompts)
             return
         student = GuidedStudent(self.guides[way], self.unet, self.sizes)
         try:
             scale = torch.full((rows,), 4.0, device=self.device)
-            student(z, t, prompts, self._prompts(1, width), scale)
+            student(z, t, prompts, self.prompts(1), scale)
         finally:
             student.hooks.remove()
 
-    def _prompts(self, rows: int, width: int) -> PromptEmbeds:
-        pooled = None
+    def prompts(self, rows: int) -> PromptEmbeds:
+        """Encoded texts that say nothing."""
+        pooled, width = None, self.unet.config.cross_attention_dim
         if self.unet.config.addition_embed_type is not None:
             pooled = torch.zeros(rows, POOLED, device=self.device, dtype=self.dtype)
         hidden = torch.zeros(rows, TOKENS, width, device=self.device, dtype=self.dtype)
@@ -181,6 +188,17 @@ class Steps:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+
+@contextmanager
+def made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Networks that are made inside the block have this precision from the start."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def measure_shape(

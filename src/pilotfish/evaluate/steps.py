@@ -21,6 +21,7 @@ from pilotfish.evaluate.parts import Unfinished, fingerprint, modules
 from pilotfish.evaluate.result import GuideSize, Run, Scores
 from pilotfish.evaluate.saved import Saved
 from pilotfish.evaluate.scores import Progress
+from pilotfish.evaluate.spread import on_main
 from pilotfish.evaluate.ways import spread
 from pilotfish.guides import Guide
 from pilotfish.passes import checksum
@@ -166,7 +167,8 @@ def score_steps(
         if isinstance(method, Guide)
     }
     run = Run(command, seed, samples, guidance_scale, steps[-1], machine(), versions())
-    return StepsResult(found, _wall_clock(base, ways, steps, rounds), guides, run)
+    wall_clock = on_main(partial(_wall_clock, base, ways, steps, rounds))
+    return StepsResult(found, wall_clock, guides, run)
 
 
 def _cell(

@@ -207,6 +207,22 @@ def shapes_table(result: ShapesResult) -> Table:
     return table
 
 
+def training_table(result: ShapesResult) -> Table:
+    """One column for each guide on each denoiser: what a training step takes, part by part."""
+    table = Table("GiB", title="Memory of a training step, random weights")
+    known = [(n, g, m) for n, shape in result.shapes.items() for g, m in shape.training.items()]
+    for name, guide, memory in known:
+        heading = f"{name}, {guide}\n{memory.precision}, batch {memory.batch}"
+        table.add_column(heading, justify="right")
+    columns = [
+        memory.parts | {"together": memory.total, "measured": memory.peak_bytes}
+        for _, _, memory in known
+    ]
+    for part in dict.fromkeys(part for column in columns for part in column):
+        table.add_row(part, *(number(column[part] / 2**30) for column in columns))
+    return table
+
+
 def _by_batch(cells: dict[str, str]) -> str:
     return ", ".join(f"{cell} at {batch}" for batch, cell in cells.items())
 

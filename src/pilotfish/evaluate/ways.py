@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pilotfish.evaluate.spread import gathered, share, whole_batch
 from pilotfish.guides import Guide
 from pilotfish.sampling import Attachable, Sample, sample
 
@@ -60,16 +61,19 @@ def draw(
     num_inference_steps: int, guide: Attachable | None = None,
     negative_prompts: Sequence[str] | None = None,
 ) -> Drawn:  # fmt: skip
-    """One batch in one way."""
-    return Drawn.of(
+    """One batch in one way, each process its share of it."""
+    mine = share(len(prompts))
+    drawn = Drawn.of(
         list(
             sample(
-                pipe, prompts, seeds=seeds, guidance_scale=guidance_scale, guide=guide,
-                num_inference_steps=num_inference_steps, batch_size=len(prompts),
-                negative_prompts=negative_prompts,
+                pipe, [prompts[i] for i in mine], seeds=[seeds[i] for i in mine],
+                guidance_scale=guidance_scale, guide=guide,
+                num_inference_steps=num_inference_steps, batch_size=len(mine),
+                negative_prompts=negative_prompts and [negative_prompts[i] for i in mine],
             )
         )
     )  # fmt: skip
+    return Drawn(list(prompts), *gathered(len(prompts), drawn.latents, drawn.images))
 
 
 def three_ways(
@@ -85,12 +89,14 @@ def three_ways(
     Args:
         known: what does not depend on the guide, batch by batch: taken from here where it is, and
             added where it is not.
+        batch_size: of each process.
     """
     settings: dict[str, tuple[float, Guide | None]] = {
         "none": (1.0, None),
         "cfg": (guidance_scale, None),
         "guided": (guidance_scale, guide),
     }
+    batch_size = whole_batch(batch_size)
     for number, i in enumerate(range(0, len(prompts), batch_size)):
         texts, some = prompts[i : i + batch_size], seeds[i : i + batch_size]
         drawn = dict(known[number]) if known and number < len(known) else {}
