@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from pilotfish.evaluate.result import Result
-from pilotfish.evaluate.table import markdown_table
+from pilotfish.evaluate.table import LEGEND, markdown_table
 
 MEASURED = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
 
@@ -21,10 +21,7 @@ def measured(result: Result) -> str:
         "[results/guide.json](results/guide.json); `--grid docs/images/grid.png` draws the "
         "picture above. "
         f"The guide has {guide.parameters:,} parameters, {guide.share:.2%} of the denoiser's, and "
-        'was trained on none of these fine-tunes. "Right name found": how often a judge, which '
-        "has no part in training, ranks the prompt first among all names. *Guidance error*: "
-        "squared distance of the guided prediction to CFG's, along CFG trajectories of held-out "
-        "prompts, relative to that of no guidance; 0 is perfect."
+        f"was trained on none of these fine-tunes. {LEGEND}"
     )
 
 
