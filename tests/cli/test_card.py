@@ -111,7 +111,7 @@ def test_the_text_has_base_figures_picture_and_digest(
     assert Image.open(guide / "grid.png").size == (4, 4)
     weights = "diffusion_pytorch_model.safetensors"
     assert sha256((guide / weights).read_bytes()).hexdigest() in text
-    assert "2,000 steps, 128,000 samples, 1.5 hours." in text
+    assert "2,000 steps, 128,000 samples, 90 minutes." in text
     assert Result.load(guide / "result.json").hosts == result.hosts
 
 
@@ -190,6 +190,16 @@ def test_what_is_not_a_number_stays_out_of_the_header(
     card = write("--result", str(tmp_path / "r.json"))
     kinds = [e.metric_type for e in card.data.eval_results]
     assert kinds == ["guidance_error", "prompt_score"]
+
+
+def test_where_cfg_gains_nothing_none_of_it_is_kept(
+    write: Write, result: Result, tmp_path: Path
+) -> None:
+    name, host = next(iter(result.hosts.items()))
+    hosts = {name: dataclasses.replace(host, cfg=host.none)}
+    dataclasses.replace(result, hosts=hosts).save(tmp_path / "r.json")
+    figures = write("--result", str(tmp_path / "r.json")).data.eval_results
+    assert "gain_kept" not in {e.metric_type for e in figures}
 
 
 @pytest.mark.parametrize(

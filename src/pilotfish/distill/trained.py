@@ -32,7 +32,7 @@ def trained(folder: Path) -> str:
         took = json.loads((folder / "training.json").read_text())
         text += (
             f"\n\n{took['steps']:,} steps, {took['samples']:,} samples, "
-            f"{took['seconds'] / 3600:.1f} hours."
+            f"{took['seconds'] / 60:,.0f} minutes."
         )
     return text
 

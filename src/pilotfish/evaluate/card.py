@@ -53,7 +53,8 @@ def eval_results(result: Result) -> list[EvalResult]:
 def _figures(result: Result) -> Iterator[tuple[str, str, float]]:
     for name, host in result.hosts.items():
         yield name, "guidance_error", host.guidance_error.mean
-        yield name, "gain_kept", host.gain_kept
+        if host.cfg.prompt_score > host.none.prompt_score:  # else there is no gain to keep
+            yield name, "gain_kept", host.gain_kept
         yield name, "prompt_score", host.guided.prompt_score
 
 
