@@ -13,8 +13,9 @@ from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base
 from recipe.finetunes import PRACTICE, STYLES, make_finetune
-from recipe.guides import GUIDES, make_guide
+from recipe.guides import GUIDES, StepGuides, make_guide, make_step_guides
 from recipe.judge import JudgeStage, make_judge
+from recipe.pages import write_pages
 from recipe.pictures import PRACTICE_STYLES, make_pictures
 from recipe.pictures import STYLES as PICTURE_STYLES
 from recipe.prompts import make_prompts
@@ -23,15 +24,15 @@ from recipe.variants import VariantsStage, compare_variants
 
 STAGES = (
     "prompts", "pictures", "autoencoder", "base", "finetunes", "practice", "judge", "guides",
-    "cards",
+    "steps", "cards",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Make the embedded model. Stages, in order: prompts, pictures, autoencoder, base,
-    finetunes, practice, judge, guides, cards. Beside them, variants compares forms of the guide,
-    and readme puts what was measured into the README."""
+    finetunes, practice, judge, guides, steps, cards. Beside them, variants compares forms of the
+    guide; readme and pages put what was measured into the README and the documents."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -43,9 +44,11 @@ class Recipe:
             "practice",
             "judge",
             "guides",
+            "steps",
             "cards",
             "variants",
             "readme",
+            "pages",
             "all",
         ]
     ]
@@ -62,6 +65,7 @@ class Recipe:
     """Which fine-tunes to practise on the stage of that name makes."""
     guides: tuple[str, ...] = tuple(GUIDES)
     """Which guides the stage of that name distils."""
+    steps: StepGuides = field(default_factory=StepGuides)
     variants: VariantsStage = field(default_factory=VariantsStage)
 
 
@@ -96,10 +100,14 @@ def run(recipe: Recipe) -> None:
         elif stage == "guides":
             for name in recipe.guides:
                 make_guide(name, recipe.work, recipe.target)
+        elif stage == "steps":
+            make_step_guides(recipe.work, recipe.target, recipe.steps)
         elif stage == "variants":
             compare_variants(recipe.work, recipe.variants)
         elif stage == "readme":
             write_readme(Path("README.md"), Path("results/guide.json"))
+        elif stage == "pages":
+            write_pages(Path("results"), Path("docs"))
         else:
             write_cards(recipe.target)
 

@@ -1,4 +1,4 @@
-"""Stage 7, ``cards``: a model card beside every model, naming source and licence."""
+"""The last stage, ``cards``: a model card beside every model, naming source and licence."""
 
 from __future__ import annotations
 

@@ -1,13 +1,25 @@
-"""Stage 6, ``guides``: the guides that the project carries, distilled from the base."""
+"""Stages 6 and 7, ``guides`` and ``steps``: the guides that the project carries, distilled from
+the base, and those for few steps that are made of them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pilotfish.distill.config import DistillConfig
-from pilotfish.distill.stages import distill
+from pilotfish.distill.config import DistillConfig, StepsConfig
+from pilotfish.distill.stages import distill, distill_steps
+from pilotfish.guides import Guide
 from recipe.finetunes import practice_folders
+
+
+@dataclass(frozen=True)
+class StepGuides:
+    """How guides for few steps are made."""
+
+    rounds: tuple[int, ...] = (16, 8, 4)
+    max_train_steps: int = 1000
+
 
 GUIDES: dict[str, dict[str, Any]] = {
     "tiny": {"max_train_steps": 2000},
@@ -26,3 +38,16 @@ def make_guide(name: str, work: Path, target: Path) -> None:
         )
     )  # fmt: skip
     guide.half().save_pretrained(target / "guides" / name)
+
+
+def make_step_guides(work: Path, target: Path, stage: StepGuides) -> None:
+    """Teach the tiny guide to take fewer steps; save each round's as ``tiny-<steps>``."""
+    folder = target / "guides"
+    config = StepsConfig(
+        output_dir=str(work / "steps"), guide=str(folder / "tiny"), teacher="cfg",
+        steps=stage.rounds, max_train_steps=stage.max_train_steps, checkpointing_steps=100,
+        validation_steps=500, report_to="none", resume="latest", mixed_precision="bf16", pool=512,
+        practice=practice_folders(work), practice_share=0.6, negative_share=0.25,
+    )  # fmt: skip
+    for steps, guide in distill_steps(config, Guide.from_pretrained(folder / "tiny")).items():
+        guide.half().save_pretrained(folder / f"tiny-{steps}")

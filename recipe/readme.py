@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from pilotfish.evaluate.result import Result
 from pilotfish.evaluate.table import LEGEND, markdown_table
-
-MEASURED = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
+from recipe.pages import write_measured
 
 
 def measured(result: Result) -> str:
@@ -27,5 +25,4 @@ def measured(result: Result) -> str:
 
 def write_readme(readme: Path, result: Path) -> None:
     """Put the figures between their two marks."""
-    text = measured(Result.load(result))
-    readme.write_text(MEASURED.sub(lambda m: m[1] + text + "\n" + m[2], readme.read_text()))
+    write_measured(readme, measured(Result.load(result)))

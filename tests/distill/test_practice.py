@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from pilotfish.distill.config import ConfigError, DistillConfig
 from pilotfish.distill.guidance_stage import GuidanceDistillation
 from pilotfish.distill.material import Material
-from pilotfish.distill.practice import PracticeHosts
+from pilotfish.distill.practice import STRENGTHS, PracticeHosts, mixtures
 from pilotfish.guides import Guide, TinyGuide
 from pilotfish.passes import checksum
 from pilotfish.pipelines import PipelineError, fine_tuned_weights
@@ -85,13 +85,30 @@ def test_the_base_comes_back_bit_for_bit(pipe: Any, tuned: Path) -> None:
     before, at_base = checksum(pipe.unet), pipe.unet.conv_in.weight.clone()
     weights = fine_tuned_weights(pipe.unet, tuned)
     hosts = PracticeHosts(pipe.unet, [weights], 0.5)
-    hosts.wear(1)
-    assert torch.equal(pipe.unet.conv_in.weight, weights["conv_in.weight"])
-    hosts.wear(2)
-    half = (at_base + weights["conv_in.weight"]) / 2
-    assert torch.allclose(pipe.unet.conv_in.weight, half)
+    for index, share in enumerate(STRENGTHS, 1):
+        hosts.wear(index)
+        worn = pipe.unet.conv_in.weight - at_base
+        torch.testing.assert_close(worn, share * (weights["conv_in.weight"] - at_base))
     hosts.wear(0)
     assert checksum(pipe.unet) == before
+
+
+def test_what_fine_tunes_changed_is_mixed() -> None:
+    torch.manual_seed(0)
+    denoiser = torch.nn.Linear(50, 50)
+    base = {k: v.clone() for k, v in denoiser.state_dict().items()}
+    changes = [{k: torch.randn_like(v) for k, v in base.items()} for _ in range(3)]
+    tuned = [{k: base[k] + change[k] for k in base} for change in changes]
+    hosts = PracticeHosts(denoiser, tuned, 0.5)
+    assert len(hosts) == 1 + 3 * len(STRENGTHS) + 3 + 1
+    for index, shares in enumerate(mixtures(3), 1):
+        hosts.wear(index)
+        mixed = sum(s * c["weight"] for s, c in zip(shares, changes, strict=True))
+        torch.testing.assert_close(denoiser.weight - base["weight"], mixed)
+        if 0.5 not in shares and 1.5 not in shares:  # as far from the base as a fine-tune is
+            assert 45 < float((denoiser.weight - base["weight"]).norm()) < 55
+    hosts.wear(0)
+    assert torch.equal(denoiser.weight, base["weight"])
 
 
 def test_every_host_has_its_share(pipe: Any, tuned: Path) -> None:
@@ -99,7 +116,7 @@ def test_every_host_has_its_share(pipe: Any, tuned: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = [hosts.draw(generator) for _ in range(1000)]
     assert 450 < drawn.count(0) < 550
-    assert 200 < drawn.count(1) < 300
+    assert all(120 < drawn.count(i) < 210 for i in range(1, 1 + len(STRENGTHS)))
     alone = PracticeHosts(pipe.unet, [], 0.5)
     assert {alone.draw(generator) for _ in range(20)} == {0}
 

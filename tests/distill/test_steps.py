@@ -19,8 +19,10 @@ from pilotfish.distill.material import Material
 from pilotfish.distill.pool import Pool
 from pilotfish.distill.step_stage import StepDistillation
 from pilotfish.distill.step_states import HalvedTrajectories
+from pilotfish.guidance import classifier_free_guidance
 from pilotfish.guides import Guide, TinyGuide
 from pilotfish.passes import checksum
+from pilotfish.prompts import NULL
 from pilotfish.schedules import Schedule, sampling_timesteps
 
 PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
@@ -93,10 +95,12 @@ def test_the_goal_is_where_two_steps_lead(schedule: Schedule, own: float) -> Non
     torch.testing.assert_close(pool.latents[slots], led, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("by", ["guide", "cfg"])
 def test_resumed_equals_uninterrupted(
     config: StepsConfig, material: Callable[[str], Material], teacher: Callable[[str], Guide],
-    tmp_path: Path,
+    tmp_path: Path, by: Any,
 ) -> None:  # fmt: skip
+    config = replace(config, teacher=by)
     whole = train(config, material("epsilon"), teacher("epsilon"))
     path = str(Path(config.output_dir) / "checkpoint-2")
     again = replace(config, output_dir=str(tmp_path / "again"), resume=path)
@@ -104,16 +108,22 @@ def test_resumed_equals_uninterrupted(
     assert not same(whole, teacher("epsilon"))
 
 
+@pytest.mark.parametrize("by", ["guide", "cfg"])
 def test_it_learns_and_leaves_teacher_and_base_alone(
-    config: StepsConfig, material: Callable[[str], Material], teacher: Callable[[str], Guide]
-) -> None:
+    config: StepsConfig, material: Callable[[str], Material], teacher: Callable[[str], Guide],
+    by: Any,
+) -> None:  # fmt: skip
     stuff, guide = material("v_prediction"), teacher("v_prediction")
-    config = replace(config, max_train_steps=150, validation_steps=150, checkpointing_steps=500)
+    config = replace(
+        config, teacher=by, max_train_steps=150, validation_steps=75, checkpointing_steps=500
+    )
     before = {k: v.clone() for k, v in guide.state_dict().items()}
     hooks, base = hooks_of(stuff.pipe.unet), checksum(stuff.pipe.unet)
     student = train(config, stuff, guide)
-    (row,) = json.loads((Path(config.output_dir) / "history.json").read_text())
-    assert row["latent_error"] < 0.8
+    begun, ended = json.loads((Path(config.output_dir) / "history.json").read_text())
+    if by == "guide":
+        assert ended["latent_error"] < 0.8
+    assert ended["latent_error"] < begun["latent_error"]
     assert all(torch.equal(v, guide.state_dict()[k]) for k, v in before.items())
     assert hooks_of(stuff.pipe.unet) == hooks
     assert checksum(stuff.pipe.unet) == base
@@ -172,6 +182,21 @@ def test_a_teacher_of_other_steps_is_refused(
     guide.register_to_config(timesteps=[999, 749, 499, 249])
     with pytest.raises(ConfigError, match="takes 4 steps; a student of 4 needs a teacher of 8"):
         StepDistillation(config, material("epsilon"), guide, 4)
+
+
+def test_cfg_teaches_a_guide_of_any_steps(
+    config: StepsConfig, material: Callable[[str], Material], teacher: Callable[[str], Guide]
+) -> None:
+    """What is taught then is equation (1), whatever the guide says."""
+    guide, stuff = teacher("epsilon"), material("epsilon")
+    guide.register_to_config(timesteps=[999, 749, 499, 249])
+    stage = StepDistillation(replace(config, teacher="cfg"), stuff, guide, 4)
+    z, t, w = torch.randn(2, *SHAPE), torch.tensor([999, 499]), torch.tensor([2.0, 5.5])
+    prompt, negative = torch.tensor([0, 3]), torch.tensor([NULL, 2])
+    said = stuff.teacher()(z, t, prompt, negative)
+    taught = stage.teach(z, t, prompt, negative, w)
+    torch.testing.assert_close(taught, classifier_free_guidance(*said, w))
+    assert not torch.allclose(taught, stage.own_prediction(z, t, prompt, negative, w))
 
 
 def test_a_teacher_for_another_denoiser_is_refused(

@@ -184,6 +184,10 @@ class StepsConfig(TrainingConfig):
 
     guide: str = "tiny"
     """The guide to begin with, from stage 1: tiny, or a folder or hub id."""
+    teacher: Literal["guide", "cfg"] = "guide"
+    """Whose two steps are followed. guide: those of the guide that the round begins with, one
+    pass each, as in the paper. cfg: CFG's own, two passes each, so that what the guide has wrong
+    is mended and not handed on."""
     steps: tuple[int, ...] = (16, 8, 4)
     """Sampling steps after each round; each is half of the one before. The first round's
     teacher takes twice as many."""

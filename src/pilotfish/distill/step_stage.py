@@ -2,7 +2,8 @@
 
 Progressive distillation (Salimans & Ho, arXiv 2202.00512) of the guided one-pass model. The
 base stays frozen and w stays an input; only the guide learns. The number of steps halves from
-round to round, and each round's student is the next one's teacher.
+round to round, and each round's student is the next one's teacher; or CFG itself is the teacher
+of every round, and each round's student is what the next one begins with.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pilotfish.distill.material import Material
 from pilotfish.distill.states import Source, States
 from pilotfish.distill.step_states import HalvedTrajectories
 from pilotfish.distill.validation import StepValidation
+from pilotfish.guidance import classifier_free_guidance
 from pilotfish.guides import Guide
 from pilotfish.schedules import sampling_timesteps
 
@@ -29,7 +31,8 @@ class StepDistillation(Distillation):
     """One round of stage 2. See :class:`Distillation`.
 
     Args:
-        teacher: a guide that takes ``2 * steps`` steps; the student begins as a copy of it.
+        teacher: the guide that the student begins as a copy of. It is the teacher, and takes
+            ``2 * steps`` steps, unless ``config.teacher`` is CFG.
         steps: the student's.
 
     Raises:
@@ -47,7 +50,8 @@ class StepDistillation(Distillation):
     ) -> None:  # fmt: skip
         pipe, total = material.pipe, len(material.schedule.alphas_cumprod)
         teacher.check(fingerprint(pipe.unet, material.schedule.prediction_type))
-        if teacher.timesteps not in (None, timesteps(2 * steps, total)):
+        by_guide = config.teacher == "guide"
+        if by_guide and teacher.timesteps not in (None, timesteps(2 * steps, total)):
             raise ConfigError(
                 f"the guide takes {len(teacher.timesteps or ())} steps; a student of {steps} "
                 f"needs a teacher of {2 * steps}, or one that was not distilled to few steps"
@@ -56,30 +60,34 @@ class StepDistillation(Distillation):
         pipe.scheduler = DDIMScheduler.from_config(
             pipe.scheduler.config, timestep_spacing="trailing"
         )
-        self.steps, self.leader = steps, teacher.eval().requires_grad_(False)
+        self.steps = steps
         student = deepcopy(teacher).requires_grad_(True)
         student.register_to_config(
             timesteps=list(timesteps(steps, total)),
             guidance_scale_range=(config.guidance_scale_min, config.guidance_scale_max),
         )
         super().__init__(config, material, student, notice)
-        self.leader.to(self.accelerator.device)
-        self.leading = material.student(self.leader)
-        self.hooks.append(self.leading.hooks)
+        self.leader = teacher.eval().requires_grad_(False) if by_guide else None
+        if self.leader is not None:
+            self.leading = material.student(self.leader.to(self.accelerator.device))
+            self.hooks.append(self.leading.hooks)
 
     def source(self, stream: int) -> Source:
         """Latents on the student's grid, some of them led by the student itself."""
-
-        @torch.no_grad()
-        def predict(
-            latents: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor, negative: torch.Tensor,
-            w: torch.Tensor,
-        ) -> torch.Tensor:  # fmt: skip
-            made: torch.Tensor = self.leading(latents, t, *self.texts(prompt, negative), w)
-            return made.float()
-
         pool = self.pool(stream, (self.steps, self.steps), self.config.student_share)
-        return HalvedTrajectories(predict, self.material.schedule, pool, self.own_prediction)
+        return HalvedTrajectories(self.teach, self.material.schedule, pool, self.own_prediction)
+
+    @torch.no_grad()
+    def teach(
+        self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor,
+        negative: torch.Tensor, w: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """What the teacher predicts: CFG in two passes, or the guide that it is in one."""
+        if self.leader is None:
+            said = self.teacher(latents, timestep, prompt, negative)
+            return classifier_free_guidance(*said, w)
+        made: torch.Tensor = self.leading(latents, timestep, *self.texts(prompt, negative), w)
+        return made.float()
 
     def loss(
         self, guided: torch.Tensor, target: torch.Tensor, guidance_scale: torch.Tensor,

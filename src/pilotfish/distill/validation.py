@@ -88,10 +88,10 @@ class GuidanceValidation:
 class StepValidation:
     """How far the student's pictures are from the teacher's of twice as many steps:
     ``E||student - teacher||^2 / E||untrained - teacher||^2`` of final latents, where
-    *untrained* is the teacher taking the student's steps."""
+    *untrained* is the teacher taking the student's steps. No guide is CFG."""
 
     def __init__(
-        self, config: TrainingConfig, material: Material, teacher: Guide, steps: int
+        self, config: TrainingConfig, material: Material, teacher: Guide | None, steps: int
     ) -> None:
         self.config, self.material, self.teacher, self.steps = config, material, teacher, steps
         self.known: dict[float, tuple[list[Sample], list[Sample]]] = {}
@@ -114,7 +114,7 @@ class StepValidation:
         save_columns(columns, folder, f"step-{step}")
         return mean_and_each("latent_error", errors)
 
-    def _draw(self, guide: Guide, w: float, steps: int) -> list[Sample]:
+    def _draw(self, guide: Guide | None, w: float, steps: int) -> list[Sample]:
         texts = self.material.held_out[:PROMPTS]
         seeds = range(self.config.seed, self.config.seed + len(texts))
         return list(sample(self.material.pipe, texts, seeds=seeds, guidance_scale=w,

@@ -1,0 +1,92 @@
+"""Tables and plots of the documents are those of the committed results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pilotfish.compare.result import (
+    Comparison,
+    HostScores,
+    MethodCost,
+    MethodResult,
+    MethodRun,
+    Training,
+)
+from pilotfish.evaluate.result import GuideSize, Interval, Run, Scores
+from pilotfish.evaluate.steps import StepScores, StepsResult
+from recipe.pages import compare_page, steps_page, write_measured, write_pages
+
+ROOT = Path(__file__).parent.parent
+RUN = Run("pilotfish something", 3, 200, 4.0, 25, "a machine", {})
+MADE = {
+    "docs/steps.md": (
+        "results/steps.json", lambda file, to: steps_page(StepsResult.load(file), to),
+    ),
+    "docs/compare.md": (
+        "results/compare.json", lambda file, to: compare_page(Comparison.load(file), to),
+    ),
+}  # fmt: skip
+
+
+def steps() -> StepsResult:
+    cells = {str(n): StepScores(n, Scores(0.5 + n / 100, 0.7, 0.6, 4.0)) for n in (4, 8)}
+    ways = {"none": cells, "cfg": cells, "mine": cells}
+    clock = {way: {"4": 0.5, "8": 1.0} for way in ways}
+    return StepsResult({"base": ways, "other": ways}, clock, {"mine": GuideSize("m", 9, 0.01)}, RUN)
+
+
+def comparison() -> Comparison:
+    scores = Scores(0.5, 0.7, 0.6, 4.0)
+    host = HostScores(0.3, 0.2, 0.87, Interval(0.8, 0.9), 0.9, 25.0, scores)
+    runs = {f"{b}-0": MethodRun(Training(9, 9, 1.0), {"base": host, "other": host})
+            for b in ("samples", "seconds")}  # fmt: skip
+    method = MethodResult("Ours", 9, 0.01, MethodCost(25, 1.01, 1.9), runs)
+    references = {h: {"none": scores, "cfg": scores} for h in ("base", "other")}
+    plan = {"max_train_steps": "9", "train_batch_size": "64"}
+    return Comparison("ours", {"ours": method}, references, plan, RUN)
+
+
+def test_pages_are_written_from_results(tmp_path: Path) -> None:
+    steps().save(tmp_path / "results" / "steps.json")
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    page = docs / "steps.md"
+    page.write_text("# Before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
+    write_pages(tmp_path / "results", docs)
+    text = page.read_text()
+    assert text.startswith("# Before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "pilotfish something" in text
+    assert "a machine, seed 3, 200 pictures" in text
+    for host in ("base", "other"):
+        assert f"### {host}" in text
+        assert (docs / "images" / "steps" / f"{host}.png").is_file()
+    again = page.read_bytes()
+    write_pages(tmp_path / "results", docs)
+    assert page.read_bytes() == again
+
+
+def test_a_comparison_has_a_part_for_each_budget(tmp_path: Path) -> None:
+    text = compare_page(comparison(), tmp_path)
+    for budget in ("samples", "seconds"):
+        assert f"### Equal {budget}" in text
+        assert (tmp_path / "images" / "compare" / f"{budget}.png").is_file()
+    assert text.count("Ours (default) | 1.00 %") == 2
+
+
+def test_a_page_without_marks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "steps.md").write_text("# No marks\n")
+    with pytest.raises(ValueError, match=r"steps.md has no <!-- measured -->"):
+        write_measured(tmp_path / "steps.md", "text")
+
+
+@pytest.mark.parametrize("page", MADE)
+def test_pages_say_what_the_committed_results_say(page: str, tmp_path: Path) -> None:
+    where, made = MADE[page]
+    file = ROOT / where
+    if not file.is_file():
+        pytest.skip(f"{where} is not there")
+    assert made(file, tmp_path) in (ROOT / page).read_text()
