@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pilotfish.evaluate.result import Result
-from pilotfish.evaluate.table import markdown_table
+from pilotfish.evaluate.table import LEGEND, markdown_table
 from recipe.pages import write_measured
 
 
@@ -19,10 +19,7 @@ def measured(result: Result) -> str:
         "[results/guide.json](results/guide.json); `--grid docs/images/grid.png` draws the "
         "picture above. "
         f"The guide has {guide.parameters:,} parameters, {guide.share:.2%} of the denoiser's, and "
-        'was trained on none of these fine-tunes. "Right name found": how often a judge, which '
-        "has no part in training, ranks the prompt first among all names. *Guidance error*: "
-        "squared distance of the guided prediction to CFG's, along CFG trajectories of held-out "
-        "prompts, relative to that of no guidance; 0 is perfect."
+        f"was trained on none of these fine-tunes. {LEGEND}"
     )
 
 

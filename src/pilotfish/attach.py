@@ -22,6 +22,7 @@ from pilotfish.contract import GuideError, GuideLike, PromptEmbeds
 from pilotfish.denoisers import (
     GuidedPass,
     Hooks,
+    Origin,
     fingerprint,
     heed_hooks,
     install,
@@ -218,7 +219,7 @@ def _denoiser(pipe: Any) -> Any:
 def _fit(guide: GuideLike, pipe: Any) -> Hooks:
     """Hooks of a guide on a pipeline's denoiser, if it was made for that."""
     unet = _denoiser(pipe)
-    guide.check(fingerprint(unet, pipe.scheduler.config.prediction_type))
+    guide.check(fingerprint(unet, pipe.scheduler.config.prediction_type), Origin.of(unet))
     return install(guide, unet)
 
 

@@ -19,6 +19,8 @@ COMMANDS = {
     "negatives": "measure whether negative prompts still do what they do under CFG",
     "sweep": "measure what CFG alone does, by guidance scale",
     "inspect": "show what a guide adds, and where, from noise to picture",
+    "card": "write a model card beside a guide",
+    "push": "put a guide and its card on the Hugging Face hub",
     "benchmark": "time CFG, a plain pass and a guided pass side by side",
 }
 

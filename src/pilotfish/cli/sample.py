@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pilotfish.cli.names import guide, host
 from pilotfish.data.pictures import to_pixels
 from pilotfish.data.prompts import load_prompts
-from pilotfish.denoisers import fingerprint
+from pilotfish.denoisers import Origin, fingerprint
 from pilotfish.evaluate.grids import contact_sheet
 from pilotfish.sampling import sample
 
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str]) -> None:
     pipe = host(config.pretrained_model_name_or_path)
     network = guide(config.guide) if config.guidance == "guided" else None
     if network is not None:
-        network.check(fingerprint(pipe.unet, pipe.scheduler.config.prediction_type))
+        prediction = pipe.scheduler.config.prediction_type
+        network.check(fingerprint(pipe.unet, prediction), Origin.of(pipe.unet))
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     made = sample(

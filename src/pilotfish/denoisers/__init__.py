@@ -10,11 +10,13 @@ from pilotfish.denoisers.layout import (
     skip_channels,
     skip_levels,
 )
+from pilotfish.denoisers.origin import Origin, portable_path, public_name
 from pilotfish.denoisers.unet import Hooks, install
 
 __all__ = [
     "GuidedPass",
     "Hooks",
+    "Origin",
     "cross_attention_layers",
     "decoder_layers",
     "embedding_layers",
@@ -22,6 +24,8 @@ __all__ = [
     "heed_hooks",
     "install",
     "is_compiled",
+    "portable_path",
+    "public_name",
     "skip_channels",
     "skip_levels",
     "uncompiled",

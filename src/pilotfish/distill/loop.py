@@ -23,6 +23,7 @@ from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from pilotfish.contract import PromptEmbeds
+from pilotfish.denoisers import Origin
 from pilotfish.distill.checkpoints import list_checkpoints, save_whole
 from pilotfish.distill.config import ConfigError, TrainingConfig
 from pilotfish.distill.learner import Learner
@@ -106,6 +107,8 @@ class Distillation:
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing(checkpoint_in_context)
         self.base_checksum = checksum(self.unet)
+        if (origin := Origin.of(self.unet)) is not None:
+            guide.register_to_config(trained_on=origin.plain())
         fine_tunes = [fine_tuned_weights(self.unet, where) for where in config.practice]
         self.practice = PracticeHosts(self.unet, fine_tunes, config.practice_share)
         rate = config.learning_rate or guide.learning_rate * self.rate_factor
@@ -317,7 +320,9 @@ class Distillation:
 
     def _what(self) -> dict[str, Any]:
         """What is trained, in plain JSON: a checkpoint of something else is refused."""
-        config = {k: v for k, v in self.guide.config.items() if not k.startswith("_")}
+        # of the base a checkpoint has the checksum, which no other name for it changes
+        left = ("_", "trained_on")
+        config = {k: v for k, v in self.guide.config.items() if not k.startswith(left)}
         what = {
             "measure": self.measure, "guide": type(self.guide).__name__, "config": config,
             "practice": self.config.practice, "negative_share": self.config.negative_share,

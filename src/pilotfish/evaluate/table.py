@@ -1,4 +1,4 @@
-"""A result as tables on a terminal."""
+"""A result as tables, on a terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from pilotfish.evaluate.result import Cost, HostResult, Result, Scores
 from pilotfish.evaluate.shapes import ShapesResult
 from pilotfish.evaluate.steps import StepsResult
 from pilotfish.evaluate.ways import TITLES, WAYS
+
+LEGEND = (
+    '"Right name found": how often a judge, which has no part in training, ranks the prompt first '
+    "among all names. *Guidance error*: squared distance of the guided prediction to CFG's, along "
+    "CFG trajectories of held-out prompts, relative to that of no guidance; 0 is perfect."
+)
+"""What the figures of :func:`markdown_table` are."""
 
 
 def number(value: float, digits: int = 2) -> str:

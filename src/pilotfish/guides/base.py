@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
@@ -13,7 +16,11 @@ from torch import nn
 
 from pilotfish.attach import attach, attached, detach
 from pilotfish.contract import GuideError, GuideInputs, Injection
-from pilotfish.denoisers import fingerprint
+from pilotfish.denoisers import Origin, fingerprint
+from pilotfish.guides import hub
+from pilotfish.guides.configuration import check_config
+
+logger = logging.getLogger(__name__)
 
 
 class Guide(ModelMixin, ConfigMixin):
@@ -26,6 +33,7 @@ class Guide(ModelMixin, ConfigMixin):
       (:func:`pilotfish.denoisers.fingerprint`);
     - ``guidance_scale_range``: the (low, high) of w in training;
     - ``timesteps``: of a guide distilled to few steps, those that it was trained at;
+    - ``trained_on``: name and revision of the base, where they are known;
     - ``pilotfish_version``.
     """
 
@@ -60,6 +68,11 @@ class Guide(ModelMixin, ConfigMixin):
         return None if given is None else tuple(given)
 
     @property
+    def trained_on(self) -> Origin | None:
+        """The base that it was trained on, where that is known."""
+        return Origin.saved(self.config.trained_on)
+
+    @property
     def touches(self) -> tuple[str, ...]:
         """Names of the denoiser's modules to whose outputs the guide adds."""
         return ()
@@ -69,20 +82,30 @@ class Guide(ModelMixin, ConfigMixin):
         """Names of the layers that take in the text whose answers the guide pushes."""
         return ()
 
-    def check(self, fingerprint: Mapping[str, Any]) -> None:
-        """Refuse a denoiser that the guide was not made for.
+    def check(self, fingerprint: Mapping[str, Any], used_on: Origin | None = None) -> None:
+        """Refuse a denoiser that the guide was not made for; one that it was made for, but not
+        trained on, is noted in the log.
+
+        Args:
+            fingerprint: of the denoiser.
+            used_on: what the denoiser is called, where it is known.
 
         Raises:
-            GuideError: naming every field that differs, guide's and denoiser's value.
+            GuideError: naming both, and every field that differs, guide's and denoiser's value.
         """
         mine = {k: _plain(v) for k, v in self.config.denoiser.items()}
         theirs = {k: _plain(v) for k, v in fingerprint.items()}
         differs = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
+        known = self.trained_on
+        names = f"trained on {known or 'an unnamed base'}, used on {used_on or 'an unnamed one'}"
         if differs:
             sides = "; ".join(
                 f"{k}: guide {mine.get(k)}, denoiser {theirs.get(k)}" for k in differs
             )
-            raise GuideError(f"this {type(self).__name__} was made for another denoiser ({sides})")
+            kind = type(self).__name__
+            raise GuideError(f"this {kind} was made for another denoiser: {names} ({sides})")
+        if known is not None and not (used_on and known.same_as(used_on)):
+            logger.info("%s: %s; the shapes match", type(self).__name__, names)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As any module; diffusers' own warns of every dtype, though nothing is to be kept."""
@@ -99,6 +122,52 @@ class Guide(ModelMixin, ConfigMixin):
     def attached(self, pipe: Any) -> AbstractContextManager[Any]:
         """``with guide.attached(pipe): ...`` attaches for the length of a block."""
         return attached(self, pipe)
+
+    def save_pretrained(
+        self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As any diffusers model; ``push_to_hub`` takes this folder, and its card, to the hub."""
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        there = {k: kwargs.pop(k) for k in names if k in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub:
+            folder = Path(save_directory)
+            hub.add_card(self, folder)
+            hub.upload(folder, there.pop("repo_id", folder.resolve().name), **there)
+
+    def push_to_hub(
+        self, repo_id: str, commit_message: str | None = None, private: bool | None = None,
+        token: str | bool | None = None, create_pr: bool = False,
+    ) -> str:  # fmt: skip
+        """Put the guide on the Hugging Face hub, with a model card; as diffusers does it.
+
+        A guide that is as it was loaded from a folder with a card (``pilotfish card``) goes up as
+        that folder is; any other with a card that tells nothing measured.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            GuideError: the card in the folder does not belong to the guide.
+            ValueError: ``repo_id`` is no hub id.
+            OSError: the hub refuses, or cannot be reached.
+        """
+        how: dict[str, Any] = {
+            "commit_message": commit_message, "private": private, "token": token,
+            "create_pr": create_pr,
+        }  # fmt: skip
+        if (folder := hub.unchanged_folder(self)) is not None:
+            return hub.upload(folder, repo_id, **how)
+        with TemporaryDirectory() as made:
+            self.save_pretrained(made)
+            hub.add_card(self, Path(made), repo_id)
+            return hub.upload(Path(made), repo_id, **how)
+
+    def to_json_string(self) -> str:
+        """The configuration as it is saved: without the path that it was once loaded from."""
+        fields = json.loads(super().to_json_string())
+        fields.pop("_name_or_path", None)
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
@@ -121,7 +190,7 @@ class Guide(ModelMixin, ConfigMixin):
                     f"{where} holds a {name!r}, not a {cls.__name__}; "
                     f"known guides: {', '.join(sorted(Guide.kinds))}"
                 )
-            kind._check_config(config, where)
+            check_config(config, set(kind._get_init_keys(kind)) - {"self"}, where)
             guide, loaded = super(Guide, kind).from_pretrained(
                 pretrained_model_name_or_path, **kwargs
             )
@@ -137,38 +206,6 @@ class Guide(ModelMixin, ConfigMixin):
         if broken:
             raise GuideError(f"the guide in {where} has values that are not finite in {broken[0]}")
         return guide
-
-    @classmethod
-    def _check_config(cls, config: Mapping[str, Any], where: str) -> None:
-        known = set(cls._get_init_keys(cls)) - {"self"}
-        unknown = [k for k in config if not k.startswith("_") and k not in known]
-        if unknown:
-            raise GuideError(f"the configuration in {where} has unknown fields: {unknown}")
-        negative = [k for k, v in config.items() if isinstance(v, int | float) and v < 0]
-        if negative:
-            raise GuideError(
-                f"the configuration in {where} has {negative[0]} {config[negative[0]]}; "
-                "0 or more is needed"
-            )
-        given = config.get("timesteps")
-        if given is not None and not _falling(given):
-            raise GuideError(
-                f"the configuration in {where} has timesteps {given}; falling whole numbers "
-                "are needed"
-            )
-        low, high = config.get("guidance_scale_range", (1.0, 1.0))
-        if not 1 <= low <= high:
-            raise GuideError(
-                f"the configuration in {where} has guidance_scale_range [{low}, {high}]; "
-                "1 <= low <= high is needed"
-            )
-
-
-def _falling(timesteps: Any) -> bool:
-    """Whether these are whole numbers from high to low, none twice."""
-    if not isinstance(timesteps, Sequence) or any(type(t) is not int for t in timesteps):
-        return False
-    return len(timesteps) > 0 and timesteps[-1] >= 0 and all(a > b for a, b in pairwise(timesteps))
 
 
 def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class ExternalGuide(Guide):
         rounds: how often the levels mix.
         guidance_scale_range: the (low, high) of w in training.
         timesteps: of a guide distilled to few steps, the only ones that it knows.
+        trained_on: name and revision of the base, where they are known.
 
     Raises:
         GuideError: ``reads`` is empty or names something else.
@@ -54,6 +55,7 @@ class ExternalGuide(Guide):
         rounds: int = 1,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         timesteps: Sequence[int] | None = None,
+        trained_on: dict[str, str] | None = None,
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ class FullGuide(Guide):
         unet_config: the configuration of the UNet whose encoder is copied.
         guidance_scale_range: the (low, high) of w in training.
         timesteps: of a guide distilled to few steps, the only ones that it knows.
+        trained_on: name and revision of the base, where they are known.
     """
 
     learning_rate = 5e-4
@@ -41,6 +42,7 @@ class FullGuide(Guide):
         unet_config: dict[str, Any],
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         timesteps: Sequence[int] | None = None,
+        trained_on: dict[str, str] | None = None,
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()

@@ -50,6 +50,7 @@ class TinyGuide(Guide):
         condition: width of the embedding of t, w and text.
         guidance_scale_range: the (low, high) of w in training.
         timesteps: of a guide distilled to few steps, the only ones that it knows.
+        trained_on: name and revision of the base, where they are known.
 
     Raises:
         GuideError: nothing is left to add.
@@ -69,6 +70,7 @@ class TinyGuide(Guide):
         condition: int = 32,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         timesteps: Sequence[int] | None = None,
+        trained_on: dict[str, str] | None = None,
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()

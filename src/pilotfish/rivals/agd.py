@@ -113,6 +113,7 @@ class AdditiveAdapters(_Adapters):
         width: int = 96,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         timesteps: Sequence[int] | None = None,
+        trained_on: dict[str, str] | None = None,
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()
@@ -154,6 +155,7 @@ class CrossAttentionAdapters(_Adapters):
         width: int = 64,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         timesteps: Sequence[int] | None = None,
+        trained_on: dict[str, str] | None = None,
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()

@@ -52,6 +52,7 @@ class GuidanceLoRA(Guide):
         trained_scale: float = 4.0,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         timesteps: Sequence[int] | None = None,
+        trained_on: dict[str, str] | None = None,
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()

@@ -51,6 +51,7 @@ class WholeDenoiser(Guide):
         time_width: int,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         timesteps: Sequence[int] | None = None,
+        trained_on: dict[str, str] | None = None,
         pilotfish_version: str = "0.1.0",
     ) -> None:
         super().__init__()

@@ -1,0 +1,63 @@
+"""How a guide was trained, from the files that its training has left: a command and figures."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from pilotfish.denoisers import portable_path
+from pilotfish.distill.config import DistillConfig, StepsConfig, TrainingConfig
+
+OF_THE_MACHINE = ("resume", "report_to", "checkpointing_steps", "checkpoints_total_limit")
+"""Settings that make no difference to the guide."""
+
+
+def training_folder(guide: Path) -> Path | None:
+    """The folder in which a guide was trained, where it still lies in it."""
+    folder = guide.resolve().parent
+    return folder if (folder / "training.json").is_file() else None
+
+
+def trained(folder: Path) -> str:
+    """The command that repeats a training, in Markdown, and what it took if it is done.
+
+    Raises:
+        ConfigError: ``config.json`` cannot be read.
+    """
+    text = f"```bash\n{command(settings(folder))}\n```"
+    if (folder / "training.json").is_file():
+        took = json.loads((folder / "training.json").read_text())
+        text += (
+            f"\n\n{took['steps']:,} steps, {took['samples']:,} samples, "
+            f"{took['seconds'] / 60:,.0f} minutes."
+        )
+    return text
+
+
+def settings(folder: Path) -> TrainingConfig:
+    """Those of a run of either stage.
+
+    Raises:
+        ConfigError: ``config.json`` cannot be read.
+    """
+    file = folder / "config.json"
+    second = file.is_file() and '"steps":' in file.read_text()
+    return StepsConfig.load(file) if second else DistillConfig.load(file)
+
+
+def command(config: TrainingConfig) -> str:
+    """The command line: what differs from the defaults, without the folders of this machine."""
+    words = ["pilotfish", "distill-steps" if isinstance(config, StepsConfig) else "distill"]
+    for field in fields(config):
+        value, name = getattr(config, field.name), field.name
+        if name in OF_THE_MACHINE or (field.default is not MISSING and value == field.default):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+            continue
+        values: list[Any] = list(value) if isinstance(value, tuple) else [value]
+        words += [f"--{name}", *(portable_path(str(v)) for v in values)]
+    return shlex.join(words)

@@ -1,0 +1,98 @@
+"""The model card of a guide: README.md beside it, with the header that the Hugging Face hub
+reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+if TYPE_CHECKING:
+    from pilotfish.guides.base import Guide
+
+TEMPLATE = Path(__file__).with_name("card.md.j2")
+TAGS = ["pilotfish", "diffusers", "classifier-free-guidance", "distillation"]
+
+
+def model_card(
+    guide: Guide,
+    weights: Mapping[str, str],
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    licence: str | None = None,
+    repo_id: str | None = None,
+    grid: str | None = None,
+    measured: str = "",
+    results: Sequence[EvalResult] = (),
+    trained: str = "",
+) -> ModelCard:
+    """The card of a guide.
+
+    Args:
+        guide: the guide.
+        weights: the SHA-256 of each file of weights, by its name.
+        base_model: hub id of the base. Left out: the name that the guide remembers.
+        revision: the base's commit. Left out: the one that the guide remembers.
+        licence: its name on the hub, such as apache-2.0.
+        repo_id: the hub id under which the guide will be found.
+        grid: name of a picture beside the card.
+        measured: what was measured, in Markdown.
+        results: the same for the header.
+        trained: what it was trained with, in Markdown.
+
+    Raises:
+        ValueError: ``base_model`` or ``repo_id`` is no hub id.
+    """
+    for given in (base_model, repo_id):
+        if given is not None:
+            validate_repo_id(given)
+    origin = guide.trained_on
+    if origin is not None and base_model in (None, origin.name):
+        revision = revision or origin.revision
+    known = base_model or (origin.name if origin else None)
+    # the hub refuses a header whose base is none of its own; the name of a folder has no owner
+    listed = known if base_model or (known and "/" in known) else None
+    title = (repo_id or f"{known or 'unnamed base'}, guide").rpartition("/")[2]
+    low, high = guide.guidance_scale_range
+    data = ModelCardData(
+        base_model=listed,
+        base_model_relation="adapter" if listed else None,
+        library_name="pilotfish",
+        license=licence,
+        pipeline_tag="text-to-image",
+        tags=list(TAGS),
+        eval_results=list(results) or None,
+        model_name=title if results else None,
+    )
+    card: ModelCard = ModelCard.from_template(
+        data, template_path=str(TEMPLATE),
+        title=title,
+        base=f"[{known}](https://huggingface.co/{known})" if listed else known or "an unnamed base",
+        base_path=known if listed else f"path/to/{known or 'base'}",
+        guide_path=repo_id or "path/or/hub-id-of-this-guide",
+        revision=revision,
+        kind=type(guide).__name__,
+        parameters=f"{guide.num_parameters():,}",
+        low=f"{low:g}", high=f"{high:g}",
+        scale=f"{min(max(4.0, low), high):g}",
+        steps=len(guide.timesteps) if guide.timesteps else None,
+        version=guide.config.pilotfish_version,
+        denoiser=_shape(guide),
+        grid=grid, measured=measured.strip(), trained=trained.strip(), weights=weights,
+        licence=licence,
+    )  # fmt: skip
+    return card
+
+
+def _shape(guide: Guide) -> str:
+    """The denoisers that a guide fits, in words."""
+    made_for = guide.config.denoiser
+    widths = ", ".join(str(n) for n in made_for["block_out_channels"])
+    return (
+        f"a `{made_for['family']}` of {widths} channels over {made_for['in_channels']} latent "
+        f"ones, text of width {made_for['cross_attention_dim']}, {made_for['prediction_type']}"
+    )

@@ -1,0 +1,254 @@
+"""``pilotfish card``: what a reader, and the hub, learn of a guide."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DDIMScheduler
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from pilotfish import cli
+from pilotfish.cli.settings import parse
+from pilotfish.distill.config import DistillConfig, StepsConfig
+from pilotfish.distill.trained import command, trained
+from pilotfish.evaluate.result import Result
+from pilotfish.evaluate.table import markdown_table
+from pilotfish.guides import TinyGuide
+from pilotfish.guides.hub import published
+
+ROOT = Path(__file__).parent.parent.parent
+COMMIT = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
+Write = Callable[..., ModelCard]
+
+
+@pytest.fixture
+def guide(unet: Any, randomise: Any, tmp_path: Path) -> Path:
+    """A guide's folder, as a training leaves it."""
+    network = TinyGuide.for_denoiser(
+        unet, "epsilon", rank=4, trained_on={"name": "owner/base", "revision": COMMIT}
+    )
+    folder = tmp_path / "run" / "guide"
+    randomise(network).save_pretrained(folder)
+    config = DistillConfig(
+        output_dir=str(tmp_path / "run"), prompts=str(tmp_path / "prompts.txt"),
+        practice=(str(tmp_path / "fluent"), "owner/tune"), max_train_steps=2000, push=False,
+    )  # fmt: skip
+    config.save(tmp_path / "run" / "config.json")
+    took = {"steps": 2000, "samples": 128_000, "seconds": 5400.0}
+    (tmp_path / "run" / "training.json").write_text(json.dumps(took))
+    return folder
+
+
+@pytest.fixture
+def result(guide: Path, tmp_path: Path) -> Result:
+    """The committed figures, as if they were of this guide, measured with absolute paths."""
+    found = Result.load(ROOT / "results" / "guide.json")
+    size = TinyGuide.from_pretrained(guide).num_parameters()
+    line = f"pilotfish evaluate --guide {guide} --hosts base --output={tmp_path}/result.json"
+    return dataclasses.replace(
+        found,
+        guide=dataclasses.replace(found.guide, name=str(guide), parameters=size),
+        run=dataclasses.replace(found.run, command=line),
+    )
+
+
+@pytest.fixture
+def write(guide: Path, capsys: pytest.CaptureFixture[str]) -> Write:
+    """A function that runs the command and reads the card."""
+
+    def run(*flags: str) -> ModelCard:
+        code = cli.main(["card", "--guide", str(guide), *flags])
+        assert code == 0, capsys.readouterr().err
+        return ModelCard.load(guide / "README.md")
+
+    return run
+
+
+@pytest.fixture
+def whole(write: Write, result: Result, guide: Path, tmp_path: Path) -> ModelCard:
+    """A card with everything."""
+    result.save(tmp_path / "measured.json")
+    Image.new("RGB", (4, 4)).save(tmp_path / "drawn.png")
+    return write(
+        "--result", str(tmp_path / "measured.json"), "--grid", str(tmp_path / "drawn.png"),
+        "--licence", "apache-2.0", "--repo_id", "me/base-guide",
+    )  # fmt: skip
+
+
+def test_the_header_is_what_the_hub_reads(whole: ModelCard, result: Result) -> None:
+    data = whole.data
+    assert (data.license, data.library_name) == ("apache-2.0", "pilotfish")
+    assert (data.base_model, data.base_model_relation) == ("owner/base", "adapter")
+    assert data.pipeline_tag == "text-to-image"
+    assert {"pilotfish", "diffusers"} <= set(data.tags)
+    assert data.model_name == "base-guide"
+    figures = {(e.dataset_type, e.metric_type): e.metric_value for e in data.eval_results}
+    for name, host in result.hosts.items():
+        assert figures[name, "guidance_error"] == pytest.approx(host.guidance_error.mean, abs=1e-4)
+        assert figures[name, "gain_kept"] == pytest.approx(host.gain_kept, abs=1e-4)
+        assert figures[name, "prompt_score"] == pytest.approx(host.guided.prompt_score, abs=1e-4)
+    assert len(figures) == 3 * len(result.hosts)
+
+
+def test_the_text_has_base_figures_picture_and_digest(
+    whole: ModelCard, result: Result, guide: Path
+) -> None:
+    text = whole.text
+    assert "[owner/base](https://huggingface.co/owner/base)" in text
+    assert COMMIT in text
+    assert markdown_table(result).strip() in text
+    assert "](grid.png)" in text
+    assert Image.open(guide / "grid.png").size == (4, 4)
+    weights = "diffusion_pytorch_model.safetensors"
+    assert sha256((guide / weights).read_bytes()).hexdigest() in text
+    assert "2,000 steps, 128,000 samples, 90 minutes." in text
+    assert Result.load(guide / "result.json").hosts == result.hosts
+
+
+def test_no_folder_of_this_machine_is_told(whole: ModelCard, guide: Path, tmp_path: Path) -> None:
+    for name in published(guide):
+        content = (guide / name).read_bytes()
+        assert str(tmp_path).encode() not in content, name
+        assert str(Path.home()).encode() + b"/" not in content, name
+    assert "`pilotfish evaluate --guide guide --hosts base --output=result.json`" in whole.text
+
+
+def test_its_lines_of_use_run(
+    write: Write, make_pipe: Callable[[str], Any], guide: Path, tmp_path: Path
+) -> None:
+    make_pipe("epsilon").save_pretrained(tmp_path / "base")
+    text = write("--repo_id", "me/guide").text
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len([line for line in block.splitlines() if line]) == 5
+    here = {
+        f'"owner/base", revision="{COMMIT}"': repr(str(tmp_path / "base")),
+        '"me/guide"': repr(str(guide)), "steps=25": "steps=2",
+    }  # fmt: skip
+    for there, path in here.items():
+        assert there in block
+        block = block.replace(there, path)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert isinstance(names["image"], Image.Image)
+    assert type(names["pipe"]).__mro__[1].__name__ == "Guided"
+
+
+def test_a_guide_for_few_steps_brings_its_scheduler(
+    write: Write, guide: Path, edit_config: Any
+) -> None:
+    edit_config(guide, timesteps=[999, 749, 499, 249])
+    text = write().text
+    assert "4 sampling steps" in text
+    assert "num_inference_steps=4" in text
+    assert f"{DDIMScheduler.__name__}.from_config" in text
+
+
+def test_without_figures_it_says_so(write: Write, guide: Path) -> None:
+    card = write()
+    assert "Nothing was measured of this guide." in card.text
+    assert card.data.eval_results is None
+    assert card.data.license is None
+    assert "Not stated." in card.text
+    assert published(guide) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_what_is_asked_for_goes_over_what_is_remembered(write: Write) -> None:
+    card = write("--base_model", "other/base", "--revision", "v1")
+    assert card.data.base_model == "other/base"
+    assert 'from_pretrained("other/base", revision="v1")' in card.text
+    assert COMMIT not in card.text
+    assert COMMIT in write("--base_model", "owner/base").text
+
+
+@pytest.mark.parametrize("name", ["my-base", None])
+def test_a_base_that_is_no_hub_id_stays_out_of_the_header(
+    name: str | None, write: Write, guide: Path, edit_config: Any
+) -> None:
+    edit_config(guide, trained_on=name and {"name": name})
+    card = write()
+    assert card.data.base_model is None
+    assert (name or "an unnamed base") in card.text
+    assert "huggingface.co" not in card.text
+
+
+def test_what_is_not_a_number_stays_out_of_the_header(
+    write: Write, result: Result, tmp_path: Path
+) -> None:
+    name, host = next(iter(result.hosts.items()))
+    hosts = {name: dataclasses.replace(host, gain_kept=math.nan)}
+    dataclasses.replace(result, hosts=hosts).save(tmp_path / "r.json")
+    card = write("--result", str(tmp_path / "r.json"))
+    kinds = [e.metric_type for e in card.data.eval_results]
+    assert kinds == ["guidance_error", "prompt_score"]
+
+
+def test_where_cfg_gains_nothing_none_of_it_is_kept(
+    write: Write, result: Result, tmp_path: Path
+) -> None:
+    name, host = next(iter(result.hosts.items()))
+    hosts = {name: dataclasses.replace(host, cfg=host.none)}
+    dataclasses.replace(result, hosts=hosts).save(tmp_path / "r.json")
+    figures = write("--result", str(tmp_path / "r.json")).data.eval_results
+    assert "gain_kept" not in {e.metric_type for e in figures}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--result", "{other}"), "is of a guide with 69,378 parameters, and this one has"),
+        (("--result", "{none}"), "no result could be read"),
+        (("--grid", "{none}"), "none"),
+        (("--base_model", "no base/"), "Repo id must"),
+        (("--training", "{none}"), "no configuration could be read"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_writes_no_card(
+    flags: tuple[str, str], sentence: str, guide: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    places = {"other": ROOT / "results" / "guide.json", "none": tmp_path / "none"}
+    capsys.readouterr()
+    assert cli.main(["card", "--guide", str(guide), *(f.format(**places) for f in flags)]) == 1
+    assert sentence in capsys.readouterr().err
+    assert not (guide / "README.md").exists()
+
+
+def test_a_card_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["card", "--guide", "owner/guide"]) == 1
+    assert "is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DistillConfig(output_dir="runs/x"),
+        DistillConfig(
+            output_dir="runs/x", pretrained_model_name_or_path="owner/base", push=False,
+            practice=("a", "b"), learning_rate=1e-4, guide="external", reads=("latents", "skips"),
+            negative_share=0.25, prompts="my prompts.txt", gradient_checkpointing=True,
+        ),
+        StepsConfig(output_dir="runs/x", steps=(8, 4), guide="runs/x/guide"),
+    ],
+)  # fmt: skip
+def test_the_command_repeats_the_training(config: Any) -> None:
+    _, name, *words = shlex.split(command(config))
+    kind = type(config)
+    assert parse(words, kind, name, "") == config
+
+
+def test_what_makes_no_difference_is_left_out(tmp_path: Path) -> None:
+    config = DistillConfig(
+        output_dir=str(tmp_path), resume="latest", report_to="none", checkpointing_steps=3
+    )
+    config.save(tmp_path / "config.json")
+    assert trained(tmp_path) == f"```bash\npilotfish distill --output_dir {tmp_path.name}\n```"

@@ -1,0 +1,119 @@
+"""Commands in README and docs are commands: names and flags exist, values are in range."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+from pilotfish import cli
+from recipe.__main__ import Recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"(?<!`)`((?:pilotfish|python -m recipe) [^`\n]+)`(?!`)")
+LAUNCHED = re.compile(r"^(?:accelerate launch|torchrun) .*-m pilotfish ")
+
+
+class Parsed(Exception):
+    """The arguments were understood."""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(page.read_text()) if kind == language]
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Every command line of a page, whole."""
+    for block in blocks(page, "bash"):
+        yield from block.replace("\\\n", " ").splitlines()
+    yield from INLINE.findall(BLOCK.sub("", page.read_text()))
+
+
+def spoken(program: str) -> list[Any]:
+    """The words after a program's name, of all its command lines."""
+    found = []
+    for page in PAGES:
+        for line in commands(page):
+            plain = LAUNCHED.sub("pilotfish ", line)
+            if plain.startswith(f"{program} "):
+                words = shlex.split(plain, comments=True)[len(program.split()) :]
+                words = [w for w in words if w != "..."]
+                found.append(pytest.param(words, id=f"{page.name}: {' '.join(words)[:60]}"))
+    return found
+
+
+@pytest.fixture
+def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands stop as soon as their arguments are understood."""
+    understand = tyro.cli
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        understand(*args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(tyro, "cli", stop)
+
+
+@pytest.mark.parametrize("words", spoken("pilotfish"))
+def test_a_command_is_one(words: list[str], parse_only: None) -> None:
+    name, *flags = words
+    assert name in cli.COMMANDS
+    if name in ("distill", "distill-steps") and "--output_dir" not in flags:
+        flags += ["--output_dir", "unused"]  # named in passing
+    with pytest.raises(Parsed):
+        cli.command(name)(flags)
+
+
+@pytest.mark.parametrize("words", spoken("python -m recipe"))
+def test_a_stage_of_the_recipe_is_one(words: list[str]) -> None:
+    assert tyro.cli(Recipe, args=words, use_underscores=True).stage == words[0]
+
+
+@pytest.mark.parametrize("target", spoken("make"))
+def test_a_target_is_one(target: list[str]) -> None:
+    assert re.search(rf"^{target[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_every_command_is_told_of() -> None:
+    told = {param.values[0][0] for param in spoken("pilotfish")}
+    assert told == set(cli.COMMANDS)
+
+
+def test_there_are_commands_on_the_pages() -> None:
+    """A page whose blocks are no longer found would pass the rest."""
+    for page in ("README", "serve", "publish", "compare", "scale", "method"):
+        assert any(str(p.id).startswith(f"{page}.md: ") for p in spoken("pilotfish")), page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_python_is_python(page: Path) -> None:
+    for block in blocks(page, "python"):
+        ast.parse(block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_links_lead_to_headings(page: Path) -> None:
+    for there, heading in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", page.read_text()):
+        text = (page.parent / there if there else page).read_text()
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        slugs = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert heading in slugs, (page.name, heading)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_service_does_runs_as_it_stands() -> None:
+    (block,) = (b for b in blocks(ROOT / "docs" / "serve.md", "python") if "embedded" in b)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert len(names["owls"]) == 4
+    assert names["owl"].size == names["crowned"].size == names["panda"].size == (64, 64)
+    assert type(names["fluent"]).__mro__[1].__name__ != "Guided"
