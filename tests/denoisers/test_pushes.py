@@ -42,6 +42,7 @@ class Pusher:
 
     def __init__(self, unet: UNet2DConditionModel, gain: float) -> None:
         self.config = SimpleNamespace(denoiser=fingerprint(unet, "epsilon"))
+        self.dtype = torch.float32
         widths = cross_attention_layers(unet.config) | dict.fromkeys(
             embedding_layers(unet.config), 1
         )

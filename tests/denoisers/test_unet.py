@@ -34,6 +34,7 @@ class Stub:
 
     def __init__(self, unet: UNet2DConditionModel, injection: Injection | None = None) -> None:
         self.config = SimpleNamespace(denoiser=fingerprint(unet, "epsilon"))
+        self.dtype = torch.float32
         self.injection = injection
         self.seen: list[GuideInputs] = []
 
