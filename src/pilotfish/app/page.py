@@ -139,7 +139,7 @@ def _controls(studio: Studio, first: dict[str, Any]) -> tuple[dict[str, Any], gr
     )
     with gr.Row():
         host = gr.Dropdown(
-            studio.hosts, value=first["host"], label="Base or fine-tune", min_width=110,
+            studio.hosts, value=first["host"], label="Model", min_width=110,
             elem_id="host",
         )  # fmt: skip
         guide = gr.Dropdown(
@@ -154,9 +154,9 @@ def _controls(studio: Studio, first: dict[str, Any]) -> tuple[dict[str, Any], gr
         1, studio.limits.steps, first["num_inference_steps"], step=1, label="Steps",
         elem_id="steps",
     )  # fmt: skip
-    with gr.Group(), gr.Row(elem_id="seeds"):
+    with gr.Row(elem_id="seeds"):
         seed = gr.Number(first["seed"], label="Seed", precision=0, min_width=120, elem_id="seed")
-        another = gr.Button("New seed", size="sm", min_width=90, scale=0, elem_id="another")
+        another = gr.Button("New seed", size="md", min_width=110, scale=0, elem_id="another")
     draw = gr.Button("Draw", variant="primary", elem_id="draw")
     inputs = {
         "host": host, "guide": guide, "prompt": prompt, "negative_prompt": negative, "seed": seed,
@@ -172,7 +172,7 @@ def _three_ways(drawn: list[str]) -> list[Any]:
     with gr.Row(elem_id="ways"):
         for i, way in enumerate(WAYS):
             title = TITLES[way][0].upper() + TITLES[way][1:]
-            with gr.Column(min_width=140):
+            with gr.Column(min_width=100):
                 images.append(
                     gr.Image(
                         both[i], label=title, format="png", interactive=False,

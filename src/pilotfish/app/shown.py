@@ -25,9 +25,9 @@ def times(image: torch.Tensor, side: int = SIDE) -> int:
     return max(1, -(-side // max(image.shape[1:])))
 
 
-def picture(image: torch.Tensor) -> Image.Image:
+def picture(image: torch.Tensor, side: int = SIDE) -> Image.Image:
     """(3, H, W) in [-1, 1], large enough to be looked at."""
-    return enlarged(image, times(image))
+    return enlarged(image, times(image, side))
 
 
 def figures(drawn: Sequence[Picture]) -> str:
@@ -55,7 +55,7 @@ def strip(request: Request, scales: Sequence[float], rows: Mapping[str, Sequence
     for way, row in rows.items():
         cells.append(f'<span class="way">{TITLES[way]}{figures(row)}</span>')
         for w, drawn in zip(scales, row, strict=True):
-            image = enlarged(drawn.image, times(drawn.image, 2 * SMALL))
+            image = picture(drawn.image, 2 * SMALL)
             alt = escape(f"{request.prompt}, {TITLES[way]}, w = {w:g}")
             cells.append(f'<img src="{_uri(image)}" alt="{alt}">')
     columns = f"auto repeat({len(scales)}, minmax(3rem, {SMALL}px))"
