@@ -31,7 +31,7 @@ STAGES = (
 class Recipe:
     """Make the embedded model. Stages, in order: prompts, pictures, autoencoder, base,
     finetunes, practice, judge, guides, cards. Beside them, variants compares forms of the guide,
-    and readme puts what was measured into the README."""
+    readme puts what was measured into the README, and screenshots shows the app in docs/images."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -46,6 +46,7 @@ class Recipe:
             "cards",
             "variants",
             "readme",
+            "screenshots",
             "all",
         ]
     ]
@@ -100,6 +101,10 @@ def run(recipe: Recipe) -> None:
             compare_variants(recipe.work, recipe.variants)
         elif stage == "readme":
             write_readme(Path("README.md"), Path("results/guide.json"))
+        elif stage == "screenshots":
+            from recipe.screenshots import take_screenshots  # which needs gradio and a browser
+
+            take_screenshots(Path("docs/images"))
         else:
             write_cards(recipe.target)
 

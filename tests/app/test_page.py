@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import re
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image, ImageChops
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect
 
 from pilotfish import embedded
 from pilotfish.app import page as app
@@ -26,14 +26,15 @@ from pilotfish.app.drawing import Studio
 from pilotfish.app.request import Request
 from pilotfish.evaluate.ways import WAYS
 from pilotfish.sampling import sample
+from recipe.screenshots import NoBrowserError, chromium
 from tests.app.conftest import Expected
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 SECONDS = 60_000
 
 
-def serve(studio: Studio, folder: Path, **settings: Any) -> Iterator[str]:
+@contextmanager
+def served(studio: Studio, folder: Path, **settings: Any) -> Iterator[str]:
     """Where the page of a studio is."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("GRADIO_TEMP_DIR", str(folder))
@@ -47,18 +48,18 @@ def serve(studio: Studio, folder: Path, **settings: Any) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def url(studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where the page is; four may draw at the same time."""
-    yield from serve(studio, tmp_path_factory.mktemp("served"), concurrency=4)
+    with served(studio, tmp_path_factory.mktemp("served"), concurrency=4) as url:
+        yield url
 
 
 @pytest.fixture
 def page(url: str) -> Iterator[Page]:
     """The page in a browser, once its first pictures are there."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine; Debian has it: apt-get install chromium")
-    with (
-        sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
-    ):
+    with ExitStack() as stack:
+        try:
+            browser = stack.enter_context(chromium())
+        except NoBrowserError as error:
+            pytest.skip(str(error))
         page = browser.new_page(accept_downloads=True)
         page.set_default_timeout(SECONDS)
         page.requested, page.failed = [], []
@@ -266,7 +267,7 @@ def test_eight_clients_at_once_get_no_wrong_picture(
 def test_who_comes_when_too_many_wait_is_told_so(
     studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for url in serve(studio, tmp_path, concurrency=1, waiting=1):
+    with served(studio, tmp_path, concurrency=1, waiting=1) as url:
         clients = [Client(url, verbose=False) for _ in range(4)]
         jobs = [c.submit(**GOOD | {"num_inference_steps": 40}, api_name="/draw") for c in clients]
         failed = [e for e in (job.exception(timeout=60) for job in jobs) if e]
@@ -277,8 +278,7 @@ def test_who_comes_when_too_many_wait_is_told_so(
 
 @pytest.mark.slow
 def test_the_embedded_model_draws_over_the_page_as_in_the_library(tmp_path: Path) -> None:
-    studio = Studio.embedded()
-    for url in serve(studio, tmp_path):
+    with served(Studio.embedded(), tmp_path) as url:
         client = Client(url, verbose=False)
         for host in embedded.HOSTS:
             request = GOOD | {"host": host, "prompt": "owl", "num_inference_steps": 25}
