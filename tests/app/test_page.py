@@ -276,6 +276,12 @@ def test_who_comes_when_too_many_wait_is_told_so(
         assert len(failed) < 4
 
 
+def test_a_port_that_is_taken_is_named(url: str, studio: Studio) -> None:
+    port = int(url.rstrip("/").rpartition(":")[2])
+    with pytest.raises(OSError, match=f"port {port} of 127.0.0.1 is taken; choose another"):
+        app.serve(app.build(studio), port=port, wait=False)
+
+
 @pytest.mark.slow
 def test_the_embedded_model_draws_over_the_page_as_in_the_library(tmp_path: Path) -> None:
     with served(Studio.embedded(), tmp_path) as url:

@@ -103,11 +103,15 @@ def serve(
     theme = gr.themes.Default(
         primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO
     ).set(body_text_color_subdued="*neutral_500")
-    _, url, _ = page.launch(
-        server_name=host, server_port=port, prevent_thread_lock=True, share=False, quiet=True,
-        ssr_mode=False, run_history=False, footer_links=[], enable_monitoring=False, pwa=False,
-        max_file_size="1kb", theme=theme, css_paths=Path(__file__).with_name("page.css"),
-    )  # fmt: skip
+    try:
+        _, url, _ = page.launch(
+            server_name=host, server_port=port, prevent_thread_lock=True, share=False, quiet=True,
+            ssr_mode=False, run_history=False, footer_links=[], enable_monitoring=False, pwa=False,
+            max_file_size="1kb", theme=theme, css_paths=Path(__file__).with_name("page.css"),
+        )  # fmt: skip
+    except OSError as error:
+        taken = f"port {port} of {host} is" if port else f"every port from 7860 on of {host} is"
+        raise OSError(f"{taken} taken; choose another with --port") from error
     if wait:
         print(f"the app is at {url} (stop it with Ctrl-C)", flush=True)
         page.block_thread()
