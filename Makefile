@@ -50,7 +50,7 @@ clean: ## remove what make made
 	@touch $@
 
 .venv/.dev: .venv/.installed
-	$(PIP) -e '.[dev,recipe]'
+	$(PIP) -e '.[dev,recipe,app]'
 	@touch $@
 
 .venv/.docs: .venv/.installed

@@ -32,7 +32,8 @@ STAGES = (
 class Recipe:
     """Make the embedded model. Stages, in order: prompts, pictures, autoencoder, base,
     finetunes, practice, judge, guides, steps, cards. Beside them, variants compares forms of the
-    guide; readme and pages put what was measured into the README and the documents."""
+    guide; readme and pages put what was measured into the README and the documents; screenshots
+    shows the app in docs/images."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -49,6 +50,7 @@ class Recipe:
             "variants",
             "readme",
             "pages",
+            "screenshots",
             "all",
         ]
     ]
@@ -108,6 +110,10 @@ def run(recipe: Recipe) -> None:
             write_readme(Path("README.md"), Path("results/guide.json"))
         elif stage == "pages":
             write_pages(Path("results"), Path("docs"))
+        elif stage == "screenshots":
+            from recipe.screenshots import take_screenshots  # which needs gradio and a browser
+
+            take_screenshots(Path("docs/images"))
         else:
             write_cards(recipe.target)
 

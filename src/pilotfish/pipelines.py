@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class PipelineError(ValueError):
@@ -39,6 +39,23 @@ def load_pipeline(pretrained_model_name_or_path: str | Path) -> Any:
             part.float()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def sibling(pipe: Any) -> Any:
+    """A pipeline on the same weights, for another thread.
+
+    What a call or a guide changes is its own: the scheduler, the tokenizers (which keep how they
+    last padded) and the denoiser's modules, where hooks sit. Weights take memory once.
+    """
+    shared = {id(tensor): tensor for tensor in (*pipe.unet.parameters(), *pipe.unet.buffers())}
+    own = {"scheduler": deepcopy(pipe.scheduler), "unet": deepcopy(pipe.unet, shared)}
+    for name, part in pipe.components.items():
+        if isinstance(part, PreTrainedTokenizerBase):
+            own[name] = deepcopy(part)
+    other = copy(pipe)  # from_pipe would cast what is shared
+    for name, part in own.items():
+        setattr(other, name, part)
+    return other
 
 
 def fine_tuned_weights(

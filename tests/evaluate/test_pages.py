@@ -11,7 +11,14 @@ import torch
 from PIL import Image
 
 from pilotfish.evaluate import plots
-from pilotfish.evaluate.grids import contact_sheet, draw_host, draw_hosts, host_grid, wide_grid
+from pilotfish.evaluate.grids import (
+    contact_sheet,
+    draw_host,
+    draw_hosts,
+    host_grid,
+    scales_grid,
+    wide_grid,
+)
 from pilotfish.evaluate.hosts import Host
 from pilotfish.evaluate.report import render, write
 from pilotfish.evaluate.result import Result, Scores
@@ -78,6 +85,19 @@ def test_a_grid_shows_every_picture_in_its_place() -> None:
 def test_pictures_are_enlarged() -> None:
     small, large = (host_grid(["cat"], columns(1), scale=n) for n in (2, 3))
     assert (large.width - small.width, large.height - small.height) == (3 * 16, 16)
+
+
+def test_a_grid_by_guidance_scale_shows_every_picture_in_its_place() -> None:
+    shades = torch.tensor([[-1.0, -0.5], [0.0, 0.5]])[..., None, None, None]
+    rows = dict(zip(("CFG", "guided"), shades.expand(2, 2, 3, 16, 16), strict=True))
+    grid = scales_grid([1.0, 4.0], rows)
+    right, bottom = grid.width - 8 - 16, grid.height - 8 - 16
+    found = [[grid.getpixel((right - x, bottom - y))[0] for x in (40, 0)] for y in (40, 0)]
+    assert found == [[0, 64], [128, 191]]
+    with pytest.raises(ValueError, match="CFG: 2 pictures of 3 guidance scales"):
+        scales_grid([1.0, 2.0, 3.0], rows)
+    with pytest.raises(ValueError, match="at least one guidance scale"):
+        scales_grid([], {})
 
 
 def test_a_wide_grid_is_the_grids_side_by_side() -> None:

@@ -83,13 +83,48 @@ def wide_grid(prompts: Sequence[str], hosts: Mapping[str, Columns], scale: int =
             at = (x + width / 2, GAP + LINE * (named + 0.5))
             pen.text(at, TITLES[way], FAINT, _narrow(TITLES[way], width, pen), anchor="mm")
             for r, picture in enumerate(columns[way]):
-                sheet.paste(_picture(picture, (width, height)), (x, top + r * (height + GAP)))
+                sheet.paste(enlarged(picture, scale), (x, top + r * (height + GAP)))
     room = max(1, height // LINE)
     for r, prompt in enumerate(prompts):
         lines = _fit(prompt, LABEL - 2 * GAP, pen)[:room]
         y = top + r * (height + GAP) + (height - LINE * (len(lines) - 1)) / 2
         for i, line in enumerate(lines):
             pen.text((LABEL - GAP, y + i * LINE), line, INK, _font(LETTERS), anchor="rm")
+    return sheet
+
+
+def scales_grid(
+    scales: Sequence[float], rows: Mapping[str, torch.Tensor], scale: int = 2
+) -> Image.Image:
+    """One prompt and seed at several guidance scales.
+
+    Args:
+        scales: w of the columns.
+        rows: title -> (N, 3, H, W) pictures in [-1, 1], one a w.
+        scale: pictures are enlarged by it.
+
+    Raises:
+        ValueError: no w, no row, or a row that has not as many pictures as there are w.
+    """
+    if not scales or not rows:
+        raise ValueError("a grid needs at least one guidance scale and one row")
+    for title, pictures in rows.items():
+        if len(pictures) != len(scales):
+            raise ValueError(f"{title}: {len(pictures)} pictures of {len(scales)} guidance scales")
+    height, width = (scale * n for n in next(iter(rows.values())).shape[2:])
+    top = GAP + LINE + GAP
+    size = (LABEL + GAP + len(scales) * (width + GAP), top + len(rows) * (height + GAP))
+    sheet = Image.new("RGB", size, GROUND)
+    pen = ImageDraw.Draw(sheet)
+    for r, (title, pictures) in enumerate(rows.items()):
+        y = top + r * (height + GAP)
+        pen.text((LABEL - GAP, y + height / 2), title, INK, _font(LETTERS), anchor="rm")
+        for c, (w, picture) in enumerate(zip(scales, pictures, strict=True)):
+            x = LABEL + GAP + c * (width + GAP)
+            sheet.paste(enlarged(picture, scale), (x, y))
+            if not r:
+                at = (x + width / 2, GAP + LINE / 2)
+                pen.text(at, f"w = {w:g}", FAINT, _font(LETTERS - 1), anchor="mm")
     return sheet
 
 
@@ -109,7 +144,7 @@ def contact_sheet(images: torch.Tensor, columns: int = 5, scale: int = 2) -> Ima
     pen = ImageDraw.Draw(sheet)
     for i, picture in enumerate(images):
         x, y = GAP + i % columns * cell, GAP + i // columns * row
-        sheet.paste(_picture(picture, (width, height)), (x, y))
+        sheet.paste(enlarged(picture, scale), (x, y))
         at = (x + width / 2, y + height + LINE / 2)
         pen.text(at, str(i + 1), FAINT, _font(LETTERS - 1), anchor="mm")
     return sheet
@@ -128,10 +163,11 @@ def draw_hosts(
     return drawn
 
 
-def _picture(image: torch.Tensor, size: tuple[int, int]) -> Image.Image:
-    """(3, H, W) in [-1, 1], resized to (width, height)."""
+def enlarged(image: torch.Tensor, scale: int) -> Image.Image:
+    """(3, H, W) in [-1, 1], enlarged by Lanczos."""
     pixels = to_pixels(image[None])[0].permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+    height, width = (scale * n for n in image.shape[1:])
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
