@@ -11,7 +11,12 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from pilotfish.distill.checkpoints import Checkpoint, optimizer_tensors, restore_optimizer
+from pilotfish.distill.checkpoints import (
+    Checkpoint,
+    check_forms,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from pilotfish.distill.config import TrainingConfig
 from pilotfish.guides import Guide
 from pilotfish.passes import GuidedStudent
@@ -94,8 +99,14 @@ class Learner:
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Put back what :meth:`tensors` and :meth:`facts` gave."""
-        facts = checkpoint.facts
+        """Put back what :meth:`tensors` and :meth:`facts` gave.
+
+        Raises:
+            ValueError, KeyError: they are not of this guide, or some are missing.
+        """
+        facts, mine = checkpoint.facts, Checkpoint(0, self.tensors(), {})
+        for what in ("guide", "average"):
+            check_forms(checkpoint.part(what), mine.part(what), what)
         self.guide.load_state_dict(checkpoint.part("guide"))
         if self.accelerator.scaler is not None and "scaler" in facts:
             self.accelerator.scaler.load_state_dict(facts["scaler"])

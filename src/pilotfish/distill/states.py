@@ -144,8 +144,14 @@ class Replay:
         return kept | {"written": torch.tensor(self.written)}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put back what :meth:`tensors` gave."""
+        """Put back what :meth:`tensors` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is of another kind of states, or not whole.
+        """
         self.source.load({k[7:]: v for k, v in tensors.items() if k.startswith("source.")})
         ring = {k[5:]: v.clone() for k, v in tensors.items() if k.startswith("ring.")}
+        if len({len(v) for v in ring.values()}) > 1:
+            raise ValueError("the ring has more of some tensors than of others")
         self.states = self.source.kind(**ring) if ring else None
         self.written = int(tensors["written"])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import nn
 
 from pilotfish.attach import attach, attached, detach
 from pilotfish.contract import GuideError, GuideInputs, Injection
 from pilotfish.denoisers import fingerprint
+from pilotfish.guides.files import hub_arguments, saved_in, weight_files
+from pilotfish.seals import load_sealed, seal
 
 
 class Guide(ModelMixin, ConfigMixin):
@@ -100,6 +103,30 @@ class Guide(ModelMixin, ConfigMixin):
         """``with guide.attached(pipe): ...`` attaches for the length of a block."""
         return attached(self, pipe)
 
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: Any, *, variant: str | None = None, push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """As diffusers does it, and every file of weights sealed together with the configuration
+        (:mod:`pilotfish.seals`).
+
+        Raises:
+            GuideError: pickles are asked for, which would never be read.
+        """
+        if not kwargs.get("safe_serialization", True):
+            raise GuideError("a guide is saved as safetensors only; leave safe_serialization out")
+        super().save_pretrained(save_directory, variant=variant, **kwargs)
+        if kwargs.get("is_main_process", True):
+            folder = Path(save_directory)
+            beside = _sealed_fields(json.loads((folder / self.config_name).read_text()))
+            for path in weight_files(folder, variant):
+                seal(path, beside)
+        if push_to_hub:
+            names = ("commit_message", "private", "token", "create_pr")
+            how = {n: kwargs[n] for n in names if n in kwargs}
+            where = kwargs.get("repo_id", Path(save_directory).name)
+            self.push_to_hub(where, variant=variant, **how)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
         """Load a guide of any kind from a folder or hub id, from safetensors only.
@@ -108,12 +135,12 @@ class Guide(ModelMixin, ConfigMixin):
 
         Raises:
             GuideError: no configuration, an unknown kind or field, a value out of range,
-                weights that are missing, truncated, pickled or not finite.
+                weights that are missing, damaged, pickled or not finite.
         """
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
         where = f"{pretrained_model_name_or_path}"
         try:
-            config = cls.load_config(pretrained_model_name_or_path, **_hub_arguments(kwargs))
+            config = cls.load_config(pretrained_model_name_or_path, **hub_arguments(kwargs))
             name = config.get("_class_name")
             kind = Guide.kinds.get(name)
             if kind is None or not issubclass(kind, cls):
@@ -125,9 +152,12 @@ class Guide(ModelMixin, ConfigMixin):
             guide, loaded = super(Guide, kind).from_pretrained(
                 pretrained_model_name_or_path, **kwargs
             )
+            folder = saved_in(pretrained_model_name_or_path, cls.config_name, kwargs)
+            for path in weight_files(folder, kwargs.get("variant")):
+                load_sealed(path, _sealed_fields(config))
         except GuideError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        except Exception as error:  # a damaged file can make a constructor do anything
             why = _first_line(error)
             raise GuideError(f"no guide could be read from {where}: {why}") from error
         for what in ("missing", "unexpected"):
@@ -171,9 +201,9 @@ def _falling(timesteps: Any) -> bool:
     return len(timesteps) > 0 and timesteps[-1] >= 0 and all(a > b for a, b in pairwise(timesteps))
 
 
-def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
-    return {k: kwargs[k] for k in names if k in kwargs}
+def _sealed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a saved configuration the seal is over: not what diffusers notes for itself."""
+    return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
 def _first_line(error: Exception) -> str:
