@@ -60,5 +60,5 @@ def _digest(tensors: Mapping[str, torch.Tensor], beside: Any) -> str:
     digest = sha256(json.dumps(beside, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
