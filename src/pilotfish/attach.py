@@ -8,7 +8,6 @@ pipeline asks whether it should run classifier-free guidance. ``detach`` gives t
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -255,8 +254,8 @@ def _warn_of_arguments(guide: GuideLike, call: BoundArguments, pipe: Any) -> Non
         nets = getattr(pipe.controlnet, "nets", [pipe.controlnet])
         given["guess_mode"] |= any(n.config.get("global_pool_conditions") for n in nets)
     scale = given["guidance_scale"]
-    if not abs(scale) <= sys.float_info.max:  # nor what is not a number
-        raise GuideError(f"guidance_scale must be a finite number, not {scale}")
+    if not abs(scale) <= torch.finfo(torch.float32).max:  # nor is what is not a number
+        raise GuideError(f"guidance_scale must be a finite number in single precision, not {scale}")
     if scale <= 1:
         return
     low, high = guide.guidance_scale_range

@@ -154,7 +154,9 @@ class Guide(ModelMixin, ConfigMixin):
             )
             folder = saved_in(pretrained_model_name_or_path, cls.config_name, kwargs)
             for path in weight_files(folder, kwargs.get("variant")):
-                load_sealed(path, _sealed_fields(config))
+                held = load_sealed(path, _sealed_fields(config))
+                if whole := [k for k, v in held.items() if not v.is_floating_point()]:
+                    raise GuideError(f"{path} holds whole numbers for {whole[0]}, not weights")
         except GuideError:
             raise
         except Exception as error:  # a damaged file can make a constructor do anything
