@@ -40,7 +40,7 @@ class Endurance:
     kills: int = 20
     users: int = 8
     minutes: float = 5.0
-    examples: int = 1000
+    examples: int = 300
     """Of each kind of argument."""
     flips: int = 200
     """Single bits flipped in each file."""

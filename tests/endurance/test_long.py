@@ -1,4 +1,4 @@
-"""The long trials, short: pictures, attachments, kills; and the page that tells of the long ones."""
+"""The long trials, short; and the page that tells of the long ones."""
 
 from __future__ import annotations
 

@@ -213,8 +213,8 @@ def restore_optimizer(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         index, _, slot = name.partition(".")
-        if value.ndim and value.shape != parameters[int(index)].shape:
-            raise ValueError(f"the optimiser's {name} has the shape {list(value.shape)}")
+        like = parameters[int(index)] if value.ndim else torch.tensor(0.0)  # the count of steps
+        check_forms({name: value}, {name: like}, "the optimiser")
         whole["state"].setdefault(int(index), {})[slot] = value
     if len({frozenset(slots) for slots in whole["state"].values()}) > 1:
         raise ValueError("the optimiser lacks some of its tensors")

@@ -13,6 +13,8 @@ from typing import ClassVar, Protocol, Self
 
 import torch
 
+_WHOLE = {"timestep", "prompt", "negative", "written"}
+"""What of a ring is in whole numbers."""
 # (latents, timestep, prompt, negative prompt) -> the base's (unconditional, conditional)
 # predictions; texts are given by their index
 TwoPasses = Callable[
@@ -151,6 +153,9 @@ class Replay:
         """
         self.source.load({k[7:]: v for k, v in tensors.items() if k.startswith("source.")})
         ring = {k[5:]: v.clone() for k, v in tensors.items() if k.startswith("ring.")}
+        for name, value in (ring | {"written": tensors["written"]}).items():
+            if value.dtype != (torch.int64 if name in _WHOLE else torch.float32):
+                raise ValueError(f"{name} of the ring is {value.dtype}")
         if len({len(v) for v in ring.values()}) > 1:
             raise ValueError("the ring has more of some tensors than of others")
         self.states = self.source.kind(**ring) if ring else None
