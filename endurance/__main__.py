@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,7 @@ import diffusers
 import torch
 import transformers
 import tyro
+from tqdm import tqdm
 
 from endurance.arguments import anything
 from endurance.attachments import many_attachments
@@ -23,7 +25,6 @@ from endurance.page import write_page
 from endurance.result import Figures, HoldingUp, Progress
 from endurance.users import many_users
 from pilotfish import embedded
-from pilotfish.cli.progress import shown
 
 PARTS = ("images", "attach", "kill", "app", "fuzz")
 
@@ -104,6 +105,25 @@ RUN: dict[str, Callable[[Endurance, Progress], Figures]] = {
 }  # fmt: skip
 
 
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """Bars that keep nothing of what they have shown: rich's would count among what is left."""
+    bars: dict[str, tqdm[Any]] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        bar = bars.get(what)
+        if bar is None:
+            bar = bars[what] = tqdm(desc=what, position=len(bars))
+        bar.total = total
+        bar.update(done - bar.n)
+
+    try:
+        yield report
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
 def run(how: Endurance) -> None:
     """One part, or all that are missing."""
     if how.part == "page":
@@ -118,7 +138,7 @@ def run(how: Endurance) -> None:
         if HoldingUp.found(how.output).has(name, command):
             print(f"{name}: in {how.output} already")
             continue
-        with shown() as progress:
+        with _bars() as progress:
             figures = RUN[name](how, progress)
         HoldingUp.found(how.output).with_part(name, figures, command, how.seed).save(how.output)
         print(f"{name}: {figures}")
