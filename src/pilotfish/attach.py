@@ -244,13 +244,19 @@ def _bind(method: Callable[..., Any], args: Any, kwargs: Any, **changes: Any) ->
 
 
 def _warn_of_arguments(guide: GuideLike, call: BoundArguments, pipe: Any) -> None:
-    """What a call asks for that a guide cannot give."""
+    """What a call asks for that a guide cannot give.
+
+    Raises:
+        GuideError: a guidance scale that is no finite number.
+    """
     usual = {name: p.default for name, p in call.signature.parameters.items()}
     given = usual | call.arguments
     if "guess_mode" in given:  # some ControlNets ask for it themselves
         nets = getattr(pipe.controlnet, "nets", [pipe.controlnet])
         given["guess_mode"] |= any(n.config.get("global_pool_conditions") for n in nets)
     scale = given["guidance_scale"]
+    if not abs(scale) <= torch.finfo(torch.float32).max:  # nor is what is not a number
+        raise GuideError(f"guidance_scale must be a finite number in single precision, not {scale}")
     if scale <= 1:
         return
     low, high = guide.guidance_scale_range

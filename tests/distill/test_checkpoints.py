@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pilotfish.distill import checkpoints
+from pilotfish import seals
 from pilotfish.distill.checkpoints import (
     CheckpointError,
     list_checkpoints,
@@ -85,7 +85,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 def half_written(error: BaseException) -> Any:
-    def save(tensors: Any, path: str) -> None:
+    def save(tensors: Any, path: str, metadata: Any) -> None:
         Path(path).write_bytes(b"half")
         raise error
 
@@ -97,7 +97,7 @@ def test_a_full_disk_leaves_earlier_ones_whole(
 ) -> None:
     save_checkpoint(tmp_path, 1, TENSORS, FACTS)
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(checkpoints, "save_file", half_written(full))
+    monkeypatch.setattr(seals, "save_file", half_written(full))
     with pytest.raises(CheckpointError) as caught:
         save_checkpoint(tmp_path, 2, TENSORS, FACTS)
     sentence = str(caught.value)
@@ -113,7 +113,7 @@ def test_a_full_disk_while_a_step_is_saved_again_keeps_the_old_one(
 ) -> None:
     save_checkpoint(tmp_path, 1, TENSORS, FACTS)
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(checkpoints, "save_file", half_written(full))
+    monkeypatch.setattr(seals, "save_file", half_written(full))
     with pytest.raises(CheckpointError):
         save_checkpoint(tmp_path, 1, {}, {})
     assert set(load_checkpoint(tmp_path / "checkpoint-1").tensors) == set(TENSORS)
@@ -124,7 +124,7 @@ def test_a_kill_in_the_middle_is_never_taken_for_a_checkpoint(
 ) -> None:
     save_checkpoint(tmp_path, 1, TENSORS, FACTS)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_file", half_written(KeyboardInterrupt()))
+        patch.setattr(seals, "save_file", half_written(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, 2, TENSORS, FACTS)
     assert steps(tmp_path) == [1]

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from pilotfish.contract import GuideError, GuideInputs, GuideLike, Injection, PromptEmbeds
 
 MIDDLE = "mid_block"
+LARGEST = 1e4
+"""Of a prediction, whose values are of the order of 1: sampler and decoder square them."""
 _OPEN: ContextVar[GuidedPass | None] = ContextVar("pilotfish_guided_pass", default=None)
 
 
@@ -44,6 +46,7 @@ class GuidedPass:
         self.negative_prompts = negative_prompts
         self.watch = watch
         self._injection = Injection()
+        self._untrained: float | None = None
         self._negative = PromptEmbeds(torch.empty(0))
         self._queries: dict[str, torch.Tensor] = {}
         self._turn = self._embedding = torch.empty(0)
@@ -94,6 +97,8 @@ class GuidedPass:
         if isinstance(scale, torch.Tensor):
             scale = scale.to(sample.device, torch.float32).expand(n)
         elif scale > 1:
+            low, high = self.guide.guidance_scale_range
+            self._untrained = None if low <= scale <= high else float(scale)
             scale = torch.full((n,), float(scale), device=sample.device)
         else:
             return encoder_hidden_states
@@ -208,16 +213,24 @@ class GuidedPass:
         other = layer.time_emb_proj.forward(layer.nonlinearity(self._embedding + self._turn))
         return self._to_denoiser(answer + gain * (answer - other))
 
-    def end(self) -> None:
-        """The denoiser call is done: nothing may be left that the guide was to add.
+    def end(self, prediction: torch.Tensor) -> None:
+        """The denoiser call is done: nothing may be left that the guide was to add, and at a
+        scale that it was not trained at, what it led to must be of use.
 
         Raises:
-            GuideError: the denoiser went past a layer to which the guide adds.
+            GuideError: the denoiser went past a layer to which the guide adds, or predicted what
+                is not finite, or soon will not be.
         """
         if self._due:
             raise GuideError(
                 f"the denoiser went past {min(self._due)}, to which the guide adds; undo what "
                 "skips or replaces its layers"
+            )
+        if self._untrained is not None and not prediction.abs().max() <= LARGEST:
+            low, high = self.guide.guidance_scale_range
+            raise GuideError(
+                f"guidance_scale {self._untrained:g} is too far from [{low:g}, {high:g}], where "
+                "this guide was trained: the prediction overflows"
             )
 
     def _to_guide(self, x: Any) -> Any:
@@ -232,3 +245,4 @@ class GuidedPass:
         # the injection stays: gradient checkpointing runs the decoder once more in the
         # backward pass, when the pass is closed
         self._skips, self._pending, self._queries, self._due = [], [], {}, set()
+        self._untrained = None

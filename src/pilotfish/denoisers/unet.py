@@ -72,7 +72,7 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
 
     def end(module: Any, args: tuple[Any, ...], output: Any) -> None:
         if guided := current():
-            guided.end()
+            guided.end(output[0])
 
     def first(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if guided := current():

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``checkpoint-<step>``: ``state.safetensors`` holds every tensor of the
 learner (weights, averages, optimiser moments), ``stream-<i>.safetensors`` those of a stream of
-training states, and ``state.json`` every plain number. Nothing is pickled, so nothing is ever
-unpickled.
+training states, and ``state.json`` every plain number. Seals tell a spoilt one
+(:mod:`pilotfish.seals`). Nothing is pickled, so nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+
+from pilotfish.seals import load_sealed, save_sealed
 
 PREFIX, STREAM = "checkpoint-", "stream-"
 
@@ -67,23 +68,25 @@ class Writing:
         """Make room beside the place where it will be."""
         with self._refusals():
             self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.aside, ignore_errors=True)
+            for left in (self.aside, *self.folder.glob(f".{PREFIX}*.old")):  # by a kill
+                shutil.rmtree(left, ignore_errors=True)
             self.aside.mkdir()
 
     def stream(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write what must be saved of one stream of states."""
         with self._refusals():
-            _write(self.aside / f"{STREAM}{number}.safetensors", tensors)
+            _write(self.aside / f"{STREAM}{number}.safetensors", tensors, number)
 
     def close(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> Path:
         """Write the rest; from now on it exists."""
         with self._refusals():
-            _write(self.aside / "state.safetensors", tensors)
-            state = self.aside / "state.json"
-            state.write_text(json.dumps({"step": self.step, **facts}))
+            state, text = self.aside / "state.json", json.dumps({"step": self.step, **facts})
+            _write(self.aside / "state.safetensors", tensors, json.loads(text))
+            state.write_text(text)
             for path in (state, self.aside):
                 _sync(path)
-            shutil.rmtree(self.final, ignore_errors=True)
+            if self.final.exists():
+                _remove(self.final)
             self.aside.rename(self.final)
             _sync(self.folder)
         return self.final
@@ -125,7 +128,8 @@ def save_whole(model: Any, folder: Path) -> None:
         model.save_pretrained(aside)
         for path in (*aside.iterdir(), aside):
             _sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            _remove(folder)
         aside.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -145,11 +149,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint folder, without its streams.
 
     Raises:
-        CheckpointError: it is missing, truncated or not a checkpoint.
+        CheckpointError: it is missing, damaged or not a checkpoint.
     """
-    with _readable(path):
+    with readable(path):
         facts = json.loads((path / "state.json").read_text())
-        tensors = load_file(str(path / "state.safetensors"))
+        tensors = load_sealed(path / "state.safetensors", facts)
         return Checkpoint(int(facts["step"]), tensors, facts)
 
 
@@ -162,17 +166,20 @@ def load_stream(path: Path, number: int) -> dict[str, torch.Tensor]:
     """Read one stream of a checkpoint folder.
 
     Raises:
-        CheckpointError: it is missing or truncated.
+        CheckpointError: it is missing or damaged.
     """
-    with _readable(path):
-        return load_file(str(path / f"{STREAM}{number}.safetensors"))
+    with readable(path):
+        return load_sealed(path / f"{STREAM}{number}.safetensors", number)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with what is read of a checkpoint folder is a CheckpointError."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file can have anything in it
         raise CheckpointError(
             f"{path} is not a readable checkpoint ({error}); "
             "delete it to resume from the one before"
@@ -183,7 +190,12 @@ def prune_checkpoints(folder: Path, limit: int | None) -> None:
     """Keep the newest ``limit`` checkpoints (all of them for ``None``)."""
     if limit is not None:
         for old in list_checkpoints(folder)[: -max(limit, 1)]:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):
+                _remove(old)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam keeps for a parameter in the parameter's own form."""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -200,15 +212,25 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, slots: Mapping[str, torch.Tensor | float]
 ) -> None:
     """Put back what :func:`optimizer_tensors` and :func:`optimizer_numbers` gave; the parameter
-    groups stay as they are."""
+    groups stay as they are.
+
+    Raises:
+        ValueError: they are not of this optimiser's parameters.
+    """
     whole = optimizer.state_dict()
     whole["state"] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in slots.items():
         index, *way, slot = name.split(".")
+        like = parameters[int(index)]
+        if isinstance(value, torch.Tensor) and value.ndim and slot in MOMENTS:
+            check_forms({name: value}, {name: like}, "the optimiser")
         place = whole["state"].setdefault(int(index), {})
         for part in way:
             place = place.setdefault(part, {})
         place[slot] = value
+    if len({frozenset(kept) for kept in whole["state"].values()}) > 1:
+        raise ValueError("the optimiser lacks some of its tensors")
     optimizer.load_state_dict(whole)
 
 
@@ -221,6 +243,25 @@ def _slots(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
                 yield f"{index}.{name}", value
 
 
+def check_forms(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str
+) -> None:
+    """Refuse tensors of other names, shapes or types.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    for name in sorted(expected.keys() | found.keys()):
+        forms = [
+            f"{value.dtype} {list(value.shape)}"
+            if (value := side.get(name)) is not None
+            else "none"
+            for side in (found, expected)
+        ]
+        if forms[0] != forms[1]:
+            raise ValueError(f"{what} has {forms[0]} for {name}, this run has {forms[1]}")
+
+
 def module_tensors(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """State dicts of several modules as one flat mapping ``<module>.<key>``."""
     for name, module in modules.items():
@@ -228,9 +269,17 @@ def module_tensors(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str
             yield f"{name}.{key}", value
 
 
-def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(path))
+def _write(path: Path, tensors: Mapping[str, torch.Tensor], beside: Any) -> None:
+    save_sealed(tensors, path, beside)
     _sync(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder at once, so that a kill never leaves a part of it under its name."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -6,7 +6,12 @@ import json
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
+
+from pilotfish.distill.fields import needed
+
+SEEDS = 2**23
+"""Seeds that there are: beside a stream and a tick, one must fit into 64 bits."""
 
 
 class ConfigError(ValueError):
@@ -42,7 +47,10 @@ class TrainingConfig:
     max_train_steps: int = 4000
     learning_rate: float | None = None
     """Left out: what suits the guide."""
-    lr_scheduler: str = "cosine"
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+        "constant_with_warmup",
+    ] = "cosine"  # fmt: skip
     lr_warmup_steps: int = 100
     adam_weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -86,13 +94,21 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check_kinds()
+        for name, hint in get_type_hints(type(self)).items():
+            if what := needed(hint, getattr(self, name)):
+                self._need(False, name, what)
         for name in (
             "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "pool",
             "replay_capacity", "replay_reuse", "checkpointing_steps", "validation_steps",
         ):  # fmt: skip
             self._need(getattr(self, name) >= 1, name, "at least 1")
         self._need(self.learning_rate is None or self.learning_rate > 0, "learning_rate", "above 0")
+        for name in ("lr_warmup_steps", "adam_weight_decay"):
+            self._need(getattr(self, name) >= 0, name, "at least 0")
+        self._need(self.max_grad_norm > 0, "max_grad_norm", "above 0")
+        limit = self.checkpoints_total_limit
+        self._need(limit is None or limit >= 1, "checkpoints_total_limit", "at least 1")
+        self._need(0 <= self.seed < SEEDS, "seed", f"at least 0 and below {SEEDS}")
         self._need(
             self.guidance_scale_min >= 1, "guidance_scale_min", "at least 1 (1 is no guidance)"
         )
@@ -110,18 +126,6 @@ class TrainingConfig:
         )  # fmt: skip
         self._need(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
         self._need(self.pool >= self.train_batch_size, "pool", "at least train_batch_size")
-
-    def _check_kinds(self) -> None:
-        """Choices and whole numbers, which a file may have wrong."""
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal:
-                choices = get_args(hint)
-                self._need(value in choices, name, f"one of {', '.join(choices)}")
-            elif hint is int:
-                self._need(type(value) is int, name, "a whole number")
-            elif hint is bool:
-                self._need(type(value) is bool, name, "true or false")
 
     def _need(self, holds: bool, name: str, what: str) -> None:
         if not holds:
@@ -142,10 +146,12 @@ class TrainingConfig:
             values: dict[str, Any] = json.loads(path.read_text())
             unknown = set(values) - {f.name for f in fields(cls)}
             if unknown:
-                raise ConfigError(f"{path} has unknown settings: {', '.join(sorted(unknown))}")
+                raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}")
             lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
             return cls(**values | lists)
-        except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"no configuration could be read from {path}: {error}") from error
 
 

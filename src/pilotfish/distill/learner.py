@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 
 from pilotfish.distill.checkpoints import (
     Checkpoint,
+    check_forms,
     optimizer_numbers,
     optimizer_tensors,
     restore_optimizer,
@@ -101,8 +102,14 @@ class Learner:
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Put back what :meth:`tensors` and :meth:`facts` gave."""
-        facts = checkpoint.facts
+        """Put back what :meth:`tensors` and :meth:`facts` gave.
+
+        Raises:
+            ValueError, KeyError: they are not of this guide, or some are missing.
+        """
+        facts, expected = checkpoint.facts, Checkpoint(0, self.tensors(), {})
+        for what in ("guide", "average"):
+            check_forms(checkpoint.part(what), expected.part(what), what)
         mine, parameters = self.guide.state_dict(), list(self.guide.parameters())
         self.guide.load_state_dict(
             {k: shared_out(v, mine[k]) for k, v in checkpoint.part("guide").items()}

@@ -90,9 +90,19 @@ class Pool:
         return {name: getattr(self, name) for name in self._KEPT}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put it back."""
+        """Put it back.
+
+        Raises:
+            ValueError, KeyError: it is of a pool of another size, or some of it is missing.
+        """
         for name in self._KEPT:
-            getattr(self, name).copy_(tensors[name])
+            mine, saved = getattr(self, name), tensors[name]
+            if (mine.shape, mine.dtype) != (saved.shape, saved.dtype):
+                raise ValueError(
+                    f"{name} of the pool is {list(saved.shape)}, this run's is {list(mine.shape)}; "
+                    "resume with the same pool"
+                )
+            mine.copy_(saved)
 
 
 def draw_negatives(n: int, prompts: int, share: float, generator: torch.Generator) -> torch.Tensor:

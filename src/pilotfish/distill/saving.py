@@ -15,6 +15,7 @@ from pilotfish.distill.checkpoints import (
     load_checkpoint,
     load_stream,
     prune_checkpoints,
+    readable,
     saved_streams,
 )
 from pilotfish.distill.config import ConfigError
@@ -93,7 +94,8 @@ class Saving:
         saved = saved_streams(path)
         if not saved:
             raise CheckpointError(f"{path} holds no streams of states; an older version made it")
-        self.record.load(checkpoint.step, checkpoint.facts)
-        self.learner.load(checkpoint)
-        for number in streams.rings:  # where there are more now, several go on from one
-            streams.load(number, load_stream(path, saved[number % len(saved)]))
+        with readable(path):
+            self.record.load(checkpoint.step, checkpoint.facts)
+            self.learner.load(checkpoint)
+            for number in streams.rings:  # where there are more now, several go on from one
+                streams.load(number, load_stream(path, saved[number % len(saved)]))

@@ -13,6 +13,8 @@ from typing import ClassVar, Protocol, Self
 
 import torch
 
+_WHOLE = {"timestep", "prompt", "negative", "written"}
+"""What of a ring is in whole numbers."""
 # (latents, timestep, prompt, negative prompt) -> the base's (unconditional, conditional)
 # predictions; texts are given by their index
 TwoPasses = Callable[
@@ -144,8 +146,17 @@ class Replay:
         return kept | {"written": torch.tensor(self.written)}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put back what :meth:`tensors` gave."""
+        """Put back what :meth:`tensors` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is of another kind of states, or not whole.
+        """
         self.source.load({k[7:]: v for k, v in tensors.items() if k.startswith("source.")})
         ring = {k[5:]: v.clone() for k, v in tensors.items() if k.startswith("ring.")}
+        for name, value in (ring | {"written": tensors["written"]}).items():
+            if value.dtype != (torch.int64 if name in _WHOLE else torch.float32):
+                raise ValueError(f"{name} of the ring is {value.dtype}")
+        if len({len(v) for v in ring.values()}) > 1:
+            raise ValueError("the ring has more of some tensors than of others")
         self.states = self.source.kind(**ring) if ring else None
         self.written = int(tensors["written"])

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import nn
 
 from pilotfish.attach import attach, attached, detach
@@ -19,6 +18,8 @@ from pilotfish.contract import GuideError, GuideInputs, Injection
 from pilotfish.denoisers import Origin, fingerprint
 from pilotfish.guides import hub
 from pilotfish.guides.configuration import check_config
+from pilotfish.guides.files import hub_arguments, saved_in, weight_files
+from pilotfish.seals import load_sealed, seal
 
 logger = logging.getLogger(__name__)
 
@@ -123,15 +124,27 @@ class Guide(ModelMixin, ConfigMixin):
         """``with guide.attached(pipe): ...`` attaches for the length of a block."""
         return attached(self, pipe)
 
-    def save_pretrained(
-        self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """As any diffusers model; ``push_to_hub`` takes this folder, and its card, to the hub."""
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: Any, *, variant: str | None = None, push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """As diffusers does it, and every file of weights sealed together with the configuration
+        (:mod:`pilotfish.seals`); ``push_to_hub`` takes this folder, and its card, to the hub.
+
+        Raises:
+            GuideError: pickles are asked for, which would never be read.
+        """
+        if not kwargs.get("safe_serialization", True):
+            raise GuideError("a guide is saved as safetensors only; leave safe_serialization out")
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         there = {k: kwargs.pop(k) for k in names if k in kwargs}
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, variant=variant, **kwargs)
+        folder = Path(save_directory)
+        if kwargs.get("is_main_process", True):
+            beside = _sealed_fields(json.loads((folder / self.config_name).read_text()))
+            for path in weight_files(folder, variant):
+                seal(path, beside)
         if push_to_hub:
-            folder = Path(save_directory)
             hub.add_card(self, folder)
             hub.upload(folder, there.pop("repo_id", folder.resolve().name), **there)
 
@@ -177,12 +190,12 @@ class Guide(ModelMixin, ConfigMixin):
 
         Raises:
             GuideError: no configuration, an unknown kind or field, a value out of range,
-                weights that are missing, truncated, pickled or not finite.
+                weights that are missing, damaged, pickled or not finite.
         """
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
         where = f"{pretrained_model_name_or_path}"
         try:
-            config = cls.load_config(pretrained_model_name_or_path, **_hub_arguments(kwargs))
+            config = cls.load_config(pretrained_model_name_or_path, **hub_arguments(kwargs))
             name = config.get("_class_name")
             kind = Guide.kinds.get(name)
             if kind is None or not issubclass(kind, cls):
@@ -194,9 +207,14 @@ class Guide(ModelMixin, ConfigMixin):
             guide, loaded = super(Guide, kind).from_pretrained(
                 pretrained_model_name_or_path, **kwargs
             )
+            folder = saved_in(pretrained_model_name_or_path, cls.config_name, kwargs)
+            for path in weight_files(folder, kwargs.get("variant")):
+                held = load_sealed(path, _sealed_fields(config))
+                if whole := [k for k, v in held.items() if not v.is_floating_point()]:
+                    raise GuideError(f"{path} holds whole numbers for {whole[0]}, not weights")
         except GuideError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        except Exception as error:  # a damaged file can make a constructor do anything
             why = _first_line(error)
             raise GuideError(f"no guide could be read from {where}: {why}") from error
         for what in ("missing", "unexpected"):
@@ -208,9 +226,9 @@ class Guide(ModelMixin, ConfigMixin):
         return guide
 
 
-def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
-    return {k: kwargs[k] for k in names if k in kwargs}
+def _sealed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a saved configuration the seal is over: not what diffusers notes for itself."""
+    return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
 def _first_line(error: Exception) -> str:
