@@ -57,7 +57,7 @@ def _page(log: Path) -> Iterator[tuple[str, int]]:
         process = subprocess.Popen(command, stdout=out, stderr=out)
     try:
         deadline = time.monotonic() + PATIENCE
-        while "http" not in log.read_text(errors="replace"):
+        while not _listens(port):
             there = process.poll() is None and time.monotonic() < deadline
             require(there, f"the page did not open: {log.read_text(errors='replace')[-300:]}")
             time.sleep(0.2)
@@ -65,6 +65,11 @@ def _page(log: Path) -> Iterator[tuple[str, int]]:
     finally:
         process.terminate()
         process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as knock:
+        return knock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _client(url: str, folder: Path) -> Any:
