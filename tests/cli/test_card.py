@@ -143,10 +143,15 @@ def test_its_lines_of_use_run(
     assert type(names["pipe"]).__mro__[1].__name__ == "Guided"
 
 
-def test_a_guide_for_few_steps_brings_its_scheduler(
-    write: Write, guide: Path, edit_config: Any
-) -> None:
-    edit_config(guide, timesteps=[999, 749, 499, 249])
+def save_again(folder: Path, **fields: Any) -> None:
+    """The same guide with other fields in its configuration."""
+    guide = TinyGuide.from_pretrained(folder)
+    guide.register_to_config(**fields)
+    guide.save_pretrained(folder)
+
+
+def test_a_guide_for_few_steps_brings_its_scheduler(write: Write, guide: Path) -> None:
+    save_again(guide, timesteps=[999, 749, 499, 249])
     text = write().text
     assert "4 sampling steps" in text
     assert "num_inference_steps=4" in text
@@ -172,9 +177,9 @@ def test_what_is_asked_for_goes_over_what_is_remembered(write: Write) -> None:
 
 @pytest.mark.parametrize("name", ["my-base", None])
 def test_a_base_that_is_no_hub_id_stays_out_of_the_header(
-    name: str | None, write: Write, guide: Path, edit_config: Any
+    name: str | None, write: Write, guide: Path
 ) -> None:
-    edit_config(guide, trained_on=name and {"name": name})
+    save_again(guide, trained_on=name and {"name": name})
     card = write()
     assert card.data.base_model is None
     assert (name or "an unnamed base") in card.text
