@@ -213,7 +213,7 @@ def restore_optimizer(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         index, _, slot = name.partition(".")
-        like = parameters[int(index)] if value.ndim else torch.tensor(0.0)  # the count of steps
+        like = torch.tensor(0.0) if slot == "step" else parameters[int(index)]
         check_forms({name: value}, {name: like}, "the optimiser")
         whole["state"].setdefault(int(index), {})[slot] = value
     if len({frozenset(slots) for slots in whole["state"].values()}) > 1:
