@@ -32,6 +32,7 @@ def save_sealed(tensors: Mapping[str, torch.Tensor], path: Path, beside: Any) ->
     """
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(whole, str(path), metadata={"format": "pt", SEAL: _digest(whole, beside)})
+    _order_metadata(path)
 
 
 def seal(path: Path, beside: Any) -> None:
@@ -54,6 +55,18 @@ def load_sealed(path: Path, beside: Any) -> dict[str, torch.Tensor]:
     if seal is not None and seal != _digest(tensors, beside):
         raise SealError(f"{path}, or what lies beside it, is not what was saved: its seal differs")
     return tensors
+
+
+def _order_metadata(path: Path) -> None:
+    """Metadata are written in an order drawn at random; the same tensors must make the same
+    file."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(ordered.ljust(size))
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], beside: Any) -> str:

@@ -123,6 +123,15 @@ def test_a_seal_is_over_all_of_it(tmp_path: Path, beside: Any, dtype: torch.dtyp
         load_sealed(path, beside)
 
 
+def test_the_same_tensors_make_the_same_file(tmp_path: Path) -> None:
+    """Thirty of them, as each would by chance."""
+    files = [tmp_path / f"{i}.safetensors" for i in range(30)]
+    for file in files:
+        save_sealed({"b": torch.ones(2), "a": torch.zeros(1)}, file, None)
+    assert len({file.read_bytes() for file in files}) == 1
+    assert load_sealed(files[0], None).keys() == {"a", "b"}
+
+
 def test_damage_is_damage(folder: Path) -> None:
     path = folder / WEIGHTS
     whole = path.read_bytes()

@@ -222,8 +222,8 @@ def restore_optimizer(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in slots.items():
         index, *way, slot = name.split(".")
-        like = parameters[int(index)]
-        if isinstance(value, torch.Tensor) and value.ndim and slot in MOMENTS:
+        if isinstance(value, torch.Tensor) and slot in (*MOMENTS, "step"):
+            like = torch.tensor(0.0) if slot == "step" else parameters[int(index)]
             check_forms({name: value}, {name: like}, "the optimiser")
         place = whole["state"].setdefault(int(index), {})
         for part in way:
