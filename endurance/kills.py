@@ -22,8 +22,10 @@ from pilotfish.distill.config import DistillConfig
 MOMENTS = ("starting", "training", "writing")
 """While libraries and the last checkpoint are loaded; some time after a new checkpoint; while
 one is being written, the first or the second."""
-TRAINING, WRITING = 2.0, 0.02
-"""Seconds from the end of a checkpoint, and from the beginning of one, within which it is
+CHECKPOINTS = 3
+"""The most that it may write before it is killed while training."""
+TRAINING, WRITING = 0.2, 0.02
+"""Seconds from the end of the last of them, and from the beginning of one, within which it is
 killed."""
 PATIENCE = 600.0
 """Seconds after which a training counts as hung."""
@@ -101,21 +103,28 @@ class Training:
         Raises:
             EnduranceError: it ended by itself before.
         """
-        before, half = self.step, self.writing
+        half = self.writing
         process = self.start()
         wait = _Wait(process)
         if moment == "starting":
-            wait.seconds(share * loading)
+            self._checkpoint(wait, share * loading)
         elif moment == "training":
-            wait.until(lambda: self.step > before)
-            wait.seconds(share * TRAINING)
+            written, rest = divmod(CHECKPOINTS * share, 1)
+            for _ in range(1 + int(written)):
+                self._checkpoint(wait)
+            wait.seconds(rest * TRAINING)
         else:
             if half or share < 0.5:  # what an earlier kill left half written is not this one's
-                wait.until(lambda: self.step > before)
+                self._checkpoint(wait)
             wait.until(lambda: self.writing)
             wait.seconds(2 * share % 1 * WRITING)
         process.kill()
         process.wait()
+
+    def _checkpoint(self, wait: _Wait, seconds: float = PATIENCE) -> None:
+        """Wait for another checkpoint, but only so long."""
+        before, end = self.step, time.monotonic() + seconds
+        wait.until(lambda: self.step > before or time.monotonic() >= end)
 
 
 class _Wait:
@@ -134,9 +143,11 @@ class _Wait:
         self.until(lambda: time.monotonic() >= end)
 
     def _check(self) -> None:
-        if self.process.poll() is not None or time.monotonic() > self.deadline:
+        if (code := self.process.poll()) is not None:
+            raise EnduranceError(f"the training ended with {code} before it was to be killed")
+        if time.monotonic() > self.deadline:
             self.process.kill()
-            raise EnduranceError("the training ended, or hung, before it was to be killed")
+            raise EnduranceError(f"the training did nothing for {PATIENCE:.0f} seconds")
 
 
 def many_kills(config: DistillConfig, *, kills: int, seed: int, progress: Progress) -> Figures:

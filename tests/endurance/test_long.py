@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +76,6 @@ def test_three_kills_change_nothing(make_pipe: Callable[[str], Any], tmp_path: P
     assert figures["kills"] == 3
     assert figures["bytes_that_differ"] == 0
     assert 0 < figures["step_at_last_kill"] < 400
-    # another training's weights are others, so the comparison can fail
-    config = replace(config, output_dir=str(tmp_path / "others"), max_train_steps=10)
-    with pytest.raises(EnduranceError):
-        many_kills(config, kills=3, seed=0, progress=quiet)
 
 
 def test_the_page_says_what_the_committed_figures_say(tmp_path: Path) -> None:
