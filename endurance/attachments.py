@@ -72,8 +72,13 @@ def many_attachments(
     same = weights(pipe, guide) == bytes_before
     require(type(pipe) is own, "the pipeline is of another class afterwards")
     require(same, "a weight changed")
+    # another thread of the process, or a cache, may keep an object; what leaks leaves many
+    allowed = {"objects": attachments // 10}
     for name in ("hooks", "attributes", "classes", "tensors", "objects"):
-        require(left[name] <= 0, f"{left[name]} {name} were left by {attachments} attachments")
+        require(
+            left[name] <= allowed.get(name, 0),
+            f"{left[name]} {name} were left by {attachments} attachments",
+        )
     require(
         left["python_bytes"] < SLACK,
         f"{left['python_bytes']} bytes were left by {attachments} attachments",
