@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from pilotfish import cli
 from pilotfish.evaluate import plots
 from pilotfish.evaluate.grids import (
     contact_sheet,
     draw_host,
     draw_hosts,
+    draw_scales,
     host_grid,
     scales_grid,
     wide_grid,
@@ -90,14 +92,17 @@ def test_pictures_are_enlarged() -> None:
 def test_a_grid_by_guidance_scale_shows_every_picture_in_its_place() -> None:
     shades = torch.tensor([[-1.0, -0.5], [0.0, 0.5]])[..., None, None, None]
     rows = dict(zip(("CFG", "guided"), shades.expand(2, 2, 3, 16, 16), strict=True))
-    grid = scales_grid([1.0, 4.0], rows)
+    grid = scales_grid([1.0, 4.0], {"": rows})
     right, bottom = grid.width - 8 - 16, grid.height - 8 - 16
     found = [[grid.getpixel((right - x, bottom - y))[0] for x in (40, 0)] for y in (40, 0)]
     assert found == [[0, 64], [128, 191]]
     with pytest.raises(ValueError, match="CFG: 2 pictures of 3 guidance scales"):
-        scales_grid([1.0, 2.0, 3.0], rows)
-    with pytest.raises(ValueError, match="at least one guidance scale"):
-        scales_grid([], {})
+        scales_grid([1.0, 2.0, 3.0], {"": rows})
+    for hosts in ({}, {"": {}}):
+        with pytest.raises(ValueError, match="at least one row and one column"):
+            scales_grid([], hosts)
+    two = scales_grid([1.0, 4.0], {"base": rows, "fine-tune": rows})
+    assert two.width - grid.width == 2 * (32 + 8) + 8
 
 
 def test_a_wide_grid_is_the_grids_side_by_side() -> None:
@@ -107,9 +112,9 @@ def test_a_wide_grid_is_the_grids_side_by_side() -> None:
 
 
 def test_a_grid_needs_a_picture_for_every_prompt() -> None:
-    with pytest.raises(ValueError, match="none: 1 pictures of 2 prompts"):
+    with pytest.raises(ValueError, match="no guidance: 1 pictures of 2 rows"):
         host_grid(["cat", "a"], columns(1))
-    with pytest.raises(ValueError, match="at least one prompt"):
+    with pytest.raises(ValueError, match="at least one row"):
         host_grid([], columns(0))
 
 
@@ -121,6 +126,27 @@ def test_hosts_are_drawn_in_three_columns(pipe: Any, moved: Guide, hosts: dict[s
     for way, images in drawn["base"].items():
         assert images.shape == (3, 3, 16, 16)
         assert torch.allclose(images, alone[way], atol=1e-3)
+
+
+def test_the_command_draws_cfg_above_guided(pipe: Any, moved: Guide, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "base")
+    moved.save_pretrained(tmp_path / "guide")
+    scales = [2.0, 4.0]
+    flags = (
+        "--guide", str(tmp_path / "guide"), "--hosts", str(tmp_path / "base"),
+        "--guidance_scales", "2", "4", "--num_inference_steps", "2", "--seed", "5", "-p", "cat",
+        "--output", str(tmp_path / "out" / "scales.png"),
+    )  # fmt: skip
+    assert cli.main(["scales", *flags]) == 0
+    rows = draw_scales(pipe, moved, ["cat"], scales, seed=5, num_inference_steps=2)
+    assert list(rows) == ["cat, CFG", "cat, guided"]
+    for i, w in enumerate(scales):
+        settings = {"seed": 5, "guidance_scale": w, "num_inference_steps": 2}
+        alone = draw_host(pipe, moved, ["cat"], **settings)
+        assert torch.allclose(rows["cat, CFG"][i], alone["cfg"][0], atol=1e-3)
+        assert torch.allclose(rows["cat, guided"][i], alone["guided"][0], atol=1e-3)
+    made = Image.open(tmp_path / "out" / "scales.png")
+    assert made.size == scales_grid(scales, {"base": rows}).size
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def grid(request: Request, drawn: Mapping[str, Picture]) -> Image.Image:
 def strip_grid(scales: Sequence[float], rows: Mapping[str, Sequence[Picture]]) -> Image.Image:
     """CFG above guided at several w, as a picture to keep."""
     stacks = {TITLES[way]: torch.stack([p.image for p in row]) for way, row in rows.items()}
-    return scales_grid(scales, stacks, times(rows["cfg"][0].image, SMALL))
+    return scales_grid(scales, {"": stacks}, times(rows["cfg"][0].image, SMALL))
 
 
 def strip(request: Request, scales: Sequence[float], rows: Mapping[str, Sequence[Picture]]) -> str:

@@ -19,6 +19,7 @@ COMMANDS = {
     "steps": "measure quality against the number of sampling steps",
     "negatives": "measure whether negative prompts still do what they do under CFG",
     "sweep": "measure what CFG alone does, by guidance scale",
+    "scales": "draw the same seeds at several guidance scales, CFG above guided",
     "inspect": "show what a guide adds, and where, from noise to picture",
     "card": "write a model card beside a guide",
     "push": "put a guide and its card on the Hugging Face hub",

@@ -1,4 +1,4 @@
-"""Grids of pictures: rows are prompts; columns are no guidance, CFG and guided."""
+"""Grids of pictures: prompts by ways to sample, and by guidance scale; hosts side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pilotfish.data.pictures import to_pixels
 from pilotfish.evaluate.hosts import Host
-from pilotfish.evaluate.ways import TITLES, WAYS, three_ways
+from pilotfish.evaluate.ways import TITLES, WAYS, draw, three_ways
 from pilotfish.guides import Guide
 
 INK, FAINT, GROUND = "#26323d", "#6b7884", "white"
@@ -41,91 +41,122 @@ def draw_host(
     return {way: torch.cat([b[way].images for b in batches]) for way in WAYS}
 
 
+def draw_scales(
+    pipe: Any, guide: Guide, prompts: Sequence[str], guidance_scales: Sequence[float], *,
+    seed: int = 0, num_inference_steps: int = 25,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Pictures of every prompt by CFG and guided, at several w from the same noise.
+
+    Returns:
+        "<prompt>, CFG" and "<prompt>, guided" -> (N, 3, H, W) in [-1, 1], one a w.
+    """
+    rows: dict[str, list[torch.Tensor]] = {
+        f"{prompt}, {TITLES[way]}": [] for prompt in prompts for way in ("cfg", "guided")
+    }
+    seeds = [seed + i for i in range(len(prompts))]
+    for w in guidance_scales:
+        for way, network in (("cfg", None), ("guided", guide)):
+            made = draw(
+                pipe, prompts, seeds, guidance_scale=w, guide=network,
+                num_inference_steps=num_inference_steps,
+            )  # fmt: skip
+            for prompt, image in zip(prompts, made.images, strict=True):
+                rows[f"{prompt}, {TITLES[way]}"].append(image)
+    return {title: torch.stack(pictures) for title, pictures in rows.items()}
+
+
 def host_grid(prompts: Sequence[str], columns: Columns, scale: int = 2) -> Image.Image:
     """One host: three columns."""
     return wide_grid(prompts, {"": columns}, scale)
 
 
 def wide_grid(prompts: Sequence[str], hosts: Mapping[str, Columns], scale: int = 2) -> Image.Image:
-    """Several hosts side by side, three columns each under the host's name.
-
-    Args:
-        prompts: the rows.
-        hosts: name -> pictures; a name that is empty gets no line of its own.
-        scale: pictures are enlarged by it (Lanczos), so that small art is seen.
-
-    Raises:
-        ValueError: no prompt, no host, or as many pictures as prompts are not there.
-    """
-    if not prompts or not hosts:
-        raise ValueError("a grid needs at least one prompt and one host")
-    for name, columns in hosts.items():
-        for way in WAYS:
-            if len(columns[way]) != len(prompts):
-                raise ValueError(
-                    f"{name or 'the host'}, {way}: {len(columns[way])} pictures "
-                    f"of {len(prompts)} prompts"
-                )
-    height, width = (scale * n for n in next(iter(hosts.values()))["cfg"].shape[2:])
-    group = len(WAYS) * (width + GAP) + GAP
-    named = any(hosts)
-    top = GAP + LINE * (1 + named) + GAP
-    size = (LABEL + len(hosts) * group, top + len(prompts) * (height + GAP))
-    sheet = Image.new("RGB", size, GROUND)
-    pen = ImageDraw.Draw(sheet)
-    for h, (name, columns) in enumerate(hosts.items()):
-        left = LABEL + h * group + GAP
-        if name:
-            middle = left + (group - 2 * GAP) / 2
-            pen.text((middle, GAP + LINE / 2), name, INK, _font(LETTERS + 2), anchor="mm")
-        for c, way in enumerate(WAYS):
-            x = left + c * (width + GAP)
-            at = (x + width / 2, GAP + LINE * (named + 0.5))
-            pen.text(at, TITLES[way], FAINT, _narrow(TITLES[way], width, pen), anchor="mm")
-            for r, picture in enumerate(columns[way]):
-                sheet.paste(enlarged(picture, scale), (x, top + r * (height + GAP)))
-    room = max(1, height // LINE)
-    for r, prompt in enumerate(prompts):
-        lines = _fit(prompt, LABEL - 2 * GAP, pen)[:room]
-        y = top + r * (height + GAP) + (height - LINE * (len(lines) - 1)) / 2
-        for i, line in enumerate(lines):
-            pen.text((LABEL - GAP, y + i * LINE), line, INK, _font(LETTERS), anchor="rm")
-    return sheet
+    """Several hosts side by side, three columns each. See :func:`sheet`."""
+    ways = {
+        name: {TITLES[way]: columns[way] for way in WAYS} for name, columns in hosts.items()
+    }  # fmt: skip
+    return sheet(prompts, ways, scale)
 
 
 def scales_grid(
-    scales: Sequence[float], rows: Mapping[str, torch.Tensor], scale: int = 2
+    scales: Sequence[float], hosts: Mapping[str, Mapping[str, torch.Tensor]], scale: int = 2
 ) -> Image.Image:
-    """One prompt and seed at several guidance scales.
+    """The same rows at several guidance scales, one or more hosts side by side.
 
     Args:
         scales: w of the columns.
-        rows: title -> (N, 3, H, W) pictures in [-1, 1], one a w.
-        scale: pictures are enlarged by it.
+        hosts: name -> title of a row -> (N, 3, H, W) pictures in [-1, 1], one a w; every host
+            has the same rows.
 
     Raises:
-        ValueError: no w, no row, or a row that has not as many pictures as there are w.
+        ValueError: a row that has not as many pictures as there are w; and what :func:`sheet`
+            raises.
     """
-    if not scales or not rows:
-        raise ValueError("a grid needs at least one guidance scale and one row")
-    for title, pictures in rows.items():
-        if len(pictures) != len(scales):
-            raise ValueError(f"{title}: {len(pictures)} pictures of {len(scales)} guidance scales")
-    height, width = (scale * n for n in next(iter(rows.values())).shape[2:])
-    top = GAP + LINE + GAP
-    size = (LABEL + GAP + len(scales) * (width + GAP), top + len(rows) * (height + GAP))
-    sheet = Image.new("RGB", size, GROUND)
-    pen = ImageDraw.Draw(sheet)
-    for r, (title, pictures) in enumerate(rows.items()):
-        y = top + r * (height + GAP)
-        pen.text((LABEL - GAP, y + height / 2), title, INK, _font(LETTERS), anchor="rm")
-        for c, (w, picture) in enumerate(zip(scales, pictures, strict=True)):
-            x = LABEL + GAP + c * (width + GAP)
-            sheet.paste(enlarged(picture, scale), (x, y))
-            if not r:
-                at = (x + width / 2, GAP + LINE / 2)
-                pen.text(at, f"w = {w:g}", FAINT, _font(LETTERS - 1), anchor="mm")
-    return sheet
+    for rows in hosts.values():
+        for title, pictures in rows.items():
+            if len(pictures) != len(scales):
+                raise ValueError(
+                    f"{title}: {len(pictures)} pictures of {len(scales)} guidance scales"
+                )
+    groups = {
+        name: {
+            f"w = {w:g}": torch.stack([pictures[i] for pictures in rows.values()])
+            for i, w in enumerate(scales)
+        }
+        for name, rows in hosts.items()
+        if rows
+    }
+    return sheet(list(next(iter(hosts.values()), ())), groups, scale)
+
+
+def sheet(
+    rows: Sequence[str], groups: Mapping[str, Mapping[str, torch.Tensor]], scale: int = 2
+) -> Image.Image:
+    """Pictures in rows and in groups of columns.
+
+    Args:
+        rows: their names.
+        groups: name -> title of a column -> (N, 3, H, W) pictures in [-1, 1], one a row; a group
+            whose name is empty gets no line of its own.
+        scale: pictures are enlarged by it (Lanczos), so that small art is seen.
+
+    Raises:
+        ValueError: no row, no column, or a column that has not a picture for every row.
+    """
+    if not rows or not groups or not all(groups.values()):
+        raise ValueError("a grid needs at least one row and one column")
+    for name, columns in groups.items():
+        for title, pictures in columns.items():
+            if len(pictures) != len(rows):
+                where = f"{name}, {title}" if name else title
+                raise ValueError(f"{where}: {len(pictures)} pictures of {len(rows)} rows")
+    first = next(iter(groups.values()))
+    height, width = (scale * n for n in next(iter(first.values())).shape[2:])
+    named = any(groups)
+    top = GAP + LINE * (1 + named) + GAP
+    columns_wide = sum(len(columns) for columns in groups.values()) * (width + GAP)
+    size = (LABEL + columns_wide + len(groups) * GAP, top + len(rows) * (height + GAP))
+    paper = Image.new("RGB", size, GROUND)
+    pen = ImageDraw.Draw(paper)
+    x = LABEL + GAP
+    for name, columns in groups.items():
+        if name:
+            middle = x + (len(columns) * (width + GAP) - GAP) / 2
+            pen.text((middle, GAP + LINE / 2), name, INK, _font(LETTERS + 2), anchor="mm")
+        for title, pictures in columns.items():
+            at = (x + width / 2, GAP + LINE * (named + 0.5))
+            pen.text(at, title, FAINT, _narrow(title, width, pen), anchor="mm")
+            for r, picture in enumerate(pictures):
+                paper.paste(enlarged(picture, scale), (x, top + r * (height + GAP)))
+            x += width + GAP
+        x += GAP
+    room = max(1, height // LINE)
+    for r, row in enumerate(rows):
+        lines = _fit(row, LABEL - 2 * GAP, pen)[:room]
+        y = top + r * (height + GAP) + (height - LINE * (len(lines) - 1)) / 2
+        for i, line in enumerate(lines):
+            pen.text((LABEL - GAP, y + i * LINE), line, INK, _font(LETTERS), anchor="rm")
+    return paper
 
 
 def contact_sheet(images: torch.Tensor, columns: int = 5, scale: int = 2) -> Image.Image:
@@ -140,14 +171,14 @@ def contact_sheet(images: torch.Tensor, columns: int = 5, scale: int = 2) -> Ima
     height, width = (scale * n for n in images.shape[2:])
     rows = -(-len(images) // columns)
     cell, row = width + GAP, height + LINE + GAP
-    sheet = Image.new("RGB", (GAP + columns * cell, GAP + rows * row), GROUND)
-    pen = ImageDraw.Draw(sheet)
+    paper = Image.new("RGB", (GAP + columns * cell, GAP + rows * row), GROUND)
+    pen = ImageDraw.Draw(paper)
     for i, picture in enumerate(images):
         x, y = GAP + i % columns * cell, GAP + i // columns * row
-        sheet.paste(enlarged(picture, scale), (x, y))
+        paper.paste(enlarged(picture, scale), (x, y))
         at = (x + width / 2, y + height + LINE / 2)
         pen.text(at, str(i + 1), FAINT, _font(LETTERS - 1), anchor="mm")
-    return sheet
+    return paper
 
 
 def draw_hosts(
