@@ -58,3 +58,25 @@ def draw_contours(images: torch.Tensor) -> torch.Tensor:
     contour = (across + down).amax(1, keepdim=True).clamp(max=1)
     pale = (images + 1) / 2
     return 2 * ((0.5 + 0.5 * pale) * (1 - contour)) - 1
+
+
+def draw_flat(images: torch.Tensor) -> torch.Tensor:
+    """Few, strong colours without shading."""
+    shade = (images + 1) / 2
+    smooth = F.avg_pool2d(F.pad(shade, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    grey = smooth.mean(1, keepdim=True)
+    strong = (grey + 1.5 * (smooth - grey)).clamp(0, 1)
+    return 2 * ((3 * strong).round() / 3) - 1
+
+
+def draw_lit(images: torch.Tensor) -> torch.Tensor:
+    """As if they were lumps under a lamp at the upper left; colours turned by a third."""
+    body = (images < 0.95).any(1, keepdim=True).float()
+    lump = body
+    for _ in range(3):
+        lump = F.avg_pool2d(F.pad(lump, (3, 3, 3, 3)), 7, 1)
+    padded = F.pad(lump, (1, 1, 1, 1), mode="replicate")
+    slope = padded[..., 2:, 2:] - padded[..., :-2, :-2]
+    light = body * (3 * slope).clamp(-0.5, 0.5)
+    turned = (images[:, [1, 2, 0]] + 1) / 2
+    return 2 * (turned + light).clamp(0, 1) * body + 2 * (1 - body) - 1

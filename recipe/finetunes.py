@@ -4,7 +4,7 @@ Two full fine-tunes of the UNet and one LoRA in diffusers' format. Text encoder 
 stay the base's.
 
 Beside them the practice fine-tunes, on which guides learn to be moved: two further artists, and
-the base's own pictures redrawn as contours. None of the fine-tunes on which guides are measured
+the base's own pictures redrawn in three ways. None of the fine-tunes on which guides are measured
 takes part in training one. They are not carried.
 """
 
@@ -21,7 +21,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from pilotfish.data.pictures import load_pictures
-from recipe.augment import Restyle, draw_contours
+from recipe.augment import Restyle, draw_contours, draw_flat, draw_lit
 from recipe.denoiser import BaseStage, DenoisingLoss, categories_of, latent_views, tokenize
 from recipe.loop import train
 
@@ -60,6 +60,8 @@ PRACTICE = {
     "noto-v1": FinetuneStage(steps=600),
     "fxemoji": FinetuneStage(steps=600),
     "contours": FinetuneStage(steps=500, rank=24, learning_rate=1e-3, restyle=draw_contours),
+    "flat": FinetuneStage(steps=500, rank=24, learning_rate=1e-3, restyle=draw_flat),
+    "lit": FinetuneStage(steps=500, rank=24, learning_rate=1e-3, restyle=draw_lit),
 }
 
 
