@@ -22,7 +22,7 @@ class StepGuides:
 
 
 GUIDES: dict[str, dict[str, Any]] = {
-    "tiny": {"max_train_steps": 3000},
+    "tiny": {"max_train_steps": 2000},
     "full": {"guide": "full", "max_train_steps": 2000},
 }
 
@@ -33,7 +33,7 @@ def make_guide(name: str, work: Path, target: Path) -> None:
         DistillConfig(
             output_dir=str(work / f"guide-{name}"), checkpointing_steps=100, validation_steps=200,
             report_to="none", resume="latest", mixed_precision="bf16", pool=512,
-            practice=practice_folders(work), practice_share=0.75, negative_share=0.5,
+            practice=practice_folders(work), practice_share=0.6, negative_share=0.25,
             **GUIDES[name],
         )
     )  # fmt: skip
