@@ -72,9 +72,7 @@ def host_grid(prompts: Sequence[str], columns: Columns, scale: int = 2) -> Image
 
 def wide_grid(prompts: Sequence[str], hosts: Mapping[str, Columns], scale: int = 2) -> Image.Image:
     """Several hosts side by side, three columns each. See :func:`sheet`."""
-    ways = {
-        name: {TITLES[way]: columns[way] for way in WAYS} for name, columns in hosts.items()
-    }  # fmt: skip
+    ways = {name: {TITLES[way]: columns[way] for way in WAYS} for name, columns in hosts.items()}
     return sheet(prompts, ways, scale)
 
 

@@ -35,7 +35,6 @@ from pilotfish.guides.base import Guide
 from pilotfish.guides.layers import Condition, silent
 
 PREDICTION = "conv_out"
-EPSILON = 1e-5
 
 
 class TinyGuide(Guide):
@@ -165,24 +164,11 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.near.weight)
 
     def forward(
-        self, x: torch.Tensor, modulation: torch.Tensor, strength: torch.Tensor,
-        normalise: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
-        """(N, entering, h, w), (N, 2 rank), (N, 1, 1, 1) -> (N, leaving, h, w).
-
-        ``normalise`` takes x with mean 0 and variance 1 over each sample. That is worked into
-        ``down`` and ``shift``: x itself is large, and is read and not written anew.
-        """
+        self, x: torch.Tensor, modulation: torch.Tensor, strength: torch.Tensor
+    ) -> torch.Tensor:
+        """(N, entering, h, w), (N, 2 rank), (N, 1, 1, 1) -> (N, leaving, h, w)."""
         gain, shift = modulation[:, :, None].chunk(2, 1)
-        down = gain * self.down
-        if normalise:
-            # in float32, as the square of a large feature is no number in float16
-            mean = x.mean((1, 2, 3), dtype=torch.float32)
-            length = torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32)
-            variance = (length.square() / x[0].numel() - mean.square()).clamp(min=0)
-            down = down * torch.rsqrt(variance + EPSILON).to(x.dtype)[:, None, None]
-            shift = shift - mean.to(x.dtype)[:, None, None] * down.sum(2, keepdim=True)
-        hidden = torch.baddbmm(shift, down, x.flatten(2))
+        hidden = torch.baddbmm(shift, gain * self.down, x.flatten(2))
         seen = self.near(hidden.view(len(x), -1, *x.shape[-2:]))
         hidden = F.silu(hidden + seen.flatten(2))
         made = torch.bmm(self.up.expand(len(x), -1, -1), strength[..., 0] * hidden)
@@ -201,7 +187,7 @@ class Layer(nn.Module):
         modulation: torch.Tensor, strength: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """(N, channels, h, w) twice, (N, 2 rank), (N, 1, 1, 1) -> (N, channels, h, w)."""
-        added: torch.Tensor = self.path(made, modulation, strength, normalise=True)
+        added: torch.Tensor = self.path(F.group_norm(made, 1), modulation, strength)
         return added
 
 
