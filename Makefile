@@ -42,7 +42,7 @@ clean: ## remove what make made
 
 # One stamp for each set of extras: a second run does nothing.
 .venv/bin/python:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
 	"$(PYTHON)" -m venv .venv
 
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/python

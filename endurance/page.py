@@ -78,7 +78,7 @@ def _where(parts: dict[str, Part]) -> str:
     )
     return (
         f"On {'; '.join(machines)}; {'; '.join(libraries)}. Everything is in "
-        "[results/holding_up.json](../results/holding_up.json)."
+        "`results/holding_up.json`."
     )
 
 

@@ -13,7 +13,7 @@ from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base
 from recipe.finetunes import PRACTICE, STYLES, make_finetune
-from recipe.guides import GUIDES, StepGuides, make_guide, make_step_guides
+from recipe.guides import StepGuides, make_guide, make_step_guides
 from recipe.judge import JudgeStage, make_judge
 from recipe.pages import write_pages
 from recipe.pictures import PRACTICE_STYLES, make_pictures
@@ -65,8 +65,8 @@ class Recipe:
     """Which fine-tunes the stage of that name makes."""
     practice: tuple[str, ...] = tuple(PRACTICE)
     """Which fine-tunes to practise on the stage of that name makes."""
-    guides: tuple[str, ...] = tuple(GUIDES)
-    """Which guides the stage of that name distils."""
+    guides: tuple[str, ...] = ("tiny",)
+    """Which guides the stage of that name distils: tiny, which is carried; full."""
     steps: StepGuides = field(default_factory=StepGuides)
     variants: VariantsStage = field(default_factory=VariantsStage)
 

@@ -108,6 +108,21 @@ def test_its_links_lead_to_headings(page: Path) -> None:
         assert heading in slugs, (page.name, heading)
 
 
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_its_links_stay_on_the_site(page: Path) -> None:
+    """`make docs` fails on a link to what is no page and no picture of it."""
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if "://" not in link:
+            there = (page.parent / link).resolve()
+            assert there.is_file(), (page.name, link)
+            assert there.is_relative_to(ROOT / "docs"), (page.name, link)
+
+
+def test_every_page_is_on_the_menu() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text()
+    assert all(f": {page.name}\n" in menu for page in PAGES[1:])
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_a_service_does_runs_as_it_stands() -> None:

@@ -16,7 +16,6 @@ from pilotfish.passes import (
     GuidedStudent,
     checkpoint_in_context,
     checksum,
-    guidance_error,
 )
 from pilotfish.prompts import NULL, PromptTable, some_or_one
 
@@ -154,11 +153,3 @@ def test_the_checksum_sees_one_changed_bit(unet: UNet2DConditionModel) -> None:
         weight = unet.conv_out.bias
         weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
     assert checksum(unet) != before
-
-
-def test_guidance_error_is_zero_for_cfg_and_one_for_no_guide() -> None:
-    cfg, conditional = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(10))
-    assert guidance_error(cfg, cfg, conditional) == 0
-    assert guidance_error(conditional, cfg, conditional) == 1
-    middle = guidance_error((cfg + conditional) / 2, cfg, conditional)
-    assert middle == pytest.approx(0.25)

@@ -119,11 +119,6 @@ def checkpoint_in_context(module: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(partial(copy_context().run, module), *args, use_reentrant=False)
 
 
-def guidance_error(guided: torch.Tensor, cfg: torch.Tensor, conditional: torch.Tensor) -> float:
-    """``E||guided - cfg||^2 / E||cond - cfg||^2``: 0 is perfect, 1 is no guide."""
-    return float((guided - cfg).pow(2).sum() / (conditional - cfg).pow(2).sum())
-
-
 def checksum(module: nn.Module) -> str:
     """SHA-256 over every tensor of a module; training a guide must not change the base's."""
     digest = hashlib.sha256()

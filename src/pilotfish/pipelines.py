@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +39,12 @@ def load_pipeline(pretrained_model_name_or_path: str | Path) -> Any:
             part.float()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def take_ddim_steps(pipe: Any) -> None:
+    """Give a pipeline, in place of whatever scheduler it came with, the steps of stage 2: DDIM
+    on an even grid that ends at the clean picture."""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
 
 
 def sibling(pipe: Any) -> Any:

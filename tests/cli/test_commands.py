@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pilotfish import cli
+from pilotfish.cli.names import judge
 from pilotfish.distill.config import DistillConfig
+from pilotfish.distill.trained import trained
 from pilotfish.guides import Guide, TinyGuide
 
 PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
@@ -146,11 +150,13 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     ),
     (("evaluate", "--samples", "1"), "at least two samples"),
     (("evaluate", "--guidance_scale", "1"), "nothing to keep of CFG at w = 1"),
-    (("evaluate", "--held_out", "{empty}"), "empty.txt"),
+    (("evaluate", "--held_out_prompts", "{empty}"), "empty.txt"),
     (("evaluate", "--pictures", "{out}"), "belongs to no host"),
+    (("evaluate", "--hosts", "base", "{base}"), "two hosts are called base"),
     (("sweep", "--samples", "0"), "at least two samples"),
     (("benchmark", "--guidance_scale", "1"), "only for w above 1"),
     (("benchmark", "--rounds", "0"), "at least one round"),
+    (("benchmark", "--output", "{out}"), "add --shape"),
 ]
 
 
@@ -249,13 +255,35 @@ def test_both_stages_from_a_base_of_ones_own(
     assert again.keys() == before.keys()
     assert all(torch.equal(again[name], value) for name, value in before.items())
     assert (Path(second) / "steps-4" / "validation" / "step-4.png").is_file()
-    code, _ = say(
-        "sample", "-p", "cat", "dog", *own, "--guide", str(made.parent),
-        "--num_inference_steps", "2", "--output_dir", str(tmp_path / "pictures"),
-        "--sheet", str(tmp_path / "sheet.png"),
-    )  # fmt: skip
+    told = trained(made.parent.parent)
+    assert "--steps 4 2" in told
+    assert "8 steps, 32 samples" in told
+    assert "steps-2" not in told
+    assert "--steps 4\n" in trained(four.parent.parent)
+    with warnings.catch_warnings():  # steps and scheduler are the guide's own
+        warnings.simplefilter("error", UserWarning)
+        code, _ = say(
+            "sample", "-p", "cat", "dog", *own, "--guide", str(made.parent), "--negative_prompt",
+            "", "--output_dir", str(tmp_path / "pictures"), "--sheet", str(tmp_path / "sheet.png"),
+        )  # fmt: skip
     assert code == 0
     assert Image.open(tmp_path / "sheet.png").width > 32
+
+
+def test_prompts_of_ones_own_are_held_out_only_if_they_are(
+    base: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("--pretrained_model_name_or_path", base, "--prompts", prompts)
+    assert cli.main(["distill", *own, *SHORT, "--output_dir", str(tmp_path / "one")]) == 0
+    assert "(on training prompts)" in capsys.readouterr().out
+    apart = ("--validation_prompts", prompts)
+    assert cli.main(["distill", *own, *apart, *SHORT, "--output_dir", str(tmp_path / "two")]) == 0
+    assert "(held out)" in capsys.readouterr().out
+
+
+def test_the_embedded_judge_says_that_it_knows_emoji_alone() -> None:
+    with pytest.warns(UserWarning, match="sd15 is judged by the embedded judge"):
+        judge(None, ["base", "sd15"])
 
 
 @pytest.mark.parametrize("kind", ["external", "full", *RIVALS])
@@ -297,6 +325,24 @@ def test_a_kind_of_guide_is_timed_fresh(
     flags = ("--guide", kind, "--pretrained_model_name_or_path", base)
     assert cli.main(["benchmark", *flags, *short]) == 0
     assert f"{kind}: " in capsys.readouterr().out
+
+
+def test_a_sweep_of_ones_own_base_draws_a_plot(
+    base: str, clip: tuple[Any, Any], names: list[str], say: Say, tmp_path: Path
+) -> None:
+    for part in clip:
+        part.save_pretrained(tmp_path / "judge")
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    code, error = say(
+        "sweep", "--hosts", base, "--judge", str(tmp_path / "judge"), "--samples", "2",
+        "--prompts", str(tmp_path / "names.txt"), "--num_inference_steps", "2",
+        "--guidance_scales", "1", "4", "--output", str(tmp_path / "out" / "it is.json"),
+    )  # fmt: skip
+    assert code == 0, error
+    found = json.loads((tmp_path / "out" / "it is.json").read_text())
+    assert list(found["hosts"]["base"]) == ["1", "4"]
+    assert shlex.split(found["run"]["command"])[-1] == str(tmp_path / "out" / "it is.json")
+    assert Image.open(tmp_path / "out" / "it is-base.png").width > 300
 
 
 def test_a_comparison_writes_figures_and_a_plot_and_is_not_done_twice(

@@ -146,12 +146,15 @@ def test_a_finished_comparison_does_nothing_again(
     assert start().run().to_json() == whole.to_json()
 
 
-def test_equal_seconds_are_those_of_the_default(start: Callable[..., Comparing]) -> None:
+def test_equal_seconds_are_those_of_the_default(
+    start: Callable[..., Comparing], tmp_path: Path
+) -> None:
     plan = replace(PLAN, methods=("tiny", "dice"), equal_seconds=True)
     found = start(plan=plan).run()
+    assert not (tmp_path / "run" / "tiny" / "seconds-0").exists()
     assert found.budgets == ["samples", "seconds"]
     tiny, dice = (found.methods[n].runs for n in plan.methods)
-    assert tiny["seconds-0"].training.steps == PLAN.max_train_steps
+    assert tiny["seconds-0"] == tiny["samples-0"], "the same guide, trained and measured once"
     pace = dice["samples-0"].training.seconds / PLAN.max_train_steps
     wanted = max(1, round(tiny["samples-0"].training.seconds / pace))
     assert dice["seconds-0"].training.steps == wanted

@@ -13,7 +13,7 @@ from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.hosts import Host
 from pilotfish.evaluate.result import Result
 from pilotfish.evaluate.sweep import sweep
-from pilotfish.evaluate.ways import WAYS, cycle, three_ways
+from pilotfish.evaluate.ways import WAYS, three_ways, walk
 from pilotfish.guides import Guide
 
 SMALL: dict[str, Any] = {"samples": 3, "num_inference_steps": 2, "batch_size": 2}
@@ -21,9 +21,14 @@ TOLD: dict[str, Any] = {"held_out": ["cat", "a"], "guidance_scales": (4.0,)}
 
 
 def test_prompts_go_round_with_new_seeds() -> None:
-    assert cycle(["a", "b"], 5, 10) == (list("ababa"), [10, 11, 12, 13, 14])
+    assert walk(["a", "b"], 5, 10) == (list("ababa"), [10, 11, 12, 13, 14])
     with pytest.raises(ValueError, match="at least one"):
-        cycle([], 5, 0)
+        walk([], 5, 0)
+
+
+def test_few_pictures_are_of_prompts_from_the_whole_list() -> None:
+    """Lists go category by category: the first few would all be animals."""
+    assert walk(list("abcdefghi"), 4, 0)[0] == list("aceg")
 
 
 def test_the_three_ways_start_from_the_same_noise(pipe: Any, guide: Guide) -> None:

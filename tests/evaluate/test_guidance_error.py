@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pilotfish.contract import GuideError
-from pilotfish.evaluate.guidance_error import ErrorMeter, guidance_error
+from pilotfish.evaluate.guidance_error import ErrorMeter, Walks, guidance_error
 from pilotfish.guides import Guide, TinyGuide
+from pilotfish.passes import FrozenTeacher
 from pilotfish.prompts import NULL
 from pilotfish.sampling import TeacherStep
 
@@ -75,6 +76,18 @@ def test_it_repeats_by_seed(pipe: Any, moved: Guide) -> None:
         guidance_error(pipe, moved, PROMPTS, seed=s, **SHORT).mean for s in (5, 5, 6)
     )
     assert one == two != other
+
+
+def test_the_teacher_walks_once_for_several_guides(
+    pipe: Any, guide: Guide, moved: Guide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: Walks = {}
+    alone = [guidance_error(pipe, g, PROMPTS, batch_size=2, **SHORT) for g in (guide, moved)]
+    first = guidance_error(pipe, guide, PROMPTS, batch_size=2, known=known, **SHORT)
+    assert len(known) == 4  # two scales, two batches
+    monkeypatch.setattr(FrozenTeacher, "__call__", pytest.fail)
+    second = guidance_error(pipe, moved, PROMPTS, batch_size=2, known=known, **SHORT)
+    assert [first, second] == alone
 
 
 def test_no_hook_stays(

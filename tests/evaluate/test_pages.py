@@ -23,7 +23,7 @@ from pilotfish.evaluate.grids import (
 )
 from pilotfish.evaluate.hosts import Host
 from pilotfish.evaluate.report import render, write
-from pilotfish.evaluate.result import Result, Scores
+from pilotfish.evaluate.result import Result
 from pilotfish.guides import Guide
 
 ROWS = [{"step": 0, "loss": 1.0}, {"step": 10, "loss": 0.5, "guidance_error": 0.6}]
@@ -152,15 +152,14 @@ def test_the_command_draws_cfg_above_guided(pipe: Any, moved: Guide, tmp_path: P
 @pytest.fixture(scope="module")
 def page(result: Result) -> str:
     grids = {"base": host_grid(["cat"], columns(1))}
-    scores = {"1": Scores(0.2, 0.4, 0.1, 40.0), "4": Scores(0.6, 0.8, 0.3, 20.0)}
-    return render(result, fresh=result, grids=grids, training=ROWS, sweep=scores)
+    return render(result, fresh=result, grids=grids, training=ROWS)
 
 
 def test_the_report_stands_alone(page: str) -> None:
     assert "http" not in page
     assert not re.search(r"<(script|link|iframe|object)\b|@import|url\(", page)
     addresses = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
-    assert len(addresses) == 1 + 2 * 5
+    assert len(addresses) == 1 + 2 * 4
     assert all(a.startswith("data:image/png;base64,") for a in addresses)
 
 

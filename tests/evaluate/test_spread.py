@@ -23,8 +23,9 @@ from pilotfish.guides import Guide
 SEVEN = ("--samples", "7", "--num_inference_steps", "3", "--seed", "2")
 COMMANDS = {
     "evaluate": (
-        "--guide", "guide", "--hosts", "base", "--pictures", "real", "--held_out", "names.txt",
-        *SEVEN, "--batch_size", "2", "--rounds", "1", "--grid", "grid.png",
+        "--guide", "guide", "--hosts", "base", "--pictures", "real",
+        "--held_out_prompts", "names.txt", *SEVEN, "--batch_size", "2", "--rounds", "1",
+        "--grid", "grid.png",
     ),
     "negatives": (
         "--guide", "guide", "--hosts", "base", "--num_inference_steps", "3", "--batch_size", "2",
@@ -44,7 +45,8 @@ TIMES = ("cost", "wall_clock", "command", "cfg_over_method")
 def run(folder: Path, processes: int, name: str, *arguments: str) -> Any:
     """The command on so many processes; what it wrote."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    given = (*arguments, "--prompts", "names.txt", "--judge", "judge")
+    texts = "--held_out_prompts" if name == "negatives" else "--prompts"
+    given = (*arguments, texts, "names.txt", "--judge", "judge")
     command = [*(launcher if processes > 1 else []), "-m", "pilotfish", name, *given]
     done = subprocess.run(
         [sys.executable, *command, "--output", f"{processes}.json"], cwd=folder, check=False,

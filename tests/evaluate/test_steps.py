@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import PNDMScheduler
 
 from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.hosts import Host
@@ -12,7 +13,6 @@ from pilotfish.evaluate.plots import step_curves
 from pilotfish.evaluate.steps import StepsResult, Way, score_steps
 from pilotfish.evaluate.sweep import sweep
 from pilotfish.evaluate.table import step_rows, steps_markdown
-from pilotfish.evaluate.ways import spread
 from pilotfish.guides import Guide
 
 
@@ -56,11 +56,26 @@ def test_cfg_is_that_of_a_sweep(hosts: dict[str, Host], judge: Judge, names: lis
     found = measure(hosts, judge, names, steps=(2,))
     host = hosts["base"]
     swept = sweep(
-        host.load(), prompts=spread(names, 3), names=names, pictures_folder=host.pictures,
+        host.load(), prompts=names, names=names, pictures_folder=host.pictures,
         samples=3, num_inference_steps=2, batch_size=2, guidance_scales=(1.0, 4.0), judge=judge,
     )  # fmt: skip
     assert found.hosts["base"]["none"]["2"].scores == swept["1"]
     assert found.hosts["base"]["cfg"]["2"].scores == swept["4"]
+
+
+def test_hosts_with_another_scheduler_take_ddim_steps(
+    hosts: dict[str, Host], judge: Judge, names: list[str]
+) -> None:
+    """SD 1.5 comes with PNDM, at whose timesteps no guide for few steps was ever trained."""
+    with_ddim = measure(hosts, judge, names)
+
+    def other(host: Host) -> Host:
+        pipe = host.load()
+        pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+        return Host(lambda: pipe, host.pictures)
+
+    found = measure({name: other(host) for name, host in hosts.items()}, judge, names)
+    assert found.hosts == with_ddim.hosts
 
 
 def test_two_guides_for_the_same_steps_are_refused(moved: Guide) -> None:

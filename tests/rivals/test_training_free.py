@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 from pilotfish.evaluate.cost import counted_rows
 from pilotfish.rivals.training_free import AdaptiveGuidance, GuidanceInterval, PartialGuidance
@@ -67,6 +68,15 @@ def test_nothing_is_left_behind(pipe: Any) -> None:
     assert not pipe.unet._forward_hooks
     assert not pipe.unet._forward_pre_hooks
     assert torch.equal(draw(pipe)[0], before)
+
+
+def test_a_timestep_that_comes_twice_begins_no_new_picture(pipe: Any) -> None:
+    """PNDM asks twice at its second timestep."""
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    at_once = AdaptiveGuidance(1e-6)
+    for _ in range(2):
+        _, rows = draw(pipe, method=at_once)
+        assert rows == 2 * 2 + 2 * STEPS  # one more step than it was asked for
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5])

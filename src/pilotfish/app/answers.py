@@ -51,8 +51,8 @@ class Answers:
     def strip(
         self, host: Any, guide: Any, prompt: Any, negative_prompt: Any, seed: Any,
         num_inference_steps: Any, scales: Any, progress: gr.Progress = PROGRESS,
-    ) -> tuple[str, dict[str, Any]]:  # fmt: skip
-        """The strip as HTML, and its file on a button that can be pressed from then on."""
+    ) -> tuple[str, str]:  # fmt: skip
+        """The strip as HTML, and its file."""
         with _in_words():
             asked = self.studio.request(
                 host=host, guide=guide, prompt=prompt, negative_prompt=negative_prompt, seed=seed,
@@ -62,7 +62,7 @@ class Answers:
             several = request.scales(scales, self.studio.limits, *bounds)
             rows = self.studio.strip(asked, several, _reported(progress))
             file = keep(shown.strip_grid(several, rows), asked, "by w")
-            return shown.strip(asked, several, rows), gr.update(value=file, interactive=True)
+            return shown.strip(asked, several, rows), file
 
     def examples(self, requests: list[Request]) -> list[tuple[str, str]]:
         """Files of guided pictures, with their prompts."""

@@ -18,7 +18,7 @@ import torch
 from pilotfish import embedded
 from pilotfish.app.request import Limits, Request, RequestError
 from pilotfish.contract import GuideError
-from pilotfish.denoisers import fingerprint
+from pilotfish.denoisers import Origin, fingerprint
 from pilotfish.evaluate.cost import counted_rows
 from pilotfish.evaluate.scores import Progress
 from pilotfish.evaluate.ways import TITLES, WAYS
@@ -215,7 +215,8 @@ class Studio:
             )
         with self.seats[request.host].taken() as pipe:
             try:
-                guide.check(fingerprint(pipe.unet, pipe.scheduler.config.prediction_type))
+                prediction = pipe.scheduler.config.prediction_type
+                guide.check(fingerprint(pipe.unet, prediction), Origin.of(pipe.unet))
             except GuideError as error:
                 raise RequestError(
                     f"{request.guide} does not fit {request.host}: {error}"

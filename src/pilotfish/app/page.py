@@ -72,11 +72,11 @@ def build(studio: Studio, *, concurrency: int = 1, waiting: int = 32) -> gr.Bloc
             api_name="draw", **drawing,
         )  # fmt: skip
         but_w = [c for name, c in controls.items() if name != "guidance_scale"]
+        quiet: dict[str, Any] = {"queue": False, "api_visibility": "private"}
         gr.on(
             [strip_button.click, scales.submit], answers.strip, [*but_w, scales],
             [strip, strip_file], api_name="strip", show_progress_on=strip, **queued,
-        )  # fmt: skip
-        quiet: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+        ).success(lambda: gr.update(interactive=True), None, strip_file, **quiet)  # fmt: skip
         another.click(
             lambda: random.randint(0, studio.limits.seed), None, controls["seed"], **quiet
         )

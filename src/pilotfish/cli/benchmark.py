@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,17 +39,17 @@ class BenchmarkConfig:
     """Full-size denoisers with random weights, in place of a pipeline: one step of a plain pass,
     CFG, tiny and full, side by side."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of those."""
     device: str = "cpu"
-    """Of those, such as cuda."""
+    """Such as cuda."""
     counted: bool = False
-    """Count parameters and operations of those; time nothing, and need no memory."""
+    """Count parameters and operations of full-size denoisers; time nothing, and need no memory."""
     train: bool = False
-    """Of those, the memory of a training step of the tiny or full guide (``--guide``) on a base
+    """Of full-size denoisers, the memory of a training step of the tiny or full guide
+    (``--guide``) on a base
     held in ``--precision``, with gradient checkpointing: computed part by part and, unless
     ``--counted``, measured."""
     output: str | None = None
-    """JSON file of those; other shapes that it holds stay in it."""
+    """JSON file of full-size denoisers; other shapes that it holds stay in it."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -57,9 +58,12 @@ def main(arguments: Sequence[str]) -> None:
         BenchmarkConfig, args=list(arguments), prog="pilotfish benchmark", use_underscores=True
     )
     if config.shape:
-        _shapes(config, " ".join(["pilotfish benchmark", *arguments]))
+        _shapes(config, shlex.join(["pilotfish", "benchmark", *arguments]))
         return
+    if config.output or config.counted or config.train:
+        raise ValueError("--output, --counted and --train are of full-size denoisers: add --shape")
     pipe = host(config.pretrained_model_name_or_path)
+    pipe.to(config.device, getattr(torch, config.precision))
     if config.guide in KINDS and config.guide not in embedded.guide_names():
         prediction = pipe.scheduler.config.prediction_type
         network = KINDS[config.guide].for_denoiser(pipe.unet, prediction)
@@ -93,7 +97,10 @@ def _shapes(config: BenchmarkConfig, command: str) -> None:
                 SHAPES[name], command=command, device=config.device, rounds=config.rounds,
                 dtype=dtype, batch_sizes=() if counted else config.batch_sizes,
             )  # fmt: skip
-            shape.training.update(before.training if before else {})
+            if before:
+                shape.training.update(before.training)
+                if counted:  # what was timed stays, with what it says of itself
+                    shape = replace(before, guides=shape.guides, flops=shape.flops)
         result.shapes[name] = shape
         if output:
             result.save(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,8 +87,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"{config.hosts[0]} is a fine-tune; the first host is the base")
     comparing = Comparing(
         config, choose_hosts(config.hosts, config.pictures), how,
-        judge(config.judge), folder, training=training,
-        command=" ".join(["pilotfish compare", *arguments]),
+        judge(config.judge, config.hosts), folder, training=training,
+        command=shlex.join(["pilotfish", "compare", *arguments]),
     )  # fmt: skip
     try:
         found = comparing.run()

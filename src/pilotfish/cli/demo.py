@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pilotfish.evaluate.grids import draw_hosts, host_grid, wide_grid
 from pilotfish.evaluate.hosts import embedded_hosts
 from pilotfish.evaluate.result import Result
 from pilotfish.evaluate.table import result_table
-from pilotfish.evaluate.ways import Drawn, spread
+from pilotfish.evaluate.ways import Drawn
 from pilotfish.guides import Guide
 
 
@@ -46,7 +47,7 @@ class DemoConfig:
 def main(arguments: Sequence[str]) -> None:
     """The command."""
     config = tyro.cli(DemoConfig, args=list(arguments), prog="pilotfish demo", use_underscores=True)
-    folder, command = Path(config.output_dir), " ".join(["pilotfish demo", *arguments])
+    folder, command = Path(config.output_dir), shlex.join(["pilotfish", "demo", *arguments])
     if config.resume is None:  # every demo begins anew
         shutil.rmtree(folder / "distill", ignore_errors=True)
     fresh = distill(
@@ -63,14 +64,13 @@ def main(arguments: Sequence[str]) -> None:
         "num_inference_steps": config.num_inference_steps,
         "seed": config.seed,
     }
-    prompts = spread(names, config.samples)
     results: dict[str, Result] = {}
     known: dict[str, list[dict[str, Drawn]]] = {}
     guides: dict[str, Guide] = {"shipped": embedded.load_guide(), "fresh": fresh}
     for label, guide in guides.items():
         with shown() as progress:
             results[label] = evaluate(
-                hosts, guide, guide_name=f"tiny, {label}", command=command, prompts=prompts,
+                hosts, guide, guide_name=f"tiny, {label}", command=command, prompts=names,
                 names=names, held_out=embedded.prompts("held_out")[:16], judge=judge,
                 samples=config.samples, rounds=7, unfinished=folder / f"{label}.unfinished",
                 known=known, progress=progress, **sampling,

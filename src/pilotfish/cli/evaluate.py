@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ class EvaluateConfig:
     prompts: str | None = None
     """Text file of what is drawn; the judge must find each among all of them. Left out: the
     embedded captions."""
-    held_out: str | None = None
+    held_out_prompts: str | None = None
     """Text file of prompts for the guidance error. Left out: the embedded ones."""
     judge: str | None = None
     """Folder of a CLIP that judges. Left out: the embedded judge."""
@@ -61,15 +62,18 @@ def choose_hosts(names: Sequence[str], pictures: Sequence[str]) -> dict[str, Hos
     """Hosts by name; pictures go to those that are not embedded, in order.
 
     Raises:
-        ValueError: more folders than such hosts.
+        ValueError: more folders than such hosts, or two hosts of one name.
     """
-    folders, hosts = list(pictures), {}
+    folders, hosts = list(pictures), dict[str, Host]()
     for name in names:
+        called = name if name in embedded.HOSTS else Path(name).name
+        if called in hosts:
+            raise ValueError(f"two hosts are called {called}; rename one of the folders")
         if name in embedded.HOSTS:
-            hosts[name] = Host(partial(measured, name), embedded.pictures(name))
+            pictures_folder: Path | None = embedded.pictures(name)
         else:
-            folder = Path(folders.pop(0)) if folders else None
-            hosts[Path(name).name] = Host(partial(measured, name), folder)
+            pictures_folder = Path(folders.pop(0)) if folders else None
+        hosts[called] = Host(partial(measured, name), pictures_folder)
     if folders:
         raise ValueError(f"--pictures {folders[0]} belongs to no host")
     return hosts
@@ -81,14 +85,18 @@ def main(arguments: Sequence[str]) -> None:
         EvaluateConfig, args=list(arguments), prog="pilotfish evaluate", use_underscores=True
     )
     names = load_prompts(config.prompts) if config.prompts else embedded.prompts("captions")
-    held_out = load_prompts(config.held_out) if config.held_out else embedded.prompts("held_out")
+    held_out = (
+        load_prompts(config.held_out_prompts)
+        if config.held_out_prompts
+        else embedded.prompts("held_out")
+    )
     hosts, chosen = choose_hosts(config.hosts, config.pictures), guide(config.guide)
     unfinished = Path(f"{config.output}.unfinished")
     with shown() as progress:
         result = evaluate(
             hosts, chosen,
-            guide_name=config.guide, command=" ".join(["pilotfish evaluate", *arguments]),
-            prompts=names, names=names, held_out=held_out, judge=judge(config.judge),
+            guide_name=config.guide, command=shlex.join(["pilotfish", "evaluate", *arguments]),
+            prompts=names, names=names, held_out=held_out, judge=judge(config.judge, config.hosts),
             samples=config.samples,
             seed=config.seed, guidance_scale=config.guidance_scale, rounds=config.rounds,
             num_inference_steps=config.num_inference_steps, batch_size=config.batch_size,

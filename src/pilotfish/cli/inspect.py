@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from pilotfish.cli.names import guide, host
+from pilotfish.cli.names import guide, measured, steps
 from pilotfish.evaluate import plots
 from pilotfish.evaluate.inspection import inspect
 
@@ -28,7 +28,8 @@ class InspectConfig:
     """Where the maps are from: the name of a module. Left out: the last place before the
     prediction that has a map."""
     guidance_scales: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
-    num_inference_steps: int = 25
+    num_inference_steps: int | None = None
+    """Left out: 25, or those that the guide was distilled to."""
     seed: int = 0
     output_dir: str = "runs/inspect"
 
@@ -38,10 +39,10 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         InspectConfig, args=list(arguments), prog="pilotfish inspect", use_underscores=True
     )
-    pipe, network = host(config.pretrained_model_name_or_path), guide(config.guide)
+    pipe, network = measured(config.pretrained_model_name_or_path), guide(config.guide)
     found = inspect(
         pipe, network, config.prompt, seed=config.seed, guidance_scales=config.guidance_scales,
-        num_inference_steps=config.num_inference_steps,
+        num_inference_steps=steps(pipe, network, config.num_inference_steps),
     )  # fmt: skip
     places = list(dict.fromkeys(a.place for a in found if a.map is not None))
     if not places:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from pilotfish import embedded
 from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.spread import device
 from pilotfish.guides import Guide
-from pilotfish.pipelines import load_pipeline
+from pilotfish.pipelines import load_pipeline, take_ddim_steps
 
 
 def host(name: str) -> Any:
@@ -26,13 +28,29 @@ def guide(name: str) -> Guide:
     return Guide.from_pretrained(name)
 
 
+def steps(pipe: Any, network: Guide | None, wanted: int | None) -> int:
+    """Sampling steps where ``wanted`` may be left out: 25, or those that a guide was distilled
+    to. Such a guide also gets the scheduler that takes them."""
+    known = network and network.timesteps
+    if not known:
+        return 25 if wanted is None else wanted
+    take_ddim_steps(pipe)
+    return len(known) if wanted is None else wanted
+
+
 def measured(name: str) -> Any:
     """A host where this process measures it."""
     return host(name).to(device())
 
 
-def judge(folder: str | None) -> Judge:
-    """The embedded judge or one of the user's, there as well."""
+def judge(folder: str | None, hosts: Sequence[str]) -> Judge:
+    """The embedded judge or one of the user's, where this process measures. The embedded one
+    knows small pictures of emoji alone, and warns of hosts that may draw anything else."""
+    if folder is None and (others := [name for name in hosts if name not in embedded.HOSTS]):
+        warnings.warn(
+            f"{others[0]} is judged by the embedded judge, which knows 64x64 pictures of emoji "
+            "alone; --judge FOLDER names a CLIP of yours", stacklevel=2,
+        )  # fmt: skip
     found = Judge.from_folder(folder) if folder else Judge.embedded()
     found.model.to(device())
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class NegativesConfig:
     """Guide: tiny, or a folder or hub id."""
     hosts: tuple[str, ...] = tuple(embedded.HOSTS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
-    prompts: str | None = None
+    held_out_prompts: str | None = None
     """Text file of prompts that the guide does not know; each is the negative prompt of another.
     Left out: the embedded held-out ones."""
     judge: str | None = None
@@ -46,12 +47,17 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         NegativesConfig, args=list(arguments), prog="pilotfish negatives", use_underscores=True
     )
+    held_out = (
+        load_prompts(config.held_out_prompts)
+        if config.held_out_prompts
+        else embedded.prompts("held_out")
+    )
     with shown() as progress:
         result = measure_negatives(
             choose_hosts(config.hosts, ()), guide(config.guide),
-            load_prompts(config.prompts) if config.prompts else embedded.prompts("held_out"),
-            guide_name=config.guide, command=" ".join(["pilotfish negatives", *arguments]),
-            judge=judge(config.judge), seed=config.seed,
+            held_out,
+            guide_name=config.guide, command=shlex.join(["pilotfish", "negatives", *arguments]),
+            judge=judge(config.judge, config.hosts), seed=config.seed,
             guidance_scale=config.guidance_scale, batch_size=config.batch_size,
             num_inference_steps=config.num_inference_steps, progress=progress,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from pilotfish.cli.names import guide, host
+from pilotfish.cli.names import guide, measured, steps
 from pilotfish.data.pictures import to_pixels
 from pilotfish.data.prompts import load_prompts
 from pilotfish.denoisers import Origin, fingerprint
@@ -37,7 +37,8 @@ class SampleConfig:
     """guided: one pass with the guide. cfg: two passes. none: one pass, no guidance."""
     negative_prompt: str | None = None
     guidance_scale: float = 4.0
-    num_inference_steps: int = 25
+    num_inference_steps: int | None = None
+    """Left out: 25, or those that the guide was distilled to."""
     num_images_per_prompt: int = 1
     seed: int = 0
     batch_size: int = 16
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     if not texts:
         raise ValueError("nothing to draw: give --prompt TEXT or --prompts FILE")
     texts = [text for text in texts for _ in range(config.num_images_per_prompt)]
-    pipe = host(config.pretrained_model_name_or_path)
+    pipe = measured(config.pretrained_model_name_or_path)
     network = guide(config.guide) if config.guidance == "guided" else None
     if network is not None:
         prediction = pipe.scheduler.config.prediction_type
@@ -65,16 +66,19 @@ def main(arguments: Sequence[str]) -> None:
     made = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if config.guidance == "none" else config.guidance_scale,
-        num_inference_steps=config.num_inference_steps, batch_size=config.batch_size,
+        num_inference_steps=steps(pipe, network, config.num_inference_steps),
+        batch_size=config.batch_size,
         guide=network,
-        negative_prompts=config.negative_prompt and [config.negative_prompt] * len(texts),
+        negative_prompts=(
+            None if config.negative_prompt is None else [config.negative_prompt] * len(texts)
+        ),
     )  # fmt: skip
     images = []
     for one in tqdm(made, total=len(texts), desc="sample"):
         if config.sheet:
-            images.append(one.image)
+            images.append(one.image.cpu())
         name = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower()).strip("-")[:60]
-        pixels = to_pixels(one.image).permute(1, 2, 0).numpy()
+        pixels = to_pixels(one.image).permute(1, 2, 0).cpu().numpy()
         Image.fromarray(pixels).save(folder / f"{name}-{one.seed}.png")
     print(f"{len(texts)} pictures in {folder}")
     if config.sheet:

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from pilotfish import embedded
-from pilotfish.cli.names import guide, host
+from pilotfish.cli.names import guide, measured, steps
 from pilotfish.cli.progress import shown
 from pilotfish.evaluate.grids import draw_scales, scales_grid
 
@@ -26,7 +26,8 @@ class ScalesConfig:
     hosts: tuple[str, ...] = tuple(embedded.HOSTS)
     """Pipelines: base, fluent, twemoji, emojione, or folders or hub ids."""
     guidance_scales: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
-    num_inference_steps: int = 25
+    num_inference_steps: int | None = None
+    """Left out: 25, or those that the guide was distilled to."""
     seed: int = 0
     enlarge: int = 2
     """Pictures are shown so many times as large as they are."""
@@ -41,9 +42,10 @@ def main(arguments: Sequence[str]) -> None:
     network, drawn = guide(config.guide), {}
     with shown() as progress:
         for i, name in enumerate(config.hosts):
+            pipe = measured(name)
             drawn[name] = draw_scales(
-                host(name), network, config.prompt, config.guidance_scales, seed=config.seed,
-                num_inference_steps=config.num_inference_steps,
+                pipe, network, config.prompt, config.guidance_scales, seed=config.seed,
+                num_inference_steps=steps(pipe, network, config.num_inference_steps),
             )  # fmt: skip
             progress("hosts", i + 1, len(config.hosts))
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)

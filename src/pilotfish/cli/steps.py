@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +75,10 @@ def main(arguments: Sequence[str]) -> None:
         result = score_steps(
             choose_hosts(config.hosts, config.pictures), named(config.guides),
             names=load_prompts(config.prompts) if config.prompts else embedded.prompts("captions"),
-            command=" ".join(["pilotfish steps", *arguments]), steps=config.steps,
+            command=shlex.join(["pilotfish", "steps", *arguments]), steps=config.steps,
             samples=config.samples, seed=config.seed, guidance_scale=config.guidance_scale,
             batch_size=config.batch_size, rounds=config.rounds,
-            judge=judge(config.judge), unfinished=unfinished, progress=progress,
+            judge=judge(config.judge, config.hosts), unfinished=unfinished, progress=progress,
         )  # fmt: skip
     if not is_main():
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pilotfish.cli.names import judge
 from pilotfish.cli.progress import shown
 from pilotfish.data.prompts import load_prompts
 from pilotfish.evaluate.machine import machine, versions
+from pilotfish.evaluate.plots import save, sweep_curve
 from pilotfish.evaluate.spread import is_main
 from pilotfish.evaluate.sweep import SWEEP, sweep
 from pilotfish.evaluate.table import score_cells
@@ -32,12 +34,15 @@ class SweepConfig:
     """Folders of real pictures, one for each host that is not embedded."""
     prompts: str | None = None
     """Text file, one prompt a line. Left out: the embedded captions."""
+    judge: str | None = None
+    """Folder of a CLIP that judges. Left out: the embedded judge."""
     guidance_scales: tuple[float, ...] = SWEEP
     samples: int = 1000
     seed: int = 0
     num_inference_steps: int = 25
     batch_size: int = 32
     output: str = "runs/sweep.json"
+    """JSON file of the result; plots go beside it."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -46,12 +51,12 @@ def main(arguments: Sequence[str]) -> None:
         SweepConfig, args=list(arguments), prog="pilotfish sweep", use_underscores=True
     )
     names = load_prompts(config.prompts) if config.prompts else embedded.prompts("captions")
-    found = {}
+    found, chosen = {}, judge(config.judge, config.hosts)
     for name, host in choose_hosts(config.hosts, config.pictures).items():
         with shown() as progress:
             found[name] = sweep(
                 host.load(), prompts=names, names=names, pictures_folder=host.pictures,
-                judge=judge(None), samples=config.samples, seed=config.seed,
+                judge=chosen, samples=config.samples, seed=config.seed,
                 batch_size=config.batch_size,
                 guidance_scales=config.guidance_scales, progress=progress,
                 num_inference_steps=config.num_inference_steps,
@@ -62,10 +67,14 @@ def main(arguments: Sequence[str]) -> None:
         for w, scores in found[name].items():
             table.add_row(w, *score_cells(scores))
         Console().print(table)
+        path = Path(config.output)
+        plot = path.with_name(f"{path.stem}-{name}.png")
+        save(sweep_curve(name, found[name]), plot)
+        print(f"saved {plot}")
     if not is_main():
         return
     run = {
-        "command": " ".join(["pilotfish sweep", *arguments]), "seed": config.seed,
+        "command": shlex.join(["pilotfish", "sweep", *arguments]), "seed": config.seed,
         "samples": config.samples, "num_inference_steps": config.num_inference_steps,
         "machine": machine(), "versions": versions(),
     }  # fmt: skip

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pilotfish.compare.result import HostScores
 from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.gallery import Gallery
-from pilotfish.evaluate.guidance_error import guidance_error
+from pilotfish.evaluate.guidance_error import Walks, guidance_error
 from pilotfish.evaluate.hosts import Host
 from pilotfish.evaluate.metrics import LatentMeter, gain_kept, gain_kept_interval
 from pilotfish.evaluate.result import Interval, Scores
-from pilotfish.evaluate.ways import spread
 from pilotfish.guides import Guide
 from pilotfish.sampling import Attachable
 
@@ -49,8 +48,9 @@ class Bench:
         if how.guidance_scale <= 1:
             raise ValueError(f"there is no gain to keep at w = {how.guidance_scale:g}; take more")
         self.pipe, self.how = host.load(), how
+        self.walks: Walks = {}
         self.gallery = Gallery(
-            self.pipe, judge, prompts=spread(how.names, how.samples), names=how.names,
+            self.pipe, judge, prompts=how.names, names=how.names,
             pictures_folder=host.pictures, samples=how.samples, seed=how.seed,
             batch_size=how.batch_size,
         )  # fmt: skip
@@ -64,7 +64,7 @@ class Bench:
         if isinstance(method, Guide):
             error = guidance_error(
                 self.pipe, method, how.held_out, seed=how.seed, batch_size=how.batch_size,
-                num_inference_steps=how.num_inference_steps,
+                num_inference_steps=how.num_inference_steps, known=self.walks,
             ).mean  # fmt: skip
         made = self.gallery.draw(how.guidance_scale, how.num_inference_steps, method)
         latents = LatentMeter()

@@ -76,7 +76,8 @@ class Comparing:
             machine(), versions(),
         )  # fmt: skip
         # what goes in by its checksum: a path may hold something else by now
-        given = repr((list(how.names), list(how.held_out), how.seed, sorted(training.items())))
+        trained_on = sorted((name, _content(value)) for name, value in training.items())
+        given = repr((list(how.names), list(how.held_out), how.seed, trained_on))
         facts = plan.facts() | {"hosts": " ".join(hosts), "inputs": f"{crc32(given.encode()):08x}"}
         self.found = Comparison(DEFAULT, {}, {}, facts, run)
         if before := on_main(lambda: Comparison.load(self.file) if self.file.is_file() else None):
@@ -122,7 +123,9 @@ class Comparing:
         """Train, unless it is done; then make room for its figures."""
         place, method = self._place(name, key), METHODS[name]
         took = Training()
-        if method.rule is None:
+        if (twin := self._twin(name, key)) is not None:
+            took = self.found.methods[name].runs[twin].training
+        elif method.rule is None:
             if not on_main((place / "guide").is_dir):
                 self.notice(f"training {name}, {key}")
                 distill(self._config(name, key))
@@ -139,6 +142,7 @@ class Comparing:
         shared: dict[str, Any] = {
             "output_dir": str(place), "max_train_steps": steps, "resume": "latest",
             "train_batch_size": plan.train_batch_size, "mixed_precision": plan.mixed_precision,
+            "gradient_checkpointing": plan.gradient_checkpointing,
             "lr_warmup_steps": max(1, min(100, steps // 8)), "validation_steps": steps,
             "checkpointing_steps": 50, "checkpoints_total_limit": 1, "report_to": "none",
             "seed": int(key.split("-")[1]), "pool": max(512, plan.train_batch_size),
@@ -161,6 +165,16 @@ class Comparing:
         pace = mine.training.seconds / mine.training.steps
         return max(1, round(default.training.seconds / pace))
 
+    def _twin(self, name: str, key: str) -> str | None:
+        """The run for equal samples, where that for equal seconds has as many steps: the same
+        guide would come of it. So it is with the default."""
+        budget, _, seed = key.partition("-")
+        if budget != "seconds":
+            return None
+        twin = f"samples-{seed}"
+        steps = self.found.methods[name].runs[twin].training.steps
+        return twin if on_main(partial(self._steps, name, key)) == steps else None
+
     # -- measuring ----------------------------------------------------------------------
 
     def _method(self, name: str, key: str) -> Attachable:
@@ -176,8 +190,11 @@ class Comparing:
         bench = Bench(self.hosts[host], self.how, self.judge)
         self.found.references[host] = {"none": bench.none.scores, "cfg": bench.cfg.scores}
         for name, key in missing:
-            self.notice(f"{host}: {name}, {key}")
-            self._scores(name, key)[host] = bench.measure(self._method(name, key))
+            if (twin := self._twin(name, key)) is not None:
+                self._scores(name, key)[host] = self._scores(name, twin)[host]
+            else:
+                self.notice(f"{host}: {name}, {key}")
+                self._scores(name, key)[host] = bench.measure(self._method(name, key))
             self._save()
 
     def _scores(self, name: str, key: str) -> dict[str, HostScores]:
@@ -216,3 +233,9 @@ class Comparing:
                 MethodCost(passes, flops / plain, speed_up(rounds, name)), result.runs,
             )  # fmt: skip
         return timed
+
+
+def _content(value: Any) -> Any:
+    """A file by the checksum of what it holds, anything else as it is."""
+    named = isinstance(value, str) and Path(value).is_file()
+    return f"{crc32(Path(value).read_bytes()):08x}" if named else value

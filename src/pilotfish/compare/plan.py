@@ -24,6 +24,8 @@ class Plan:
     """Of the training; with several, tables show means."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Of the training."""
+    gradient_checkpointing: bool = False
+    """In the training: less memory for more time."""
     samples: int = 200
     """Pictures for each method and host."""
     held_out: int = 64
@@ -45,5 +47,5 @@ class Plan:
 
     def facts(self) -> dict[str, str]:
         """The settings on which every figure depends; the choice of methods is none of them."""
-        free = ("methods", "equal_seconds", "seeds", "rounds")
+        free = ("methods", "equal_seconds", "seeds", "rounds", "gradient_checkpointing")
         return {f.name: str(getattr(self, f.name)) for f in fields(Plan) if f.name not in free}

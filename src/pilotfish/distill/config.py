@@ -37,10 +37,11 @@ class TrainingConfig:
     """Split of a data set."""
     validation_prompts: str | None = None
     """Prompts for validation, held out of training; a text file, or a data set with the same
-    column and split. Left out: the embedded model's, or the first of your own prompts."""
+    column and split. Left out: the embedded model's, or the first 64 of your own,
+    which are trained on as well."""
     practice: tuple[str, ...] = ()
     """Fine-tunes of the base to practise on beside it, so that the guide is better on others:
-    folders or hub ids of pipelines, UNets or LoRAs."""
+    folders or hub ids of pipelines, or folders of UNets or LoRAs."""
     practice_share: float = 0.5
     """Share of the training steps on fine-tunes, where there are any."""
     train_batch_size: int = 64

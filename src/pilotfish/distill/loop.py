@@ -165,8 +165,8 @@ class Distillation:
         """
         if is_shared_out(self.guide):
             raise ConfigError(
-                "under FSDP the student cannot step states by itself; use --states trajectory, or "
-                "plain processes"
+                "under FSDP the student cannot step states by itself; use plain processes, or in "
+                "stage 1 --states trajectory"
             )
         student = self.accelerator.unwrap_model(self.learner.student)
         prediction: torch.Tensor = student(latents, timestep, *self.texts(prompt, negative), w)
@@ -307,7 +307,8 @@ class Distillation:
         if self.accelerator.log_with:
             self.accelerator.log({f"validation/{k}": v for k, v in row.items()}, step)
         name, value = next(iter(row.items()))
-        self.notice(f"step {step}: {name.replace('_', ' ')} {value:.3f} (held out)")
+        on = "held out" if self.material.apart else "on training prompts"
+        self.notice(f"step {step}: {name.replace('_', ' ')} {value:.3f} ({on})")
 
     def _finish(self) -> None:
         guide = self.learner.finish()

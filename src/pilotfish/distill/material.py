@@ -31,6 +31,7 @@ class Material:
         pipe: the base pipeline.
         prompts: texts to train on; they may lie on a disk.
         held_out: texts to validate on.
+        apart: whether those take no part in training.
         picture_folder: captioned pictures, for noised states.
     """
 
@@ -38,6 +39,7 @@ class Material:
     prompts: Sequence[str]
     held_out: Sequence[str]
     picture_folder: Path | None = None
+    apart: bool = True
     schedule: Schedule = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,12 +65,13 @@ class Material:
             return open_prompts(where, config.caption_column, config.prompts_split)
 
         prompts = given(config.prompts) if config.prompts else embedded.prompts("training")
+        apart = bool(config.validation_prompts) or not config.prompts
         if config.validation_prompts:
             held_out = given(config.validation_prompts)
         else:
-            held_out = prompts[:64] if config.prompts else embedded.prompts("held_out")
+            held_out = embedded.prompts("held_out") if apart else prompts[:64]
         folder = Path(pictures) if pictures else embedded.pictures("base")
-        return cls(pipe, prompts, held_out, folder)
+        return cls(pipe, prompts, held_out, folder, apart)
 
     def hold_in(self, dtype: torch.dtype) -> None:
         """Turn the frozen networks that take part in training to a precision. The VAE, which draws

@@ -120,23 +120,30 @@ class Replay:
         The ring is filled before the first step, so that trajectories have spread over
         all timesteps by then.
         """
-        while self.states is None or len(self.states) + n <= self.capacity:
-            self._write(self.source.draw(n, generator))
+        states = self.states = self._filled(n, generator)
         if step % self.reuse == 0:
-            self._write(self.source.draw(n, generator))
-        return self.states.pick(torch.randint(len(self.states), (n,), generator=generator))
+            new = self._made(n, generator)
+            where = (self.written + torch.arange(len(new))) % len(states)
+            for name, value in new.tensors().items():
+                getattr(states, name)[where] = value
+            self.written += len(new)
+        return states.pick(torch.randint(len(states), (n,), generator=generator))
 
-    def _write(self, new: States) -> None:
+    def _filled(self, n: int, generator: torch.Generator) -> States:
+        """The ring with as many states as it can hold, in batches of ``n``."""
+        parts = [] if self.states is None else [self.states]
+        held = sum(map(len, parts))
+        while not parts or held + n <= self.capacity:
+            parts.append(self._made(n, generator))
+            held += n
+            self.written += n
+        return parts[0].joined(parts[1:]) if len(parts) > 1 else parts[0]
+
+    def _made(self, n: int, generator: torch.Generator) -> States:
+        new = self.source.draw(n, generator)
         # one memory layout for all: a state read back from a checkpoint must meet the same
         # kernels, which round differently for other strides
-        new = type(new)(**{k: v.contiguous() for k, v in new.tensors().items()})
-        if self.states is None or len(self.states) + len(new) <= self.capacity:
-            self.states = new if self.states is None else self.states.joined([new])
-        else:
-            where = (self.written + torch.arange(len(new))) % len(self.states)
-            for name, value in new.tensors().items():
-                getattr(self.states, name)[where] = value
-        self.written += len(new)
+        return type(new)(**{k: v.contiguous() for k, v in new.tensors().items()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Source and ring, for a checkpoint."""

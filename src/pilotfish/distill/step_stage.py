@@ -12,7 +12,6 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import torch
-from diffusers import DDIMScheduler
 
 from pilotfish.denoisers import fingerprint
 from pilotfish.distill.config import ConfigError, StepsConfig
@@ -24,6 +23,7 @@ from pilotfish.distill.step_states import HalvedTrajectories
 from pilotfish.distill.validation import StepValidation
 from pilotfish.guidance import classifier_free_guidance
 from pilotfish.guides import Guide
+from pilotfish.pipelines import take_ddim_steps
 from pilotfish.schedules import sampling_timesteps
 
 
@@ -56,10 +56,7 @@ class StepDistillation(Distillation):
                 f"the guide takes {len(teacher.timesteps or ())} steps; a student of {steps} "
                 f"needs a teacher of {2 * steps}, or one that was not distilled to few steps"
             )
-        # the steps are those of DDIM on an even grid, whatever the pipeline came with
-        pipe.scheduler = DDIMScheduler.from_config(
-            pipe.scheduler.config, timestep_spacing="trailing"
-        )
+        take_ddim_steps(pipe)
         self.steps = steps
         student = deepcopy(teacher).requires_grad_(True)
         student.register_to_config(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,25 @@ def training_folder(guide: Path) -> Path | None:
 
 
 def trained(folder: Path) -> str:
-    """The command that repeats a training, in Markdown, and what it took if it is done.
+    """The command that repeats a training, in Markdown, and what it took if it is done; of a
+    round of stage 2, with the rounds before it.
 
     Raises:
         ConfigError: ``config.json`` cannot be read.
     """
-    text = f"```bash\n{command(settings(folder))}\n```"
-    if (folder / "training.json").is_file():
-        took = json.loads((folder / "training.json").read_text())
-        text += (
-            f"\n\n{took['steps']:,} steps, {took['samples']:,} samples, "
-            f"{took['seconds'] / 60:,.0f} minutes."
+    config, folders = settings(folder), [folder]
+    rounds = [f"steps-{n}" for n in getattr(config, "steps", ())]
+    if folder.name in rounds and isinstance(config, StepsConfig):
+        so_far = rounds.index(folder.name) + 1
+        folders = [folder.with_name(name) for name in rounds[:so_far]]
+        config = replace(config, output_dir=str(folder.parent), steps=config.steps[:so_far])
+    text = f"```bash\n{command(config)}\n```"
+    if all((place / "training.json").is_file() for place in folders):
+        took = [json.loads((place / "training.json").read_text()) for place in folders]
+        steps, samples, seconds = (
+            sum(one[what] for one in took) for what in ("steps", "samples", "seconds")
         )
+        text += f"\n\n{steps:,} steps, {samples:,} samples, {seconds / 60:,.0f} minutes."
     return text
 
 

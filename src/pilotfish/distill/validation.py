@@ -135,4 +135,4 @@ def save_columns(columns: Sequence[Sequence[Sample]], folder: Path, name: str) -
     """A grid: a row for each prompt, a column for each way."""
     grid = torch.cat([torch.cat([s.image for s in c], 1) for c in columns], 2)
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_pixels(grid).permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
+    Image.fromarray(to_pixels(grid).permute(1, 2, 0).cpu().numpy()).save(folder / f"{name}.png")

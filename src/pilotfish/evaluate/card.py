@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,10 +18,10 @@ TASK = "text-to-image"
 
 def portable(result: Result) -> Result:
     """The same without the paths of the machine that measured: their last parts are left."""
-    words = (_portable(word) for word in result.run.command.split(" "))
+    words = map(_portable, shlex.split(result.run.command))
     return replace(
         result,
-        run=replace(result.run, command=" ".join(words)),
+        run=replace(result.run, command=shlex.join(words)),
         guide=replace(result.guide, name=portable_path(result.guide.name)),
     )
 

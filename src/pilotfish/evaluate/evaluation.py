@@ -29,7 +29,7 @@ from pilotfish.evaluate.parts import Parts, fingerprint, modules
 from pilotfish.evaluate.result import HostResult, Interval, Result, Run
 from pilotfish.evaluate.scores import Progress, ScoreMeter, prefixed, real_pictures
 from pilotfish.evaluate.spread import on_main
-from pilotfish.evaluate.ways import WAYS, Drawn, cycle, three_ways
+from pilotfish.evaluate.ways import WAYS, Drawn, three_ways, walk
 from pilotfish.guides import Guide
 from pilotfish.passes import checksum
 
@@ -78,7 +78,7 @@ def evaluate_host(
     """
     _check(samples, guidance_scale)
     judge = judge or Judge.embedded()
-    texts, seeds = cycle(prompts, samples, seed)
+    texts, seeds = walk(prompts, samples, seed)
     right, named = indices(texts, names), judge.texts(list(names))
     real = real_pictures(pipe, pictures_folder)
     scores = {way: ScoreMeter(judge, named, real) for way in WAYS}

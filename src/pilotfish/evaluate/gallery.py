@@ -15,7 +15,7 @@ from pilotfish.evaluate.metrics import indices
 from pilotfish.evaluate.result import Scores
 from pilotfish.evaluate.scores import Progress, ScoreMeter, real_pictures
 from pilotfish.evaluate.spread import share, total, whole_batch
-from pilotfish.evaluate.ways import cycle, draw
+from pilotfish.evaluate.ways import draw, walk
 from pilotfish.sampling import Attachable
 
 
@@ -59,7 +59,7 @@ class Gallery:
         if samples < 2:
             raise ValueError(f"at least two samples are needed, not {samples}")
         self.pipe, self.judge, self.batch_size = pipe, judge, whole_batch(batch_size)
-        self.texts, self.seeds = cycle(prompts, samples, seed)
+        self.texts, self.seeds = walk(prompts, samples, seed)
         self.right, self.named = indices(self.texts, names), judge.texts(list(names))
         self.real = real_pictures(pipe, pictures_folder)
 

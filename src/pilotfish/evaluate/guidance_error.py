@@ -9,13 +9,13 @@ passes through, from seeded noise, at each w.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from pilotfish.denoisers import fingerprint
+from pilotfish.denoisers import Origin, fingerprint
 from pilotfish.evaluate.result import GuidanceError
 from pilotfish.evaluate.spread import gathered, share, whole_batch
 from pilotfish.guides import Guide
@@ -25,6 +25,8 @@ from pilotfish.sampling import TeacherStep, cfg_trajectories
 from pilotfish.schedules import Schedule
 
 SCALES = (2.0, 4.0, 7.0)
+Walks = dict[tuple[float, int], list[TeacherStep]]
+"""The teacher's steps by w and the first prompt of a batch."""
 
 
 class ErrorMeter:
@@ -74,6 +76,7 @@ def guidance_error(
     batch_size: int = 32,
     negative_prompts: Sequence[str] | None = None,
     ignoring: bool = False,
+    known: Walks | None = None,
 ) -> GuidanceError:
     """The guidance error of ``guide`` on the denoiser of ``pipe``.
 
@@ -86,6 +89,8 @@ def guidance_error(
         batch_size: of each process.
         negative_prompts: one for each prompt; left out, the null prompt.
         ignoring: the guide is told the null prompt, whatever CFG is told.
+        known: the teacher's trajectories, of an earlier guide in all the same settings: taken
+            from here where they are, and added where they are not.
 
     Raises:
         ValueError: no prompt, another number of negative prompts, or a w of at most 1, where
@@ -100,7 +105,7 @@ def guidance_error(
     if len(negative_prompts) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(negative_prompts)} negative prompts")
     unet, schedule = pipe.unet, Schedule.of(pipe.scheduler)
-    guide.check(fingerprint(unet, schedule.prediction_type))
+    guide.check(fingerprint(unet, schedule.prediction_type), Origin.of(unet))
     guide.to(unet.device, unet.dtype).eval()
     texts, sizes = encoded(pipe, [*prompts, *negative_prompts]), time_ids(pipe)
     teacher = FrozenTeacher(unet, texts, sizes)
@@ -115,10 +120,13 @@ def guidance_error(
         for w in guidance_scales:
             for batch in torch.arange(len(prompts)).split(whole_batch(batch_size)):
                 index = batch[share(len(batch))]
-                walk = cfg_trajectories(
+                walk: Iterable[TeacherStep] = cfg_trajectories(
                     teacher, schedule, index, negative[index], noise[index], w,
                     num_inference_steps,
                 )  # fmt: skip
+                if known is not None:
+                    part = (float(w), int(batch[0]))
+                    known[part] = walk = known.get(part) or list(walk)
                 scale = torch.full((len(index),), float(w))
                 told = torch.full_like(index, NULL) if ignoring else negative[index]
                 both = texts(index), some_or_one(texts, told)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pilotfish.evaluate.cost import guide_size
 from pilotfish.evaluate.features import Judge
-from pilotfish.evaluate.guidance_error import guidance_error
+from pilotfish.evaluate.guidance_error import Walks, guidance_error
 from pilotfish.evaluate.hosts import Host
 from pilotfish.evaluate.machine import machine, versions
 from pilotfish.evaluate.metrics import AgreementMeter, LatentMeter
@@ -93,14 +93,15 @@ def negative_host(
     """
     report = progress or (lambda what, done, total: None)
 
-    def error(against: Sequence[str] | None, ignoring: bool = False) -> GuidanceError:
+    def error(against: Sequence[str] | None, walks: Walks, ignoring: bool = False) -> GuidanceError:
         return guidance_error(
             pipe, guide, prompts, seed=seed, batch_size=batch_size, ignoring=ignoring,
-            num_inference_steps=num_inference_steps, negative_prompts=against,
+            num_inference_steps=num_inference_steps, negative_prompts=against, known=walks,
         )  # fmt: skip
 
-    null, told = error(None), error(negative_prompts)
-    ignoring = error(negative_prompts, ignoring=True)
+    walks: Walks = {}
+    null, told = error(None, {}), error(negative_prompts, walks)
+    ignoring = error(negative_prompts, walks, ignoring=True)
     report("guidance error", 1, 1)
     latents, agreement = LatentMeter(), {way: AgreementMeter() for way in TOLD}
     batch_size = whole_batch(batch_size)

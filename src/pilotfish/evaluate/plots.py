@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,20 +113,21 @@ def cost_bars(cost: Cost, theme: Theme = LIGHT) -> Figure:
     return figure
 
 
-def sweep_curve(scores: Mapping[str, Scores], theme: Theme = LIGHT) -> Figure:
-    """Top-1, top-5 and ``fd_judge`` of CFG alone, by w."""
-    figure, axes = _axes("CFG by guidance scale", "guidance scale w", theme)
+def sweep_curve(host: str, scores: Mapping[str, Scores], theme: Theme = LIGHT) -> Figure:
+    """Top-1, top-5 and, where there are real pictures, ``fd_judge`` of CFG alone, by w."""
+    figure, axes = _axes(f"CFG on {host}", "guidance scale w", theme)
     rows = sorted((float(w), s) for w, s in scores.items())
     at = [w for w, _ in rows]
     axes.set_ylabel("retrieval, share of pictures")
     lines = axes.plot(at, [s.prompt_score for _, s in rows], **_style(theme, 0), label="top-1")
     lines += axes.plot(at, [s.top5 for _, s in rows], **_style(theme, 2), label="top-5")
     axes.set_ylim(0, 1)
-    right = axes.twinx()
-    clean(right, theme, "right")
-    right.set_ylabel("fd_judge")
-    lines += right.plot(at, [s.fd_judge for _, s in rows], **_style(theme, 1), label="fd_judge")
-    right.set_ylim(bottom=0)
+    if all(math.isfinite(s.fd_judge) for _, s in rows):
+        right = axes.twinx()
+        clean(right, theme, "right")
+        right.set_ylabel("fd_judge")
+        lines += right.plot(at, [s.fd_judge for _, s in rows], **_style(theme, 1), label="fd_judge")
+        right.set_ylim(bottom=0)
     legend(axes, theme, handles=lines)
     return figure
 

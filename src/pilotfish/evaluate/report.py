@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pilotfish.evaluate import plots
-from pilotfish.evaluate.result import HostResult, Result, Scores
+from pilotfish.evaluate.result import HostResult, Result
 from pilotfish.evaluate.table import cost_rows, kept, number, percent, score_cells
 from pilotfish.evaluate.ways import TITLES, WAYS
 
@@ -36,7 +36,6 @@ def render(
     fresh: Result | None = None,
     grids: Mapping[str, Image.Image] | None = None,
     training: Sequence[Mapping[str, float]] | None = None,
-    sweep: Mapping[str, Scores] | None = None,
     title: str = "One pass instead of two",
 ) -> str:
     """The report as HTML.
@@ -46,7 +45,6 @@ def render(
         fresh: of a guide that has just been distilled, shown beside it.
         grids: pictures by caption.
         training: rows of the training curve; see :func:`pilotfish.evaluate.plots.training_curve`.
-        sweep: what CFG alone does, by w.
     """
     figures: dict[str, Callable[[plots.Theme], Figure]] = {
         "Guidance error by guidance scale":
@@ -57,8 +55,6 @@ def render(
     }  # fmt: skip
     if training:
         figures["Training"] = lambda theme: plots.training_curve(training, theme)
-    if sweep:
-        figures["CFG by guidance scale"] = lambda theme: plots.sweep_curve(sweep, theme)
     guides = {"": result} if fresh is None else {"shipped": result, "fresh": fresh}
     page: str = _template().render(
         title=title,

@@ -101,10 +101,6 @@ class ShapeResult:
     peak_bytes: dict[str, dict[str, float]] = field(default_factory=dict)
     training: dict[str, TrainingMemory] = field(default_factory=dict)
 
-    def more_flops(self, guide: str) -> float:
-        """What a guide adds to a plain pass, as a share of it."""
-        return self.flops[guide] / self.flops["plain"] - 1
-
 
 @dataclass(frozen=True)
 class ShapesResult(Saved):

@@ -26,9 +26,9 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """Where this process draws: on its own accelerator where there are several processes."""
-    state = _state()
-    return state.device if state.num_processes > 1 else torch.device("cpu")
+    """Where this process draws: on its own accelerator, where there is one, as in training."""
+    place: torch.device = _state().device
+    return place
 
 
 def whole_batch(size: int) -> int:

@@ -22,9 +22,9 @@ from pilotfish.evaluate.result import GuideSize, Run, Scores
 from pilotfish.evaluate.saved import Saved
 from pilotfish.evaluate.scores import Progress
 from pilotfish.evaluate.spread import on_main
-from pilotfish.evaluate.ways import spread
 from pilotfish.guides import Guide
 from pilotfish.passes import checksum
+from pilotfish.pipelines import take_ddim_steps
 from pilotfish.sampling import Attachable
 
 STEPS = (4, 8, 16, 32, 50)
@@ -113,7 +113,8 @@ def score_steps(
     unfinished: str | Path | None = None,
     progress: Progress | None = None,
 ) -> StepsResult:
-    """Draw every way with every number of steps on every host, from the same noise.
+    """Draw every way with every number of steps on every host, from the same noise. All of them
+    take DDIM's steps, whatever scheduler a host comes with.
 
     Args:
         hosts: by name, the base first.
@@ -142,8 +143,9 @@ def score_steps(
     marks = {id(m): _mark(m) for way in ways.values() for m in way.methods.values()}
     for host, given in hosts.items():
         pipe = given.load()
+        take_ddim_steps(pipe)
         gallery = Gallery(
-            pipe, judge, prompts=spread(names, samples), names=names,
+            pipe, judge, prompts=names, names=names,
             pictures_folder=given.pictures, samples=samples, seed=seed, batch_size=batch_size,
         )  # fmt: skip
         networks = {**modules(pipe), "judge": judge.model}
@@ -160,6 +162,7 @@ def score_steps(
             for name, way in ways.items()
         }  # fmt: skip
     base = next(iter(hosts.values())).load()
+    take_ddim_steps(base)
     guides = {
         f"{name}-{n}" if n else name: guide_size(method, base, name)
         for name, way in ways.items()

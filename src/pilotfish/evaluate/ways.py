@@ -40,20 +40,18 @@ class Drawn:
         )
 
 
-def spread(names: Sequence[str], samples: int) -> list[str]:
-    """At most ``samples`` names in an even walk, so that few still come from every category."""
-    return list(names[:: max(1, len(names) // samples)][:samples])
-
-
-def cycle(prompts: Sequence[str], samples: int, seed: int) -> tuple[list[str], list[int]]:
-    """``samples`` prompts, going round again where there are fewer, each with its own seed.
+def walk(prompts: Sequence[str], samples: int, seed: int) -> tuple[list[str], list[int]]:
+    """``samples`` prompts, each with its own seed: an even walk over all of them, so that few
+    still come from every category; going round again where there are fewer.
 
     Raises:
         ValueError: no prompt, or fewer samples than one.
     """
     if not prompts or samples < 1:
         raise ValueError(f"{samples} samples of {len(prompts)} prompts: at least one of each")
-    return [prompts[i % len(prompts)] for i in range(samples)], list(range(seed, seed + samples))
+    apart = max(1, len(prompts) // samples)
+    texts = [prompts[i * apart % len(prompts)] for i in range(samples)]
+    return texts, list(range(seed, seed + samples))
 
 
 def draw(

@@ -42,7 +42,8 @@ class PartialGuidance:
 
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             sample, timestep = args[0], float(torch.as_tensor(args[1]).reshape(-1)[0])
-            if timestep >= last[0]:
+            # some schedulers ask twice at one timestep, but never at the first
+            if timestep > last[0] or timestep == float(pipe.scheduler.timesteps[0]):
                 self.begin()
             last[0] = timestep
             saving[0] = pipe.do_classifier_free_guidance and not self.needed(timestep)
