@@ -218,7 +218,11 @@ class Comparing:
                    for name, m in self.found.methods.items()}  # fmt: skip
         w = self.plan.guidance_scale
         turns = {"cfg": None, **methods}
-        calls = {name: partial(timed_call, pipe, m, w, steps, BATCH) for name, m in turns.items()}
+        # of a prompt that says something: to the null prompt adaptive guidance agrees at once
+        prompt = self.how.names[0]
+        calls = {
+            name: partial(timed_call, pipe, m, w, steps, BATCH, prompt) for name, m in turns.items()
+        }
         rounds = take_turns(calls, self.plan.rounds)
         plain = denoiser_flops(pipe, partial(timed_call, pipe, None, 1.0, 1, 1))
         for name, method in methods.items():

@@ -170,7 +170,7 @@ def score_steps(
         if isinstance(method, Guide)
     }
     run = Run(command, seed, samples, guidance_scale, steps[-1], machine(), versions())
-    wall_clock = on_main(partial(_wall_clock, base, ways, steps, rounds))
+    wall_clock = on_main(partial(_wall_clock, base, ways, steps, rounds, names[0]))
     return StepsResult(found, wall_clock, guides, run)
 
 
@@ -202,11 +202,11 @@ def _mark(method: Attachable | None) -> str:
 
 @torch.no_grad()
 def _wall_clock(
-    pipe: Any, ways: Mapping[str, Way], steps: Sequence[int], rounds: int
+    pipe: Any, ways: Mapping[str, Way], steps: Sequence[int], rounds: int, prompt: str
 ) -> dict[str, dict[str, float]]:
     """All ways take turns, so that a busy machine strikes all alike."""
     calls = {
-        (name, n): partial(timed_call, pipe, way.method(n), way.guidance_scale, n, BATCH)
+        (name, n): partial(timed_call, pipe, way.method(n), way.guidance_scale, n, BATCH, prompt)
         for name, way in ways.items()
         for n in way.steps(steps)
     }
