@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from pilotfish import embedded
 from pilotfish.contract import GuideError
@@ -101,6 +102,8 @@ def test_a_guide_from_before_loads_and_says_nothing(
     config = json.loads(file.read_text())
     config.pop("trained_on", None)
     file.write_text(json.dumps(config))
+    weights = file.with_name("diffusion_pytorch_model.safetensors")
+    save_file(load_file(weights), weights)  # nor had it a seal
     guide = Guide.from_pretrained(tmp_path / "old")
     assert guide.trained_on is None
     with caplog.at_level(logging.INFO, "pilotfish"):
