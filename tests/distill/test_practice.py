@@ -128,6 +128,23 @@ def train(config: DistillConfig, pipe: Any) -> Guide:
     return GuidanceDistillation(config, material, guide, notice=lambda line: None).run()
 
 
+def test_latents_get_somewhere_on_every_host(pipe: Any, tuned: Path, tmp_path: Path) -> None:
+    """A host whose turn comes seldom has few latents on their way: of as many as on the base
+    none would leave the noise."""
+    config = DistillConfig(
+        output_dir=str(tmp_path), train_batch_size=4, pool=60, practice=(str(tuned),),
+        report_to="none",
+    )  # fmt: skip
+    guide = TinyGuide.for_denoiser(pipe.unet, "epsilon", rank=4, condition=4)
+    stage = GuidanceDistillation(config, Material(pipe, ["cat", "a"], ["act"]), guide)
+    sizes = [len(stage.pool(0, host, (2, 4), 0.0).latents) for host in range(len(stage.practice))]
+    assert sizes == [60, *[60 // len(STRENGTHS)] * len(STRENGTHS)]
+    small = GuidanceDistillation(
+        replace(config, train_batch_size=20), Material(pipe, ["cat", "a"], ["act"]), guide
+    )
+    assert len(small.pool(0, 1, (2, 4), 0.0).latents) == 40
+
+
 def test_practice_resumes_exactly_and_teaches_something_else(
     make_pipe: Callable[[str], Any], tuned: Path, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ class Noise:
 
     kind = States
 
-    def __init__(self, stream: int) -> None:
+    def __init__(self, stream: int, host: int) -> None:
         self.stream, self.drawn = stream, 0
 
     def draw(self, n: int, generator: torch.Generator) -> States:

@@ -79,8 +79,9 @@ class TrainingConfig:
     those of the checkpoint. With a fixed number, which the number of processes divides, a run
     gives the same guide on one process or several."""
     pool: int = 1024
-    """Latents on their way at once, in every stream and on every host; with few of them the guide
-    learns their prompts by heart."""
+    """Latents on their way at once, in every stream: on the base, and as many on all practice
+    hosts together, but two batches on each at least. With few of them the guide learns their
+    prompts by heart; with many on a host whose turn comes seldom, they hardly leave the noise."""
     replay_capacity: int = 8192
     """States kept with what the teacher said of them, in every stream for all hosts together."""
     replay_reuse: int = 1
@@ -170,8 +171,6 @@ class DistillConfig(TrainingConfig):
     same value."""
     reads: tuple[Literal["latents", "skips"], ...] = ("latents",)
     """What an external guide sees beside t, w and text; ``latents`` is the paper's plain form."""
-    push: bool = True
-    """Whether a tiny guide pushes the text."""
     attention: bool = True
     """Whether a tiny guide pushes the answers of the cross-attention layers."""
     embedding: bool = True

@@ -18,7 +18,7 @@ class GuidanceDistillation(Distillation):
     config: DistillConfig
     measure = "guidance_error"
 
-    def source(self, stream: int) -> Source:
+    def source(self, stream: int, host: int) -> Source:
         """The states that ``--states`` names."""
         config, material = self.config, self.material
         if config.states == "noised":
@@ -31,6 +31,7 @@ class GuidanceDistillation(Distillation):
         own = config.states == "student"
         pool = self.pool(
             stream,
+            host,
             (config.trajectory_steps_min, config.trajectory_steps_max),
             config.student_share if own else 0.0,
         )

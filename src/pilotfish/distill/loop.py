@@ -72,8 +72,8 @@ class Distillation:
     rate_factor: ClassVar[float] = 1.0
     """The learning rate as a share of the guide's own, where the settings name none."""
 
-    def source(self, stream: int) -> Source:
-        """Where the states of a stream come from."""
+    def source(self, stream: int, host: int) -> Source:
+        """Where the states of a stream come from on a host; host 0 is the base."""
         raise NotImplementedError
 
     def loss(
@@ -134,12 +134,16 @@ class Distillation:
             capacity=config.replay_capacity, reuse=config.replay_reuse,
         )  # fmt: skip
 
-    def pool(self, stream: int, steps: tuple[int, int], student_share: float) -> Pool:
+    def pool(self, stream: int, host: int, steps: tuple[int, int], student_share: float) -> Pool:
         """Latents on their way, over all prompts of the material."""
         config, material = self.config, self.material
+        size = config.pool
+        if host > 0:  # whose turn comes seldom: few latents, or none of them gets anywhere
+            others = len(self.practice) - 1
+            size = min(size, max(2 * config.train_batch_size, size // others))
         return Pool(
             len(material.prompts), material.latent_shape,
-            (config.guidance_scale_min, config.guidance_scale_max), size=config.pool, steps=steps,
+            (config.guidance_scale_min, config.guidance_scale_max), size=size, steps=steps,
             train_timesteps=len(material.schedule.alphas_cumprod),
             generator=generator(config.seed, stream, FIRST), student_share=student_share,
             negative_share=config.negative_share,

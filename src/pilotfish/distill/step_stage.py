@@ -69,9 +69,9 @@ class StepDistillation(Distillation):
             self.leading = material.student(self.leader.to(self.accelerator.device))
             self.hooks.append(self.leading.hooks)
 
-    def source(self, stream: int) -> Source:
+    def source(self, stream: int, host: int) -> Source:
         """Latents on the student's grid, some of them led by the student itself."""
-        pool = self.pool(stream, (self.steps, self.steps), self.config.student_share)
+        pool = self.pool(stream, host, (self.steps, self.steps), self.config.student_share)
         return HalvedTrajectories(self.teach, self.material.schedule, pool, self.own_prediction)
 
     @torch.no_grad()

@@ -54,7 +54,7 @@ class Streams:
         seed: of the run.
         batch: states in a tick, of all of them together.
         hosts: on which the states are made; each has its own.
-        source: makes a stream's source of states for one host.
+        source: makes a stream's source of states for one host, by the numbers of both.
         capacity: of the ring of a stream, for all hosts together.
         reuse: see :class:`~pilotfish.distill.states.Replay`.
 
@@ -64,11 +64,12 @@ class Streams:
 
     def __init__(
         self, own: Iterable[int], seed: int, *, batch: int, hosts: int,
-        source: Callable[[int], Source], capacity: int, reuse: int,
+        source: Callable[[int, int], Source], capacity: int, reuse: int,
     ) -> None:  # fmt: skip
         self.seed = seed
         self.rings = {
-            i: [Replay(source(i), capacity // hosts, reuse) for _ in range(hosts)] for i in own
+            i: [Replay(source(i, host), capacity // hosts, reuse) for host in range(hosts)]
+            for i in own
         }
         if batch % len(self.rings):
             raise ConfigError(
