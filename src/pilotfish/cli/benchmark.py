@@ -45,9 +45,8 @@ class BenchmarkConfig:
     """Count parameters and operations of full-size denoisers; time nothing, and need no memory."""
     train: bool = False
     """Of full-size denoisers, the memory of a training step of the tiny or full guide
-    (``--guide``) on a base
-    held in ``--precision``, with gradient checkpointing: computed part by part and, unless
-    ``--counted``, measured."""
+    (``--guide``) on a base held in ``--precision``, with gradient checkpointing: computed part by
+    part and, unless ``--counted``, measured."""
     output: str | None = None
     """JSON file of full-size denoisers; other shapes that it holds stay in it."""
 
