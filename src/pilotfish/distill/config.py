@@ -171,6 +171,8 @@ class DistillConfig(TrainingConfig):
     same value."""
     reads: tuple[Literal["latents", "skips"], ...] = ("latents",)
     """What an external guide sees beside t, w and text; ``latents`` is the paper's plain form."""
+    push: bool = True
+    """Whether a tiny guide pushes the text."""
     attention: bool = True
     """Whether a tiny guide pushes the answers of the cross-attention layers."""
     embedding: bool = True
