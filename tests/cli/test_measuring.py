@@ -12,7 +12,9 @@ from PIL import Image
 
 from pilotfish import cli
 from pilotfish.cli.names import judge
+from pilotfish.evaluate.shapes import Shape, ShapesResult
 from tests.cli.conftest import Say
+from tests.evaluate.test_shapes import SMALL
 
 
 def test_the_embedded_judge_says_that_it_knows_emoji_alone() -> None:
@@ -28,6 +30,22 @@ def test_a_kind_of_guide_is_timed_fresh(
     flags = ("--guide", kind, "--pretrained_model_name_or_path", base)
     assert cli.main(["benchmark", *flags, *short]) == 0
     assert f"{kind}: " in capsys.readouterr().out
+
+
+def test_counting_keeps_what_was_timed(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pilotfish.cli.benchmark.SHAPES", {"sd15": Shape(SMALL)})
+    file = tmp_path / "shapes.json"
+    flags = ("benchmark", "--shape", "sd15", "--batch_sizes", "1", "--output", str(file))
+    assert say(*flags, "--rounds", "1")[0] == 0
+    timed = ShapesResult.load(file)
+    assert say(*flags, "--counted")[0] == 0
+    assert ShapesResult.load(file) == timed
+    assert timed.shapes["sd15"].cfg_over
+    code, error = say("benchmark", "--counted")
+    assert code == 1
+    assert "add --shape" in error
 
 
 def test_a_sweep_of_ones_own_base_draws_a_plot(
@@ -72,6 +90,10 @@ def test_a_comparison_writes_figures_and_a_plot_and_is_not_done_twice(
     code, error = say(*flags, "--seed", "7")
     assert code == 1
     assert "other settings" in error
+    (tmp_path / "names.txt").write_text("\n".join([*names, "another"]))
+    code, error = say(*flags)
+    assert code == 1
+    assert "other settings" in error, "the same path, but it holds other prompts by now"
 
 
 @pytest.mark.parametrize(
