@@ -75,12 +75,18 @@ def write_cards(target: Path) -> None:
         "judge", everyone, "cc-by-4.0", "transformers", 1,
     )  # fmt: skip
     for guide in sorted(p.name for p in (target / "guides").glob("*") if p.is_dir()):
+        _, _, steps = guide.partition("-")
+        few = (
+            f" Taught to take {steps} steps of DDIM where classifier-free guidance takes "
+            f"{2 * int(steps)}; it is for those alone."
+            if steps else ""
+        )  # fmt: skip
         card(
             f"guides/{guide}", f"Pilotfish guide, {guide}",
             "Stands in for the second pass of classifier-free guidance on the Pilotfish base "
-            "and on its fine-tunes. Distilled from text prompts, as the base and three practice "
+            f"and on its fine-tunes.{few} Distilled from text prompts, as the base and practice "
             "fine-tunes sample them; no picture took part but those that these were trained on.",
-            "guides", ("noto", *PRACTICE), "apache-2.0", "pilotfish",
+            "steps" if steps else "guides", ("noto", *PRACTICE), "apache-2.0", "pilotfish",
         )  # fmt: skip
     for style in ARTISTS:
         lines = f"# Pictures\n\n{source(style)}\n\nDrawn by `python -m recipe pictures`.\n"

@@ -18,7 +18,7 @@ class StepGuides:
     """How guides for few steps are made."""
 
     rounds: tuple[int, ...] = (16, 8, 4)
-    max_train_steps: int = 1000
+    max_train_steps: int = 500
 
 
 GUIDES: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def make_step_guides(work: Path, target: Path, stage: StepGuides) -> None:
         output_dir=str(work / "steps"), guide=str(folder / "tiny"), teacher="cfg",
         steps=stage.rounds, max_train_steps=stage.max_train_steps, checkpointing_steps=100,
         validation_steps=500, report_to="none", resume="latest", mixed_precision="bf16", pool=512,
-        practice=practice_folders(work), practice_share=0.6, negative_share=0.25,
+        practice=practice_folders(work), practice_share=0.75, negative_share=0.25,
     )  # fmt: skip
     for steps, guide in distill_steps(config, Guide.from_pretrained(folder / "tiny")).items():
         guide.half().save_pretrained(folder / f"tiny-{steps}")
