@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from pilotfish import embedded
 from pilotfish.data.pictures import load_pictures
+from pilotfish.pipelines import take_ddim_steps
 from recipe.cards import ARTISTS, PRACTICE
 
 WEIGHTS = sorted(embedded.FOLDER.rglob("*.safetensors"))
@@ -26,7 +27,8 @@ def test_weights_are_small_halves() -> None:
 
 MODELS = {
     "base": ARTISTS, "fluent": ("fluent",), "twemoji": ("twemoji",),
-    "emojione-lora": ("emojione",), "judge": ARTISTS, "guides/tiny": ("noto", *PRACTICE),
+    "emojione-lora": ("emojione",), "judge": ARTISTS,
+    **{f"guides/{name}": ("noto", *PRACTICE) for name in ("tiny", "tiny-16", "tiny-8", "tiny-4")},
 }  # fmt: skip
 
 
@@ -80,8 +82,24 @@ def test_hosts_differ_in_style() -> None:
     assert not torch.equal(first["fluent"], first["twemoji"])
 
 
-def test_the_default_guide_is_tiny_and_fits_every_host() -> None:
-    guide = embedded.load_guide()
+@pytest.mark.parametrize("steps", [16, 8, 4])
+def test_a_guide_for_few_steps_draws_with_as_many_passes(steps: int) -> None:
+    guide, pipe = embedded.load_guide(f"tiny-{steps}"), embedded.load_host("fluent")
+    take_ddim_steps(pipe)
+    batches: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    with warnings.catch_warnings(), guide.attached(pipe):
+        warnings.simplefilter("error", UserWarning)
+        made = pipe(
+            ["owl", "cactus"], guidance_scale=4, num_inference_steps=steps, output_type="pt"
+        ).images
+    assert batches == [2] * steps
+    assert made.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", embedded.guide_names())
+def test_every_guide_is_tiny_and_fits_every_host(kind: str) -> None:
+    guide = embedded.load_guide(kind)
     for name in embedded.HOSTS:
         pipe = embedded.load_host(name)
         with guide.attached(pipe):

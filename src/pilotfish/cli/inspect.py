@@ -21,7 +21,7 @@ class InspectConfig:
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ("owl",)
     """One or more prompts; several are averaged."""
     guide: str = "tiny"
-    """Guide: tiny, or a folder or hub id."""
+    """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
     pretrained_model_name_or_path: str = "base"
     """Pipeline: base, fluent, twemoji, emojione, or a folder or hub id."""
     place: str | None = None

@@ -22,7 +22,8 @@ def host(name: str) -> Any:
 
 
 def guide(name: str) -> Guide:
-    """The embedded guide (tiny) or a guide's folder or hub id."""
+    """An embedded guide (tiny, or tiny-16, tiny-8, tiny-4 for so many steps) or a guide's folder
+    or hub id."""
     if name in embedded.guide_names() and not Path(name).exists():
         return embedded.load_guide(name)
     return Guide.from_pretrained(name)

@@ -32,7 +32,7 @@ class SampleConfig:
     pretrained_model_name_or_path: str = "base"
     """Pipeline: base, fluent, twemoji, emojione, or a folder or hub id of your own."""
     guide: str = "tiny"
-    """Guide: tiny, or a folder or hub id."""
+    """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
     guidance: Literal["guided", "cfg", "none"] = "guided"
     """guided: one pass with the guide. cfg: two passes. none: one pass, no guidance."""
     negative_prompt: str | None = None

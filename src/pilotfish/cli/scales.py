@@ -22,7 +22,7 @@ class ScalesConfig:
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ("owl", "rocket")
     """One or more prompts; prompt i is drawn from seed ``seed + i``."""
     guide: str = "tiny"
-    """Guide: tiny, or a folder or hub id."""
+    """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
     hosts: tuple[str, ...] = tuple(embedded.HOSTS)
     """Pipelines: base, fluent, twemoji, emojione, or folders or hub ids."""
     guidance_scales: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
