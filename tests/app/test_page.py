@@ -27,7 +27,7 @@ from pilotfish.app.request import Request
 from pilotfish.evaluate.ways import WAYS
 from pilotfish.sampling import sample
 from recipe.screenshots import NoBrowserError, chromium
-from tests.app.conftest import Expected
+from tests.app.conftest import Expected, guide, pipeline
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 SECONDS = 60_000
@@ -54,7 +54,14 @@ def url(studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 @pytest.fixture
 def page(url: str) -> Iterator[Page]:
-    """The page in a browser, once its first pictures are there."""
+    """The page in a browser."""
+    with browsed(url) as page:
+        yield page
+
+
+@contextmanager
+def browsed(url: str) -> Iterator[Page]:
+    """A page in a browser, once its first pictures are there."""
     with ExitStack() as stack:
         try:
             browser = stack.enter_context(chromium())
@@ -287,6 +294,19 @@ def test_a_port_that_is_taken_is_named(url: str, studio: Studio) -> None:
     port = int(url.rstrip("/").rpartition(":")[2])
     with pytest.raises(OSError, match=f"port {port} of 127.0.0.1 is taken; choose another"):
         app.serve(app.build(studio), port=port, wait=False)
+
+
+def test_a_guide_for_few_steps_brings_their_number(tmp_path: Path) -> None:
+    known = {"tiny": guide(4), "few": guide(6, timesteps=[999, 499])}
+    with served(Studio({"base": pipeline(0)}, known), tmp_path) as url, browsed(url) as page:
+        steps = page.locator("#steps input:not([type=range])").first
+        expect(steps).to_have_value("25")
+        choose(page, "guide", "few")
+        expect(steps).to_have_value("2")
+        press(page, "#draw")
+        expect(page.locator("#took-guided")).to_contain_text(re.compile(r"^\s*2 passes"))
+        choose(page, "guide", "tiny")
+        expect(steps).to_have_value("2")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Over ``gradio_client`` the endpoints are ``/draw`` and ``/strip``; docs/app.md s
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,9 @@ def build(studio: Studio, *, concurrency: int = 1, waiting: int = 32) -> gr.Bloc
         ).success(lambda: gr.update(interactive=True), None, strip_file, **quiet)  # fmt: skip
         another.click(
             lambda: random.randint(0, studio.limits.seed), None, controls["seed"], **quiet
+        )
+        controls["guide"].change(
+            partial(_steps_of, studio), controls["guide"], controls["num_inference_steps"], **quiet
         )
         chosen = gallery.select(_chosen, None, [controls["prompt"], controls["seed"]], **quiet)
         chosen.then(api_visibility="private", **drawing)
@@ -209,6 +213,12 @@ def _download(name: str, file: str | None) -> gr.DownloadButton:
     return gr.DownloadButton(
         "Download as PNG", value=file, size="sm", elem_id=name, interactive=file is not None
     )
+
+
+def _steps_of(studio: Studio, guide: str) -> Any:
+    """A guide that was distilled to few steps comes with their number; with any other, it stays."""
+    known = studio.guides[guide].timesteps
+    return len(known) if known else gr.skip()
 
 
 def _chosen(event: gr.SelectData) -> tuple[str, int]:
