@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 import pilotfish
+from pilotfish.distill.precision import imitates_half_precision
 from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base
@@ -68,6 +69,9 @@ class Recipe:
     guides: tuple[str, ...] = ("tiny",)
     """Which guides the stage of that name distils: tiny, which is carried; full."""
     steps: StepGuides = field(default_factory=StepGuides)
+    bf16: bool = not imitates_half_precision()
+    """Train denoisers and guides in mixed precision: faster where the processor has the
+    arithmetic for it, and much slower where it has not. The carried models were made with it."""
     variants: VariantsStage = field(default_factory=VariantsStage)
 
 
@@ -82,12 +86,15 @@ def run(recipe: Recipe) -> None:
         elif stage == "autoencoder":
             make_autoencoder(pictures, recipe.work, vae, recipe.autoencoder)
         elif stage == "base":
-            make_base(pictures, vae, recipe.work, recipe.target / "base", recipe.base)
+            make_base(
+                pictures, vae, recipe.work, recipe.target / "base",
+                replace(recipe.base, bf16=recipe.bf16 and recipe.base.bf16),
+            )  # fmt: skip
         elif stage == "finetunes":
             for style in recipe.styles:
                 make_finetune(
                     style, pictures, recipe.target / "base", recipe.work, recipe.target,
-                    STYLES[style],
+                    replace(STYLES[style], bf16=recipe.bf16),
                 )  # fmt: skip
         elif stage == "practice":
             drawn = recipe.work / "pictures"
@@ -95,15 +102,16 @@ def run(recipe: Recipe) -> None:
             for style in recipe.practice:
                 make_finetune(
                     style, pictures if PRACTICE[style].restyle else drawn,
-                    recipe.target / "base", recipe.work, recipe.work / "practice", PRACTICE[style],
+                    recipe.target / "base", recipe.work, recipe.work / "practice",
+                    replace(PRACTICE[style], bf16=recipe.bf16),
                 )  # fmt: skip
         elif stage == "judge":
             make_judge(pictures, recipe.work, recipe.target / "judge", recipe.judge)
         elif stage == "guides":
             for name in recipe.guides:
-                make_guide(name, recipe.work, recipe.target)
+                make_guide(name, recipe.work, recipe.target, bf16=recipe.bf16)
         elif stage == "steps":
-            make_step_guides(recipe.work, recipe.target, recipe.steps)
+            make_step_guides(recipe.work, recipe.target, recipe.steps, bf16=recipe.bf16)
         elif stage == "variants":
             compare_variants(recipe.work, recipe.variants)
         elif stage == "readme":

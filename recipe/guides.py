@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pilotfish.distill.config import DistillConfig, StepsConfig
 from pilotfish.distill.stages import distill, distill_steps
@@ -27,12 +27,12 @@ GUIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_guide(name: str, work: Path, target: Path) -> None:
+def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
     """Distil one on the base and the practice fine-tunes; save it in half precision."""
     guide = distill(
         DistillConfig(
             output_dir=str(work / f"guide-{name}"), checkpointing_steps=100, validation_steps=200,
-            report_to="none", resume="latest", mixed_precision="bf16", pool=512,
+            report_to="none", resume="latest", mixed_precision=_precision(bf16), pool=512,
             practice=practice_folders(work), practice_share=0.6, negative_share=0.25,
             **GUIDES[name],
         )
@@ -40,14 +40,19 @@ def make_guide(name: str, work: Path, target: Path) -> None:
     guide.half().save_pretrained(target / "guides" / name)
 
 
-def make_step_guides(work: Path, target: Path, stage: StepGuides) -> None:
+def make_step_guides(work: Path, target: Path, stage: StepGuides, *, bf16: bool) -> None:
     """Teach the tiny guide to take fewer steps; save each round's as ``tiny-<steps>``."""
     folder = target / "guides"
     config = StepsConfig(
         output_dir=str(work / "steps"), guide=str(folder / "tiny"), teacher="cfg",
         steps=stage.rounds, max_train_steps=stage.max_train_steps, checkpointing_steps=100,
-        validation_steps=500, report_to="none", resume="latest", mixed_precision="bf16", pool=512,
+        validation_steps=500, report_to="none", resume="latest",
+        mixed_precision=_precision(bf16), pool=512,
         practice=practice_folders(work), practice_share=0.75, negative_share=0.25,
     )  # fmt: skip
     for steps, guide in distill_steps(config, Guide.from_pretrained(folder / "tiny")).items():
         guide.half().save_pretrained(folder / f"tiny-{steps}")
+
+
+def _precision(bf16: bool) -> Literal["no", "bf16"]:
+    return "bf16" if bf16 else "no"

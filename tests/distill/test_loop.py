@@ -25,6 +25,7 @@ from pilotfish.distill.config import ConfigError, DistillConfig
 from pilotfish.distill.guidance_stage import GuidanceDistillation
 from pilotfish.distill.loop import DistillError, Interrupted
 from pilotfish.distill.material import Material
+from pilotfish.distill.precision import slowed_by
 from pilotfish.guides import Guide, TinyGuide
 
 PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
@@ -92,6 +93,28 @@ def test_half_precision_resumes_and_leaves_the_guide_whole(
     plain = replace(config, output_dir=str(tmp_path / "plain"), mixed_precision="no")
     AcceleratorState._reset_state(reset_partial_state=True)
     assert same(whole, train(plain, material("v_prediction"))) == (precision == "no")
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+@pytest.mark.parametrize("processor", ["AVX2", "AVX512", "DEFAULT"])
+def test_precision_that_a_processor_only_imitates_is_noted(
+    processor: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    line = slowed_by(precision, torch.device("cpu"))
+    assert (line is not None) == (processor == "AVX2" and precision != "no")
+    assert line is None or precision in line
+    assert slowed_by(precision, torch.device("cuda")) is None
+
+
+def test_training_begins_with_that_note(
+    config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pilotfish.distill.loop.slowed_by", lambda precision, device: precision)
+    given, told = material("epsilon"), list[str]()
+    guide = TinyGuide.for_denoiser(given.pipe.unet, "epsilon", rank=4)
+    GuidanceDistillation(config, given, guide, notice=told.append)
+    assert told == ["no"]
 
 
 def test_the_student_is_shown_the_negative_prompts_of_its_states(

@@ -30,6 +30,7 @@ from pilotfish.distill.learner import Learner
 from pilotfish.distill.material import Material
 from pilotfish.distill.pool import Pool
 from pilotfish.distill.practice import PracticeHosts
+from pilotfish.distill.precision import BASE_DTYPES, slowed_by
 from pilotfish.distill.record import Record
 from pilotfish.distill.saving import Saving
 from pilotfish.distill.sharding import check, is_shared_out
@@ -43,7 +44,6 @@ from pilotfish.passes import checkpoint_in_context, checksum
 from pilotfish.pipelines import fine_tuned_weights
 from pilotfish.prompts import some_or_one
 
-BASE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAME_SCALE = 0.5
 """Share of the samples that are trained at the scale at which they were being sampled:
 what the guide will meet. The rest get a scale of their own."""
@@ -101,6 +101,8 @@ class Distillation:
             project_config=ProjectConfiguration(str(self.folder), str(self.folder / "logs")),
         )
         check(self.accelerator)
+        if warning := slowed_by(config.mixed_precision, self.accelerator.device):
+            notice(warning)
         material.hold_in(BASE_DTYPES[config.base_dtype])
         self.unet = material.pipe.to(self.accelerator.device).unet
         self.teacher = material.teacher()
