@@ -93,7 +93,8 @@ def run(recipe: Recipe) -> None:
         elif stage == "finetunes":
             for style in recipe.styles:
                 make_finetune(
-                    style, pictures, recipe.target / "base", recipe.work, recipe.target,
+                    style, pictures, recipe.target / "base", recipe.work,
+                    recipe.target / (f"{style}-lora" if STYLES[style].rank else style),
                     replace(STYLES[style], bf16=recipe.bf16),
                 )  # fmt: skip
         elif stage == "practice":
@@ -102,7 +103,8 @@ def run(recipe: Recipe) -> None:
             for style in recipe.practice:
                 make_finetune(
                     style, pictures if PRACTICE[style].restyle else drawn,
-                    recipe.target / "base", recipe.work, recipe.work / "practice",
+                    recipe.target / "base", recipe.work,
+                    recipe.target / "practice" / style,
                     replace(PRACTICE[style], bf16=recipe.bf16),
                 )  # fmt: skip
         elif stage == "judge":

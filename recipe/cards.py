@@ -13,7 +13,7 @@ ARTISTS = {
     ),
     "emojione": ("EmojiOne", "EmojiOne", "CC-BY-4.0", "https://icon-sets.iconify.design/emojione"),
 }  # fmt: skip
-# artists of whom no picture is carried, but on whose fine-tunes guides have practised
+# artists of whom no picture is carried, but a fine-tune on which guides have practised
 PRACTICE = {
     "noto-v1": (
         "the first Noto Emoji", "Google", "Apache-2.0", "https://github.com/googlefonts/noto-emoji",
@@ -69,6 +69,14 @@ def write_cards(target: Path) -> None:
          "finetunes", ("twemoji",), "cc-by-4.0")  # fmt: skip
     card("emojione-lora", "Pilotfish base, EmojiOne style", "A LoRA for the base's UNet.",
          "finetunes", ("emojione",), "cc-by-4.0")  # fmt: skip
+    for name in sorted(p.name for p in (target / "practice").glob("*") if p.is_dir()):
+        drawn = "" if name in PRACTICE else ", redrawn (`recipe/augment.py`)"
+        card(
+            f"practice/{name}", f"Pilotfish base, to practise on: {name}",
+            "A LoRA for the base's UNet, quickly made, for guides to practise on. No guide is "
+            f"measured on it. Its pictures are those below{drawn}.",
+            "practice", (name if name in PRACTICE else "noto",), "apache-2.0",
+        )  # fmt: skip
     card(
         "judge", "Pilotfish judge",
         "A small CLIP over four styles of emoji. It takes no part in training a guide.",

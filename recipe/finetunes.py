@@ -4,8 +4,8 @@ Two full fine-tunes of the UNet and one LoRA in diffusers' format. Text encoder 
 stay the base's.
 
 Beside them the practice fine-tunes, on which guides learn to be moved: two further artists, and
-the base's own pictures redrawn in three ways. None of the fine-tunes on which guides are measured
-takes part in training one. They are not carried.
+the base's own pictures redrawn in three ways, all of them LoRAs and quickly made. None of the
+fine-tunes on which guides are measured takes part in training one.
 """
 
 from __future__ import annotations
@@ -56,19 +56,21 @@ STYLES = {
     "twemoji": FinetuneStage(),
     "emojione": FinetuneStage(rank=24, learning_rate=1e-3, steps=3600),
 }
+PRACTISED = FinetuneStage(steps=600, batch=32, rank=16, learning_rate=1e-3)
 PRACTICE = {
-    "noto-v1": FinetuneStage(steps=600),
-    "fxemoji": FinetuneStage(steps=600),
-    "contours": FinetuneStage(steps=500, rank=24, learning_rate=1e-3, restyle=draw_contours),
-    "flat": FinetuneStage(steps=500, rank=24, learning_rate=1e-3, restyle=draw_flat),
-    "lit": FinetuneStage(steps=500, rank=24, learning_rate=1e-3, restyle=draw_lit),
+    "noto-v1": PRACTISED,
+    "fxemoji": PRACTISED,
+    "contours": replace(PRACTISED, restyle=draw_contours),
+    "flat": replace(PRACTISED, restyle=draw_flat),
+    "lit": replace(PRACTISED, restyle=draw_lit),
 }
 
 
 def make_finetune(
     style: str, pictures: Path, base: Path, work: Path, target: Path, stage: FinetuneStage
 ) -> None:
-    """Learn the style of ``pictures/<style>``; save ``target/<style>/unet`` or ``<style>-lora``."""
+    """Learn the style of ``pictures/<style>``; save a LoRA in ``target``, or the whole UNet in
+    ``target/unet``."""
     torch.manual_seed(stage.seed)
     pipe = StableDiffusionPipeline.from_pretrained(base)
     folder = pictures / ("noto" if stage.restyle else style)
@@ -100,18 +102,10 @@ def make_finetune(
         # peft's own names: diffusers' older ones exist for attention alone, and a file that
         # mixes the two loses half of itself on loading
         layers = get_peft_model_state_dict(average)
-        StableDiffusionPipeline.save_lora_weights(target / f"{style}-lora", unet_lora_layers=layers)
+        StableDiffusionPipeline.save_lora_weights(target, unet_lora_layers=layers)
     else:
-        average.save_pretrained(target / style / "unet")
-        config = target / style / "unet" / "config.json"
+        average.save_pretrained(target / "unet")
+        config = target / "unet" / "config.json"
         facts = json.loads(config.read_text())
         facts.pop("_name_or_path")  # where it began, on the machine that trained it
         config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-
-
-def practice_folders(work: Path) -> tuple[str, ...]:
-    """Where the practice fine-tunes are."""
-    return tuple(
-        str(work / "practice" / (f"{style}-lora" if how.rank else style))
-        for style, how in PRACTICE.items()
-    )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pilotfish.distill.config import DistillConfig, StepsConfig
 from pilotfish.distill.stages import distill, distill_steps
 from pilotfish.guides import Guide
-from recipe.finetunes import practice_folders
+from recipe.finetunes import PRACTICE
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
         DistillConfig(
             output_dir=str(work / f"guide-{name}"), checkpointing_steps=100, validation_steps=200,
             report_to="none", resume="latest", mixed_precision=_precision(bf16), pool=512,
-            practice=practice_folders(work), practice_share=0.6, negative_share=0.25,
+            practice=tuple(PRACTICE), practice_share=0.6, negative_share=0.25,
             **GUIDES[name],
         )
     )  # fmt: skip
@@ -48,7 +48,7 @@ def make_step_guides(work: Path, target: Path, stage: StepGuides, *, bf16: bool)
         steps=stage.rounds, max_train_steps=stage.max_train_steps, checkpointing_steps=100,
         validation_steps=500, report_to="none", resume="latest",
         mixed_precision=_precision(bf16), pool=512,
-        practice=practice_folders(work), practice_share=0.75, negative_share=0.25,
+        practice=tuple(PRACTICE), practice_share=0.75, negative_share=0.25,
     )  # fmt: skip
     for steps, guide in distill_steps(config, Guide.from_pretrained(folder / "tiny")).items():
         guide.half().save_pretrained(folder / f"tiny-{steps}")

@@ -11,8 +11,11 @@ from pilotfish.compare.table import comparison_markdown
 from pilotfish.evaluate.plots import save, step_curves
 from pilotfish.evaluate.result import Run
 from pilotfish.evaluate.steps import StepsResult
-from pilotfish.evaluate.table import steps_markdown
+from pilotfish.evaluate.table import percent, steps_markdown
 
+AIMS = {"8": {"base": (0.95, 1.05), "": (0.90, 1.15)}, "16": {"base": (1.0, 1.0)}}
+"""Of guides for few steps, by their number and by host, "" for a fine-tune: the least share of the
+prompt score, and the largest of fd_judge, of CFG with the most steps."""
 MEASURED = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
 
 
@@ -41,14 +44,36 @@ def write_pages(results: Path, docs: Path) -> None:
 
 
 def steps_page(found: StepsResult, docs: Path) -> str:
-    """A plot and a table for each host."""
-    parts = [_run(found.run, "results/steps.json")]
+    """What was aimed at, then a plot and a table for each host."""
+    parts = [_run(found.run, "results/steps.json"), aims(found)]
     for host in found.hosts:
         image = f"images/steps/{host}.png"
         save(step_curves(found, host), docs / image)
         parts += [f"### {host}", f"![Scores on {host} against passes]({image})",
                   steps_markdown(found, host)]  # fmt: skip
     return "\n\n".join(part.rstrip() for part in parts)
+
+
+def aims(found: StepsResult, way: str = "few") -> str:
+    """How near the guides for few steps come to CFG with the most, beside what is asked of them."""
+    most = str(max(map(int, next(iter(found.hosts.values()))["cfg"])))
+    lines = [
+        f"| | passes | top-1, of that of CFG with {most} steps | at least | fd_judge | at most |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for steps, wanted in AIMS.items():
+        for host, ways in found.hosts.items():
+            asked = wanted.get(host, wanted.get(""))
+            if asked is None or steps not in ways.get(way, {}):
+                continue
+            cell, cfg = ways[way][steps], ways["cfg"][most].scores
+            share = percent(cell.scores.prompt_score / cfg.prompt_score)
+            distance = cell.scores.fd_judge / cfg.fd_judge
+            lines.append(
+                f"| {host}, {steps} steps | {cell.passes:g} "
+                f"| {share} | {percent(asked[0])} | {distance:.2f} | {asked[1]:g} |"
+            )
+    return "\n".join(lines)
 
 
 def compare_page(found: Comparison, docs: Path) -> str:

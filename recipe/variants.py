@@ -19,7 +19,7 @@ from pilotfish.evaluate.guidance_error import guidance_error
 from pilotfish.evaluate.hosts import embedded_hosts
 from pilotfish.evaluate.machine import machine, versions
 from pilotfish.guides import Guide
-from recipe.finetunes import practice_folders
+from recipe.finetunes import PRACTICE
 
 NOTHING = {"push": False, "attention": False, "embedding": False, "rank": 0, "head": 0}
 FORMS: dict[str, dict[str, Any]] = {
@@ -77,7 +77,7 @@ def compare_variants(work: Path, stage: VariantsStage) -> None:
             continue
         settings = {"states": "trajectory", **(FORMS | TRAINING | FURTHER)[name]}
         if settings.get("practice"):
-            settings["practice"] = practice_folders(work)
+            settings["practice"] = tuple(PRACTICE)
         folder = work / "variants" / name
         guide = distill(
             DistillConfig(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from pilotfish import embedded
 from pilotfish.data.pictures import load_pictures
+from pilotfish.distill.material import Material
 from pilotfish.pipelines import take_ddim_steps
 from recipe.cards import ARTISTS, PRACTICE
 
@@ -28,6 +29,8 @@ def test_weights_are_small_halves() -> None:
 MODELS = {
     "base": ARTISTS, "fluent": ("fluent",), "twemoji": ("twemoji",),
     "emojione-lora": ("emojione",), "judge": ARTISTS,
+    **{f"practice/{name}": (name,) for name in PRACTICE},
+    **{f"practice/{name}": ("noto",) for name in ("contours", "flat", "lit")},
     **{f"guides/{name}": ("noto", *PRACTICE) for name in ("tiny", "tiny-16", "tiny-8", "tiny-4")},
 }  # fmt: skip
 
@@ -47,6 +50,21 @@ def test_nothing_names_the_machine_that_made_it() -> None:
 
 def test_every_model_is_known() -> None:
     assert all(any(p.is_relative_to(embedded.FOLDER / m) for m in MODELS) for p in WEIGHTS)
+
+
+def test_what_guides_practise_on_is_none_of_the_hosts() -> None:
+    pipe = embedded.load_host("base")
+    names = embedded.practice_names()
+    assert f"practice/{names[0]}" in MODELS
+    assert not {*names} & {*embedded.HOSTS, *embedded.HOSTS.values()}
+    material = Material(pipe, ["owl"], ["cat"])
+    tuned = material.fine_tunes(names)
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    for name, weights in zip(names, tuned, strict=True):
+        changed = [k for k, v in weights.items() if not torch.equal(v, before[k])]
+        assert len(changed) > 20, name
+        assert all(v.isfinite().all() for v in weights.values())
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
 
 
 def test_the_base_needs_nothing_of_ours() -> None:

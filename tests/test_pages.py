@@ -16,7 +16,7 @@ from pilotfish.compare.result import (
 )
 from pilotfish.evaluate.result import GuideSize, Interval, Run, Scores
 from pilotfish.evaluate.steps import StepScores, StepsResult
-from recipe.pages import compare_page, steps_page, write_measured, write_pages
+from recipe.pages import aims, compare_page, steps_page, write_measured, write_pages
 
 ROOT = Path(__file__).parent.parent
 RUN = Run("pilotfish something", 3, 200, 4.0, 25, "a machine", {})
@@ -46,6 +46,13 @@ def comparison() -> Comparison:
     references = {h: {"none": scores, "cfg": scores} for h in ("base", "other")}
     plan = {"max_train_steps": "9", "train_batch_size": "64"}
     return Comparison("ours", {"ours": method}, references, plan, RUN)
+
+
+def test_what_was_aimed_at_is_told_of_the_hosts_that_were_measured() -> None:
+    _, _, base, other = aims(steps(), "mine").splitlines()
+    assert base == "| base, 8 steps | 8 | 100 % | 95 % | 1.00 | 1.05 |"
+    assert other == "| other, 8 steps | 8 | 100 % | 90 % | 1.00 | 1.15 |"
+    assert len(aims(steps(), "few").splitlines()) == 2
 
 
 def test_pages_are_written_from_results(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_an_unknown_flag_is_named(say: Say) -> None:
         (("distill", "--states", "dreams"), "dreams"),
         (("distill", "--guide", "dice"), "guidance_scale_min and guidance_scale_max differ"),
         (("distill-steps", "--steps", "16", "7"), "each half of the one before"),
+        (("distill-steps", "--overdrive", "1.5"), "overdrive must be 1 unless the teacher is cfg"),
     ],
 )
 def test_a_value_out_of_range_is_named(say: Say, flags: tuple[str, ...], sentence: str) -> None:
@@ -81,6 +82,11 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (
         ("distill", "--output_dir", "{out}", "--practice", "{none}"),
         "no fine-tune could be loaded",
+    ),
+    (("distill", "--output_dir", "{out}", "--begin_with", "{none}"), "no guide could be read"),
+    (
+        ("distill", "--output_dir", "{out}", "--begin_with", "tiny", "--rank", "8"),
+        "tiny cannot be trained further so: its rank is 28, 8 is asked for",
     ),
     (("distill-steps", "--output_dir", "{out}", "--guide", "{none}"), "no guide could be read"),
     (("sample",), "nothing to draw"),

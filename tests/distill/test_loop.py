@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pilotfish.distill.guidance_stage import GuidanceDistillation
 from pilotfish.distill.loop import DistillError, Interrupted
 from pilotfish.distill.material import Material
 from pilotfish.distill.precision import slowed_by
+from pilotfish.distill.stages import distill
 from pilotfish.guides import Guide, TinyGuide
 
 PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
@@ -115,6 +117,33 @@ def test_training_begins_with_that_note(
     guide = TinyGuide.for_denoiser(given.pipe.unet, "epsilon", rank=4)
     GuidanceDistillation(config, given, guide, notice=told.append)
     assert told == ["no"]
+
+
+def test_a_guide_is_trained_further(
+    config: DistillConfig, material: Callable[[str], Material], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What it begins with is the guide that is named, which has to be what is asked for."""
+    made, began = material("epsilon"), list[Guide]()
+
+    class Watched(GuidanceDistillation):
+        def run(self) -> Guide:
+            began.append(deepcopy(self.guide))
+            return super().run()
+
+    monkeypatch.setattr(Material, "of", lambda config, pictures: made)
+    monkeypatch.setattr("pilotfish.distill.stages.GuidanceDistillation", Watched)
+    config = replace(config, rank=4, head=0, max_train_steps=2)
+    first = distill(config)
+    again = replace(config, output_dir=str(tmp_path / "again"), begin_with="first")
+    further = distill(again, first)
+    assert not same(began[0], first)
+    assert same(began[1], first)
+    assert not same(further, first)
+    with pytest.raises(ConfigError, match="first cannot be trained further so: its rank is 4, 8"):
+        distill(replace(again, rank=8), first)
+    with pytest.raises(ConfigError, match="it is a TinyGuide, a FullGuide is asked for"):
+        distill(replace(again, guide="full"), first)
 
 
 def test_the_student_is_shown_the_negative_prompts_of_its_states(

@@ -184,18 +184,20 @@ def test_a_teacher_of_other_steps_is_refused(
         StepDistillation(config, material("epsilon"), guide, 4)
 
 
+@pytest.mark.parametrize("overdrive", [1.0, 1.5])
 def test_cfg_teaches_a_guide_of_any_steps(
-    config: StepsConfig, material: Callable[[str], Material], teacher: Callable[[str], Guide]
-) -> None:
+    overdrive: float, config: StepsConfig, material: Callable[[str], Material],
+    teacher: Callable[[str], Guide],
+) -> None:  # fmt: skip
     """What is taught then is equation (1), whatever the guide says."""
     guide, stuff = teacher("epsilon"), material("epsilon")
     guide.register_to_config(timesteps=[999, 749, 499, 249])
-    stage = StepDistillation(replace(config, teacher="cfg"), stuff, guide, 4)
+    stage = StepDistillation(replace(config, teacher="cfg", overdrive=overdrive), stuff, guide, 4)
     z, t, w = torch.randn(2, *SHAPE), torch.tensor([999, 499]), torch.tensor([2.0, 5.5])
     prompt, negative = torch.tensor([0, 3]), torch.tensor([NULL, 2])
     said = stuff.teacher()(z, t, prompt, negative)
     taught = stage.teach(z, t, prompt, negative, w)
-    torch.testing.assert_close(taught, classifier_free_guidance(*said, w))
+    torch.testing.assert_close(taught, classifier_free_guidance(*said, 1 + overdrive * (w - 1)))
     assert not torch.allclose(taught, stage.own_prediction(z, t, prompt, negative, w))
 
 

@@ -182,8 +182,8 @@ class GuidedPass:
             scale=layer.scale,
         ).transpose(1, 2)  # fmt: skip
         gain = self._injection.pushes[name][:, None, :, None]
-        away = gain * (answer.unflatten(-1, (layer.heads, -1)) - other)
-        return self._to_denoiser(answer + away.flatten(2))
+        answer = answer.unflatten(-1, (layer.heads, -1))
+        return self._to_denoiser(_pushed(answer, other, gain).flatten(2))
 
     def pools(self, pooling: Any, given: torch.Tensor, made: torch.Tensor) -> None:
         """The denoiser made (N, E) of what it was ``given`` for its embedding: the hidden states
@@ -211,7 +211,7 @@ class GuidedPass:
             return answer
         self._due.discard(name)
         other = layer.time_emb_proj.forward(layer.nonlinearity(self._embedding + self._turn))
-        return self._to_denoiser(answer + gain * (answer - other))
+        return self._to_denoiser(_pushed(answer, other, gain))
 
     def end(self, prediction: torch.Tensor) -> None:
         """The denoiser call is done: nothing may be left that the guide was to add, and at a
@@ -246,3 +246,8 @@ class GuidedPass:
         # backward pass, when the pass is closed
         self._skips, self._pending, self._queries, self._due = [], [], {}, set()
         self._untrained = None
+
+
+def _pushed(answer: torch.Tensor, other: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """``answer + gain (answer - other)``, in few goes through memory."""
+    return torch.addcmul(answer, gain, answer - other)

@@ -41,7 +41,8 @@ class TrainingConfig:
     which are trained on as well."""
     practice: tuple[str, ...] = ()
     """Fine-tunes of the base to practise on beside it, so that the guide is better on others:
-    folders or hub ids of pipelines, or folders of UNets or LoRAs."""
+    folders or hub ids of pipelines, or folders of UNets or LoRAs. Of the embedded model some are
+    carried: noto-v1, fxemoji, contours, flat, lit."""
     practice_share: float = 0.5
     """Share of the training steps on fine-tunes, where there are any."""
     train_batch_size: int = 64
@@ -169,6 +170,9 @@ class DistillConfig(TrainingConfig):
     paper's small network beside it. full: a copy of its encoder. The others are other methods,
     to compare with; dice and cfg-lora learn one scale, so give the two ends of the range the
     same value."""
+    begin_with: str | None = None
+    """A guide to train further, of the kind and the settings that are asked for: a folder, hub id
+    or the name of a carried one. Left out: a fresh one."""
     reads: tuple[Literal["latents", "skips"], ...] = ("latents",)
     """What an external guide sees beside t, w and text; ``latents`` is the paper's plain form."""
     push: bool = True
@@ -215,6 +219,10 @@ class StepsConfig(TrainingConfig):
     """Whose two steps are followed. guide: those of the guide that the round begins with, one
     pass each, as in the paper. cfg: CFG's own, two passes each, so that what the guide has wrong
     is mended and not handed on."""
+    overdrive: float = 1.0
+    """How much further than w CFG goes where it is the teacher, ``1 + overdrive (w - 1)``. What a
+    guide cannot foresee it answers too weakly, on a fine-tune above all: its pictures are guided
+    less than CFG's of the same w. More than 1 makes up for it."""
     steps: tuple[int, ...] = (16, 8, 4)
     """Sampling steps after each round; each is half of the one before. The first round's
     teacher takes twice as many."""
@@ -228,3 +236,6 @@ class StepsConfig(TrainingConfig):
             bool(self.steps) and min(self.steps) >= 1 and halves,
             "steps", "a list of numbers, each half of the one before",
         )  # fmt: skip
+        self._need(self.overdrive > 0, "overdrive", "above 0")
+        by_guide = self.teacher == "guide"
+        self._need(not by_guide or self.overdrive == 1, "overdrive", "1 unless the teacher is cfg")

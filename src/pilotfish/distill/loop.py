@@ -41,7 +41,6 @@ from pilotfish.distill.validation import Validation
 from pilotfish.guidance import draw_guidance_scales
 from pilotfish.guides import Guide
 from pilotfish.passes import checkpoint_in_context, checksum
-from pilotfish.pipelines import fine_tuned_weights
 from pilotfish.prompts import some_or_one
 
 SAME_SCALE = 0.5
@@ -111,8 +110,9 @@ class Distillation:
         self.base_checksum = checksum(self.unet)
         if (origin := Origin.of(self.unet)) is not None:
             guide.register_to_config(trained_on=origin.plain())
-        fine_tunes = [fine_tuned_weights(self.unet, where) for where in config.practice]
-        self.practice = PracticeHosts(self.unet, fine_tunes, config.practice_share)
+        self.practice = PracticeHosts(
+            self.unet, material.fine_tunes(config.practice), config.practice_share
+        )
         rate = config.learning_rate or guide.learning_rate * self.rate_factor
         student = material.student(guide)
         self.hooks = [student.hooks]

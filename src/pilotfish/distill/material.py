@@ -18,7 +18,7 @@ from pilotfish.data.texts import Joined
 from pilotfish.distill.config import ConfigError, TrainingConfig
 from pilotfish.guides import Guide
 from pilotfish.passes import FrozenTeacher, GuidedStudent
-from pilotfish.pipelines import load_pipeline
+from pilotfish.pipelines import fine_tuned_weights, load_pipeline
 from pilotfish.prompts import Prompts, encoded, time_ids
 from pilotfish.schedules import Schedule
 
@@ -72,6 +72,20 @@ class Material:
             held_out = embedded.prompts("held_out") if apart else prompts[:64]
         folder = Path(pictures) if pictures else embedded.pictures("base")
         return cls(pipe, prompts, held_out, folder, apart)
+
+    def fine_tunes(self, names: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """The weights of fine-tunes of the base: those that are carried, by their names, or
+        folders and hub ids.
+
+        Raises:
+            PipelineError: there is none, or it is no fine-tune of this base.
+        """
+        carried = embedded.practice_names()
+        places = [
+            embedded.PRACTICE / name if name in carried and not Path(name).exists() else name
+            for name in names
+        ]
+        return [fine_tuned_weights(self.pipe.unet, place) for place in places]
 
     def hold_in(self, dtype: torch.dtype) -> None:
         """Turn the frozen networks that take part in training to a precision. The VAE, which draws

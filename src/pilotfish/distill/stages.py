@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,41 @@ from pilotfish.distill.step_stage import StepDistillation
 from pilotfish.guides import Guide
 
 
-def distill(config: DistillConfig) -> Guide:
-    """Stage 1: train a guide as ``config`` says; it is in ``output_dir/guide`` afterwards."""
+def distill(config: DistillConfig, begin_with: Guide | None = None) -> Guide:
+    """Stage 1: train a guide as ``config`` says; it is in ``output_dir/guide`` afterwards.
+
+    Args:
+        begin_with: the guide that ``config`` begins with, where it names one.
+
+    Raises:
+        ConfigError: that guide is not of the kind, or has not the settings, that are asked for.
+    """
     material = Material.of(config, config.pictures)
-    return GuidanceDistillation(config, material, new_guide(config, material)).run()
+    guide = new_guide(config, material)
+    if begin_with is not None:
+        differs = _differences(guide, begin_with)
+        if differs:
+            raise ConfigError(
+                f"{config.begin_with} cannot be trained further so: {'; '.join(differs)}"
+            )
+        guide.load_state_dict(begin_with.state_dict())
+    return GuidanceDistillation(config, material, guide).run()
+
+
+def _differences(asked: Guide, found: Guide) -> list[str]:
+    """What keeps the weights of one guide from going on in the other, in words."""
+    if type(asked) is not type(found):
+        return [f"it is a {type(found).__name__}, a {type(asked).__name__} is asked for"]
+    left = ("_", "trained_on", "pilotfish_version")
+    mine, theirs = (
+        json.loads(json.dumps({k: v for k, v in g.config.items() if not k.startswith(left)}))
+        for g in (asked, found)
+    )
+    return [
+        f"its {name} is {theirs.get(name)}, {value} is asked for"
+        for name, value in mine.items()
+        if value != theirs.get(name)
+    ]
 
 
 def distill_steps(config: StepsConfig, teacher: Guide) -> dict[int, Guide]:

@@ -79,10 +79,11 @@ class StepDistillation(Distillation):
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor,
         negative: torch.Tensor, w: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """What the teacher predicts: CFG in two passes, or the guide that it is in one."""
+        """What the teacher predicts: CFG in two passes, overdriven where that is asked for, or
+        the guide that it is in one."""
         if self.leader is None:
             said = self.teacher(latents, timestep, prompt, negative)
-            return classifier_free_guidance(*said, w)
+            return classifier_free_guidance(*said, 1 + self.config.overdrive * (w - 1))
         made: torch.Tensor = self.leading(latents, timestep, *self.texts(prompt, negative), w)
         return made.float()
 

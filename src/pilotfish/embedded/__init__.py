@@ -20,6 +20,7 @@ FOLDER = Path(__file__).parent
 BASE = FOLDER / "base"
 JUDGE = FOLDER / "judge"
 GUIDES = FOLDER / "guides"
+PRACTICE = FOLDER / "practice"
 
 # host -> the style (folder of pictures) that it draws in
 HOSTS = {"base": "noto", "fluent": "fluent", "twemoji": "twemoji", "emojione": "emojione"}
@@ -68,6 +69,11 @@ def prompts(kind: Literal["captions", "training", "held_out"]) -> list[str]:
 def pictures(host: str) -> Path:
     """The folder of real pictures in the style of a host."""
     return FOLDER / "pictures" / HOSTS[host]
+
+
+def practice_names() -> list[str]:
+    """The fine-tunes that are carried for guides to practise on; none of them is a host."""
+    return sorted(p.name for p in PRACTICE.iterdir() if p.is_dir())
 
 
 def guide_names() -> list[str]:

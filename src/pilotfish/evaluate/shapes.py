@@ -148,22 +148,29 @@ class Steps:
         """Parameters, and their share of the denoiser's."""
         return {name: guide_size(guide, self, name) for name, guide in self.guides.items()}
 
-    @torch.no_grad()
-    def step(self, way: str, batch: int) -> None:
-        """One step of ``batch`` pictures; CFG makes its two passes in one call."""
+    @contextmanager
+    def ready(self, way: str, batch: int) -> Iterator[Callable[[], object]]:
+        """What makes one step of ``batch`` pictures, with all in place that a pipeline has in
+        place before its first; CFG makes its two passes in one call."""
         rows = 2 * batch if way == "cfg" else batch
         side, channels = self.unet.config.sample_size, self.unet.config.in_channels
         z = torch.zeros(rows, channels, side, side, device=self.device, dtype=self.dtype)
         t, prompts = torch.full((rows,), 500, device=self.device), self.prompts(rows)
         if way not in self.guides:
-            self.base(z, t, prompts)
+            yield partial(self.base, z, t, prompts)
             return
         student = GuidedStudent(self.guides[way], self.unet, self.sizes)
+        scale = torch.full((rows,), 4.0, device=self.device)
         try:
-            scale = torch.full((rows,), 4.0, device=self.device)
-            student(z, t, prompts, self.prompts(1), scale)
+            yield partial(student, z, t, prompts, self.prompts(1), scale)
         finally:
             student.hooks.remove()
+
+    @torch.no_grad()
+    def step(self, way: str, batch: int) -> None:
+        """One step of ``batch`` pictures."""
+        with self.ready(way, batch) as call:
+            call()
 
     def prompts(self, rows: int) -> PromptEmbeds:
         """Encoded texts that say nothing."""
@@ -179,11 +186,14 @@ class Steps:
 
     def seconds(self, way: str, batch: int) -> float:
         """Wall clock of one step."""
-        start = time.perf_counter()
-        self.step(way, batch)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        with torch.no_grad(), self.ready(way, batch) as call:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
 
 
 @contextmanager
