@@ -13,7 +13,7 @@ from pilotfish.distill.precision import imitates_half_precision
 from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base
-from recipe.finetunes import PRACTICE, STYLES, make_finetune
+from recipe.finetunes import PRACTICE, STYLES, distances, make_finetune
 from recipe.guides import StepGuides, make_guide, make_step_guides
 from recipe.judge import JudgeStage, make_judge
 from recipe.pages import write_pages
@@ -107,6 +107,8 @@ def run(recipe: Recipe) -> None:
                     recipe.target / "practice" / style,
                     replace(PRACTICE[style], bf16=recipe.bf16),
                 )  # fmt: skip
+            for place, far in distances(recipe.target).items():
+                print(f"{place} lies {far:.0%} of the length of the base's weights away")
         elif stage == "judge":
             make_judge(pictures, recipe.work, recipe.target / "judge", recipe.judge)
         elif stage == "guides":

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from pilotfish.data.pictures import load_pictures
+from pilotfish.pipelines import fine_tuned_weights
 from recipe.augment import Restyle, draw_contours, draw_flat, draw_lit
 from recipe.denoiser import BaseStage, DenoisingLoss, categories_of, latent_views, tokenize
 from recipe.loop import train
@@ -109,3 +110,18 @@ def make_finetune(
         facts = json.loads(config.read_text())
         facts.pop("_name_or_path")  # where it began, on the machine that trained it
         config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
+def distances(target: Path) -> dict[str, float]:
+    """How far every fine-tune lies from the base: the length of the change of its UNet's weights,
+    that of the base's being 1."""
+    unet = StableDiffusionPipeline.from_pretrained(target / "base").unet
+    base = unet.state_dict()
+    length = sum(float(v.double().square().sum()) for v in base.values()) ** 0.5
+    places = [target / (f"{style}-lora" if how.rank else style) for style, how in STYLES.items()]
+    found = {}
+    for place in (*places, *(target / "practice" / style for style in PRACTICE)):
+        tuned = fine_tuned_weights(unet, place)
+        change = sum(float((tuned[k] - v).double().square().sum()) for k, v in base.items())
+        found[str(place.relative_to(target))] = change**0.5 / length
+    return found
