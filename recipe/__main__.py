@@ -13,7 +13,7 @@ from pilotfish.distill.precision import imitates_half_precision
 from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base
-from recipe.finetunes import PRACTICE, STYLES, distances, make_finetune
+from recipe.finetunes import PRACTICE, STYLES, distances, finetune_folder, make_finetune
 from recipe.guides import StepGuides, make_guide, make_step_guides
 from recipe.judge import JudgeStage, make_judge
 from recipe.pages import write_pages
@@ -71,7 +71,8 @@ class Recipe:
     steps: StepGuides = field(default_factory=StepGuides)
     bf16: bool = not imitates_half_precision()
     """Train denoisers and guides in mixed precision: faster where the processor has the
-    arithmetic for it, and much slower where it has not. The carried models were made with it."""
+    arithmetic for it, and much slower where it has not. The carried models were made with it, but
+    for the practice fine-tunes."""
     variants: VariantsStage = field(default_factory=VariantsStage)
 
 
@@ -94,7 +95,7 @@ def run(recipe: Recipe) -> None:
             for style in recipe.styles:
                 make_finetune(
                     style, pictures, recipe.target / "base", recipe.work,
-                    recipe.target / (f"{style}-lora" if STYLES[style].rank else style),
+                    finetune_folder(recipe.target, style),
                     replace(STYLES[style], bf16=recipe.bf16),
                 )  # fmt: skip
         elif stage == "practice":
@@ -103,12 +104,11 @@ def run(recipe: Recipe) -> None:
             for style in recipe.practice:
                 make_finetune(
                     style, pictures if PRACTICE[style].restyle else drawn,
-                    recipe.target / "base", recipe.work,
-                    recipe.target / "practice" / style,
+                    recipe.target / "base", recipe.work, finetune_folder(recipe.target, style),
                     replace(PRACTICE[style], bf16=recipe.bf16),
                 )  # fmt: skip
-            for place, far in distances(recipe.target).items():
-                print(f"{place} lies {far:.0%} of the length of the base's weights away")
+            for style, far in distances(recipe.target).items():
+                print(f"{style} lies {far:.0%} of the length of the base's weights away")
         elif stage == "judge":
             make_judge(pictures, recipe.work, recipe.target / "judge", recipe.judge)
         elif stage == "guides":

@@ -67,6 +67,13 @@ PRACTICE = {
 }
 
 
+def finetune_folder(target: Path, style: str) -> Path:
+    """Where a fine-tune lies: the name of a host's says whether it is a LoRA."""
+    if style in PRACTICE:
+        return target / "practice" / style
+    return target / (f"{style}-lora" if STYLES[style].rank else style)
+
+
 def make_finetune(
     style: str, pictures: Path, base: Path, work: Path, target: Path, stage: FinetuneStage
 ) -> None:
@@ -118,10 +125,9 @@ def distances(target: Path) -> dict[str, float]:
     unet = StableDiffusionPipeline.from_pretrained(target / "base").unet
     base = unet.state_dict()
     length = sum(float(v.double().square().sum()) for v in base.values()) ** 0.5
-    places = [target / (f"{style}-lora" if how.rank else style) for style, how in STYLES.items()]
     found = {}
-    for place in (*places, *(target / "practice" / style for style in PRACTICE)):
-        tuned = fine_tuned_weights(unet, place)
+    for style in (*STYLES, *PRACTICE):
+        tuned = fine_tuned_weights(unet, finetune_folder(target, style))
         change = sum(float((tuned[k] - v).double().square().sum()) for k, v in base.items())
-        found[str(place.relative_to(target))] = change**0.5 / length
+        found[style] = change**0.5 / length
     return found

@@ -58,7 +58,7 @@ def aims(found: StepsResult, way: str = "few") -> str:
     """How near the guides for few steps come to CFG with the most, beside what is asked of them."""
     most = str(max(map(int, next(iter(found.hosts.values()))["cfg"])))
     lines = [
-        f"| | passes | top-1, of that of CFG with {most} steps | at least | fd_judge | at most |",
+        f"| CFG, {most} steps, is 1 | passes | top-1 | at least | fd_judge | at most |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for steps, wanted in AIMS.items():

@@ -135,15 +135,17 @@ def test_a_guide_is_trained_further(
     monkeypatch.setattr("pilotfish.distill.stages.GuidanceDistillation", Watched)
     config = replace(config, rank=4, head=0, max_train_steps=2)
     first = distill(config)
-    again = replace(config, output_dir=str(tmp_path / "again"), begin_with="first")
-    further = distill(again, first)
+    again = replace(
+        config, output_dir=str(tmp_path / "again"), begin_with=str(tmp_path / "run/guide")
+    )
+    further = distill(again)
     assert not same(began[0], first)
     assert same(began[1], first)
     assert not same(further, first)
-    with pytest.raises(ConfigError, match="first cannot be trained further so: its rank is 4, 8"):
-        distill(replace(again, rank=8), first)
+    with pytest.raises(ConfigError, match="guide cannot be trained further so: its rank is 4, 8"):
+        distill(replace(again, rank=8))
     with pytest.raises(ConfigError, match="it is a TinyGuide, a FullGuide is asked for"):
-        distill(replace(again, guide="full"), first)
+        distill(replace(again, guide="full"))
 
 
 def test_the_student_is_shown_the_negative_prompts_of_its_states(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pilotfish import embedded
@@ -24,9 +23,7 @@ def host(name: str) -> Any:
 def guide(name: str) -> Guide:
     """An embedded guide (tiny, or tiny-16, tiny-8, tiny-4 for so many steps) or a guide's folder
     or hub id."""
-    if name in embedded.guide_names() and not Path(name).exists():
-        return embedded.load_guide(name)
-    return Guide.from_pretrained(name)
+    return embedded.open_guide(name)
 
 
 def steps(pipe: Any, network: Guide | None, wanted: int | None) -> int:

@@ -221,8 +221,8 @@ class StepsConfig(TrainingConfig):
     is mended and not handed on."""
     overdrive: float = 1.0
     """How much further than w CFG goes where it is the teacher, ``1 + overdrive (w - 1)``. What a
-    guide cannot foresee it answers too weakly, on a fine-tune above all: its pictures are guided
-    less than CFG's of the same w. More than 1 makes up for that, and costs fd_judge."""
+    guide cannot foresee it answers too weakly, on a fine-tune above all; more than 1 works
+    against that. As with a larger w, prompt score and fd_judge must both be measured."""
     steps: tuple[int, ...] = (16, 8, 4)
     """Sampling steps after each round; each is half of the one before. The first round's
     teacher takes twice as many."""

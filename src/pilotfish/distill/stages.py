@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from pilotfish import embedded
 from pilotfish.distill.config import ConfigError, DistillConfig, StepsConfig
 from pilotfish.distill.guidance_stage import GuidanceDistillation
 from pilotfish.distill.kinds import new_guide
@@ -14,24 +15,23 @@ from pilotfish.distill.step_stage import StepDistillation
 from pilotfish.guides import Guide
 
 
-def distill(config: DistillConfig, begin_with: Guide | None = None) -> Guide:
+def distill(config: DistillConfig) -> Guide:
     """Stage 1: train a guide as ``config`` says; it is in ``output_dir/guide`` afterwards.
 
-    Args:
-        begin_with: the guide that ``config`` begins with, where it names one.
-
     Raises:
-        ConfigError: that guide is not of the kind, or has not the settings, that are asked for.
+        ConfigError: the guide to begin with is not of the kind, or has not the settings, that
+            are asked for.
+        GuideError: it cannot be read.
     """
+    found = embedded.open_guide(config.begin_with) if config.begin_with else None
     material = Material.of(config, config.pictures)
     guide = new_guide(config, material)
-    if begin_with is not None:
-        differs = _differences(guide, begin_with)
-        if differs:
+    if found is not None:
+        if differs := _differences(guide, found):
             raise ConfigError(
                 f"{config.begin_with} cannot be trained further so: {'; '.join(differs)}"
             )
-        guide.load_state_dict(begin_with.state_dict())
+        guide.load_state_dict(found.state_dict())
     return GuidanceDistillation(config, material, guide).run()
 
 

@@ -54,6 +54,17 @@ def load_guide(name: str = "tiny") -> Guide:
     return Guide.from_pretrained(GUIDES / name)
 
 
+def open_guide(name: str) -> Guide:
+    """A carried guide by its name, or any by its folder or hub id; a folder goes first.
+
+    Raises:
+        GuideError: no guide could be read.
+    """
+    if name in guide_names() and not Path(name).exists():
+        return load_guide(name)
+    return Guide.from_pretrained(name)
+
+
 def load_judge() -> tuple[CLIPModel, CLIPProcessor]:
     """The judge, a small CLIP over all styles, and its processor."""
     model = CLIPModel.from_pretrained(JUDGE).float().eval()
