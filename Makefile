@@ -1,6 +1,8 @@
 # A fresh clone and Python 3.11 are enough: every target sets up .venv by itself, once.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 BIN := .venv/bin
+# Most tests use one core; a process for each core, as far as memory is sure to last.
+SPREAD := --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -13,10 +15,10 @@ demo: .venv/.installed ## distil a guide in minutes, compare it, write a report
 	$(BIN)/pilotfish demo
 
 test: .venv/.dev ## run every test
-	$(BIN)/pytest
+	$(BIN)/pytest $(SPREAD)
 
 test-fast: .venv/.dev ## run the tests that are not slow
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(SPREAD) -m "not slow"
 
 lint: .venv/.dev ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -52,6 +53,12 @@ def tokenizer() -> CLIPTokenizer:
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = [("c", "a"), ("ca", "t</w>")]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+def own_tokenizers(parts: dict[str, Any]) -> dict[str, Any]:
+    """The components of a pipeline, for another one that may run in another thread: a tokenizer
+    keeps how it last padded, so two threads must not share one."""
+    return {k: deepcopy(v) if k.startswith("tokenizer") else v for k, v in parts.items()}
 
 
 def text_encoder(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, one core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 import json

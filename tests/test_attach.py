@@ -15,16 +15,17 @@ from safetensors.torch import load_file
 
 from pilotfish.contract import GuideError
 from pilotfish.guides import Guide, TinyGuide
+from tests import components
 
 Pipe = StableDiffusionPipeline
 Draw = Callable[..., torch.Tensor]
 
 
 def sibling(pipe: Pipe) -> Pipe:
-    """Another pipeline on the same denoiser, with a scheduler of its own."""
+    """Another pipeline on the same denoiser, with scheduler and tokenizer of its own."""
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    components = {**pipe.components, "scheduler": scheduler}
-    other = StableDiffusionPipeline(**components, requires_safety_checker=False)
+    parts = components.own_tokenizers({**pipe.components, "scheduler": scheduler})
+    other = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other
 

@@ -226,11 +226,11 @@ def host(name: str, pipeline: str | None = None, **parts: Any) -> Host:
 
 
 def sibling(one: Host) -> Host:
-    """Another plain pipeline on the same denoiser, with a scheduler of its own."""
+    """Another plain pipeline on the same denoiser, with scheduler and tokenizers of its own."""
     scheduler = type(one.pipe.scheduler).from_config(one.pipe.scheduler.config)
     plain = {k: v for k, v in one.pipe.config.items() if k == "requires_safety_checker"}
     pipe = getattr(diffusers, type(one.pipe).__name__)(
-        **{**one.pipe.components, "scheduler": scheduler}, **plain
+        **components.own_tokenizers({**one.pipe.components, "scheduler": scheduler}), **plain
     )
     pipe.set_progress_bar_config(disable=True)
     return Host(pipe, one.shown, one.call)
