@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -88,15 +88,14 @@ def run(recipe: Recipe) -> None:
             make_autoencoder(pictures, recipe.work, vae, recipe.autoencoder)
         elif stage == "base":
             make_base(
-                pictures, vae, recipe.work, recipe.target / "base",
-                replace(recipe.base, bf16=recipe.bf16 and recipe.base.bf16),
+                pictures, vae, recipe.work, recipe.target / "base", recipe.base, bf16=recipe.bf16
             )  # fmt: skip
         elif stage == "finetunes":
             for style in recipe.styles:
                 make_finetune(
                     style, pictures, recipe.target / "base", recipe.work,
                     finetune_folder(recipe.target, style),
-                    replace(STYLES[style], bf16=recipe.bf16),
+                    STYLES[style], bf16=recipe.bf16,
                 )  # fmt: skip
         elif stage == "practice":
             drawn = recipe.work / "pictures"
@@ -105,7 +104,7 @@ def run(recipe: Recipe) -> None:
                 make_finetune(
                     style, pictures if PRACTICE[style].restyle else drawn,
                     recipe.target / "base", recipe.work, finetune_folder(recipe.target, style),
-                    replace(PRACTICE[style], bf16=recipe.bf16),
+                    PRACTICE[style], bf16=recipe.bf16,
                 )  # fmt: skip
             for style, far in distances(recipe.target).items():
                 print(f"{style} lies {far:.0%} of the length of the base's weights away")

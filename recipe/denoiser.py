@@ -38,7 +38,6 @@ class BaseStage:
         views: shifted, scaled, mirrored latents kept of every picture.
         settle: step from which only the first ``settled_views`` are used, the picture as it
             is among them: many views first, for generality, few later, for sharpness.
-        bf16: mixed precision; faster on cores with matrix units, slower on others.
     """
 
     steps: int = 7000
@@ -50,7 +49,6 @@ class BaseStage:
     settle: int = 2000
     settled_views: int = 3
     seed: int = 0
-    bf16: bool = True
 
 
 def new_tokenizer(texts: Sequence[str]) -> CLIPTokenizer:
@@ -157,13 +155,14 @@ def categories_of(folder: Path) -> list[str]:
 
 
 class DenoisingLoss:
-    """||v(z_t, t, c) - v*||^2 on the latents of one style."""
+    """||v(z_t, t, c) - v*||^2 on the latents of one style; ``bf16`` is mixed precision."""
 
     def __init__(
         self, latents: torch.Tensor, tokens: torch.Tensor, categories: Sequence[str],
-        empty: torch.Tensor, stage: BaseStage,
+        empty: torch.Tensor, stage: BaseStage, *, bf16: bool,
     ) -> None:  # fmt: skip
         self.latents, self.tokens, self.empty, self.stage = latents, tokens, empty, stage
+        self.bf16 = bf16
         self.scheduler = new_scheduler()
         members: dict[str, list[int]] = {}
         for i, category in enumerate(categories):
@@ -197,7 +196,7 @@ class DenoisingLoss:
         noise = torch.randn(z0.shape, generator=generator)
         zt = self.scheduler.add_noise(z0, noise, t).contiguous(memory_format=torch.channels_last)
         target = self.scheduler.get_velocity(z0, noise, t)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.stage.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             made = unet(zt, t, encoder(tokens)[0]).sample
         return F.mse_loss(made.float(), target)
 
@@ -210,7 +209,9 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
     return ids
 
 
-def make_base(pictures: Path, vae: Path, work: Path, target: Path, stage: BaseStage) -> None:
+def make_base(
+    pictures: Path, vae: Path, work: Path, target: Path, stage: BaseStage, *, bf16: bool
+) -> None:
     """Train text encoder and UNet; save a whole pipeline to ``target`` in half precision."""
     torch.manual_seed(stage.seed)
     autoencoder = AutoencoderKL.from_pretrained(vae)
@@ -221,7 +222,7 @@ def make_base(pictures: Path, vae: Path, work: Path, target: Path, stage: BaseSt
     objective = DenoisingLoss(
         latent_views(autoencoder, folder, stage.views, stage.seed),
         tokenize(tokenizer, load_pictures(folder).captions),
-        categories_of(folder), tokenize(tokenizer, [""]), stage,
+        categories_of(folder), tokenize(tokenizer, [""]), stage, bf16=bf16,
     )  # fmt: skip
     train(
         work / "base", {"text_encoder": encoder, "unet": unet},

@@ -38,7 +38,6 @@ class FinetuneStage:
 
     Attributes:
         rank: of the LoRA; 0 trains all of the UNet.
-        bf16: as for the base.
         restyle: if given, the pictures are the base's own, restyled.
     """
 
@@ -48,7 +47,6 @@ class FinetuneStage:
     rank: int = 0
     views: int = 3
     seed: int = 0
-    bf16: bool = True
     restyle: Restyle | None = None
 
 
@@ -75,8 +73,9 @@ def finetune_folder(target: Path, style: str) -> Path:
 
 
 def make_finetune(
-    style: str, pictures: Path, base: Path, work: Path, target: Path, stage: FinetuneStage
-) -> None:
+    style: str, pictures: Path, base: Path, work: Path, target: Path, stage: FinetuneStage, *,
+    bf16: bool,
+) -> None:  # fmt: skip
     """Learn the style of ``pictures/<style>``; save a LoRA in ``target``, or the whole UNet in
     ``target/unet``."""
     torch.manual_seed(stage.seed)
@@ -91,13 +90,11 @@ def make_finetune(
         )
     unet.to(memory_format=torch.channels_last)
     average = deepcopy(unet)
-    like_base = replace(
-        BaseStage(), batch=stage.batch, views=stage.views, settle=0, bf16=stage.bf16
-    )
+    like_base = replace(BaseStage(), batch=stage.batch, views=stage.views, settle=0)
     objective = DenoisingLoss(
         latent_views(pipe.vae, folder, stage.views, stage.seed, stage.restyle or (lambda x: x)),
         tokenize(pipe.tokenizer, load_pictures(folder).captions),
-        categories_of(folder), tokenize(pipe.tokenizer, [""]), like_base,
+        categories_of(folder), tokenize(pipe.tokenizer, [""]), like_base, bf16=bf16,
     )  # fmt: skip
     train(
         work / style, {"unet": unet},

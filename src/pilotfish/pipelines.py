@@ -12,6 +12,8 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pilotfish.errors import in_brief
+
 
 class PipelineError(ValueError):
     """A pipeline cannot be loaded; the message names it."""
@@ -28,9 +30,8 @@ def load_pipeline(pretrained_model_name_or_path: str | Path) -> Any:
             pretrained_model_name_or_path, use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
         raise PipelineError(
-            f"no pipeline could be loaded from {pretrained_model_name_or_path}: {first}"
+            f"no pipeline could be loaded from {pretrained_model_name_or_path}: {in_brief(error)}"
         ) from error
     for part in pipe.components.values():
         # left alone, transformers loads what was saved in half precision as halves, diffusers
@@ -92,8 +93,9 @@ def fine_tuned_weights(
                 where, subfolder="unet", use_safetensors=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise PipelineError(f"no fine-tune could be loaded from {where}: {first}") from error
+        raise PipelineError(
+            f"no fine-tune could be loaded from {where}: {in_brief(error)}"
+        ) from error
     weights: dict[str, torch.Tensor] = tuned.state_dict()
     shapes = {k: v.shape for k, v in base.state_dict().items()}
     if differs := sorted(k for k, v in shapes.items() if k not in weights or weights[k].shape != v):

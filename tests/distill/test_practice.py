@@ -169,5 +169,5 @@ def test_practice_resumes_exactly_and_teaches_something_else(
     assert any(
         not torch.equal(t, alone.state_dict()[name]) for name, t in whole.state_dict().items()
     )
-    with pytest.raises(ConfigError, match="other practice"):
+    with pytest.raises(ConfigError, match="its practice is "):
         train(replace(again, practice=()), make_pipe("epsilon"))

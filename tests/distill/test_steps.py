@@ -108,6 +108,19 @@ def test_resumed_equals_uninterrupted(
     assert not same(whole, teacher("epsilon"))
 
 
+def test_a_checkpoint_goes_on_under_the_teacher_that_it_had(
+    config: StepsConfig, material: Callable[[str], Material], teacher: Callable[[str], Guide]
+) -> None:
+    config = replace(config, teacher="cfg", overdrive=1.5)
+    train(config, material("epsilon"), teacher("epsilon"))
+    again = replace(config, resume="latest", overdrive=1.25)
+    with pytest.raises(ConfigError, match=r"its overdrive is 1\.5, 1\.25 is asked for"):
+        train(again, material("epsilon"), teacher("epsilon"))
+    again = replace(config, resume="latest", teacher="guide", overdrive=1.0)
+    with pytest.raises(ConfigError, match="its teacher is cfg, guide is asked for"):
+        train(again, material("epsilon"), teacher("epsilon"))
+
+
 @pytest.mark.parametrize("by", ["guide", "cfg"])
 def test_it_learns_and_leaves_teacher_and_base_alone(
     config: StepsConfig, material: Callable[[str], Material], teacher: Callable[[str], Guide],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pilotfish.data.texts import Texts
+from pilotfish.errors import in_brief
 
 BUILDERS = {
     ".parquet": "parquet", ".tar": "webdataset", ".csv": "csv", ".json": "json", ".jsonl": "json",
@@ -57,7 +58,7 @@ def open_column(where: str, column: str | None = None, split: str = "train") -> 
         stream = builder.as_streaming_dataset(split=split)
         features = stream.features or stream._resolve_features().features
     except Exception as error:  # a foreign file can fail in any way
-        raise ValueError(f"no prompts could be read from {where}: {_first_line(error)}") from error
+        raise ValueError(f"no prompts could be read from {where}: {in_brief(error)}") from error
     column = _chosen(where, column, features)
     files = builder.config.data_files or {}
     # what is in the cache is known by these: a file that has changed is read again
@@ -70,7 +71,7 @@ def open_column(where: str, column: str | None = None, split: str = "train") -> 
             _texts, gen_kwargs=what, features=datasets.Features({"text": datasets.Value("string")})
         )
     except Exception as error:
-        raise ValueError(f"no prompts could be read from {where}: {_first_line(error)}") from error
+        raise ValueError(f"no prompts could be read from {where}: {in_brief(error)}") from error
     return Column(rows)
 
 
@@ -105,7 +106,3 @@ def _chosen(where: str, column: str | None, features: Any) -> str:
     else:
         wrong = f"{where} has no column {column}"
     raise ValueError(f"{wrong}; --caption_column can be one of those that hold texts: {there}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,15 @@ SEEDS = 2**23
 
 class ConfigError(ValueError):
     """A setting is unknown or out of its range; the message names it."""
+
+
+def differing(asked: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """What is asked for that what was found has otherwise, in words; empty where nothing is. What
+    is of another ``kind`` has everything otherwise, and the kind says it all."""
+    differs = [name for name, value in asked.items() if value != found.get(name)]
+    if "kind" in differs:
+        differs = ["kind"]
+    return "; ".join(f"its {n} is {found.get(n)}, {asked[n]} is asked for" for n in differs)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ class GuidanceDistillation(Distillation):
 
     config: DistillConfig
     measure = "guidance_error"
+    decisive = (*Distillation.decisive, "begin_with", "states")
 
     def source(self, stream: int, host: int) -> Source:
         """The states that ``--states`` names."""

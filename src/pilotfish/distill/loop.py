@@ -68,6 +68,8 @@ class Distillation:
 
     measure: ClassVar[str]
     """What the stage brings down from 1, the untrained student, towards 0."""
+    decisive: ClassVar[tuple[str, ...]] = ("practice", "negative_share")
+    """Settings that must be the same where a checkpoint is gone on with."""
     rate_factor: ClassVar[float] = 1.0
     """The learning rate as a share of the guide's own, where the settings name none."""
 
@@ -327,12 +329,8 @@ class Distillation:
 
     def _what(self) -> dict[str, Any]:
         """What is trained, in plain JSON: a checkpoint of something else is refused."""
+        asked = {name: getattr(self.config, name) for name in self.decisive}
         # of the base a checkpoint has the checksum, which no other name for it changes
-        left = ("_", "trained_on")
-        config = {k: v for k, v in self.guide.config.items() if not k.startswith(left)}
-        what = {
-            "measure": self.measure, "guide": type(self.guide).__name__, "config": config,
-            "practice": self.config.practice, "negative_share": self.config.negative_share,
-        }  # fmt: skip
-        plain: dict[str, Any] = json.loads(json.dumps(what))
+        what = {"measure": self.measure, "kind": type(self.guide).__name__, **self.guide.settings()}
+        plain: dict[str, Any] = json.loads(json.dumps(what | asked))
         return plain

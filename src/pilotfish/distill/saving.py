@@ -18,7 +18,7 @@ from pilotfish.distill.checkpoints import (
     readable,
     saved_streams,
 )
-from pilotfish.distill.config import ConfigError
+from pilotfish.distill.config import ConfigError, differing
 from pilotfish.distill.learner import Learner
 from pilotfish.distill.record import Record
 from pilotfish.distill.streams import Streams
@@ -86,11 +86,8 @@ class Saving:
         checkpoint = load_checkpoint(path)
         if checkpoint.facts.get("base_checksum") != self.base_checksum:
             raise ConfigError(f"{path} was trained on another base; its checksum differs")
-        if checkpoint.facts.get("what") != self.what:
-            raise ConfigError(
-                f"{path} is of another kind of guide, another stage, or other practice or "
-                "negative prompts"
-            )
+        if differs := differing(self.what, checkpoint.facts.get("what", {})):
+            raise ConfigError(f"{path} cannot be gone on with so: {differs}")
         saved = saved_streams(path)
         if not saved:
             raise CheckpointError(f"{path} holds no streams of states; an older version made it")

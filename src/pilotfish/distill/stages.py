@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from pilotfish import embedded
-from pilotfish.distill.config import ConfigError, DistillConfig, StepsConfig
+from pilotfish.distill.config import ConfigError, DistillConfig, StepsConfig, differing
 from pilotfish.distill.guidance_stage import GuidanceDistillation
 from pilotfish.distill.kinds import new_guide
 from pilotfish.distill.material import Material
@@ -27,28 +26,11 @@ def distill(config: DistillConfig) -> Guide:
     material = Material.of(config, config.pictures)
     guide = new_guide(config, material)
     if found is not None:
-        if differs := _differences(guide, found):
-            raise ConfigError(
-                f"{config.begin_with} cannot be trained further so: {'; '.join(differs)}"
-            )
+        asked, there = ({"kind": type(g).__name__} | g.settings() for g in (guide, found))
+        if differs := differing(asked, there):
+            raise ConfigError(f"{config.begin_with} cannot be trained further so: {differs}")
         guide.load_state_dict(found.state_dict())
     return GuidanceDistillation(config, material, guide).run()
-
-
-def _differences(asked: Guide, found: Guide) -> list[str]:
-    """What keeps the weights of one guide from going on in the other, in words."""
-    if type(asked) is not type(found):
-        return [f"it is a {type(found).__name__}, a {type(asked).__name__} is asked for"]
-    left = ("_", "trained_on", "pilotfish_version")
-    mine, theirs = (
-        json.loads(json.dumps({k: v for k, v in g.config.items() if not k.startswith(left)}))
-        for g in (asked, found)
-    )
-    return [
-        f"its {name} is {theirs.get(name)}, {value} is asked for"
-        for name, value in mine.items()
-        if value != theirs.get(name)
-    ]
 
 
 def distill_steps(config: StepsConfig, teacher: Guide) -> dict[int, Guide]:

@@ -42,6 +42,7 @@ class StepDistillation(Distillation):
 
     config: StepsConfig
     measure = "step_error"
+    decisive = (*Distillation.decisive, "teacher", "overdrive")
     rate_factor = 0.2  # the guide has learnt the most by now
 
     def __init__(

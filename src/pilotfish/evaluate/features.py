@@ -12,6 +12,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
 from pilotfish import embedded
+from pilotfish.errors import in_brief
 
 BATCH = 256
 
@@ -56,8 +57,7 @@ class Judge:
             model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
             return cls(model.float(), CLIPProcessor.from_pretrained(folder, local_files_only=True))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"no judge could be read from {folder}: {first}") from error
+            raise ValueError(f"no judge could be read from {folder}: {in_brief(error)}") from error
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 3, h, w) as the vision model wants it.

@@ -16,6 +16,7 @@ from torch import nn
 from pilotfish.attach import attach, attached, detach
 from pilotfish.contract import GuideError, GuideInputs, Injection
 from pilotfish.denoisers import Origin, fingerprint
+from pilotfish.errors import in_brief
 from pilotfish.guides import hub
 from pilotfish.guides.configuration import check_config
 from pilotfish.guides.files import hub_arguments, saved_in, weight_files
@@ -55,6 +56,14 @@ class Guide(ModelMixin, ConfigMixin):
     def forward(self, inputs: GuideInputs) -> Injection:
         """The features to add. See :class:`GuideInputs` and :class:`Injection`."""
         raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, in plain JSON: its configuration without the name of the base
+        and the version that saved it."""
+        left = ("_", "trained_on", "pilotfish_version")
+        kept = {k: v for k, v in self.config.items() if not k.startswith(left)}
+        plain: dict[str, Any] = json.loads(json.dumps(kept))
+        return plain
 
     @property
     def guidance_scale_range(self) -> tuple[float, float]:
@@ -215,8 +224,7 @@ class Guide(ModelMixin, ConfigMixin):
         except GuideError:
             raise
         except Exception as error:  # a damaged file can make a constructor do anything
-            why = _first_line(error)
-            raise GuideError(f"no guide could be read from {where}: {why}") from error
+            raise GuideError(f"no guide could be read from {where}: {in_brief(error)}") from error
         for what in ("missing", "unexpected"):
             if keys := sorted(loaded[f"{what}_keys"]):
                 raise GuideError(f"the weights in {where} have {what} tensors, first {keys[0]}")
@@ -229,12 +237,6 @@ class Guide(ModelMixin, ConfigMixin):
 def _sealed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a saved configuration the seal is over: not what diffusers notes for itself."""
     return {k: v for k, v in config.items() if not k.startswith("_")}
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"{error} is missing"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _plain(value: Any) -> Any:
