@@ -146,6 +146,10 @@ def test_a_guide_is_trained_further(
         distill(replace(again, rank=8))
     with pytest.raises(ConfigError, match=r"so: its kind is TinyGuide, FullGuide is asked for$"):
         distill(replace(again, guide="full"))
+    for other in ({"begin_with": None}, {"states": "student"}):
+        (name,) = other
+        with pytest.raises(ConfigError, match=f"cannot be gone on with so: its {name} is "):
+            distill(replace(again, resume="latest", **other))
 
 
 def test_the_student_is_shown_the_negative_prompts_of_its_states(
