@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.guidance_error import guidance_error
@@ -18,10 +20,12 @@ from pilotfish.guides import Guide
 STEPS: dict[str, Any] = {"num_inference_steps": 2}
 
 
-def measure(hosts: dict[str, Host], judge: Judge, names: list[str], guide: Guide) -> NegativeResult:
+def measure(
+    hosts: dict[str, Host], judge: Judge, names: list[str], guide: Guide, **more: Any
+) -> NegativeResult:
     return measure_negatives(
         hosts, guide, names, guide_name="tiny", command="pilotfish negatives", judge=judge,
-        batch_size=2, **STEPS,
+        batch_size=2, **STEPS, **more,
     )  # fmt: skip
 
 
@@ -46,6 +50,43 @@ def test_each_host_is_measured_told_and_ignoring(
     found.save(tmp_path / "negative.json")
     assert NegativeResult.load(tmp_path / "negative.json").to_json() == found.to_json()
     assert negatives_table(found).row_count == len(hosts)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_goes_on_from_the_hosts_that_are_measured(
+    make_pipe: Callable[[], Any], judge: Judge, names: list[str], moved: Guide, tmp_path: Path
+) -> None:
+    file, told = tmp_path / "unfinished.json", []
+
+    def fine_tune() -> Any:
+        pipe = make_pipe()
+        with torch.no_grad():
+            next(pipe.unet.parameters()).mul_(1.1)
+        return pipe
+
+    hosts = {"base": Host(make_pipe), "watercolour": Host(fine_tune)}
+
+    def stopping(what: str, done: int, total: int) -> None:
+        if what.startswith("watercolour: pictures"):
+            raise Stopped
+
+    def noting(what: str, done: int, total: int) -> None:
+        told.append(what)
+
+    with pytest.raises(Stopped):
+        measure(hosts, judge, names, moved, unfinished=file, progress=stopping)
+    resumed = measure(hosts, judge, names, moved, unfinished=file, progress=noting)
+    assert told
+    assert not any(what.startswith("base") for what in told)
+    assert resumed.to_json() == measure(hosts, judge, names, moved).to_json()
+    told.clear()
+    with torch.no_grad():
+        next(moved.parameters()).mul_(1.5)
+    measure(hosts, judge, names, moved, unfinished=file, progress=noting)
+    assert any(what.startswith("base") for what in told), "another guide, yet nothing measured"
 
 
 def test_told_the_null_prompt_nothing_is_ignored(

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str]) -> None:
         if error.name != "gradio":
             raise
         raise RuntimeError(
-            "the app needs gradio; install it with: pip install 'pilotfish[app]'"
+            "the app needs gradio; install it with: pip install 'pilotfish[app]', or in a clone: "
+            "pip install -e '.[app]'"
         ) from error
     from pilotfish.app.drawing import Studio
 

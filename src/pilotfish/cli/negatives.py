@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 from rich.console import Console
@@ -22,7 +23,7 @@ from pilotfish.evaluate.table import negatives_table
 @dataclass(frozen=True)
 class NegativesConfig:
     """Measure a guide with negative prompts against CFG with the same ones, beside the same guide
-    told of none."""
+    told of none. The same command goes on where it was stopped."""
 
     guide: str = "tiny"
     """Guide: tiny, or a folder or hub id."""
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         if config.held_out_prompts
         else embedded.prompts("held_out")
     )
+    unfinished = Path(f"{config.output}.unfinished")
     with shown() as progress:
         result = measure_negatives(
             choose_hosts(config.hosts, ()), guide(config.guide),
@@ -59,9 +61,11 @@ def main(arguments: Sequence[str]) -> None:
             guide_name=config.guide, command=shlex.join(["pilotfish", "negatives", *arguments]),
             judge=judge(config.judge, config.hosts), seed=config.seed,
             guidance_scale=config.guidance_scale, batch_size=config.batch_size,
-            num_inference_steps=config.num_inference_steps, progress=progress,
+            num_inference_steps=config.num_inference_steps, unfinished=unfinished,
+            progress=progress,
         )  # fmt: skip
     if is_main():
         result.save(config.output)
+        unfinished.unlink(missing_ok=True)
         Console().print(negatives_table(result))
         print(f"saved {config.output}")

@@ -8,7 +8,8 @@ prompt alone. Beside both stands the guidance error with the null prompt.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pilotfish.evaluate.cost import guide_size
@@ -17,12 +18,14 @@ from pilotfish.evaluate.guidance_error import Walks, guidance_error
 from pilotfish.evaluate.hosts import Host
 from pilotfish.evaluate.machine import machine, versions
 from pilotfish.evaluate.metrics import AgreementMeter, LatentMeter
+from pilotfish.evaluate.parts import Unfinished, fingerprint, modules
 from pilotfish.evaluate.result import Agreement, GuidanceError, GuideSize, Run
 from pilotfish.evaluate.saved import Saved
 from pilotfish.evaluate.scores import Progress, prefixed
 from pilotfish.evaluate.spread import whole_batch
 from pilotfish.evaluate.ways import draw
 from pilotfish.guides import Guide
+from pilotfish.passes import checksum
 
 TOLD = ("told", "ignoring")
 
@@ -49,6 +52,13 @@ class NegativeHost:
     ratio_ignoring: float
     latent_mse_ratio: float
     agreement: dict[str, Agreement]
+
+
+@dataclass
+class NegativeParts(Unfinished):
+    """The hosts that are measured so far."""
+
+    hosts: dict[str, NegativeHost] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,9 +140,14 @@ def negative_host(
 def measure_negatives(
     hosts: Mapping[str, Host], guide: Guide, prompts: Sequence[str], *, guide_name: str,
     command: str, judge: Judge | None = None, seed: int = 0, guidance_scale: float = 4.0,
-    num_inference_steps: int = 25, batch_size: int = 32, progress: Progress | None = None,
+    num_inference_steps: int = 25, batch_size: int = 32, unfinished: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> NegativeResult:  # fmt: skip
     """Measure a guide on every host, each prompt with the negative prompt of :func:`pairs`.
+
+    Args:
+        unfinished: file that keeps each host as soon as it is measured; the same call goes on
+            from it. To be deleted when the result is safe.
 
     Raises:
         ValueError: no host, prompts that make no pairs, a w of at most 1.
@@ -142,15 +157,27 @@ def measure_negatives(
     if guidance_scale <= 1:
         raise ValueError(f"a negative prompt does nothing at w = {guidance_scale:g}; take more")
     judge, negative_prompts = judge or Judge.embedded(), pairs(prompts)
-    results, size = {}, None
+    parts, results, size = NegativeParts.found(unfinished), {}, None
+    # before any host has turned it to its own precision
+    weights = None if unfinished is None else checksum(guide)
+    same: dict[str, Any] = {
+        "seed": seed, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps
+    }  # fmt: skip
     for name, host in hosts.items():
         pipe = host.load()
         size = size or guide_size(guide, pipe, guide_name)
-        results[name] = negative_host(
-            pipe, guide, prompts, negative_prompts, judge, seed=seed,
-            guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
-            batch_size=batch_size, progress=prefixed(progress, name),
+        key = name if unfinished is None else fingerprint(
+            {**modules(pipe), "judge": judge.model},
+            {**same, "prompts": prompts, "guide": weights, "on": (machine(), versions())},
         )  # fmt: skip
+        if key not in parts.hosts:
+            parts.hosts[key] = negative_host(
+                pipe, guide, prompts, negative_prompts, judge, batch_size=batch_size,
+                progress=prefixed(progress, name), **same,
+            )  # fmt: skip
+            if unfinished is not None:
+                parts.save(unfinished)
+        results[name] = parts.hosts[key]
     assert size is not None
     run = Run(
         command, seed, len(prompts), guidance_scale, num_inference_steps, machine(), versions()

@@ -16,8 +16,10 @@ from pilotfish.evaluate.ways import TITLES, WAYS
 
 LEGEND = (
     '"Right name found": how often a judge, which has no part in training, ranks the prompt first '
-    "among all names. *Guidance error*: squared distance of the guided prediction to CFG's, along "
-    "CFG trajectories of held-out prompts, relative to that of no guidance; 0 is perfect."
+    "among all names. *w*: the guidance scale. *Gain kept*: the share of what CFG gains over no "
+    "guidance that the guide keeps, with its 95 % interval. *Guidance error*: squared distance of "
+    "the guided prediction to CFG's, along CFG trajectories of held-out prompts, relative to that "
+    "of no guidance; 0 is perfect."
 )
 """What the figures of :func:`markdown_table` are."""
 
