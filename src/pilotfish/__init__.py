@@ -1,8 +1,14 @@
 """Pilotfish: classifier-free guidance in one pass."""
 
-from pilotfish import rivals  # so that Guide.from_pretrained knows them too
-from pilotfish.contract import GuideError, GuideInputs, Injection
-from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pilotfish import rivals
+    from pilotfish.contract import GuideError, GuideInputs, Injection
+    from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 
 __all__ = [
     "ExternalGuide",
@@ -15,3 +21,22 @@ __all__ = [
     "rivals",
 ]
 __version__ = "0.1.0"
+
+_HOMES = {"GuideError": "contract", "GuideInputs": "contract", "Injection": "contract"}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """A public name, imported when it is first asked for: torch, diffusers and transformers
+        take seconds, and the command line's help needs none of them (PEP 562)."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        rivals = import_module("pilotfish.rivals")  # so that Guide.from_pretrained knows them too
+        if name != "rivals":
+            home = import_module(f"pilotfish.{_HOMES.get(name, 'guides')}")
+            globals()[name] = getattr(home, name)
+        return rivals if name == "rivals" else globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pilotfish.distill.checkpoints import list_checkpoints, saved_streams
 from pilotfish.distill.config import DistillConfig
+from pilotfish.distill.stages import distill
 
 PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
 WEIGHTS = "guide/diffusion_pytorch_model.safetensors"
@@ -35,19 +36,24 @@ def config(make_pipe: Callable[[str], Any], tmp_path: Path) -> DistillConfig:
     )  # fmt: skip
 
 
-def run(config: DistillConfig, processes: int) -> Path:
-    """The command on so many processes."""
+def on_two(config: DistillConfig) -> Path:
+    """The command on two processes."""
     folder = Path(config.output_dir)
     file = folder.with_suffix(".json")
     config.save(file)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*(launcher if processes > 1 else []), "-m", "pilotfish", "distill"]
     done = subprocess.run(
-        [sys.executable, *command, "--config", str(file)], capture_output=True, text=True,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "-m", "pilotfish", "distill", "--config", str(file)], capture_output=True, text=True,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
+
+
+def on_one(config: DistillConfig) -> Path:
+    """The same on this process."""
+    distill(config)
+    return Path(config.output_dir)
 
 
 def close(one: Path, two: Path) -> bool:
@@ -60,11 +66,11 @@ def test_two_processes_give_what_one_gives(config: DistillConfig, tmp_path: Path
     def elsewhere(name: str, **changes: Any) -> DistillConfig:
         return replace(config, output_dir=str(tmp_path / name), **changes)
 
-    two = run(elsewhere("two"), 2)
-    one = run(elsewhere("one", train_batch_size=8, streams=2), 1)
+    two = on_two(elsewhere("two"))
+    one = on_one(elsewhere("one", train_batch_size=8, streams=2))
     assert close(two, one)
     # other states, so the comparison can fail
-    assert not close(two, run(elsewhere("other", train_batch_size=8), 1))
+    assert not close(two, on_one(elsewhere("other", train_batch_size=8)))
     # written once
     histories = [json.loads((folder / "history.json").read_text()) for folder in (one, two)]
     assert [row["step"] for row in histories[1]] == [12]
@@ -76,7 +82,7 @@ def test_two_processes_give_what_one_gives(config: DistillConfig, tmp_path: Path
     middle = list_checkpoints(two)[0]
     assert saved_streams(middle) == [0, 1]
     # begun on two, ended on one
-    assert close(one, run(elsewhere("again", train_batch_size=8, resume=str(middle)), 1))
+    assert close(one, on_one(elsewhere("again", train_batch_size=8, resume=str(middle))))
     # and the other way round
     first = list_checkpoints(one)[0]
-    assert close(one, run(elsewhere("back", resume=str(first)), 2))
+    assert close(one, on_two(elsewhere("back", resume=str(first))))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from pilotfish.distill.checkpoints import list_checkpoints
 from pilotfish.distill.config import ConfigError, DistillConfig
 from pilotfish.distill.sharding import check
+from pilotfish.distill.stages import distill
 
 PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
 WEIGHTS = "guide/diffusion_pytorch_model.safetensors"
@@ -59,14 +60,14 @@ def config(make_pipe: Callable[[str], Any], tmp_path: Path) -> DistillConfig:
     )  # fmt: skip
 
 
-def run(config: DistillConfig, shared_out: bool) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The command on two processes."""
+def run(config: DistillConfig) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The command on two processes that share the guide out."""
     folder = Path(config.output_dir)
-    config.save(folder.with_suffix(".json"))
-    program = [str(folder.with_name("shared_out.py"))] if shared_out else ["-m", "pilotfish"]
+    file = folder.with_suffix(".json")
+    config.save(file)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         *program, "distill", "--config", str(folder.with_suffix(".json"))],
+         str(folder.with_name("shared_out.py")), "distill", "--config", str(file)],
         capture_output=True, text=True, check=False,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -74,8 +75,12 @@ def run(config: DistillConfig, shared_out: bool) -> tuple[Path, subprocess.Compl
 
 
 def trained(config: DistillConfig, name: str, shared_out: bool, **changes: Any) -> Path:
+    """On two processes that share the guide out, or with both their streams on this one."""
     given = replace(config, output_dir=str(Path(config.output_dir).with_name(name)), **changes)
-    folder, done = run(given, shared_out)
+    if not shared_out:
+        distill(replace(given, train_batch_size=2 * given.train_batch_size, streams=2))
+        return Path(given.output_dir)
+    folder, done = run(given)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -100,7 +105,7 @@ def test_a_guide_that_is_shared_out_is_the_guide(config: DistillConfig) -> None:
 
 @pytest.mark.slow
 def test_what_cannot_be_shared_out_is_refused(config: DistillConfig) -> None:
-    _, done = run(replace(config, states="student", student_share=1.0), True)
+    _, done = run(replace(config, states="student", student_share=1.0))
     assert done.returncode != 0
     assert "under FSDP the student cannot step states by itself" in done.stderr
 

@@ -45,6 +45,7 @@ def command(name: str) -> Callable[[Sequence[str]], None]:
     for logging in chatter:
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # what they have to say on being imported, no user can mend
+    import_module("pilotfish.rivals")  # so that every command can read their guides
     module = import_module("pilotfish.cli." + name.replace("-", "_"))
     for logging, level in zip(chatter, levels, strict=True):
         logging.set_verbosity(level)

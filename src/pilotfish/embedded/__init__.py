@@ -12,6 +12,7 @@ from typing import Literal
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPProcessor
 
+from pilotfish import rivals  # noqa: F401  so that Guide.from_pretrained knows them too
 from pilotfish.data.prompts import load_prompts
 from pilotfish.guides import Guide
 from pilotfish.pipelines import load_pipeline
