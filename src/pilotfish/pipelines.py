@@ -45,7 +45,9 @@ def load_pipeline(pretrained_model_name_or_path: str | Path) -> Any:
 def take_ddim_steps(pipe: Any) -> None:
     """Give a pipeline, in place of whatever scheduler it came with, the steps of stage 2: DDIM
     on an even grid that ends at the clean picture."""
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    # DDIM's own default clips, which is for pixels; a solver without that setting has none to give
+    given = {"clip_sample": False, **pipe.scheduler.config}
+    pipe.scheduler = DDIMScheduler.from_config(given, timestep_spacing="trailing")
 
 
 def sibling(pipe: Any) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import PNDMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.hosts import Host
@@ -14,6 +14,7 @@ from pilotfish.evaluate.steps import StepsResult, Way, score_steps
 from pilotfish.evaluate.sweep import sweep
 from pilotfish.evaluate.table import step_rows, steps_markdown
 from pilotfish.guides import Guide
+from pilotfish.pipelines import take_ddim_steps
 
 
 def few(guide: Guide, steps: int) -> Guide:
@@ -76,6 +77,16 @@ def test_hosts_with_another_scheduler_take_ddim_steps(
 
     found = measure({name: other(host) for name, host in hosts.items()}, judge, names)
     assert found.hosts == with_ddim.hosts
+
+
+def test_a_solver_that_knows_of_no_clipping_brings_none(pipe: Any) -> None:
+    """DDIM clips clean latents to [-1, 1] if nobody tells it not to, and theirs are wider."""
+    pipe.scheduler = EulerDiscreteScheduler()
+    take_ddim_steps(pipe)
+    assert not pipe.scheduler.config.clip_sample
+    pipe.scheduler = DDIMScheduler(clip_sample=True)  # asked for, it stays
+    take_ddim_steps(pipe)
+    assert pipe.scheduler.config.clip_sample
 
 
 def test_two_guides_for_the_same_steps_are_refused(moved: Guide) -> None:

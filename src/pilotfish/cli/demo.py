@@ -27,6 +27,10 @@ from pilotfish.evaluate.table import result_table
 from pilotfish.evaluate.ways import Drawn
 from pilotfish.guides import Guide
 
+TRAINING = "demo-training"
+"""A folder that is the demo's alone: it is deleted when another demo begins, and --output_dir may
+hold trainings of other commands."""
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -48,11 +52,12 @@ def main(arguments: Sequence[str]) -> None:
     """The command."""
     config = tyro.cli(DemoConfig, args=list(arguments), prog="pilotfish demo", use_underscores=True)
     folder, command = Path(config.output_dir), shlex.join(["pilotfish", "demo", *arguments])
-    if config.resume is None:  # every demo begins anew
-        shutil.rmtree(folder / "distill", ignore_errors=True)
+    training = folder / TRAINING
+    if config.resume is None and training.exists():  # every demo begins anew
+        shutil.rmtree(training)
     fresh = distill(
         DistillConfig(
-            output_dir=str(folder / "distill"), max_train_steps=config.max_train_steps,
+            output_dir=str(training), max_train_steps=config.max_train_steps,
             validation_steps=50, checkpointing_steps=100, seed=config.seed, resume=config.resume,
             # a short run sees few states anyway, and should not wait for thousands
             pool=512, replay_capacity=2048, lr_warmup_steps=30,
@@ -86,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     for name, image in zip(("grid", "grid-fresh"), grids.values(), strict=True):
         image.save(folder / f"{name}.png")
-    history = json.loads((folder / "distill" / "history.json").read_text())
+    history = json.loads((training / "history.json").read_text())
     for name, figure in (
         ("guidance-error-by-w", plots.guidance_error_over_scale(results["shipped"])),
         ("guidance-error-by-timestep", plots.guidance_error_over_timestep(results["shipped"])),
