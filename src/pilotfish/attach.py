@@ -48,7 +48,7 @@ class Guided:
 
     _pilotfish_guide: GuideLike
     _pilotfish_hooks: Hooks
-    _pilotfish_negative: PromptEmbeds
+    _pilotfish_negative: PromptEmbeds | None = None
     _pilotfish_open: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,16 +61,15 @@ class Guided:
         guided = GuidedPass(
             guide,
             lambda: self.guidance_scale,  # type: ignore[attr-defined]
-            lambda: self._pilotfish_negative,
+            self._pilotfish_negatives,
             _Watch(guide, self),
         )
-        self._pilotfish_open = True
+        self._pilotfish_open, self._pilotfish_negative = True, None
         try:
             with guided.open():
                 return super().__call__(*call.args, **call.kwargs)  # type: ignore[misc]
         finally:
-            self._pilotfish_open = False
-            self._pilotfish_negative = PromptEmbeds(torch.empty(0))
+            self._pilotfish_open, self._pilotfish_negative = False, None
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -78,9 +77,10 @@ class Guided:
         return not self._pilotfish_open and super().do_classifier_free_guidance  # type: ignore[misc,no-any-return]
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """As the pipeline does it, and the negative prompt as well, kept for the guide."""
+        """As the pipeline does it, and the negative prompt as well, kept for the guide. Whoever
+        encodes further texts while the call runs, such as a callback, is given what is asked."""
         plain = super().encode_prompt  # type: ignore[misc]
-        if not self._pilotfish_guides:
+        if not self._pilotfish_guides or self._pilotfish_negative is not None:
             return plain(*args, **kwargs)
         call = _bind(plain, args, kwargs, **{ASKS: True})
         encoded = plain(*call.args, **call.kwargs)
@@ -96,6 +96,19 @@ class Guided:
             return plain(*args, **kwargs)
         call = _bind(plain, args, kwargs, **{ASKS: True})
         return [both.chunk(2)[1] for both in plain(*call.args, **call.kwargs)]
+
+    def _pilotfish_negatives(self) -> PromptEmbeds:
+        """The negative prompts of the call that is running.
+
+        Raises:
+            GuideError: it began without guidance, and so without them.
+        """
+        if self._pilotfish_negative is None:
+            raise GuideError(
+                "this call began at a guidance scale of at most 1 and encoded no negative prompt; "
+                "begin it above 1 and lower the scale for the steps that are to go without guidance"
+            )
+        return self._pilotfish_negative
 
     @property
     def _pilotfish_guides(self) -> bool:
@@ -171,7 +184,7 @@ class _Watch:
         self.known, self.pipe = guide.timesteps, pipe
 
     def __call__(self, batch: int) -> None:
-        pictures = len(self.pipe._pilotfish_negative)
+        pictures = len(self.pipe._pilotfish_negatives())
         if batch != pictures:
             raise GuideError(
                 f"{type(self.pipe).__name__} runs the denoiser on a batch of {batch} for "

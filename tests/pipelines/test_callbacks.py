@@ -13,6 +13,7 @@ from diffusers.callbacks import (
     SDXLControlnetCFGCutoffCallback,
 )
 
+from pilotfish.contract import GuideError
 from tests.pipelines import hosts
 from tests.pipelines.matrix import pipelines
 
@@ -76,3 +77,37 @@ def test_halving_what_is_not_doubled_keeps_it_whole(name: str) -> None:
     shown = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     assert asked(host, name, halve, **shown)[0] == 1
     assert torch.equal(asked(host, name, halve, **shown)[1], asked(host, name, stop)[1])
+
+
+@pytest.mark.parametrize("name", ["SD", "SDXL"])
+def test_a_callback_may_encode_texts_of_its_own(name: str) -> None:
+    """The negative prompts of the call stay those that it was given."""
+
+    def encode(pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
+        made = pipe.encode_prompt(
+            prompt="dog", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        assert made[1] is None, "a negative prompt that nobody asked for"
+        return tensors
+
+    host, negative = hosts.host(name), ["red", "blue"]
+    with hosts.guide(name).attached(host.pipe):
+        expected = host.draw(negative_prompt=negative)
+        assert torch.equal(
+            host.draw(negative_prompt=negative, callback_on_step_end=encode), expected
+        )
+
+
+@pytest.mark.parametrize("name", ["SD", "SDXL"])
+def test_guidance_that_begins_on_the_way_is_refused_in_words(name: str) -> None:
+    def begin(pipe: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
+        pipe._guidance_scale = 4.0
+        return tensors
+
+    host = hosts.host(name)
+    with hosts.guide(name).attached(host.pipe):
+        expected = host.draw()
+        for _ in range(2):
+            with pytest.raises(GuideError, match="began at a guidance scale of at most 1"):
+                host.draw(guidance_scale=1.0, callback_on_step_end=begin)
+        assert torch.equal(host.draw(), expected)
