@@ -11,6 +11,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
 from inspect import BoundArguments, signature
 from typing import Any
 
@@ -70,6 +72,22 @@ class Guided:
                 return super().__call__(*call.args, **call.kwargs)  # type: ignore[misc]
         finally:
             self._pilotfish_open, self._pilotfish_negative = False, None
+
+    def __copy__(self) -> Any:
+        """A pipeline without the guide, on the same parts: a guide is put on one pipeline."""
+        return self._pilotfish_plain(lambda part: part)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The same on parts of its own."""
+        return self._pilotfish_plain(partial(deepcopy, memo=memo))
+
+    def _pilotfish_plain(self, part: Callable[[Any], Any]) -> Any:
+        """A pipeline of the plain class on each ``part`` of this one."""
+        kind: Any = type(self).__bases__[1]
+        made = kind.__new__(kind)
+        mine = {n: v for n, v in vars(self).items() if not n.startswith("_pilotfish_")}
+        vars(made).update({name: part(value) for name, value in mine.items()})
+        return made
 
     @property
     def do_classifier_free_guidance(self) -> bool:

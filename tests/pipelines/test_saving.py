@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from copy import copy, deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from safetensors.torch import load_file
 
 from pilotfish import GuideError
+from pilotfish.pipelines import sibling
 from tests import components
 from tests.pipelines import hosts
 from tests.pipelines.hosts import SIDE, Host
@@ -46,6 +50,35 @@ def test_another_pipeline_from_a_guided_one_does_cfg(name: str) -> None:
         with host.batches() as sizes:
             Host(pipe, picture, {"strength": 1.0}).draw()
     assert sizes == [4, 4]
+
+
+@pytest.mark.parametrize("copied", [copy, deepcopy, sibling])
+@pytest.mark.parametrize("name", ["SD", "SDXL"])
+def test_a_copy_of_a_guided_pipeline_does_cfg(name: str, copied: Callable[[Any], Any]) -> None:
+    host, guide = hosts.host(name), hosts.guide(name)
+    cfg = host.draw()
+    with guide.attached(host.pipe):
+        guided = host.draw()
+        pipe = copied(host.pipe)
+        pipe.set_progress_bar_config(disable=True)
+        other = Host(pipe, host.shown, host.call)
+        assert type(pipe).__mro__ == type(hosts.host(name).pipe).__mro__
+        assert torch.equal(other.draw(), cfg)
+        assert torch.equal(host.draw(), guided)
+        with guide.attached(pipe):  # and it takes the guide once, whatever it was copied with
+            assert torch.equal(other.draw(), guided)
+        assert torch.equal(other.draw(), cfg)
+    assert torch.equal(host.draw(), cfg)
+
+
+@pytest.mark.parametrize("name", ["SD", "SDXL"])
+def test_a_copied_denoiser_takes_the_guide_once(name: str) -> None:
+    host, guide = hosts.host(name), hosts.guide(name)
+    with guide.attached(host.pipe):
+        guided = host.draw()
+        other = hosts.host(name, unet=deepcopy(host.pipe.unet))
+        with guide.attached(other.pipe):
+            assert torch.equal(other.draw(), guided)
 
 
 @pytest.mark.parametrize("name", pipelines("another denoiser"))

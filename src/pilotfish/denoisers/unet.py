@@ -53,14 +53,16 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
     hooks = Hooks(unet)
     modules = hooks.modules
 
-    def current() -> GuidedPass | None:
+    own = {id(module) for module in modules.values()}
+
+    def current(module: Any) -> GuidedPass | None:
         guided = GuidedPass.current()
         if guided is None or guided.guide is not guide or not guided.served_by(unet, hooks):
             return None
-        return guided
+        return guided if id(module) in own else None  # a copy of a module has copies of its hooks
 
     def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        guided = current()
+        guided = current(module)
         if not guided:
             return None
         named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
@@ -71,23 +73,23 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
         return args, {**kwargs, "encoder_hidden_states": text}
 
     def end(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        if guided := current():
+        if guided := current(module):
             guided.end(output[0])
 
     def first(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if guided := current():
+        if guided := current(module):
             guided.saw(output)
 
     def down(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        if guided := current():
+        if guided := current(module):
             guided.saw(*output[1])
 
     def middle(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        guided = current()
+        guided = current(module)
         return guided.middle(output) if guided else None
 
     def up(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        guided = current()
+        guided = current(module)
         if not guided:
             return None
         name = "res_hidden_states_tuple"
@@ -95,7 +97,7 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
 
     def touched(name: str) -> Callable[..., Any]:
         def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-            guided = current()
+            guided = current(module)
             if not guided:
                 return None
             if isinstance(output, tuple):  # a transformer asked for no dict
@@ -109,29 +111,29 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
 
     def asked(name: str) -> Callable[..., None]:
         def after(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if guided := current():
+            if guided := current(module):
                 guided.asks(name, output)
 
         return after
 
     def answered(name: str, layer: Any) -> Callable[..., Any]:
         def before(module: Any, args: tuple[Any, ...]) -> Any:
-            guided = current()
+            guided = current(module)
             return (guided.push(name, layer, args[0]), *args[1:]) if guided else None
 
         return before
 
     def pooled(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if guided := current():
+        if guided := current(module):
             guided.pools(module, args[0], output)
 
     def embeds(module: Any, args: tuple[Any, ...]) -> None:
-        if guided := current():
+        if guided := current(module):
             guided.embeds(args[1])
 
     def embedded(name: str, layer: Any) -> Callable[..., Any]:
         def after(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> Any:
-            guided = current()
+            guided = current(module)
             return guided.push_embedding(name, layer, output) if guided else None
 
         return after
