@@ -34,6 +34,14 @@ def test_every_public_name_is_there() -> None:
         pilotfish.Giude  # type: ignore[attr-defined]  # noqa: B018
 
 
-def test_every_kind_of_guide_can_be_read_by_who_has_the_guide_alone() -> None:
-    program = "from pilotfish import Guide; assert 'AdditiveAdapters' in Guide.kinds, Guide.kinds"
+@pytest.mark.parametrize(
+    "door",
+    [
+        "from pilotfish import Guide",
+        "from pilotfish.embedded import Guide",
+        "from pilotfish.cli import command; command('push'); from pilotfish.guides import Guide",
+    ],
+)
+def test_every_kind_of_guide_can_be_read_by_whatever_door(door: str) -> None:
+    program = f"{door}; assert 'AdditiveAdapters' in Guide.kinds, Guide.kinds"
     assert loaded_by(program) == set(HEAVY)

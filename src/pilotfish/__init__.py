@@ -22,7 +22,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_HOMES = {"GuideError": "contract", "GuideInputs": "contract", "Injection": "contract"}
+_OF_CONTRACT = {"GuideError", "GuideInputs", "Injection"}
 
 if not TYPE_CHECKING:
 
@@ -32,10 +32,10 @@ if not TYPE_CHECKING:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         rivals = import_module("pilotfish.rivals")  # so that Guide.from_pretrained knows them too
-        if name != "rivals":
-            home = import_module(f"pilotfish.{_HOMES.get(name, 'guides')}")
-            globals()[name] = getattr(home, name)
-        return rivals if name == "rivals" else globals()[name]
+        if name == "rivals":
+            return rivals
+        home = "contract" if name in _OF_CONTRACT else "guides"
+        return getattr(import_module(f"pilotfish.{home}"), name)
 
 
 def __dir__() -> list[str]:

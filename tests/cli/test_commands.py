@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pilotfish import cli
+from pilotfish.cli import demo
 from pilotfish.guides import Guide
 from tests.cli.conftest import Say
 
@@ -175,3 +176,19 @@ def test_a_scale_outside_the_trained_range_warns(
             "--output_dir", str(tmp_path / "out"),
         )  # fmt: skip
     assert code == 0
+
+
+def test_a_demo_that_begins_anew_deletes_its_own_training_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(config: Any) -> Guide:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "distill", interrupted)
+    folders = [tmp_path / name / "guide" for name in ("distill", demo.TRAINING)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert cli.main(["demo", "--output_dir", str(tmp_path), "--resume", "latest"]) == 130
+    assert [folder.exists() for folder in folders] == [True, True]
+    assert cli.main(["demo", "--output_dir", str(tmp_path)]) == 130
+    assert [folder.exists() for folder in folders] == [True, False]

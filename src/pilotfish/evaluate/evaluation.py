@@ -186,21 +186,14 @@ def evaluate(
         if spent is None or size is None:
             size = guide_size(guide, pipe, guide_name)
             timed = f"{key} {rounds} {list(batch_sizes)}"
-            if timed not in parts.costs:
-                measure = partial(cost, pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same)
-                parts.costs[timed] = on_main(measure)
-                if file is not None:
-                    parts.save(file)
-            spent = parts.costs[timed]
-        if key not in parts.hosts:
-            parts.hosts[key] = evaluate_host(
-                pipe, guide, pictures_folder=host.pictures, samples=samples, seed=seed,
-                judge=judge, progress=prefixed(progress, name),
-                known=None if known is None else known.setdefault(name, []), **same, **settings,
-            )  # fmt: skip
-            if file is not None:
-                parts.save(file)
-        results[name] = parts.hosts[key]
+            clock = partial(cost, pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same)
+            spent = parts.measured(parts.costs, timed, partial(on_main, clock), file)
+        measure = partial(
+            evaluate_host, pipe, guide, pictures_folder=host.pictures, samples=samples, seed=seed,
+            judge=judge, progress=prefixed(progress, name),
+            known=None if known is None else known.setdefault(name, []), **same, **settings,
+        )  # fmt: skip
+        results[name] = parts.measured(parts.hosts, key, measure, file)
     assert spent is not None and size is not None
     run = Run(command, seed, samples, machine=machine(), versions=versions(), **same)
     return Result(results, size, spent, run)

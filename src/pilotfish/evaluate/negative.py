@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +171,11 @@ def measure_negatives(
             {**modules(pipe), "judge": judge.model},
             {**same, "prompts": prompts, "guide": weights, "on": (machine(), versions())},
         )  # fmt: skip
-        if key not in parts.hosts:
-            parts.hosts[key] = negative_host(
-                pipe, guide, prompts, negative_prompts, judge, batch_size=batch_size,
-                progress=prefixed(progress, name), **same,
-            )  # fmt: skip
-            if unfinished is not None:
-                parts.save(unfinished)
-        results[name] = parts.hosts[key]
+        measure = partial(
+            negative_host, pipe, guide, prompts, negative_prompts, judge, batch_size=batch_size,
+            progress=prefixed(progress, name), **same,
+        )  # fmt: skip
+        results[name] = parts.measured(parts.hosts, key, measure, unfinished)
     assert size is not None
     run = Run(
         command, seed, len(prompts), guidance_scale, num_inference_steps, machine(), versions()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import nn
 
@@ -15,6 +15,8 @@ from pilotfish.evaluate.result import Cost, HostResult
 from pilotfish.evaluate.saved import ResultError, Saved
 from pilotfish.evaluate.spread import is_main, on_main
 from pilotfish.passes import checksum
+
+T = TypeVar("T")
 
 
 class Unfinished(Saved):
@@ -39,6 +41,17 @@ class Unfinished(Saved):
     def save(self, path: str | Path) -> None:
         if is_main():
             super().save(path)
+
+    def measured(
+        self, kept: dict[str, T], key: str, measure: Callable[[], T], file: str | Path | None
+    ) -> T:
+        """What is kept under a key; measured, and saved at once where there is a file, if it is
+        not. ``kept`` is one of the mappings of this object."""
+        if key not in kept:
+            kept[key] = measure()
+            if file is not None:
+                self.save(file)
+        return kept[key]
 
 
 @dataclass

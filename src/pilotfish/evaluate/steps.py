@@ -185,12 +185,12 @@ def _cell(
         key = fingerprint(
             networks, settings | {"w": way.guidance_scale, "steps": steps, "method": mark}
         )
-    if key not in parts.cells:
+
+    def measure() -> StepScores:
         judged = gallery.draw(way.guidance_scale, steps, method, progress, what)
-        parts.cells[key] = StepScores(judged.passes, judged.scores)
-        if file is not None:
-            parts.save(file)
-    return parts.cells[key]
+        return StepScores(judged.passes, judged.scores)
+
+    return parts.measured(parts.cells, key, measure, file)
 
 
 def _mark(method: Attachable | None) -> str:
