@@ -134,6 +134,18 @@ class Guided:
         return self._pilotfish_open and self.guidance_scale > 1  # type: ignore[attr-defined,no-any-return]
 
 
+def check(guide: GuideLike, pipe: Any) -> Any:
+    """The denoiser of a pipeline that can take this guide.
+
+    Raises:
+        GuideError: the pipeline does not leave guidance to a guide, or the guide was made for
+            another denoiser.
+    """
+    unet = _denoiser(pipe)
+    guide.check(fingerprint(unet, pipe.scheduler.config.prediction_type), Origin.of(unet))
+    return unet
+
+
 def attach(guide: GuideLike, pipe: Any) -> None:
     """Put ``guide`` on ``pipe``.
 
@@ -143,7 +155,7 @@ def attach(guide: GuideLike, pipe: Any) -> None:
     """
     if isinstance(pipe, Guided):
         raise GuideError("this pipeline has a guide already; detach it first")
-    hooks, plain = _fit(guide, pipe), type(pipe)
+    hooks, plain = install(guide, check(guide, pipe)), type(pipe)
     guide.eval()
     pipe.__class__ = type(plain.__name__, (Guided, plain), {"__module__": plain.__module__})
     pipe._pilotfish_guide, pipe._pilotfish_hooks = guide, hooks
@@ -247,18 +259,11 @@ def _denoiser(pipe: Any) -> Any:
     raise GuideError(f"{type(pipe).__name__} cannot take a guide: {why}; use it without one")
 
 
-def _fit(guide: GuideLike, pipe: Any) -> Hooks:
-    """Hooks of a guide on a pipeline's denoiser, if it was made for that."""
-    unet = _denoiser(pipe)
-    guide.check(fingerprint(unet, pipe.scheduler.config.prediction_type), Origin.of(unet))
-    return install(guide, unet)
-
-
 def _sit(guide: GuideLike, pipe: Any) -> None:
     """Before a call: the guide beside the denoiser, its hooks on the denoiser as it is now."""
     unet, place = uncompiled(pipe.unet), pipe._execution_device
     if not pipe._pilotfish_hooks.sit_on(unet):
-        hooks = _fit(guide, pipe)
+        hooks = install(guide, check(guide, pipe))
         pipe._pilotfish_hooks.remove()
         pipe._pilotfish_hooks = hooks
     if is_compiled(pipe.unet):

@@ -7,7 +7,7 @@ the teacher's own sampling step by step, for the guidance error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,7 +46,6 @@ class Sample:
     image: torch.Tensor
 
 
-@torch.no_grad()
 def sample(
     pipe: Any,
     prompts: Sequence[str],
@@ -70,22 +69,34 @@ def sample(
         call: further arguments of the pipeline's call.
 
     Raises:
-        ValueError: prompts, seeds or negative prompts differ in number.
+        ValueError: prompts, seeds or negative prompts differ in number; no step, or no picture
+            at once. Before anything is drawn.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     if negative_prompts is not None and len(negative_prompts) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(negative_prompts)} negative prompts")
+    for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    call |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    batches = (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size))
+    return _drawn(pipe, prompts, seeds, guide, negative_prompts, batches, call)
+
+
+@torch.no_grad()
+def _drawn(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guide: Attachable | None,
+    negative_prompts: Sequence[str] | None, batches: Iterable[slice], call: dict[str, Any],
+) -> Iterator[Sample]:  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    for i in range(0, len(prompts), batch_size):
-        texts, some = list(prompts[i : i + batch_size]), seeds[i : i + batch_size]
+    for batch in batches:
+        texts, some = list(prompts[batch]), seeds[batch]
         # attached for one batch only: between two of them the pipeline is its owner's
         with guide.attached(pipe) if guide is not None else nullcontext():
             latents = pipe(
                 texts,
-                negative_prompt=negative_prompts and list(negative_prompts[i : i + batch_size]),
-                guidance_scale=guidance_scale,
-                num_inference_steps=num_inference_steps,
+                negative_prompt=negative_prompts and list(negative_prompts[batch]),
                 generator=[torch.Generator().manual_seed(s) for s in some],
                 output_type="latent",
                 **call,

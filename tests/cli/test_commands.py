@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, UNet2DModel
 
 from pilotfish import cli
 from pilotfish.cli import demo
 from pilotfish.guides import Guide
+from tests import components
 from tests.cli.conftest import Say
 
 
@@ -97,7 +99,11 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         ("sample", "-p", "owl", "--guide", "{guide}"),
         "was made for another denoiser",
     ),
+    (("sample", "-p", "owl", "--num_inference_steps", "0"), "num_inference_steps must be at"),
+    (("sample", "-p", "owl", "--batch_size", "-1"), "batch_size must be at least 1"),
+    (("sample", "-p", "owl", "--num_images_per_prompt", "0"), "must be at least 1, not 0"),
     (("evaluate", "--samples", "1"), "at least two samples"),
+    (("evaluate", "--batch_size", "0"), "batch_size must be at least 1"),
     (("evaluate", "--guidance_scale", "1"), "nothing to keep of CFG at w = 1"),
     (("evaluate", "--held_out_prompts", "{empty}"), "empty.txt"),
     (("evaluate", "--pictures", "{out}"), "belongs to no host"),
@@ -105,6 +111,8 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("sweep", "--samples", "0"), "at least two samples"),
     (("benchmark", "--guidance_scale", "1"), "only for w above 1"),
     (("benchmark", "--rounds", "0"), "at least one round"),
+    (("benchmark", "--num_inference_steps", "0"), "at least one step"),
+    (("benchmark", "--device", "nowhere"), "--device nowhere cannot be used"),
     (("benchmark", "--output", "{out}"), "add --shape"),
 ]
 
@@ -133,6 +141,34 @@ def test_a_mistake_is_one_sentence(
     assert code == 1
     assert line.startswith(f"pilotfish {arguments[0]}: ")
     assert sentence in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sample", "-p", "owl", "--output_dir", "{out}", "--pretrained_model_name_or_path"),
+        ("scales", "--output", "{out}", "--hosts"),
+        ("benchmark", "--pretrained_model_name_or_path"),
+    ],
+)
+def test_a_pipeline_that_takes_no_guide_is_refused_before_anything_is_drawn(
+    say: Say, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    DDIMPipeline(unet, components.scheduler("epsilon")).save_pretrained(tmp_path / "plain")
+    out = tmp_path / "out"
+    code, error = say(*(a.format(out=out) for a in arguments), str(tmp_path / "plain"))
+    why = "DDIMPipeline cannot take a guide: it has no UNet2DConditionModel; use it without one"
+    assert (code, error.strip()) == (1, f"pilotfish {arguments[0]}: {why}")
+    assert not out.exists()
+
+
+def test_a_prompt_without_letters_names_its_picture(say: Say, tmp_path: Path) -> None:
+    code, _ = say("sample", "-p", "🦉", "--num_inference_steps", "1", "--output_dir", str(tmp_path))
+    assert (code, [p.name for p in tmp_path.iterdir()]) == (0, ["picture-0.png"])
 
 
 def test_a_pickle_is_refused(say: Say, guide: str) -> None:

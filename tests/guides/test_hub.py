@@ -212,3 +212,18 @@ def test_offline_is_said_in_one_sentence(folder: Path, capsys: pytest.CaptureFix
     assert cli.main(["push", "me/guide", "--guide", str(folder)]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("pilotfish push: ")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_sentence(
+    folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ConnectError(Exception):
+        """Of the HTTP library below, which is none of ours."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ConnectError("connection refused")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    assert cli.main(["push", "me/guide", "--guide", str(folder)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said == "pilotfish push: the hub cannot be reached: connection refused"

@@ -13,7 +13,8 @@ import tyro
 from rich.console import Console
 
 from pilotfish import embedded
-from pilotfish.cli.names import guide, host
+from pilotfish.attach import check
+from pilotfish.cli.names import guide, host, usable
 from pilotfish.distill.kinds import KINDS
 from pilotfish.evaluate.cost import cost, guide_size
 from pilotfish.evaluate.machine import machine
@@ -62,12 +63,13 @@ def main(arguments: Sequence[str]) -> None:
     if config.output or config.counted or config.train:
         raise ValueError("--output, --counted and --train are of full-size denoisers: add --shape")
     pipe = host(config.pretrained_model_name_or_path)
-    pipe.to(config.device, getattr(torch, config.precision))
+    pipe.to(usable(config.device), getattr(torch, config.precision))
     if config.guide in KINDS and config.guide not in embedded.guide_names():
         prediction = pipe.scheduler.config.prediction_type
         network = KINDS[config.guide].for_denoiser(pipe.unet, prediction)
     else:
         network = guide(config.guide)
+    check(network, pipe)
     size = guide_size(network, pipe, config.guide)
     spent = cost(
         pipe, network, batch_sizes=config.batch_sizes, rounds=config.rounds,
@@ -82,6 +84,7 @@ def _shapes(config: BenchmarkConfig, command: str) -> None:
     output = Path(config.output) if config.output else None
     result = ShapesResult.load(output) if output and output.is_file() else ShapesResult({})
     dtype, counted = getattr(torch, config.precision), config.counted
+    usable(config.device)
     for name in config.shape:
         before = result.shapes.get(name)
         if config.train:

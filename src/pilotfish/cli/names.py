@@ -6,7 +6,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from pilotfish import embedded
+from pilotfish.attach import check
+from pilotfish.errors import in_brief
 from pilotfish.evaluate.features import Judge
 from pilotfish.evaluate.spread import device
 from pilotfish.guides import Guide
@@ -28,12 +32,31 @@ def guide(name: str) -> Guide:
 
 def steps(pipe: Any, network: Guide | None, wanted: int | None) -> int:
     """Sampling steps where ``wanted`` may be left out: 25, or those that a guide was distilled
-    to. Such a guide also gets the scheduler that takes them."""
+    to. Such a guide also gets the scheduler that takes them.
+
+    Raises:
+        GuideError: the pipeline cannot take the guide.
+    """
+    if network is not None:
+        check(network, pipe)
     known = network and network.timesteps
     if not known:
         return 25 if wanted is None else wanted
     take_ddim_steps(pipe)
     return len(known) if wanted is None else wanted
+
+
+def usable(device: str) -> str:
+    """The device that ``--device`` names.
+
+    Raises:
+        ValueError: this machine has none such, or this torch cannot use it.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"--device {device} cannot be used: {in_brief(error)}") from error
+    return device
 
 
 def measured(name: str) -> Any:

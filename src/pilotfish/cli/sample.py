@@ -16,7 +16,6 @@ from tqdm import tqdm
 from pilotfish.cli.names import guide, measured, steps
 from pilotfish.data.pictures import to_pixels
 from pilotfish.data.prompts import load_prompts
-from pilotfish.denoisers import Origin, fingerprint
 from pilotfish.evaluate.grids import contact_sheet
 from pilotfish.sampling import sample
 
@@ -55,14 +54,13 @@ def main(arguments: Sequence[str]) -> None:
     texts = list(config.prompt) + (load_prompts(config.prompts) if config.prompts else [])
     if not texts:
         raise ValueError("nothing to draw: give --prompt TEXT or --prompts FILE")
+    if config.num_images_per_prompt < 1:
+        raise ValueError(
+            f"--num_images_per_prompt must be at least 1, not {config.num_images_per_prompt}"
+        )
     texts = [text for text in texts for _ in range(config.num_images_per_prompt)]
     pipe = measured(config.pretrained_model_name_or_path)
     network = guide(config.guide) if config.guidance == "guided" else None
-    if network is not None:
-        prediction = pipe.scheduler.config.prediction_type
-        network.check(fingerprint(pipe.unet, prediction), Origin.of(pipe.unet))
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     made = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if config.guidance == "none" else config.guidance_scale,
@@ -73,11 +71,12 @@ def main(arguments: Sequence[str]) -> None:
             None if config.negative_prompt is None else [config.negative_prompt] * len(texts)
         ),
     )  # fmt: skip
-    images = []
+    folder, images = Path(config.output_dir), []
+    folder.mkdir(parents=True, exist_ok=True)
     for one in tqdm(made, total=len(texts), desc="sample"):
         if config.sheet:
             images.append(one.image.cpu())
-        name = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower()).strip("-")[:60]
+        name = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower()).strip("-")[:60] or "picture"
         pixels = to_pixels(one.image).permute(1, 2, 0).cpu().numpy()
         Image.fromarray(pixels).save(folder / f"{name}-{one.seed}.png")
     print(f"{len(texts)} pictures in {folder}")

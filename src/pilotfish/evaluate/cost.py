@@ -52,12 +52,14 @@ def cost(
         clock: seconds, rising.
 
     Raises:
-        ValueError: w of at most 1, where CFG takes one pass too; no round.
+        ValueError: w of at most 1, where CFG takes one pass too; no round, no step, no picture.
     """
     if guidance_scale <= 1:
         raise ValueError(f"CFG costs a second pass only for w above 1, not {guidance_scale}")
     if rounds < 1 or not batch_sizes:
         raise ValueError("the cost needs at least one round and one batch size")
+    if min(num_inference_steps, *batch_sizes) < 1:
+        raise ValueError("the cost needs at least one step, and batch sizes of at least 1")
     scales = {"plain": 1.0, "cfg": guidance_scale, "guided": guidance_scale}
 
     def call(way: str, batch: int, steps: int) -> float:

@@ -32,7 +32,13 @@ def device() -> torch.device:
 
 
 def whole_batch(size: int) -> int:
-    """The batch of all processes together, where each takes ``size``."""
+    """The batch of all processes together, where each takes ``size``.
+
+    Raises:
+        ValueError: less than 1.
+    """
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {size}")
     return size * int(_state().num_processes)
 
 

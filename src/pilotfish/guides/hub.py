@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors.torch import load_file
 
 from pilotfish.contract import GuideError
+from pilotfish.errors import in_brief
 from pilotfish.guides.card import model_card
 
 if TYPE_CHECKING:
@@ -80,10 +81,15 @@ def upload(
     validate_repo_id(repo_id)
     files = [CommitOperationAdd(name, folder / name) for name in published(folder)]
     api = HfApi(token=token)
-    full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.create_commit(
-        full, files, commit_message=commit_message or "Upload guide", create_pr=create_pr
-    )
+    try:
+        full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.create_commit(
+            full, files, commit_message=commit_message or "Upload guide", create_pr=create_pr
+        )
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of whichever HTTP library huggingface_hub is built on
+        raise OSError(f"the hub cannot be reached: {in_brief(error)}") from error
     return commit.pr_url or commit.commit_url
 
 
