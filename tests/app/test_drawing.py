@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 from pilotfish.app import shown
 from pilotfish.app.drawing import Picture, Studio
 from pilotfish.app.request import Limits, Request, RequestError
 from pilotfish.evaluate.cost import counted_rows
 from pilotfish.evaluate.ways import WAYS
-from pilotfish.pipelines import sibling
+from pilotfish.pipelines import sibling, take_ddim_steps
 from pilotfish.sampling import sample
 from tests.app.conftest import Expected, guide, guides, pipeline
 
@@ -139,6 +141,26 @@ def test_a_guide_that_does_not_fit_is_refused_and_nothing_else_suffers(expected:
     with pytest.raises(RequestError, match="few was distilled for 2 steps, not 3"):
         studio.ways(asked(guide="few"))
     assert torch.equal(studio.ways(ASKED)["guided"].image, expected(ASKED)["guided"])
+
+
+def test_a_guide_for_few_steps_takes_them_on_a_host_with_another_scheduler() -> None:
+    host, expected = pipeline(0), pipeline(0)
+    host.scheduler = PNDMScheduler.from_config(host.scheduler.config, skip_prk_steps=False)
+    take_ddim_steps(expected)
+    studio = Studio({"base": host}, guides() | {"few": few()})
+    plain = studio.ways(asked(num_inference_steps=5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a guide that is asked for other steps
+        drawn = studio.ways(asked(guide="few", num_inference_steps=2))
+    call: dict[str, Any] = {"seeds": [3], "guidance_scale": 4.0, "num_inference_steps": 2}
+    (guided,) = sample(expected, ["cat"], guide=few(), **call)
+    (cfg,) = sample(expected, ["cat"], **call)
+    assert torch.equal(drawn["guided"].image, guided.image)
+    assert torch.equal(drawn["cfg"].image, cfg.image)
+    # and its own scheduler is back: PNDM asks more often than it has steps
+    again = studio.ways(asked(num_inference_steps=5))
+    assert plain["guided"].passes > 5
+    assert all(torch.equal(plain[way].image, again[way].image) for way in WAYS)
 
 
 def few() -> Any:

@@ -17,13 +17,13 @@ import torch
 
 from pilotfish import embedded
 from pilotfish.app.request import Limits, Request, RequestError
+from pilotfish.attach import check
 from pilotfish.contract import GuideError
-from pilotfish.denoisers import Origin, fingerprint
 from pilotfish.evaluate.cost import counted_rows
 from pilotfish.evaluate.scores import Progress
 from pilotfish.evaluate.ways import TITLES, WAYS
 from pilotfish.guides import Guide
-from pilotfish.pipelines import sibling
+from pilotfish.pipelines import sibling, take_ddim_steps
 from pilotfish.sampling import sample
 
 
@@ -63,8 +63,11 @@ class Seats:
 
     def _made(self) -> Any:
         pipe = sibling(self.pipe)
+        scheduler = pipe.scheduler
+        take_ddim_steps(pipe)  # not every scheduler can take a single one
         for w in (1.0, 2.0):  # what is slow only once must not count as the first visitor's
             list(sample(pipe, [""], seeds=[0], guidance_scale=w, num_inference_steps=1))
+        pipe.scheduler = scheduler
         return pipe
 
 
@@ -207,7 +210,8 @@ class Studio:
 
     @contextmanager
     def _seat(self, request: Request) -> Iterator[tuple[Any, Guide]]:
-        """A pipeline of the host for the length of a block, and the guide, if they fit."""
+        """A pipeline of the host for the length of a block, and the guide, if they fit. With a
+        guide for few steps it takes those, in all ways alike, whatever scheduler it came with."""
         guide, steps = self._guide(request.guide), request.num_inference_steps
         if guide.timesteps is not None and steps != len(guide.timesteps):
             raise RequestError(
@@ -215,13 +219,18 @@ class Studio:
             )
         with self.seats[request.host].taken() as pipe:
             try:
-                prediction = pipe.scheduler.config.prediction_type
-                guide.check(fingerprint(pipe.unet, prediction), Origin.of(pipe.unet))
+                check(guide, pipe)
             except GuideError as error:
                 raise RequestError(
                     f"{request.guide} does not fit {request.host}: {error}"
                 ) from error
-            yield pipe, guide
+            scheduler = pipe.scheduler
+            if guide.timesteps is not None:
+                take_ddim_steps(pipe)
+            try:
+                yield pipe, guide
+            finally:
+                pipe.scheduler = scheduler
 
     def _guide(self, name: Any) -> Guide:
         if not isinstance(name, str) or name not in self.guides:
