@@ -109,6 +109,7 @@ def test_examples_are_guided_pictures(studio: Studio) -> None:
         ({"host": None}, "there is no host None"),
         ({"guide": ["tiny"]}, "there is no guide"),
         ({"guidance_scale": float("nan")}, "w must be a number from 1 to 8"),
+        ({"guidance_scale": 10**400}, r"w must be from 1 to 8, not 1\.79769e\+308"),
         ({"guidance_scale": 8.5}, "w must be from 1 to 8, not 8.5"),
         ({"guidance_scale": 0}, "w must be from 1 to 8, not 0"),
         ({"seed": -1}, "the seed must be a whole number from 0"),

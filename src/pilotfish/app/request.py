@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +88,13 @@ def number(what: str, value: Any, low: float, high: float) -> float:
     Raises:
         RequestError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not plain or not abs(value) < math.inf:
         raise RequestError(f"{what} must be a number from {low:g} to {high:g}")
     if not low <= value <= high:
-        raise RequestError(f"{what} must be from {low:g} to {high:g}, not {value:g}")
+        most = sys.float_info.max  # which a whole number may be larger than
+        near = max(min(value, most), -most)
+        raise RequestError(f"{what} must be from {low:g} to {high:g}, not {near:g}")
     return float(value)
 
 
