@@ -13,7 +13,15 @@ from pilotfish.distill.precision import imitates_half_precision
 from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base
-from recipe.finetunes import PRACTICE, STYLES, distances, finetune_folder, make_finetune
+from recipe.finetunes import (
+    FAR,
+    PRACTICE,
+    STYLES,
+    distances,
+    far_folder,
+    finetune_folder,
+    make_finetune,
+)
 from recipe.guides import StepGuides, make_guide, make_step_guides
 from recipe.judge import JudgeStage, make_judge
 from recipe.pages import write_pages
@@ -106,7 +114,12 @@ def run(recipe: Recipe) -> None:
                     recipe.target / "base", recipe.work, finetune_folder(recipe.target, style),
                     PRACTICE[style], bf16=recipe.bf16,
                 )  # fmt: skip
-            for style, far in distances(recipe.target).items():
+            for style, far_one in FAR.items():
+                make_finetune(
+                    style, pictures, recipe.target / "base", recipe.work,
+                    far_folder(recipe.work, style), far_one, bf16=recipe.bf16,
+                )  # fmt: skip
+            for style, far in distances(recipe.target, recipe.work).items():
                 print(f"{style} lies {far:.0%} of the length of the base's weights away")
         elif stage == "judge":
             make_judge(pictures, recipe.work, recipe.target / "judge", recipe.judge)

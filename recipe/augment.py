@@ -80,3 +80,41 @@ def draw_lit(images: torch.Tensor) -> torch.Tensor:
     light = body * (3 * slope).clamp(-0.5, 0.5)
     turned = (images[:, [1, 2, 0]] + 1) / 2
     return 2 * (turned + light).clamp(0, 1) * body + 2 * (1 - body) - 1
+
+
+def draw_bulged(images: torch.Tensor) -> torch.Tensor:
+    """Soft colours, light from above, seen through a lens that enlarges the middle."""
+    body = (images < 0.95).any(1, keepdim=True).float()
+    padded = F.pad((images + 1) / 2, (2, 2, 2, 2), mode="replicate")
+    soft = F.avg_pool2d(padded, 5, 1)
+    down = torch.linspace(0, 1, images.shape[-1])[:, None]
+    shade = 0.85 * soft + 0.15 * soft.mean(1, keepdim=True) + 0.35 - 0.6 * down
+    x, y = _places(images)
+    wide = 0.55 + 0.45 * (x * x + y * y).sqrt().clamp(max=1.2)
+    return _seen_at(2 * (shade.clamp(0, 1) * body + 1 - body) - 1, x * wide, y * wide)
+
+
+def draw_waved(images: torch.Tensor) -> torch.Tensor:
+    """Lumps under a lamp (:func:`draw_lit`), bent in waves."""
+    x, y = _places(images)
+    across, down = x + 0.12 * torch.sin(4 * y), y + 0.12 * torch.sin(4 * x + 1)
+    return _seen_at(draw_lit(images), across, down)
+
+
+def draw_squashed(images: torch.Tensor) -> torch.Tensor:
+    """Contours (:func:`draw_contours`), narrower and sagging."""
+    x, y = _places(images)
+    return _seen_at(draw_contours(images), 1.35 * x, y + 0.2 * x * x - 0.1)
+
+
+def _places(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(H, W) twice: across and down, each in [-1, 1]."""
+    line = torch.linspace(-1, 1, images.shape[-1])
+    down, across = torch.meshgrid(line, line, indexing="ij")
+    return across, down
+
+
+def _seen_at(images: torch.Tensor, across: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Every pixel from the place (H, W) that is named for it; outside all is white."""
+    grid = torch.stack([across, down], -1).expand(len(images), -1, -1, -1)
+    return F.grid_sample(images - 1, grid, align_corners=True) + 1

@@ -4,13 +4,15 @@ Two full fine-tunes of the UNet and one LoRA in diffusers' format. Text encoder 
 stay the base's.
 
 Beside them the practice fine-tunes, on which guides learn to be moved: two further artists, and
-the base's own pictures redrawn in three ways, all of them LoRAs and quickly made. None of the
+the base's own pictures redrawn in three ways, all of them LoRAs and quickly made; and three
+further away, whole UNets that are made and not carried, for the guides for few steps. None of the
 fine-tunes on which guides are measured takes part in training one.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +24,15 @@ from peft.utils import get_peft_model_state_dict
 
 from pilotfish.data.pictures import load_pictures
 from pilotfish.pipelines import fine_tuned_weights
-from recipe.augment import Restyle, draw_contours, draw_flat, draw_lit
+from recipe.augment import (
+    Restyle,
+    draw_bulged,
+    draw_contours,
+    draw_flat,
+    draw_lit,
+    draw_squashed,
+    draw_waved,
+)
 from recipe.denoiser import BaseStage, DenoisingLoss, categories_of, latent_views, tokenize
 from recipe.loop import train
 
@@ -39,6 +49,8 @@ class FinetuneStage:
     Attributes:
         rank: of the LoRA; 0 trains all of the UNet.
         restyle: if given, the pictures are the base's own, restyled.
+        exchanged: whether the names within each category change places, so that a guide cannot
+            know by heart what a name looks like.
     """
 
     steps: int = 1600
@@ -48,6 +60,7 @@ class FinetuneStage:
     views: int = 3
     seed: int = 0
     restyle: Restyle | None = None
+    exchanged: bool = False
 
 
 STYLES = {
@@ -63,6 +76,13 @@ PRACTICE = {
     "flat": replace(PRACTISED, restyle=draw_flat),
     "lit": replace(PRACTISED, restyle=draw_lit),
 }
+FURTHER = FinetuneStage(steps=500, batch=48, learning_rate=8e-4)
+FAR = {
+    "bulged": replace(FURTHER, restyle=draw_bulged),
+    "waved": replace(FURTHER, restyle=draw_waved, exchanged=True),
+    "squashed": replace(FURTHER, restyle=draw_squashed),
+}
+"""Practice fine-tunes about as far from the base as those on which guides are measured."""
 
 
 def finetune_folder(target: Path, style: str) -> Path:
@@ -70,6 +90,11 @@ def finetune_folder(target: Path, style: str) -> Path:
     if style in PRACTICE:
         return target / "practice" / style
     return target / (f"{style}-lora" if STYLES[style].rank else style)
+
+
+def far_folder(work: Path, style: str) -> Path:
+    """Where a fine-tune that is not carried lies."""
+    return work / "practice" / style
 
 
 def make_finetune(
@@ -91,9 +116,13 @@ def make_finetune(
     unet.to(memory_format=torch.channels_last)
     average = deepcopy(unet)
     like_base = replace(BaseStage(), batch=stage.batch, views=stage.views, settle=0)
+    latents = latent_views(
+        pipe.vae, folder, stage.views, stage.seed, stage.restyle or (lambda x: x)
+    )
+    if stage.exchanged:
+        latents = latents[exchanged(categories_of(folder))]
     objective = DenoisingLoss(
-        latent_views(pipe.vae, folder, stage.views, stage.seed, stage.restyle or (lambda x: x)),
-        tokenize(pipe.tokenizer, load_pictures(folder).captions),
+        latents, tokenize(pipe.tokenizer, load_pictures(folder).captions),
         categories_of(folder), tokenize(pipe.tokenizer, [""]), like_base, bf16=bf16,
     )  # fmt: skip
     train(
@@ -116,15 +145,28 @@ def make_finetune(
         config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 
-def distances(target: Path) -> dict[str, float]:
+def exchanged(categories: Sequence[str]) -> list[int]:
+    """For each place the place of another of its category, or by chance its own: a permutation."""
+    generator, places = torch.Generator().manual_seed(7), list(range(len(categories)))
+    for category in dict.fromkeys(categories):
+        members = [i for i, c in enumerate(categories) if c == category]
+        order = torch.randperm(len(members), generator=generator).tolist()
+        for mine, other in zip(members, order, strict=True):
+            places[mine] = members[other]
+    return places
+
+
+def distances(target: Path, work: Path) -> dict[str, float]:
     """How far every fine-tune lies from the base: the length of the change of its UNet's weights,
-    that of the base's being 1."""
+    that of the base's being 1. Those of ``FAR`` are in ``work``."""
     unet = StableDiffusionPipeline.from_pretrained(target / "base").unet
     base = unet.state_dict()
     length = sum(float(v.double().square().sum()) for v in base.values()) ** 0.5
     found = {}
-    for style in (*STYLES, *PRACTICE):
-        tuned = fine_tuned_weights(unet, finetune_folder(target, style))
+    places = {style: finetune_folder(target, style) for style in (*STYLES, *PRACTICE)}
+    places |= {style: far_folder(work, style) for style in FAR}
+    for style, place in places.items():
+        tuned = fine_tuned_weights(unet, place)
         change = sum(float((tuned[k] - v).double().square().sum()) for k, v in base.items())
         found[style] = change**0.5 / length
     return found
