@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pilotfish.distill.config import DistillConfig, StepsConfig
 from pilotfish.distill.stages import distill, distill_steps
 from pilotfish.guides import Guide
-from recipe.finetunes import PRACTICE
+from recipe.finetunes import FAR, PRACTICE, far_folder
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,12 @@ class StepGuides:
     """How guides for few steps are made."""
 
     rounds: tuple[int, ...] = (16, 8, 4)
-    max_train_steps: int = 500
+    max_train_steps: int = 600
+    learning_rate: float = 3e-3
 
+
+ARTISTS = ("noto-v1", "fxemoji")
+"""Those of the carried practice fine-tunes on which the guides for few steps practise too."""
 
 GUIDES: dict[str, dict[str, Any]] = {
     "tiny": {"max_train_steps": 2000},
@@ -45,10 +49,11 @@ def make_step_guides(work: Path, target: Path, stage: StepGuides, *, bf16: bool)
     folder = target / "guides"
     config = StepsConfig(
         output_dir=str(work / "steps"), guide=str(folder / "tiny"), teacher="cfg",
-        steps=stage.rounds, max_train_steps=stage.max_train_steps, checkpointing_steps=100,
-        validation_steps=500, report_to="none", resume="latest",
-        mixed_precision=_precision(bf16), pool=512,
-        practice=tuple(PRACTICE), practice_share=0.75, negative_share=0.25,
+        steps=stage.rounds, max_train_steps=stage.max_train_steps,
+        learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=600,
+        report_to="none", resume="latest", mixed_precision=_precision(bf16), pool=512,
+        practice=(*(str(far_folder(work, style)) for style in FAR), *ARTISTS),
+        practice_share=0.75, negative_share=0.25,
     )  # fmt: skip
     for steps, guide in distill_steps(config, Guide.from_pretrained(folder / "tiny")).items():
         guide.half().save_pretrained(folder / f"tiny-{steps}")
