@@ -114,10 +114,10 @@ def run(recipe: Recipe) -> None:
                     recipe.target / "base", recipe.work, finetune_folder(recipe.target, style),
                     PRACTICE[style], bf16=recipe.bf16,
                 )  # fmt: skip
-            for style, far_one in FAR.items():
+            for style, learnt in FAR.items():
                 make_finetune(
                     style, pictures, recipe.target / "base", recipe.work,
-                    far_folder(recipe.work, style), far_one, bf16=recipe.bf16,
+                    far_folder(recipe.work, style), learnt, bf16=recipe.bf16,
                 )  # fmt: skip
             for style, far in distances(recipe.target, recipe.work).items():
                 print(f"{style} lies {far:.0%} of the length of the base's weights away")

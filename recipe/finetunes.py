@@ -82,7 +82,7 @@ FAR = {
     "waved": replace(FURTHER, restyle=draw_waved, exchanged=True),
     "squashed": replace(FURTHER, restyle=draw_squashed),
 }
-"""Practice fine-tunes about as far from the base as those on which guides are measured."""
+"""Practice fine-tunes further from the base than ``PRACTICE``, in work and not carried."""
 
 
 def finetune_folder(target: Path, style: str) -> Path:
