@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextvars import copy_context
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pilotfish.contract import PromptEmbeds
-from pilotfish.denoisers import GuidedPass, install
+from pilotfish.denoisers import GuidedPass, current_pass, install
 from pilotfish.guides import Guide
 from pilotfish.prompts import Prompts
 
@@ -113,10 +111,16 @@ class GuidedStudent(nn.Module):
             return base(latents, timestep, prompts)
 
 
-def checkpoint_in_context(module: Callable[..., Any], *args: Any) -> Any:
-    """Gradient checkpointing that runs the second time in the context of the first, so that a
-    guided pass, though closed by then, still finds its guide."""
-    return checkpoint(partial(copy_context().run, module), *args, use_reentrant=False)
+def checkpoint_in_pass(module: Callable[..., Any], *args: Any) -> Any:
+    """Gradient checkpointing that runs the second time in the guided pass of the first, which is
+    closed by then, and on a GPU in another thread."""
+    guided = GuidedPass.current()
+
+    def run(*given: Any) -> Any:
+        with current_pass(guided):
+            return module(*given)
+
+    return checkpoint(run, *args, use_reentrant=False)
 
 
 def checksum(module: nn.Module) -> str:

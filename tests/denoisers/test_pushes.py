@@ -19,7 +19,7 @@ from pilotfish.denoisers import (
     fingerprint,
     install,
 )
-from pilotfish.passes import Conditioned, checkpoint_in_context
+from pilotfish.passes import Conditioned, checkpoint_in_pass
 
 POOLED = 12
 POOLED_TEXT = {
@@ -151,7 +151,7 @@ def test_gradients_reach_the_gains_with_and_without_checkpointing(
     for checkpointing in (False, True):
         unet = make_unet().requires_grad_(False).train()
         if checkpointing:
-            unet.enable_gradient_checkpointing(checkpoint_in_context)
+            unet.enable_gradient_checkpointing(checkpoint_in_pass)
         guide = Pusher(unet, 0.3)
         for gain in guide.gains.values():
             gain.requires_grad_(True)

@@ -17,7 +17,7 @@ from pilotfish.distill.kinds import KINDS, new_guide
 from pilotfish.distill.material import Material
 from pilotfish.distill.step_stage import StepDistillation
 from pilotfish.guides import Guide, TinyGuide
-from pilotfish.passes import checkpoint_in_context
+from pilotfish.passes import checkpoint_in_pass
 
 PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
 SHORT: dict[str, Any] = {
@@ -104,7 +104,7 @@ def test_every_guide_learns_in_whole_precision(
         given.hold_in(dtype)
         vars(given).pop("texts", None)
         if checkpointing:
-            given.pipe.unet.enable_gradient_checkpointing(checkpoint_in_context)
+            given.pipe.unet.enable_gradient_checkpointing(checkpoint_in_pass)
         given.pipe.unet.requires_grad_(False)
         student, texts = given.student(guide), given.texts
         made = student(z, t, texts(torch.tensor([0, 3])), texts.null, torch.tensor([4.0, 4.0]))

@@ -88,7 +88,11 @@ FEATURES = {
     "attention slicing": Feature("the same pictures, up to rounding", SOME),
     "fuse_qkv_projections": Feature("the same pictures, up to rounding", SOME),
     "FreeU": Feature("one call a step, fresh is conditional", SOME),
-    "torch.compile": Feature("before or after attaching, the same up to rounding", ("SD",)),
+    "torch.compile": Feature(
+        "with `fullgraph=True`, before or after attaching, the same up to rounding; another w, "
+        "prompt or number of steps compiles nothing anew",
+        SOME,
+    ),
     "threads": Feature("guided and plain on one denoiser at a time", ("SD", "SDXL")),
     "save_pretrained": Feature("nothing of the guide is saved", SOME),
     "from_pipe": Feature("another pipeline from a guided one does CFG", ("SD", "SDXL")),

@@ -123,16 +123,29 @@ def test_a_compiled_denoiser(name: str, first: str) -> None:
     torch.compiler.reset()
     host, guide = hosts.host(name), hosts.guide(name)
     cfg = host.draw()
+    calls: list[dict[str, Any]] = [
+        {}, {"guidance_scale": 2.5}, {"num_inference_steps": 3},
+        {"negative_prompt": ["a cat"] * len(hosts.PROMPTS)},
+    ]  # fmt: skip
     with guide.attached(host.pipe):
-        guided = host.draw()
+        guided = [host.draw(**call) for call in calls]
     if first == "compiled":
-        host.pipe.unet = torch.compile(host.pipe.unet, backend="eager")
+        host.pipe.unet = torch.compile(host.pipe.unet, backend="eager", fullgraph=True)
         torch.testing.assert_close(host.draw(), cfg)
     with guide.attached(host.pipe):
         if first == "attached":
-            host.pipe.unet.compile(backend="eager")  # in place
-        torch.testing.assert_close(host.draw(), guided)
+            host.pipe.unet.compile(backend="eager", fullgraph=True)  # in place
+        torch.testing.assert_close(host.draw(), guided[0])
+        made = graphs()
+        for call, expected in zip(calls, guided, strict=True):
+            torch.testing.assert_close(host.draw(**call), expected)
+        assert graphs() == made
     torch.testing.assert_close(host.draw(), cfg)
+
+
+def graphs() -> int:
+    """Those that torch.compile has made."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 @pytest.mark.parametrize("name", pipelines("threads"))

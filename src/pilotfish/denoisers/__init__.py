@@ -1,7 +1,7 @@
 """One small adapter a denoiser family: which features exist, and where a guide adds to them."""
 
 from pilotfish.denoisers.compiled import heed_hooks, is_compiled, uncompiled
-from pilotfish.denoisers.guided_pass import GuidedPass
+from pilotfish.denoisers.guided_pass import GuidedPass, current_pass
 from pilotfish.denoisers.layout import (
     cross_attention_layers,
     decoder_layers,
@@ -18,6 +18,7 @@ __all__ = [
     "Hooks",
     "Origin",
     "cross_attention_layers",
+    "current_pass",
     "decoder_layers",
     "embedding_layers",
     "fingerprint",

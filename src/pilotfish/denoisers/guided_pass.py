@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from threading import local
 from typing import Any
 
 import torch
@@ -18,14 +18,23 @@ from pilotfish.contract import GuideError, GuideInputs, GuideLike, Injection, Pr
 MIDDLE = "mid_block"
 LARGEST = 1e4
 """Of a prediction, whose values are of the order of 1: sampler and decoder square them."""
-_OPEN: ContextVar[GuidedPass | None] = ContextVar("pilotfish_guided_pass", default=None)
+
+
+class _Thread(local):
+    """What each thread has of its own. torch.compile looks at it before every call and chooses
+    the code for it; a context variable it could not follow, and would give up at each layer."""
+
+    open: GuidedPass | None = None
+
+
+_HERE = _Thread()
 
 
 class GuidedPass:
     """One guided use of a denoiser: the guide, its scale, its negative prompt.
 
     While it is open (``with guided_pass.open():``) every call of a denoiser that has hooks
-    for this guide is guided. It belongs to one thread or task.
+    for this guide is guided. It belongs to one thread.
 
     Args:
         guide: the guide.
@@ -58,17 +67,16 @@ class GuidedPass:
 
     @staticmethod
     def current() -> GuidedPass | None:
-        """The one that is open in this context."""
-        return _OPEN.get()
+        """The one that is open in this thread."""
+        return _HERE.open
 
     @contextmanager
     def open(self) -> Iterator[GuidedPass]:
         """Guide every denoiser call inside the block."""
-        token = _OPEN.set(self)
         try:
-            yield self
+            with current_pass(self):
+                yield self
         finally:
-            _OPEN.reset(token)
             self._forget()
             self._serving = {}
 
@@ -246,6 +254,17 @@ class GuidedPass:
         # backward pass, when the pass is closed
         self._skips, self._pending, self._queries, self._due = [], [], {}, set()
         self._untrained = None
+
+
+@contextmanager
+def current_pass(guided: GuidedPass | None) -> Iterator[None]:
+    """This one, or none, is the current one inside the block, as it stands: for code that runs
+    once more, or in another thread."""
+    before, _HERE.open = _HERE.open, guided
+    try:
+        yield
+    finally:
+        _HERE.open = before
 
 
 def _pushed(answer: torch.Tensor, other: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,11 @@ modules make, the last of them the prediction; and the layers that take in the t
 further away from the negative prompt. Residuals of a ControlNet are added beside it.
 
 Hooks are native PyTorch hooks, and they do nothing unless a :class:`GuidedPass` is open
-in the current context: a plain pipeline that shares the UNet never notices them.
+in the current thread: a plain pipeline that shares the UNet never notices them.
+
+``torch.compile`` makes one graph of a guided denoiser, as of a plain one. What is asked once a
+call, before and after it, stays outside: the scale, the prompts and the guide's answer to them
+differ from call to call, and the graph takes that answer in as tensors.
 """
 
 from __future__ import annotations
@@ -61,6 +65,7 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
             return None
         return guided if id(module) in own else None  # a copy of a module has copies of its hooks
 
+    @torch.compiler.disable
     def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         guided = current(module)
         if not guided:
@@ -72,6 +77,7 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
             return (*args[:2], text, *args[3:]), kwargs
         return args, {**kwargs, "encoder_hidden_states": text}
 
+    @torch.compiler.disable
     def end(module: Any, args: tuple[Any, ...], output: Any) -> None:
         if guided := current(module):
             guided.end(output[0])

@@ -40,7 +40,7 @@ from pilotfish.distill.streams import FIRST, Streams, generator, share_out, shar
 from pilotfish.distill.validation import Validation
 from pilotfish.guidance import draw_guidance_scales
 from pilotfish.guides import Guide
-from pilotfish.passes import checkpoint_in_context, checksum
+from pilotfish.passes import checkpoint_in_pass, checksum
 from pilotfish.prompts import some_or_one
 
 SAME_SCALE = 0.5
@@ -108,7 +108,7 @@ class Distillation:
         self.unet = material.pipe.to(self.accelerator.device).unet
         self.teacher = material.teacher()
         if config.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing(checkpoint_in_context)
+            self.unet.enable_gradient_checkpointing(checkpoint_in_pass)
         self.base_checksum = checksum(self.unet)
         if (origin := Origin.of(self.unet)) is not None:
             guide.register_to_config(trained_on=origin.plain())
