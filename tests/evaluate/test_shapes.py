@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from rich.console import Console
 
 from pilotfish.evaluate.shapes import SHAPES, Shape, ShapesResult, Steps, measure_shape
@@ -61,6 +63,24 @@ def test_it_is_timed_in_every_way_saved_and_shown(tmp_path: Path) -> None:
     console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))
     console.print(shapes_table(result))
     assert "CFG" in console.export_text()
+
+
+def test_a_compiled_denoiser_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    quickly = partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(UNet2DConditionModel, "compile", quickly)
+    made = measure_shape(
+        Shape(SMALL), command="timed", rounds=1, guides=["tiny"], compiled=True, notice=print
+    )
+    assert made.compiled
+    assert set(made.seconds["1"]) == {"plain", "cfg", "tiny"}
+    assert set(made.guides) == {"tiny", "full"}
+    result = ShapesResult({"small": made})
+    result.save(tmp_path / "shapes.json")
+    assert ShapesResult.load(tmp_path / "shapes.json") == result
+    console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))
+    console.print(shapes_table(result))
+    assert "M, compiled" in console.export_text()
 
 
 def test_no_round_is_refused() -> None:

@@ -38,8 +38,13 @@ class BenchmarkConfig:
     rounds: int = 15
     shape: tuple[Literal["sd15", "sd21", "sdxl"], ...] = ()
     """Full-size denoisers with random weights, in place of a pipeline: one step of a plain pass,
-    CFG, tiny and full, side by side."""
+    CFG and the guides, side by side."""
+    guides: tuple[Literal["tiny", "full"], ...] = ("tiny", "full")
+    """Of full-size denoisers, the guides that are timed."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool = False
+    """Time the denoiser compiled (torch.compile), in every way. On a CPU,
+    ``TORCHINDUCTOR_FREEZING=1`` before the command packs the weights beforehand."""
     device: str = "cpu"
     """Such as cuda."""
     counted: bool = False
@@ -74,6 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     spent = cost(
         pipe, network, batch_sizes=config.batch_sizes, rounds=config.rounds,
         guidance_scale=config.guidance_scale, num_inference_steps=config.num_inference_steps,
+        compiled=config.compile,
     )  # fmt: skip
     print(f"{size.name}: {size.parameters:,} parameters, {size.share:.2%} of the denoiser")
     print(f"on {machine()}")
@@ -98,6 +104,7 @@ def _shapes(config: BenchmarkConfig, command: str) -> None:
             shape = measure_shape(
                 SHAPES[name], command=command, device=config.device, rounds=config.rounds,
                 dtype=dtype, batch_sizes=() if counted else config.batch_sizes,
+                guides=config.guides, compiled=config.compile,
             )  # fmt: skip
             if before:
                 shape.training.update(before.training)

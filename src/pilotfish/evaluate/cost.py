@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pilotfish.denoisers import heed_hooks
 from pilotfish.evaluate.result import Cost, GuideSize
 from pilotfish.guides import Guide
 from pilotfish.sampling import Attachable
@@ -37,6 +38,7 @@ def cost(
     num_inference_steps: int = 25,
     batch_sizes: Sequence[int] = (1, 8),
     rounds: int = 5,
+    compiled: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
     """Measure one pipeline in the three ways.
@@ -49,6 +51,8 @@ def cost(
         prompt: what is drawn; the cost does not depend on it.
         batch_sizes: pictures at once.
         rounds: timed rounds, after one that warms up.
+        compiled: compile the denoiser before they are timed, with ``torch.compile``, for all three
+            ways; it stays so.
         clock: seconds, rising.
 
     Raises:
@@ -73,6 +77,9 @@ def cost(
             call(way, 2, num_inference_steps)
         passes[way] = sum(rows) / 2
     flops = {way: denoiser_flops(pipe, lambda way=way: call(way, 1, 1)) for way in WAYS}  # type: ignore[misc]
+    if compiled:
+        heed_hooks()
+        pipe.unet.compile()
     times = {
         batch: take_turns(
             {way: partial(call, way, batch, num_inference_steps) for way in WAYS}, rounds

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
@@ -83,7 +83,10 @@ def _build(kind: type[T], value: Any, where: str) -> T:
         hints = get_type_hints(kind)
         if unknown := sorted(set(value) - set(hints)):
             raise ResultError(f"{where} has unknown fields: {', '.join(unknown)}")
-        optional = {f.name for f in fields(kind) if callable(f.default_factory)}
+        optional = {
+            f.name for f in fields(kind)
+            if f.default is not MISSING or f.default_factory is not MISSING
+        }  # fmt: skip
         if missing := [n for n in hints if n not in value and n not in optional]:
             raise ResultError(f"{where} lacks {', '.join(missing)}")
         made = kind(**{n: _build(hints[n], v, f"{where}.{n}") for n, v in value.items()})
@@ -98,7 +101,7 @@ def _build(kind: type[T], value: Any, where: str) -> T:
             raise ResultError(f"{where} must be a number, not {value!r}")
         made = float(made)
     else:
-        if isinstance(value, bool) or not isinstance(value, kind):
+        if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):
             raise ResultError(f"{where} must be of type {kind.__name__}, not {value!r}")
         made = value
     return made  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pilotfish.contract import PromptEmbeds
+from pilotfish.denoisers import heed_hooks
 from pilotfish.evaluate.cost import denoiser_flops, guide_size, speed_up, take_turns
 from pilotfish.evaluate.machine import machine, versions
 from pilotfish.evaluate.result import GuideSize, TrainingMemory
@@ -84,6 +85,7 @@ class ShapeResult:
         seconds: medians of one step, by batch size.
         peak_bytes: memory in use at most during one step, weights included, by batch size.
         precision: of weights and passes.
+        compiled: whether the denoiser was compiled, for every way of using it.
         command: the command line that repeats it.
         machine: on which the wall clock ran.
         training: by guide, what a training step takes of memory.
@@ -100,6 +102,7 @@ class ShapeResult:
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     peak_bytes: dict[str, dict[str, float]] = field(default_factory=dict)
     training: dict[str, TrainingMemory] = field(default_factory=dict)
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,13 @@ class Steps:
         dtype: of weights and passes.
         guides: by name.
         guide_dtype: of their weights, if another.
+        compiled: with ``torch.compile``; each way is compiled at its first step.
     """
 
     def __init__(
         self, shape: Shape, device: torch.device, dtype: torch.dtype,
         guides: Mapping[str, type[Guide]] = GUIDES, guide_dtype: torch.dtype | None = None,
+        compiled: bool = False,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.device, self.dtype = device, dtype
@@ -136,6 +141,9 @@ class Steps:
         for module in (self.unet, *self.guides.values()):
             module.eval().requires_grad_(False)
         pixels = 8 * self.unet.config.sample_size
+        if compiled:
+            heed_hooks()
+            self.unet.compile()
         self.sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device)
         self.base = Conditioned(self.unet, self.sizes)
 
@@ -209,7 +217,8 @@ def made_in(dtype: torch.dtype) -> Iterator[None]:
 
 def measure_shape(
     shape: Shape, *, command: str, device: str = "cpu", dtype: torch.dtype = torch.float32,
-    batch_sizes: Sequence[int] = (1,), rounds: int = 3, notice: Callable[[str], None] = print,
+    batch_sizes: Sequence[int] = (1,), rounds: int = 3, guides: Collection[str] = tuple(GUIDES),
+    compiled: bool = False, notice: Callable[[str], None] = print,
 ) -> ShapeResult:  # fmt: skip
     """Count one shape, and time it where there are batch sizes.
 
@@ -217,6 +226,8 @@ def measure_shape(
         command: what the result says of how to repeat it.
         batch_sizes: pictures at once; none at all only counts.
         rounds: in which all ways take turns, after one that warms up.
+        guides: which of ``GUIDES`` are timed; all are counted.
+        compiled: time the denoiser compiled, in every way.
 
     Raises:
         ValueError: no round.
@@ -227,13 +238,18 @@ def measure_shape(
     result = ShapeResult(
         sum(p.numel() for p in counted.unet.parameters()), counted.sizes_of_guides(),
         {way: counted.flops(way) for way in counted.ways}, str(dtype).removeprefix("torch."),
-        command, machine(), versions(),
+        command, machine(), versions(), compiled=compiled,
     )  # fmt: skip
     if not batch_sizes:
         return result
     notice("making the denoiser")
-    real = Steps(shape, torch.device(device), dtype)
+    kinds = {name: GUIDES[name] for name in guides}
+    real = Steps(shape, torch.device(device), dtype, kinds, compiled=compiled)
     for batch in batch_sizes:
+        if compiled:
+            notice(f"batch {batch}: compiling {', '.join(real.ways)}")
+            for way in real.ways:
+                real.step(way, batch)
         notice(f"batch {batch}: {rounds + 1} rounds of {', '.join(real.ways)}")
         result.peak_bytes[str(batch)] = {
             way: peak_bytes(partial(real.step, way, batch), real.device) for way in real.ways

@@ -24,7 +24,7 @@ from pilotfish.evaluate.machine import machine, versions
 from pilotfish.evaluate.result import TrainingMemory
 from pilotfish.evaluate.shapes import GUIDES, Shape, Steps, peak_bytes
 from pilotfish.guidance import classifier_free_guidance
-from pilotfish.passes import GuidedStudent, checkpoint_in_context
+from pilotfish.passes import GuidedStudent, checkpoint_in_pass
 
 _CLIP_L: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -69,7 +69,7 @@ class TrainingStep:
     ) -> None:  # fmt: skip
         self.steps = Steps(shape, device, dtype, {guide: GUIDES[guide]}, torch.float32)
         if checkpointing:
-            self.steps.unet.enable_gradient_checkpointing(checkpoint_in_context)
+            self.steps.unet.enable_gradient_checkpointing(checkpoint_in_pass)
         self.guide = self.steps.guides[guide]
         self.guide.requires_grad_(True).train()
         self.batch, self.device = batch, device
