@@ -26,13 +26,16 @@ ARTISTS = ("noto-v1", "fxemoji")
 """Those of the carried practice fine-tunes on which the guides for few steps practise too."""
 
 FRESH = {"max_train_steps": 2000, "practice_share": 0.6, "negative_share": 0.25}
-FURTHER = {
-    "max_train_steps": 2800, "learning_rate": 5e-3, "practice_share": 0.5, "negative_share": 0.6
+NEGATIVE = {
+    "max_train_steps": 2800, "learning_rate": 5e-3, "practice_share": 0.5, "negative_share": 0.55,
+    "trajectory_steps_min": 16,
 }  # fmt: skip
 """What a negative prompt asks for is the harder part: it is learnt last, and for longer."""
+TINY = {"negative": True, "rank": 25}
+"""To look at the negative prompt itself takes what three channels of every layer take."""
 
 GUIDES: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (FRESH, FURTHER),
+    "tiny": (FRESH | TINY, NEGATIVE | TINY),
     "full": (FRESH | {"guide": "full"},),
 }
 """The trainings of each, every one beginning with what the one before has made."""

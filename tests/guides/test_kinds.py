@@ -205,6 +205,25 @@ def test_a_tiny_guide_without_any_part_is_refused(unet: UNet2DConditionModel) ->
         TinyGuide.for_denoiser(unet, "epsilon", **nothing)
 
 
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_tiny_guide_may_look_at_the_negative_prompt_itself(
+    unet: UNet2DConditionModel, inputs: GuideInputs, negative: bool
+) -> None:
+    """Prompt and negative prompt moved alike differ as before: only such a guide notices."""
+    torch.manual_seed(0)
+    guide = TinyGuide.for_denoiser(unet, "epsilon", negative=negative)
+    moved = replace(
+        inputs,
+        encoder_hidden_states=inputs.encoder_hidden_states + 0.5,
+        negative_hidden_states=inputs.negative_hidden_states + 0.5,
+    )
+    torch.testing.assert_close(guide.conditioning(moved), guide.conditioning(inputs))
+    for parameter in guide.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    one, other = guide.conditioning(inputs), guide.conditioning(moved)
+    assert torch.allclose(one, other, atol=1e-5) is not negative
+
+
 def test_the_full_guide_starts_from_the_encoder(unet: UNet2DConditionModel) -> None:
     guide = FullGuide.for_denoiser(unet, "epsilon")
     base = unet.state_dict()

@@ -191,6 +191,9 @@ class DistillConfig(TrainingConfig):
     """Whether a tiny guide pushes the answers of the cross-attention layers."""
     embedding: bool = True
     """Whether a tiny guide pushes what residual layers take from an embedded text."""
+    negative: bool = False
+    """Whether a tiny guide looks at the negative prompt itself, and not only at what the prompt
+    has that it has not. Worth its few parameters where ``--negative_share`` is large."""
     rank: int = 28
     """Channels of what a tiny guide adds to each decoder layer; 0 leaves them alone."""
     head: int = 48

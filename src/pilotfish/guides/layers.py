@@ -28,19 +28,25 @@ class Condition(nn.Module):
     Args:
         text: width of the encoder hidden states.
         width: of the vector.
+        negative: whether it is told of the negative prompt itself as well. The difference to the
+            prompt says which way to go; how far that leads depends on what is left behind.
     """
 
-    def __init__(self, text: int, width: int) -> None:
+    def __init__(self, text: int, width: int, negative: bool = False) -> None:
         super().__init__()
         self.embed = nn.Sequential(
             nn.Linear(2 * FEATURES, width), nn.SiLU(), nn.Linear(width, width)
         )
         self.text = nn.Linear(text, width, bias=False)
+        self.negative = silent(nn.Linear(text, width, bias=False)) if negative else None
 
     def forward(self, inputs: GuideInputs) -> torch.Tensor:
         """The vectors, (N, width)."""
         t = fourier_features(inputs.timestep, FEATURES, longest=4000.0)
         w = fourier_features(inputs.guidance_scale, FEATURES, longest=32.0)
-        text = (inputs.encoder_hidden_states - inputs.negative_hidden_states).mean(1)
-        seen = torch.cat([t, w], 1).to(text.dtype)
-        return F.silu(self.embed(seen) + self.text(text))
+        against = inputs.negative_hidden_states
+        text = (inputs.encoder_hidden_states - against).mean(1)
+        seen = self.embed(torch.cat([t, w], 1).to(text.dtype)) + self.text(text)
+        if self.negative is not None:
+            seen = seen + self.negative(against.mean(1))
+        return F.silu(seen)

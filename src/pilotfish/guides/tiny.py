@@ -45,6 +45,8 @@ class TinyGuide(Guide):
         push: whether the text is pushed.
         attention: whether the answers of the cross-attention layers are.
         embedding: whether what the residual layers take from the embedding is.
+        negative: whether the embedding of t, w and text is told of the negative prompt itself, and
+            not only of what the prompt has that it has not.
         rank: channels of each layer's addition; 0 leaves the layers alone.
         head: channels of the head; 0 leaves the prediction alone.
         condition: width of the embedding of t, w and text.
@@ -65,6 +67,7 @@ class TinyGuide(Guide):
         push: bool = True,
         attention: bool = True,
         embedding: bool = True,
+        negative: bool = False,
         rank: int = 28,
         head: int = 48,
         condition: int = 32,
@@ -78,7 +81,7 @@ class TinyGuide(Guide):
             raise GuideError(
                 "a tiny guide needs at least one of push, attention, embedding, rank and head"
             )
-        self.conditioning = Condition(denoiser["cross_attention_dim"], condition)
+        self.conditioning = Condition(denoiser["cross_attention_dim"], condition, negative)
         self.text = silent(nn.Linear(condition, 1)) if push else None
         self.pushed = cross_attention_layers(denoiser) if attention else {}
         self.pushed |= dict.fromkeys(embedding_layers(denoiser), 1) if embedding else {}
