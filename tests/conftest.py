@@ -75,6 +75,7 @@ def make_pipe(
             **{
                 **plain,
                 "unet": copy.deepcopy(plain["unet"]),
+                "text_encoder": copy.deepcopy(plain["text_encoder"]),
                 "scheduler": components.scheduler(prediction_type),
             },
             requires_safety_checker=False,
