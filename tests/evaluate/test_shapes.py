@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from rich.console import Console
 
-from pilotfish.evaluate.shapes import SHAPES, Shape, ShapesResult, Steps, measure_shape
+from pilotfish.evaluate.shapes import SHAPES, Shape, ShapeResult, ShapesResult, Steps, measure_shape
 from pilotfish.evaluate.table import shapes_table
 
 SMALL = {
@@ -47,6 +47,16 @@ def test_what_is_counted_without_memory_is_what_is_computed(config: dict[str, ob
         assert meta.flops(way) == real.flops(way) > 0
 
 
+def saved_and_shown(made: ShapeResult, tmp_path: Path) -> str:
+    """The table of a result that was saved and loaded."""
+    result = ShapesResult({"small": made})
+    result.save(tmp_path / "shapes.json")
+    assert ShapesResult.load(tmp_path / "shapes.json") == result
+    console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))
+    console.print(shapes_table(result))
+    return console.export_text()
+
+
 def test_it_is_timed_in_every_way_saved_and_shown(tmp_path: Path) -> None:
     lines: list[str] = []
     made = measure_shape(
@@ -57,12 +67,7 @@ def test_it_is_timed_in_every_way_saved_and_shown(tmp_path: Path) -> None:
     assert all(value > 0 for row in made.seconds.values() for value in row.values())
     assert all(value > 2**20 for row in made.peak_bytes.values() for value in row.values())
     assert len(lines) == 3
-    result = ShapesResult({"small": made})
-    result.save(tmp_path / "shapes.json")
-    assert ShapesResult.load(tmp_path / "shapes.json") == result
-    console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))
-    console.print(shapes_table(result))
-    assert "CFG" in console.export_text()
+    assert "CFG" in saved_and_shown(made, tmp_path)
 
 
 def test_a_compiled_denoiser_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,12 +80,7 @@ def test_a_compiled_denoiser_is_timed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert made.compiled
     assert set(made.seconds["1"]) == {"plain", "cfg", "tiny"}
     assert set(made.guides) == {"tiny", "full"}
-    result = ShapesResult({"small": made})
-    result.save(tmp_path / "shapes.json")
-    assert ShapesResult.load(tmp_path / "shapes.json") == result
-    console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))
-    console.print(shapes_table(result))
-    assert "M, compiled" in console.export_text()
+    assert "M, compiled" in saved_and_shown(made, tmp_path)
 
 
 def test_no_round_is_refused() -> None:
