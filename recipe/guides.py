@@ -25,32 +25,40 @@ class StepGuides:
 ARTISTS = ("noto-v1", "fxemoji")
 """Those of the carried practice fine-tunes on which the guides for few steps practise too."""
 
-FRESH = {"max_train_steps": 2000, "practice_share": 0.6, "negative_share": 0.25}
+PRACTISED: dict[str, Any] = {"practice": tuple(PRACTICE), "pool": 512}
+FRESH: dict[str, Any] = {"max_train_steps": 2000, "practice_share": 0.6, "negative_share": 0.25}
 NEGATIVE = {
     "max_train_steps": 2800, "learning_rate": 5e-3, "practice_share": 0.5, "negative_share": 0.55,
     "trajectory_steps_min": 16,
 }  # fmt: skip
-"""What a negative prompt asks for is the harder part: it is learnt last, and for longer."""
+"""What a negative prompt asks for is the harder part: it is learnt late, and for longer."""
+SETTLED = {
+    "max_train_steps": 700, "learning_rate": 3e-3, "lr_warmup_steps": 20, "ema_decay": 0.98,
+    "negative_share": 0.6, "trajectory_steps_min": 25, "trajectory_steps_max": 25,
+    "practice": (), "pool": 2048, "replay_capacity": 51200, "replay_reuse": 10**6,
+}  # fmt: skip
+"""Whole trajectories of the base, walked once and shuffled: each batch is of states that have
+nothing to do with one another, and a short training at a falling rate settles on their mean."""
 TINY = {"negative": True, "rank": 25}
 """To look at the negative prompt itself takes what three channels of every layer take."""
 
 GUIDES: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (FRESH | TINY, NEGATIVE | TINY),
+    "tiny": (FRESH | TINY, NEGATIVE | TINY, SETTLED | TINY),
     "full": (FRESH | {"guide": "full"},),
 }
 """The trainings of each, every one beginning with what the one before has made."""
 
 
 def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
-    """Distil one on the base and the practice fine-tunes; save it in half precision."""
+    """Distil one in all its trainings; save it in half precision."""
     made: Path | None = None
     for i, training in enumerate(GUIDES[name]):
         output = work / (f"guide-{name}-{i}" if i else f"guide-{name}")
         guide = distill(
             DistillConfig(
                 output_dir=str(output), checkpointing_steps=100, validation_steps=200,
-                report_to="none", resume="latest", mixed_precision=_precision(bf16), pool=512,
-                practice=tuple(PRACTICE), begin_with=str(made) if made else None, **training,
+                report_to="none", resume="latest", mixed_precision=_precision(bf16),
+                begin_with=str(made) if made else None, **PRACTISED | training,
             )
         )  # fmt: skip
         made = output / "guide"

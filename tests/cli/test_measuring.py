@@ -43,9 +43,25 @@ def test_counting_keeps_what_was_timed(
     assert say(*flags, "--counted")[0] == 0
     assert ShapesResult.load(file) == timed
     assert timed.shapes["sd15"].cfg_over
-    code, error = say("benchmark", "--counted")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--counted",), "add --shape"),
+        (("--train",), "add --shape"),
+        (("--output", "shapes.json"), "add --shape"),
+        (("--guides", "tiny"), "--guides is of full-size"),
+        (("--shape", "sd15", "--counted", "--compile"), "--compile is of what is timed"),
+        (("--shape", "sd15", "--train", "--compile"), "--compile is of what is timed"),
+    ],
+)
+def test_a_benchmark_refuses_what_would_have_no_effect(
+    flags: tuple[str, ...], word: str, say: Say
+) -> None:
+    code, error = say("benchmark", *flags)
     assert code == 1
-    assert "add --shape" in error
+    assert word in " ".join(error.split())
 
 
 def test_a_sweep_of_ones_own_base_draws_a_plot(

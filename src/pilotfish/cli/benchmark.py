@@ -22,6 +22,8 @@ from pilotfish.evaluate.shapes import SHAPES, ShapesResult, measure_shape
 from pilotfish.evaluate.table import cost_table, shapes_table, training_table
 from pilotfish.evaluate.training_memory import training_memory
 
+BOTH: tuple[Literal["tiny", "full"], ...] = ("tiny", "full")
+
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
@@ -39,7 +41,7 @@ class BenchmarkConfig:
     shape: tuple[Literal["sd15", "sd21", "sdxl"], ...] = ()
     """Full-size denoisers with random weights, in place of a pipeline: one step of a plain pass,
     CFG and the guides, side by side."""
-    guides: tuple[Literal["tiny", "full"], ...] = ("tiny", "full")
+    guides: tuple[Literal["tiny", "full"], ...] = BOTH
     """Of full-size denoisers, the guides that are timed."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
@@ -62,11 +64,10 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         BenchmarkConfig, args=list(arguments), prog="pilotfish benchmark", use_underscores=True
     )
+    _fit_together(config)
     if config.shape:
         _shapes(config, shlex.join(["pilotfish", "benchmark", *arguments]))
         return
-    if config.output or config.counted or config.train:
-        raise ValueError("--output, --counted and --train are of full-size denoisers: add --shape")
     pipe = host(config.pretrained_model_name_or_path)
     pipe.to(usable(config.device), getattr(torch, config.precision))
     if config.guide in KINDS and config.guide not in embedded.guide_names():
@@ -84,6 +85,28 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{size.name}: {size.parameters:,} parameters, {size.share:.2%} of the denoiser")
     print(f"on {machine()}")
     Console().print(cost_table(spent))
+
+
+def _fit_together(config: BenchmarkConfig) -> None:
+    """Refuse a flag that would have no effect beside the others.
+
+    Raises:
+        ValueError: says which, and of what it is.
+    """
+    full_size = "of full-size denoisers: add --shape"
+    given = {
+        "--output": (config.output is not None, config.shape, full_size),
+        "--counted": (config.counted, config.shape, full_size),
+        "--train": (config.train, config.shape, full_size),
+        "--guides": (config.guides != BOTH, config.shape, full_size),
+        "--compile": (
+            config.compile, not (config.counted or config.train),
+            "of what is timed, which --counted and --train are not",
+        ),
+    }  # fmt: skip
+    for flag, (asked, fits, what) in given.items():
+        if asked and not fits:
+            raise ValueError(f"{flag} is {what}")
 
 
 def _shapes(config: BenchmarkConfig, command: str) -> None:
