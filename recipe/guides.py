@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pilotfish.distill.config import DistillConfig, StepsConfig
 from pilotfish.distill.stages import distill, distill_steps
 from pilotfish.guides import Guide
+from pilotfish.guides.mean import mean_guide
 from recipe.finetunes import FAR, PRACTICE, far_folder
 
 
@@ -32,37 +33,49 @@ NEGATIVE = {
     "trajectory_steps_min": 16,
 }  # fmt: skip
 """What a negative prompt asks for is the harder part: it is learnt late, and for longer."""
-SETTLED = {
-    "max_train_steps": 700, "learning_rate": 3e-3, "lr_warmup_steps": 20, "ema_decay": 0.98,
-    "negative_share": 0.6, "trajectory_steps_min": 25, "trajectory_steps_max": 25,
-    "practice": (), "pool": 2048, "replay_capacity": 51200, "replay_reuse": 10**6,
+SETTLED: dict[str, Any] = {
+    "learning_rate": 3e-3, "lr_warmup_steps": 20, "ema_decay": 0.98, "negative_share": 0.6,
+    "trajectory_steps_min": 25, "trajectory_steps_max": 25, "replay_reuse": 10**6, "practice": (),
 }  # fmt: skip
 """Whole trajectories of the base, walked once and shuffled: each batch is of states that have
 nothing to do with one another, and a short training at a falling rate settles on their mean."""
+LONGER = {"max_train_steps": 700, "pool": 2048, "replay_capacity": 51200}
+SHORTER = {"max_train_steps": 300, "pool": 1536, "replay_capacity": 38400, "seed": 1}
 TINY = {"negative": True, "rank": 25}
 """To look at the negative prompt itself takes what three channels of every layer take."""
 
 GUIDES: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (FRESH | TINY, NEGATIVE | TINY, SETTLED | TINY),
+    "tiny": (FRESH | TINY, NEGATIVE | TINY),
     "full": (FRESH | {"guide": "full"},),
 }
 """The trainings of each, every one beginning with what the one before has made."""
+APART: dict[str, tuple[dict[str, Any], ...]] = {
+    "tiny": (SETTLED | TINY | LONGER, SETTLED | TINY | SHORTER),
+}
+"""Then those that begin with the last of these, each for itself. The guide is the mean of all,
+the one that they began with as well, which knows the fine-tunes best."""
 
 
 def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
     """Distil one in all its trainings; save it in half precision."""
-    made: Path | None = None
-    for i, training in enumerate(GUIDES[name]):
-        output = work / (f"guide-{name}-{i}" if i else f"guide-{name}")
-        guide = distill(
+
+    def trained(what: dict[str, Any], number: str, begin_with: Path | None) -> Guide:
+        return distill(
             DistillConfig(
-                output_dir=str(output), checkpointing_steps=100, validation_steps=200,
-                report_to="none", resume="latest", mixed_precision=_precision(bf16),
-                begin_with=str(made) if made else None, **PRACTISED | training,
+                output_dir=str(work / f"guide-{name}{number}"), checkpointing_steps=100,
+                validation_steps=200, report_to="none", resume="latest",
+                mixed_precision=_precision(bf16),
+                begin_with=str(begin_with) if begin_with else None, **PRACTISED | what,
             )
         )  # fmt: skip
-        made = output / "guide"
-    guide.half().save_pretrained(target / "guides" / name)
+
+    made: Path | None = None
+    for i, training in enumerate(GUIDES[name]):
+        number = f"-{i}" if i else ""
+        guide = trained(training, number, made)
+        made = work / f"guide-{name}{number}" / "guide"
+    apart = [trained(what, f"-apart-{i}", made) for i, what in enumerate(APART.get(name, ()))]
+    mean_guide([guide, *apart]).half().save_pretrained(target / "guides" / name)
 
 
 def make_step_guides(work: Path, target: Path, stage: StepGuides, *, bf16: bool) -> None:

@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "distil a guide in minutes, plug it in, write a report with pictures",
     "distill": "train a guide for a base pipeline",
     "distill-steps": "teach a guide to do with half the steps, round after round",
+    "average": "make one guide of several: the mean of their weights",
     "app": "draw in a browser: no guidance, CFG and guided side by side",
     "sample": "make pictures with a guide (or with CFG, or with no guidance)",
     "evaluate": "measure a guide on a base and its fine-tunes",
