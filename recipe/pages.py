@@ -8,6 +8,7 @@ from pathlib import Path
 from pilotfish.compare.plots import pareto
 from pilotfish.compare.result import Comparison
 from pilotfish.compare.table import comparison_markdown
+from pilotfish.evaluate.negative import NegativeResult
 from pilotfish.evaluate.plots import save, step_curves
 from pilotfish.evaluate.result import Run
 from pilotfish.evaluate.steps import StepsResult
@@ -41,6 +42,25 @@ def write_pages(results: Path, docs: Path) -> None:
         write_measured(
             docs / "compare.md", compare_page(Comparison.load(results / "compare.json"), docs)
         )
+    if (results / "negative.json").is_file():
+        write_measured(
+            docs / "method.md", negatives_text(NegativeResult.load(results / "negative.json"))
+        )
+
+
+def negatives_text(found: NegativeResult) -> str:
+    """What the guide makes of negative prompts on each host, in a sentence."""
+    hosts = ", ".join(
+        f"{host.told.mean:.3f} on {name} ({host.ratio:.2f} times that with the null prompt; "
+        f"{host.ratio_ignoring:.2f} where the guide ignores it)"
+        for name, host in found.hosts.items()
+    )
+    scales = ", ".join(next(iter(found.hosts.values())).told.by_w)
+    return (
+        f"Measured by `{found.run.command}` on {found.run.machine}, seed {found.run.seed}, "
+        f"{found.run.samples} held-out pairs, w = {scales}; everything is in "
+        f"`results/negative.json`. Told a negative prompt, the guidance error is {hosts}."
+    )
 
 
 def steps_page(found: StepsResult, docs: Path) -> str:

@@ -14,9 +14,17 @@ from pilotfish.compare.result import (
     MethodRun,
     Training,
 )
+from pilotfish.evaluate.negative import NegativeResult
 from pilotfish.evaluate.result import GuideSize, Interval, Run, Scores
 from pilotfish.evaluate.steps import StepScores, StepsResult
-from recipe.pages import aims, compare_page, steps_page, write_measured, write_pages
+from recipe.pages import (
+    aims,
+    compare_page,
+    negatives_text,
+    steps_page,
+    write_measured,
+    write_pages,
+)
 
 ROOT = Path(__file__).parent.parent
 RUN = Run("pilotfish something", 3, 200, 4.0, 25, "a machine", {})
@@ -26,6 +34,9 @@ MADE = {
     ),
     "docs/compare.md": (
         "results/compare.json", lambda file, to: compare_page(Comparison.load(file), to),
+    ),
+    "docs/method.md": (
+        "results/negative.json", lambda file, _: negatives_text(NegativeResult.load(file)),
     ),
 }  # fmt: skip
 
