@@ -1,8 +1,8 @@
 """One guide of several: the mean of their weights.
 
 Guides that were trained apart from one beginning, in other orders or on other hosts, lie around
-one minimum, each with errors of its own, and their mean is better than any (model soups, arXiv
-2203.05482). It costs nothing when it is used.
+one minimum, each with errors of its own, and their mean is often better than any of them (model
+soups, arXiv 2203.05482). Not always: measure it. It costs nothing when it is used.
 """
 
 from __future__ import annotations
