@@ -32,6 +32,8 @@ settings.register_profile("pilotfish", deadline=None, derandomize=True, max_exam
 settings.load_profile("pilotfish")
 
 KINDS = {"tiny": TinyGuide, "external": ExternalGuide, "full": FullGuide}
+WHOLE: dict[type[Guide], dict[str, Any]] = {TinyGuide: {"negative": True, "picture": 3}}
+"""What a kind needs to have all of its parts."""
 
 
 @pytest.fixture(scope="session")
@@ -111,9 +113,9 @@ def kind(request: pytest.FixtureRequest) -> type[Guide]:
 
 @pytest.fixture
 def fresh(kind: type[Guide], unet: UNet2DConditionModel) -> Guide:
-    """A guide as it is before training."""
+    """A guide with all of its parts, as it is before training."""
     torch.manual_seed(3)
-    return kind.for_denoiser(unet, "epsilon").eval()
+    return kind.for_denoiser(unet, "epsilon", **WHOLE.get(kind, {})).eval()
 
 
 @pytest.fixture

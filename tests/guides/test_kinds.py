@@ -205,6 +205,41 @@ def test_a_tiny_guide_without_any_part_is_refused(unet: UNet2DConditionModel) ->
         TinyGuide.for_denoiser(unet, "epsilon", **nothing)
 
 
+@pytest.mark.parametrize("without", [{"negative": False}, {"head": 0}])
+def test_a_picture_without_what_it_needs_is_refused(
+    unet: UNet2DConditionModel, without: dict[str, Any]
+) -> None:
+    whole = {"negative": True, "picture": 2}
+    TinyGuide.for_denoiser(unet, "epsilon", **whole)
+    with pytest.raises(GuideError, match="picture of the negative prompt needs"):
+        TinyGuide.for_denoiser(unet, "epsilon", **whole | without)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 4), (16, 24)])
+def test_the_picture_is_of_the_negative_prompt_and_stretched_to_the_latents(
+    maps: Maps, unet: UNet2DConditionModel, inputs: GuideInputs, size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    guide = TinyGuide.for_denoiser(unet, "epsilon", negative=True, picture=2)
+    torch.nn.init.normal_(guide.negative_picture.pictures.weight)
+    latents = torch.zeros(3, 4, *size)
+    features, prediction = torch.zeros(3, 8, *size), torch.zeros(3, 4, *size)
+    at = replace(inputs, latents=latents, guidance_scale=torch.tensor([2.0, 3.0, 3.0]))
+
+    def added(**changed: Any) -> torch.Tensor:
+        return guide(replace(at, **changed)).modules["conv_out"](features, prediction)
+
+    one, swapped = added(), added(negative_hidden_states=inputs.negative_hidden_states.flip(0))
+    assert one.shape == prediction.shape
+    assert one.std((2, 3)).min() > 0
+    assert not torch.allclose(one, swapped)
+    picture = guide.negative_picture(guide.conditioning.told(at), guide.conditioning(at))
+    strength = torch.tensor([[1.0], [2.0], [2.0]])  # w - 1, as in equation (1)
+    if min(size) >= 8:  # stretched, the corners stay
+        torch.testing.assert_close(one[..., 0, 0], strength * picture[..., 0, 0])
+        torch.testing.assert_close(one[..., -1, -1], strength * picture[..., -1, -1])
+
+
 @pytest.mark.parametrize("negative", [False, True])
 def test_a_tiny_guide_may_look_at_the_negative_prompt_itself(
     unet: UNet2DConditionModel, inputs: GuideInputs, negative: bool

@@ -198,6 +198,9 @@ class DistillConfig(TrainingConfig):
     """Channels of what a tiny guide adds to each decoder layer; 0 leaves them alone."""
     head: int = 48
     """Channels of a tiny guide's part at the prediction; 0 leaves it alone."""
+    picture: int = 0
+    """Pictures from which a tiny guide mixes one of what the negative prompt by itself leads to;
+    needs ``--negative``. With 16 negative prompts work best, for the parameters of 6 of rank."""
     states: Literal["noised", "trajectory", "student"] = "trajectory"
     """Training states: noised pictures, the teacher's CFG trajectories, or those stepped
     partly by the student itself."""
@@ -216,6 +219,11 @@ class DistillConfig(TrainingConfig):
         )  # fmt: skip
         self._need(self.rank >= 0, "rank", "at least 0")
         self._need(self.head >= 0, "head", "at least 0")
+        self._need(self.picture >= 0, "picture", "at least 0")
+        self._need(
+            self.picture == 0 or (self.negative and self.head > 0),
+            "picture", "0 unless with --negative and a head",
+        )  # fmt: skip
         self._need(
             1 <= self.trajectory_steps_min <= self.trajectory_steps_max,
             "trajectory_steps_min", "between 1 and trajectory_steps_max",

@@ -38,7 +38,7 @@ def new_guide(config: DistillConfig, material: Material) -> Guide:
     if config.guide == "external":
         settings["reads"] = config.reads
     elif config.guide == "tiny":
-        names = ("push", "attention", "embedding", "negative", "rank", "head")
+        names = ("push", "attention", "embedding", "negative", "rank", "head", "picture")
         settings |= {name: getattr(config, name) for name in names}
     elif config.guide in ("dice", "cfg-lora"):  # a dial around the one scale
         settings = {"trained_scale": config.guidance_scale_max}

@@ -47,6 +47,12 @@ class Condition(nn.Module):
         against = inputs.negative_hidden_states
         text = (inputs.encoder_hidden_states - against).mean(1)
         seen = self.embed(torch.cat([t, w], 1).to(text.dtype)) + self.text(text)
-        if self.negative is not None:
-            seen = seen + self.negative(against.mean(1))
-        return F.silu(seen)
+        told = self.told(inputs)
+        return F.silu(seen if told is None else seen + told)
+
+    def told(self, inputs: GuideInputs) -> torch.Tensor | None:
+        """What is seen of the negative prompt itself, (N, width), where that is looked at."""
+        if self.negative is None:
+            return None
+        told: torch.Tensor = self.negative(inputs.negative_hidden_states.mean(1))
+        return told

@@ -14,7 +14,7 @@ once more, ``w - 1`` times. The guide does that in five places of the one pass:
 - *Layers.* What each decoder layer makes is read through a convolution of low rank,
   modulated by w, timestep and text, and the answer is added to it.
 - *Prediction.* A small head, linear in ``w - 1`` as CFG is, does the rest; it also sees the
-  latents.
+  latents, and may be given a coarse picture of what the negative prompt by itself leads to.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from pilotfish.guides.base import Guide
 from pilotfish.guides.layers import Condition, silent
 
 PREDICTION = "conv_out"
+SIDE = 8
+"""Pixels of the negative prompt's picture, each way; it is stretched to the latents' size."""
 
 
 class TinyGuide(Guide):
@@ -49,13 +51,15 @@ class TinyGuide(Guide):
             not only of what the prompt has that it has not.
         rank: channels of each layer's addition; 0 leaves the layers alone.
         head: channels of the head; 0 leaves the prediction alone.
+        picture: pictures that the negative prompt's own is mixed from; 0: it has none. Needs
+            ``negative`` and a head.
         condition: width of the embedding of t, w and text.
         guidance_scale_range: the (low, high) of w in training.
         timesteps: of a guide distilled to few steps, the only ones that it knows.
         trained_on: name and revision of the base, where they are known.
 
     Raises:
-        GuideError: nothing is left to add.
+        GuideError: nothing is left to add, or the picture lacks what it needs.
     """
 
     learning_rate = 1e-2
@@ -70,6 +74,7 @@ class TinyGuide(Guide):
         negative: bool = False,
         rank: int = 28,
         head: int = 48,
+        picture: int = 0,
         condition: int = 32,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         timesteps: Sequence[int] | None = None,
@@ -80,6 +85,11 @@ class TinyGuide(Guide):
         if not (push or attention or embedding or rank or head):
             raise GuideError(
                 "a tiny guide needs at least one of push, attention, embedding, rank and head"
+            )
+        if picture and not (negative and head):
+            raise GuideError(
+                "the picture of the negative prompt needs a guide that looks at that prompt "
+                "(negative), and a head"
             )
         self.conditioning = Condition(denoiser["cross_attention_dim"], condition, negative)
         self.text = silent(nn.Linear(condition, 1)) if push else None
@@ -92,6 +102,7 @@ class TinyGuide(Guide):
         self.layers = nn.ModuleList([Layer(c, rank) for c in layers.values()])
         features, latents = denoiser["block_out_channels"][0], denoiser["in_channels"]
         self.output = Head(features, latents, head) if head else None
+        self.negative_picture = Picture(condition, latents, picture) if picture else None
         # gain and shift of every layer and of the head, then the head's two scalings
         self.ranks = [2 * r for r in (*[rank] * len(layers), head) if r]
         self.scalings = 2 * latents if head else 0
@@ -143,9 +154,12 @@ class TinyGuide(Guide):
                 for name, layer, m in zip(self.names, self.layers, answers, strict=False)
             }
             if self.output is not None:
+                picture = None
+                if self.negative_picture is not None:
+                    picture = self.negative_picture(self.conditioning.told(inputs), condition)
                 modules[PREDICTION] = partial(
                     self.output, latents=latents, modulation=answers[-2], scalings=answers[-1],
-                    strength=strength,
+                    picture=picture, strength=strength,
                 )  # fmt: skip
         return Injection(text=further, pushes=pushes, modules=modules)
 
@@ -199,7 +213,8 @@ class Head(nn.Module):
 
     The features come out of the denoiser's last normalisation and need none here. Beside that
     path the head scales prediction and latents channel by channel: at high noise the
-    unconditional prediction is close to a constant, and CFG little more than that scaling.
+    unconditional prediction is close to a constant, and CFG little more than that scaling; with a
+    negative prompt it is close to the picture that that prompt leads to.
     """
 
     def __init__(self, features: int, channels: int, width: int) -> None:
@@ -208,14 +223,42 @@ class Head(nn.Module):
 
     def forward(
         self, features: torch.Tensor, prediction: torch.Tensor, *, latents: torch.Tensor,
-        modulation: torch.Tensor, scalings: torch.Tensor, strength: torch.Tensor,
+        modulation: torch.Tensor, scalings: torch.Tensor, picture: torch.Tensor | None,
+        strength: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """(N, features, h, w) and (N, C, h, w) -> (N, C, h, w), what is added to the latter.
 
-        ``scalings`` are (N, 2 C), first of the prediction, then of the latents.
+        ``scalings`` are (N, 2 C), first of the prediction, then of the latents; ``picture`` is
+        (N, C, SIDE, SIDE).
         """
         of_prediction, of_latents = scalings[:, :, None, None].chunk(2, 1)
         made = self.path(torch.cat([features, prediction, latents], 1), modulation, strength)
-        scaled = torch.addcmul(of_prediction * prediction, of_latents, latents)
-        added: torch.Tensor = torch.addcmul(made, strength, scaled)
+        linear = torch.addcmul(of_prediction * prediction, of_latents, latents)
+        if picture is not None:
+            linear = linear + F.interpolate(picture, prediction.shape[-2:], mode="bilinear")
+        added: torch.Tensor = torch.addcmul(made, strength, linear)
         return added
+
+
+class Picture(nn.Module):
+    """A coarse picture of what the base predicts with the negative prompt alone.
+
+    At high noise, where the latents say nothing yet, that prediction is a function of the prompt,
+    and half of what CFG adds. The one pass, which is the prompt's, holds nothing of it.
+
+    Args:
+        width: of the embedding of t, w and text, and of what it is told of the negative prompt.
+        channels: of the prediction.
+        mixed: pictures that it is mixed from.
+    """
+
+    def __init__(self, width: int, channels: int, mixed: int) -> None:
+        super().__init__()
+        self.told, self.seen = nn.Linear(width, mixed), nn.Linear(width, mixed, bias=False)
+        self.pictures = silent(nn.Linear(mixed, channels * SIDE**2))
+
+    def forward(self, told: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """(N, width) twice -> (N, channels, SIDE, SIDE)."""
+        shares = F.silu(self.told(told) + self.seen(condition))
+        made: torch.Tensor = self.pictures(shares)
+        return made.view(len(made), -1, SIDE, SIDE)
