@@ -88,8 +88,8 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     ),
     (("distill", "--output_dir", "{out}", "--begin_with", "{none}"), "no guide could be read"),
     (
-        ("distill", "--output_dir", "{out}", "--begin_with", "tiny", "--negative", "--rank", "8"),
-        "tiny cannot be trained further so: its rank is 25, 8 is asked for",
+        ("distill", "--output_dir", "{out}", "--begin_with", "tiny", "--no_push"),
+        "tiny cannot be trained further so: its push is True, False is asked for",
     ),
     (("distill-steps", "--output_dir", "{out}", "--guide", "{none}"), "no guide could be read"),
     (("sample",), "nothing to draw"),
