@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from pilotfish import cli
@@ -43,6 +46,27 @@ def test_counting_keeps_what_was_timed(
     assert say(*flags, "--counted")[0] == 0
     assert ShapesResult.load(file) == timed
     assert timed.shapes["sd15"].cfg_over
+
+
+def test_another_precision_and_compiled_are_timed_beside_the_first(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pilotfish.cli.benchmark.SHAPES", {"sd15": Shape(SMALL)})
+    torch.compiler.reset()
+    quickly = partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(UNet2DConditionModel, "compile", quickly)
+    file = tmp_path / "shapes.json"
+    flags = ("benchmark", "--shape", "sd15", "--batch_sizes", "1", "--output", str(file),
+             "--guides", "tiny", "--rounds", "1")  # fmt: skip
+    assert say(*flags)[0] == 0
+    timed = ShapesResult.load(file).shapes["sd15"]
+    monkeypatch.setenv("TORCHINDUCTOR_FREEZING", "1")
+    assert say(*flags, "--precision", "bfloat16", "--compile")[0] == 0
+    shapes = ShapesResult.load(file).shapes
+    assert list(shapes) == ["sd15", "sd15, bfloat16, compiled"]
+    assert shapes["sd15"] == timed
+    assert shapes["sd15, bfloat16, compiled"].command.startswith("TORCHINDUCTOR_FREEZING=1 pilot")
+    assert timed.command.startswith("pilotfish benchmark")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from rich.console import Console
 
-from pilotfish.evaluate.shapes import SHAPES, Shape, ShapeResult, ShapesResult, Steps, measure_shape
+from pilotfish.evaluate.shapes import (
+    SHAPES,
+    Shape,
+    ShapeResult,
+    ShapesResult,
+    Steps,
+    measure_shape,
+    timed_as,
+)
 from pilotfish.evaluate.table import shapes_table
 
 SMALL = {
@@ -49,7 +57,7 @@ def test_what_is_counted_without_memory_is_what_is_computed(config: dict[str, ob
 
 def saved_and_shown(made: ShapeResult, tmp_path: Path) -> str:
     """The table of a result that was saved and loaded."""
-    result = ShapesResult({"small": made})
+    result = ShapesResult({timed_as("small", made.precision, made.compiled): made})
     result.save(tmp_path / "shapes.json")
     assert ShapesResult.load(tmp_path / "shapes.json") == result
     console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))
@@ -80,7 +88,7 @@ def test_a_compiled_denoiser_is_timed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert made.compiled
     assert set(made.seconds["1"]) == {"plain", "cfg", "tiny"}
     assert set(made.guides) == {"tiny", "full"}
-    assert "M, compiled" in saved_and_shown(made, tmp_path)
+    assert "small, compiled" in saved_and_shown(made, tmp_path)
 
 
 def test_no_round_is_refused() -> None:

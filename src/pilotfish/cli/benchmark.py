@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,12 @@ from pilotfish.cli.names import guide, host, usable
 from pilotfish.distill.kinds import KINDS
 from pilotfish.evaluate.cost import cost, guide_size
 from pilotfish.evaluate.machine import machine
-from pilotfish.evaluate.shapes import SHAPES, ShapesResult, measure_shape
+from pilotfish.evaluate.shapes import SHAPES, ShapesResult, measure_shape, timed_as
 from pilotfish.evaluate.table import cost_table, shapes_table, training_table
 from pilotfish.evaluate.training_memory import training_memory
 
+PACKED = "TORCHINDUCTOR_FREEZING"
+"""An environment variable: whether a compiler packs weights beforehand."""
 BOTH: tuple[Literal["tiny", "full"], ...] = ("tiny", "full")
 
 
@@ -56,7 +59,8 @@ class BenchmarkConfig:
     (``--guide``) on a base held in ``--precision``, with gradient checkpointing: computed part by
     part and, unless ``--counted``, measured."""
     output: str | None = None
-    """JSON file of full-size denoisers; other shapes that it holds stay in it."""
+    """JSON file of full-size denoisers; what it holds of other shapes, or of these in another
+    precision or compiled, stays in it."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -66,7 +70,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     _fit_together(config)
     if config.shape:
-        _shapes(config, shlex.join(["pilotfish", "benchmark", *arguments]))
+        packed = [f"{PACKED}=1"] if config.compile and os.environ.get(PACKED) == "1" else []
+        _shapes(config, shlex.join([*packed, "pilotfish", "benchmark", *arguments]))
         return
     pipe = host(config.pretrained_model_name_or_path)
     pipe.to(usable(config.device), getattr(torch, config.precision))
@@ -115,7 +120,8 @@ def _shapes(config: BenchmarkConfig, command: str) -> None:
     dtype, counted = getattr(torch, config.precision), config.counted
     usable(config.device)
     for name in config.shape:
-        before = result.shapes.get(name)
+        row = name if counted or config.train else timed_as(name, config.precision, config.compile)
+        before = result.shapes.get(row)
         if config.train:
             made = training_memory(
                 name, SHAPES[name], config.guide, command=command, dtype=dtype,
@@ -133,7 +139,7 @@ def _shapes(config: BenchmarkConfig, command: str) -> None:
                 shape.training.update(before.training)
                 if counted:  # what was timed stays, with what it says of itself
                     shape = replace(before, guides=shape.guides, flops=shape.flops)
-        result.shapes[name] = shape
+        result.shapes[row] = shape
         if output:
             result.save(output)
     Console().print(training_table(result) if config.train else shapes_table(result))

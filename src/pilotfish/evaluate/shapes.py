@@ -107,9 +107,16 @@ class ShapeResult:
 
 @dataclass(frozen=True)
 class ShapesResult(Saved):
-    """Full-size denoisers by name."""
+    """Full-size denoisers, by :func:`timed_as`."""
 
     shapes: dict[str, ShapeResult]
+
+
+def timed_as(name: str, precision: str = "float32", compiled: bool = False) -> str:
+    """What a shape is called in a result: its name alone as it comes, in float32, or "sd15,
+    bfloat16, compiled"."""
+    precisely = () if precision == "float32" else (precision,)
+    return ", ".join((name, *precisely, *(("compiled",) if compiled else ())))
 
 
 class Steps:

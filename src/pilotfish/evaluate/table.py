@@ -202,12 +202,11 @@ def shapes_table(result: ShapesResult) -> Table:
     for name in ("denoiser", "", "parameters", "operations", "CFG over it", "peak memory"):
         table.add_column(name, justify="left" if name in ("denoiser", "") else "right")
     for name, shape in result.shapes.items():
-        compiled = ", compiled" if shape.compiled else ""
         for way, flops in shape.flops.items():
             guide = shape.guides.get(way)
             peaks = {b: m[way] for b, m in shape.peak_bytes.items() if way in m}
             table.add_row(
-                f"{name}, {shape.parameters / 1e6:,.0f} M{compiled}" if way == "plain" else "",
+                f"{name}, {shape.parameters / 1e6:,.0f} M" if way == "plain" else "",
                 {"plain": "one pass", "cfg": "CFG"}.get(way, way),
                 f"{guide.parameters / 1e6:,.2f} M, {guide.share:.2%}" if guide else "",
                 f"{flops / shape.flops['plain']:.3f}×",
