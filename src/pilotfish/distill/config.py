@@ -200,7 +200,7 @@ class DistillConfig(TrainingConfig):
     """Channels of a tiny guide's part at the prediction; 0 leaves it alone."""
     picture: int = 0
     """Pictures from which a tiny guide mixes one of what the negative prompt by itself leads to;
-    needs ``--negative``. With 16 negative prompts work best, for the parameters of 6 of rank."""
+    needs ``--negative``. On the embedded model 16 of them take the parameters of 6 of rank."""
     states: Literal["noised", "trajectory", "student"] = "trajectory"
     """Training states: noised pictures, the teacher's CFG trajectories, or those stepped
     partly by the student itself."""
