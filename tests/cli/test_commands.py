@@ -49,6 +49,7 @@ def test_an_unknown_flag_is_named(say: Say) -> None:
     ("flags", "sentence"),
     [
         (("distill", "--rank", "-1"), "rank must be at least 0, not -1"),
+        (("distill", "--picture", "2"), "picture must be 0 unless with --negative and a head"),
         (("distill", "--learning_rate", "0"), "learning_rate must be above 0"),
         (("distill", "--guidance_scale_min", "0.5"), "guidance_scale_min must be at least 1"),
         (("distill", "--pool", "4"), "pool must be at least train_batch_size"),
@@ -90,6 +91,10 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (
         ("distill", "--output_dir", "{out}", "--begin_with", "tiny", "--no_push"),
         "tiny cannot be trained further so: its push is True, False is asked for",
+    ),
+    (
+        ("distill", "--output_dir", "{out}", "--begin_with", "tiny", "--negative", "--picture=2"),
+        ", 2 is asked for",
     ),
     (("distill-steps", "--output_dir", "{out}", "--guide", "{none}"), "no guide could be read"),
     (("sample",), "nothing to draw"),

@@ -217,11 +217,14 @@ def test_a_picture_without_what_it_needs_is_refused(
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 4), (16, 24)])
 def test_the_picture_is_of_the_negative_prompt_and_stretched_to_the_latents(
-    maps: Maps, unet: UNet2DConditionModel, inputs: GuideInputs, size: tuple[int, int]
+    unet: UNet2DConditionModel, inputs: GuideInputs, size: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
     guide = TinyGuide.for_denoiser(unet, "epsilon", negative=True, picture=2)
     torch.nn.init.normal_(guide.negative_picture.pictures.weight)
+    torch.nn.init.normal_(guide.conditioning.negative.weight)
+    # of the negative prompt itself, that is, and not by way of the embedding
+    torch.nn.init.zeros_(guide.negative_picture.seen.weight)
     latents = torch.zeros(3, 4, *size)
     features, prediction = torch.zeros(3, 8, *size), torch.zeros(3, 4, *size)
     at = replace(inputs, latents=latents, guidance_scale=torch.tensor([2.0, 3.0, 3.0]))

@@ -243,8 +243,8 @@ class Head(nn.Module):
 class Picture(nn.Module):
     """A coarse picture of what the base predicts with the negative prompt alone.
 
-    At high noise, where the latents say nothing yet, that prediction is a function of the prompt,
-    and half of what CFG adds. The one pass, which is the prompt's, holds nothing of it.
+    At high noise, where the latents say nothing yet, that prediction is mostly a function of its
+    prompt. The one pass, which is the other prompt's, holds nothing of it.
 
     Args:
         width: of the embedding of t, w and text, and of what it is told of the negative prompt.
