@@ -181,8 +181,8 @@ class DistillConfig(TrainingConfig):
     to compare with; dice and cfg-lora learn one scale, so give the two ends of the range the
     same value."""
     begin_with: str | None = None
-    """A guide to train further, of the kind and the settings that are asked for: a folder, hub id
-    or the name of a carried one. Left out: a fresh one."""
+    """A guide to train further: a folder, hub id or the name of a carried one. Its kind and its
+    settings are its own; those that are given as well have to agree. Left out: a fresh one."""
     reads: tuple[Literal["latents", "skips"], ...] = ("latents",)
     """What an external guide sees beside t, w and text; ``latents`` is the paper's plain form."""
     push: bool = True

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
-from pilotfish.distill.config import DistillConfig
+from pilotfish.distill.config import ConfigError, DistillConfig, differing
 from pilotfish.distill.material import Material
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 from pilotfish.rivals import (
@@ -28,6 +29,9 @@ KINDS: dict[str, type[Guide]] = {
     "guided-distillation": WholeDenoiser,
 }
 
+PARTS = ("push", "attention", "embedding", "negative", "rank", "head", "picture")
+"""What a configuration says of a tiny guide."""
+
 
 def new_guide(config: DistillConfig, material: Material) -> Guide:
     """The guide that a configuration asks for, fresh."""
@@ -38,9 +42,31 @@ def new_guide(config: DistillConfig, material: Material) -> Guide:
     if config.guide == "external":
         settings["reads"] = config.reads
     elif config.guide == "tiny":
-        names = ("push", "attention", "embedding", "negative", "rank", "head", "picture")
-        settings |= {name: getattr(config, name) for name in names}
+        settings |= {name: getattr(config, name) for name in PARTS}
     elif config.guide in ("dice", "cfg-lora"):  # a dial around the one scale
         settings = {"trained_scale": config.guidance_scale_max}
     prediction = material.schedule.prediction_type
     return KINDS[config.guide].for_denoiser(material.pipe.unet, prediction, **settings)
+
+
+def asking_for(guide: Guide, config: DistillConfig) -> DistillConfig:
+    """The configuration, asking for a guide like this one wherever it says nothing else: what it
+    has at the default.
+
+    Raises:
+        ConfigError: it says something else.
+    """
+    name = next(name for name, kind in KINDS.items() if type(guide) is kind)
+    low, high = guide.guidance_scale_range
+    like: dict[str, Any] = {"guidance_scale_min": low, "guidance_scale_max": high}
+    if isinstance(guide, TinyGuide):
+        like |= {part: guide.config[part] for part in PARTS}
+    elif isinstance(guide, ExternalGuide):
+        like["reads"] = tuple(guide.config["reads"])
+    unsaid = {field.name: field.default for field in fields(config)}
+    asked = {k: getattr(config, k) for k in ("guide", *like) if getattr(config, k) != unsaid[k]}
+    if "guide" in asked:
+        asked["kind"] = asked.pop("guide")
+    if differs := differing(asked, like | {"kind": name}):
+        raise ConfigError(f"{config.begin_with} cannot be trained further so: {differs}")
+    return replace(config, **like | {"guide": name})

@@ -8,7 +8,7 @@ from pathlib import Path
 from pilotfish import embedded
 from pilotfish.distill.config import ConfigError, DistillConfig, StepsConfig, differing
 from pilotfish.distill.guidance_stage import GuidanceDistillation
-from pilotfish.distill.kinds import new_guide
+from pilotfish.distill.kinds import asking_for, new_guide
 from pilotfish.distill.material import Material
 from pilotfish.distill.step_stage import StepDistillation
 from pilotfish.guides import Guide
@@ -19,10 +19,12 @@ def distill(config: DistillConfig) -> Guide:
 
     Raises:
         ConfigError: the guide to begin with is not of the kind, or has not the settings, that
-            are asked for.
+            are asked for; what is left at the default is not asked for.
         GuideError: it cannot be read.
     """
     found = embedded.open_guide(config.begin_with) if config.begin_with else None
+    if found is not None:
+        config = asking_for(found, config)
     material = Material.of(config, config.pictures)
     guide = new_guide(config, material)
     if found is not None:
