@@ -35,7 +35,7 @@ def test_a_kind_of_guide_is_timed_fresh(
     assert f"{kind}: " in capsys.readouterr().out
 
 
-def test_counting_keeps_what_was_timed(
+def test_counting_keeps_what_was_timed_and_adds_the_largest_batch(
     say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pilotfish.cli.benchmark.SHAPES", {"sd15": Shape(SMALL)})
@@ -46,6 +46,10 @@ def test_counting_keeps_what_was_timed(
     assert say(*flags, "--counted")[0] == 0
     assert ShapesResult.load(file) == timed
     assert timed.shapes["sd15"].cfg_over
+    assert say(*flags, "--counted", "--memory", "0.01", "--precision", "float16")[0] == 0
+    (device, batches) = ShapesResult.load(file).shapes["sd15"].largest_batch.popitem()
+    assert device == "float16, 0.01 GiB"
+    assert set(batches) == {"plain", "cfg", "tiny", "full"}
 
 
 def test_another_precision_and_compiled_are_timed_beside_the_first(
@@ -75,6 +79,9 @@ def test_another_precision_and_compiled_are_timed_beside_the_first(
         (("--counted",), "add --shape"),
         (("--train",), "add --shape"),
         (("--output", "shapes.json"), "add --shape"),
+        (("--memory", "24"), "add --shape"),
+        (("--shape", "sd15", "--memory", "24", "--train"), "without --train"),
+        (("--shape", "sd15", "--memory", "0", "--counted"), "--memory must be above 0"),
         (("--guides", "tiny"), "--guides is of full-size"),
         (("--shape", "sd15", "--counted", "--compile"), "--compile is of what is timed"),
         (("--shape", "sd15", "--train", "--compile"), "--compile is of what is timed"),

@@ -11,7 +11,6 @@ from rich.console import Console
 from pilotfish.evaluate.shapes import SHAPES, Shape, ShapesResult, measure_shape
 from pilotfish.evaluate.table import training_table
 from pilotfish.evaluate.training_memory import (
-    LiveBytes,
     TrainingStep,
     around_the_denoiser,
     computed_parts,
@@ -21,21 +20,6 @@ from pilotfish.evaluate.training_memory import (
 from tests.evaluate.test_shapes import SMALL, SMALL_XL
 
 HALF = torch.bfloat16
-
-
-def test_what_lives_is_counted_and_what_is_gone_is_not() -> None:
-    with LiveBytes() as live:
-        kept = torch.zeros(1000)
-        view = kept[10:]
-        torch.zeros(500).add_(1)
-        more = kept + 1
-        assert (live.now, live.most) == (8000, 8000)
-        del more
-        assert live.now == 4000
-        del kept
-        assert live.now == 4000  # a view holds it
-        del view
-    assert (live.now, live.most) == (0, 8000)
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_XL])

@@ -18,10 +18,11 @@ from pilotfish.attach import check
 from pilotfish.cli.names import guide, host, usable
 from pilotfish.distill.kinds import KINDS
 from pilotfish.evaluate.cost import cost, guide_size
+from pilotfish.evaluate.largest_batch import largest_batches
 from pilotfish.evaluate.machine import machine
 from pilotfish.evaluate.shapes import SHAPES, ShapesResult, measure_shape, timed_as
 from pilotfish.evaluate.table import cost_table, shapes_table, training_table
-from pilotfish.evaluate.training_memory import training_memory
+from pilotfish.evaluate.training_memory import around_the_denoiser, training_memory
 
 PACKED = "TORCHINDUCTOR_FREEZING"
 """An environment variable: whether a compiler packs weights beforehand."""
@@ -54,6 +55,9 @@ class BenchmarkConfig:
     """Such as cuda."""
     counted: bool = False
     """Count parameters and operations of full-size denoisers; time nothing, and need no memory."""
+    memory: float | None = None
+    """GiB of a device: of full-size denoisers, how many pictures at once it holds in each way,
+    counted in ``--precision``."""
     train: bool = False
     """Of full-size denoisers, the memory of a training step of the tiny or full guide
     (``--guide``) on a base held in ``--precision``, with gradient checkpointing: computed part by
@@ -96,12 +100,16 @@ def _fit_together(config: BenchmarkConfig) -> None:
     """Refuse a flag that would have no effect beside the others.
 
     Raises:
-        ValueError: says which, and of what it is.
+        ValueError: says which, and of what it is; or no memory at all.
     """
     full_size = "of full-size denoisers: add --shape"
     given = {
         "--output": (config.output is not None, config.shape, full_size),
         "--counted": (config.counted, config.shape, full_size),
+        "--memory": (
+            config.memory is not None, config.shape and not config.train,
+            "of a sampling step of full-size denoisers: add --shape, without --train",
+        ),
         "--train": (config.train, config.shape, full_size),
         "--guides": (config.guides != BOTH, config.shape, full_size),
         "--compile": (
@@ -112,6 +120,8 @@ def _fit_together(config: BenchmarkConfig) -> None:
     for flag, (asked, fits, what) in given.items():
         if asked and not fits:
             raise ValueError(f"{flag} is {what}")
+    if config.memory is not None and not config.memory > 0:
+        raise ValueError(f"--memory must be above 0 GiB, not {config.memory:g}")
 
 
 def _shapes(config: BenchmarkConfig, command: str) -> None:
@@ -135,10 +145,17 @@ def _shapes(config: BenchmarkConfig, command: str) -> None:
                 dtype=dtype, batch_sizes=() if counted else config.batch_sizes,
                 guides=config.guides, compiled=config.compile,
             )  # fmt: skip
+            if config.memory is not None:
+                around = sum(around_the_denoiser(name, dtype).values())
+                shape.largest_batch[f"{config.precision}, {config.memory:g} GiB"] = largest_batches(
+                    SHAPES[name], dtype, config.memory * 2**30, around
+                )
             if before:
                 shape.training.update(before.training)
+                shape = replace(shape, largest_batch=before.largest_batch | shape.largest_batch)
                 if counted:  # what was timed stays, with what it says of itself
-                    shape = replace(before, guides=shape.guides, flops=shape.flops)
+                    known = ("guides", "flops", "largest_batch")
+                    shape = replace(before, **{k: getattr(shape, k) for k in known})
         result.shapes[row] = shape
         if output:
             result.save(output)

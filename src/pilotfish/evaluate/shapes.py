@@ -89,6 +89,8 @@ class ShapeResult:
         command: the command line that repeats it.
         machine: on which the wall clock ran.
         training: by guide, what a training step takes of memory.
+        largest_batch: pictures at once by way, by precision and memory of a device, "float16,
+            24 GiB".
     """
 
     parameters: int
@@ -102,6 +104,7 @@ class ShapeResult:
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     peak_bytes: dict[str, dict[str, float]] = field(default_factory=dict)
     training: dict[str, TrainingMemory] = field(default_factory=dict)
+    largest_batch: dict[str, dict[str, int]] = field(default_factory=dict)
     compiled: bool = False
 
 

@@ -199,7 +199,9 @@ def markdown_table(result: Result) -> str:
 def shapes_table(result: ShapesResult) -> Table:
     """One line for each way of each denoiser, cost beside one plain pass and beside CFG."""
     table = Table(title="Full size, random weights")
-    for name in ("denoiser", "", "parameters", "operations", "CFG over it", "peak memory"):
+    for name in (
+        "denoiser", "", "parameters", "operations", "CFG over it", "peak memory", "largest batch",
+    ):  # fmt: skip
         table.add_column(name, justify="left" if name in ("denoiser", "") else "right")
     for name, shape in result.shapes.items():
         for way, flops in shape.flops.items():
@@ -212,6 +214,7 @@ def shapes_table(result: ShapesResult) -> Table:
                 f"{flops / shape.flops['plain']:.3f}×",
                 _by_batch({b: f"{r[way]:.2f}×" for b, r in shape.cfg_over.items() if way in r}),
                 _by_batch({b: f"{m / 2**30:.1f} GiB" for b, m in peaks.items()}),
+                "\n".join(f"{n[way]:,} in {on}" for on, n in shape.largest_batch.items()),
             )
         table.add_section()
     return table

@@ -7,19 +7,16 @@ contents; and measured, where there is room for the real thing.
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from pilotfish.evaluate.live_bytes import LiveBytes, module_bytes
 from pilotfish.evaluate.machine import machine, versions
 from pilotfish.evaluate.result import TrainingMemory
 from pilotfish.evaluate.shapes import GUIDES, Shape, Steps, peak_bytes
@@ -109,40 +106,6 @@ class TrainingStep:
         self.average.step(self.guide.parameters())
 
 
-class LiveBytes(TorchDispatchMode):
-    """While it is on, counts the bytes of all tensors that are alive at once, storage by storage,
-    as operations make them and let them go.
-
-    Attributes:
-        now: how many there are.
-        most: how many there have been at most.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
-        return made
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
 def computed_parts(
     shape: Shape, guide: str, dtype: torch.dtype, batch: int, checkpointing: bool = True
 ) -> dict[str, float]:
@@ -158,7 +121,7 @@ def counted_parts(
     """The same of a step that is taken."""
     with LiveBytes() as live:
         step = TrainingStep(shape, guide, torch.device("cpu"), dtype, batch, checkpointing)
-        base, mine = (_size(m) for m in (step.steps.unet, step.guide))
+        base, mine = (module_bytes(m) for m in (step.steps.unet, step.guide))
         live.most = before = live.now
         step.gradients()
         passing = live.most - before - mine  # gradients are there to the end
@@ -175,7 +138,7 @@ def around_the_denoiser(name: str, dtype: torch.dtype) -> dict[str, float]:
         texts = [kind(CLIPTextConfig(**config)) for kind, config in TEXT_ENCODERS[name]]
         vae = AutoencoderKL(**VAE)
     numbers = sum(p.numel() for text in texts for p in text.parameters())
-    return {"text encoders": float(numbers * dtype.itemsize), "vae": _size(vae)}
+    return {"text encoders": float(numbers * dtype.itemsize), "vae": module_bytes(vae)}
 
 
 def training_memory(
@@ -211,7 +174,3 @@ def training_memory(
         parts, peak, seconds, batch, str(dtype).removeprefix("torch."), command, machine(),
         versions(),
     )  # fmt: skip
-
-
-def _size(module: nn.Module) -> float:
-    return float(sum(p.numel() * p.dtype.itemsize for p in module.parameters()))
