@@ -19,7 +19,7 @@ EVERY = tuple(KINDS)
 XL = tuple(n for n in EVERY if KINDS[n].xl)
 SD = tuple(n for n in EVERY if n not in XL)
 PLAIN = ("SD", "SD, v", "SDXL")
-SOME = ("SD", "SD ControlNet", "SDXL")
+SOME = ("SD", "SD, v", "SD ControlNet", "SDXL")
 ADAPTED = (*SOME, "SD img2img", "SDXL ControlNet")
 
 
@@ -50,7 +50,7 @@ STEP_END = taking("callback_on_step_end")
 CUTOFF = tuple(n for n in STEP_END if "depth2img" not in n)
 
 FEATURES = {
-    "one pass": Feature("one denoiser call a step, at batch N", EVERY),
+    "one pass": Feature("one denoiser call a step, at batch N: for one prompt, or a list", EVERY),
     "fresh": Feature("an untrained guide is the conditional model, bit for bit", EVERY),
     "w ≤ 1": Feature("the conditional model, bit for bit, whatever the guide", EVERY),
     "detach": Feature("CFG is back, bit for bit", EVERY),
@@ -71,7 +71,7 @@ FEATURES = {
     "LoRA": Feature("loaded before or after attaching, the same bit for bit", ADAPTED),
     "LoRA scale": Feature("`cross_attention_kwargs` reaches the denoiser", ADAPTED),
     "LoRA unloaded": Feature("the guide is as before, up to rounding", ADAPTED),
-    "textual inversion": Feature("a learned token in the prompt", SOME[:2]),
+    "textual inversion": Feature("a learned token in both prompts", SOME),
     "DDIMScheduler": Feature("one call a step, fresh is conditional", PLAIN),
     "DDPMScheduler": Feature("the same", PLAIN),
     "PNDMScheduler": Feature("the same", PLAIN),
@@ -82,7 +82,7 @@ FEATURES = {
     "LMSDiscreteScheduler": Feature("the same", PLAIN),
     "HeunDiscreteScheduler": Feature("the same, with its further calls in between", PLAIN),
     "LCMScheduler": Feature("the same", PLAIN),
-    "bfloat16": Feature("the guide follows into half precision", SOME),
+    "half precision": Feature("the guide follows into bfloat16 and float16", SOME),
     "model offload": Feature("with accelerate's hooks, CPU to CPU", SOME),
     "sequential offload": Feature("with weights on no device, CPU to CPU", SOME),
     "attention slicing": Feature("the same pictures, up to rounding", SOME),
@@ -90,10 +90,11 @@ FEATURES = {
     "FreeU": Feature("one call a step, fresh is conditional", SOME),
     "torch.compile": Feature(
         "with `fullgraph=True`, before or after attaching, the same up to rounding; another w, "
-        "prompt or number of steps compiles nothing anew",
+        "prompt, negative prompt or number of steps compiles nothing anew (captured by "
+        "torch.compile; its kernels are not what is tested)",
         SOME,
     ),
-    "threads": Feature("guided and plain on one denoiser at a time", ("SD", "SDXL")),
+    "threads": Feature("guided and plain on one denoiser at the same time", ("SD", "SDXL")),
     "save_pretrained": Feature("nothing of the guide is saved", SOME),
     "from_pipe": Feature("another pipeline from a guided one does CFG", ("SD", "SDXL")),
     "another denoiser": Feature("`pipe.unet = ...`: guided if it fits, else refused", SOME),
@@ -115,8 +116,8 @@ PAGE = """\
 Every mark on this page is a test in `tests/pipelines`: diffusers' own pipelines on tiny random \
 components, with a tiny guide attached. It is the wiring that is tested, not the pictures: \
 {works} cells work, {warns} work with a warning, {refuses} pipelines are refused. What has no mark \
-has no test. The page is made of the tests' parametrisation by \
-`python -m tests.pipelines.matrix > docs/compatibility.md`.
+has no test. *SD, v* is what Stable Diffusion 2.x is: v prediction. The page is made of the \
+tests' parametrisation by `python -m tests.pipelines.matrix > docs/compatibility.md`.
 
 A guide is made for one denoiser and works in all pipelines around it. A pipeline whose denoiser \
 differs in shape needs a guide of its own.

@@ -14,9 +14,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from tests import components
 from tests.pipelines import hosts
-from tests.pipelines.hosts import SIDE, Host
+from tests.pipelines.hosts import KINDS, SIDE, Host
 from tests.pipelines.matrix import pipelines
 
 WIDTH = 16
@@ -137,10 +136,13 @@ def test_an_unloaded_lora_leaves_no_trace(name: str) -> None:
 
 @pytest.mark.parametrize("name", pipelines("textual inversion"))
 def test_a_learned_token(name: str) -> None:
-    tokenizer = components.tokenizer()
-    encoder = copy.deepcopy(components.text_encoder(tokenizer, 2))
-    host = hosts.host(name, tokenizer=tokenizer, text_encoder=encoder)
-    host.pipe.load_textual_inversion({"<thing>": torch.randn(WIDTH)})
+    texts = {k: v for k, v in hosts.shared(name).items() if k.startswith(("tok", "text"))}
+    host = hosts.host(name, **{k: copy.deepcopy(v) for k, v in texts.items()})
+    for which in ("", "_2") if KINDS[name].xl else ("",):
+        host.pipe.load_textual_inversion(
+            {"<thing>": torch.randn(WIDTH)}, tokenizer=getattr(host.pipe, f"tokenizer{which}"),
+            text_encoder=getattr(host.pipe, f"text_encoder{which}"),
+        )  # fmt: skip
     asked = {"prompt": ["<thing>", "a <thing>"], "negative_prompt": ["<thing>", "red"]}
     conditional = host.draw(guidance_scale=1.0, **asked)
     with hosts.guide(name, trained=False).attached(host.pipe):

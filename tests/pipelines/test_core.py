@@ -21,7 +21,10 @@ def test_one_pass_a_step(name: str) -> None:
     with hosts.guide(name).attached(host.pipe), host.batches() as guided, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert len(host.draw()) == 2
-    assert guided == [2] * len(cfg)
+        assert guided == [2] * len(cfg)
+        guided.clear()
+        assert len(host.draw(hosts.PROMPTS[0])) == 1
+    assert guided == [1] * len(cfg)
     assert cfg == [4] * len(cfg)
 
 

@@ -58,12 +58,13 @@ def test_a_full_guide(name: str) -> None:
     is_conditional(hosts.host(name), name, FullGuide)
 
 
-@pytest.mark.parametrize("name", pipelines("bfloat16"))
-def test_half_precision(name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", pipelines("half precision"))
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
     host, guide = alone(name), hosts.guide(name)
-    host.pipe.to(torch.bfloat16)
+    host.pipe.to(dtype)
     with guide.attached(host.pipe):
-        assert host.draw().dtype == guide.dtype == torch.bfloat16
+        assert host.draw().dtype == guide.dtype == dtype
     is_conditional(host, name)
 
 
@@ -125,7 +126,7 @@ def test_a_compiled_denoiser(name: str, first: str) -> None:
     cfg = host.draw()
     calls: list[dict[str, Any]] = [
         {}, {"guidance_scale": 2.5}, {"num_inference_steps": 3},
-        {"negative_prompt": ["a cat"] * len(hosts.PROMPTS)},
+        {"negative_prompt": ["a cat"] * len(hosts.PROMPTS)}, {"prompt": ["red", "a"]},
     ]  # fmt: skip
     with guide.attached(host.pipe):
         guided = [host.draw(**call) for call in calls]
