@@ -41,8 +41,9 @@ SETTLED: dict[str, Any] = {
 nothing to do with one another, and a short training at a falling rate settles on their mean."""
 LONGER = {"max_train_steps": 700, "pool": 2048, "replay_capacity": 51200}
 SHORTER = {"max_train_steps": 300, "pool": 1536, "replay_capacity": 38400, "seed": 1}
-TINY = {"negative": True, "rank": 25}
-"""To look at the negative prompt itself takes what three channels of every layer take."""
+TINY = {"negative": True, "picture": 16, "rank": 19}
+"""To look at the negative prompt itself takes what three channels of every layer take, and a
+picture of what it leads to six more."""
 
 GUIDES: dict[str, tuple[dict[str, Any], ...]] = {
     "tiny": (FRESH | TINY, NEGATIVE | TINY),

@@ -16,8 +16,7 @@ def measured(result: Result) -> str:
         f"{markdown_table(result).rstrip()}\n\n"
         f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, {run.samples:,} pictures "
         f"for each host and way, {run.num_inference_steps} steps; everything is in "
-        "[results/guide.json](results/guide.json); `--grid docs/images/grid.png` draws the "
-        "picture above. "
+        "[results/guide.json](results/guide.json), and `--grid` drew the picture above. "
         f"The guide has {guide.parameters:,} parameters, {guide.share:.2%} of the denoiser's, and "
         f"was trained on none of these fine-tunes. {LEGEND}"
     )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from pilotfish.distill.config import DistillConfig
 from pilotfish.distill.stages import distill
+from tests.data.test_columns import shard
 
 TEXTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
 
@@ -41,7 +42,7 @@ def weights(config: DistillConfig) -> dict[str, Any]:
     return load_file(f"{config.output_dir}/guide/diffusion_pytorch_model.safetensors")
 
 
-def test_a_data_set_trains_what_a_text_file_trains(config: DistillConfig, tmp_path: Path) -> None:
+def test_data_sets_train_what_a_text_file_trains(config: DistillConfig, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\n".join(TEXTS))
     pq.write_table(pa.table({"n": [1] * len(TEXTS), "said": TEXTS}), tmp_path / "p.parquet",
                    row_group_size=2)  # fmt: skip
@@ -50,13 +51,15 @@ def test_a_data_set_trains_what_a_text_file_trains(config: DistillConfig, tmp_pa
         config, prompts=str(tmp_path / "p.parquet"), caption_column="said",
         output_dir=str(tmp_path / "column"),
     )  # fmt: skip
+    shard(tmp_path / "p.tar", TEXTS)
+    shards = replace(config, prompts=str(tmp_path / "p.tar"), output_dir=str(tmp_path / "shards"))
     resumed = replace(column, output_dir=str(tmp_path / "resumed"),
                       resume=str(tmp_path / "run" / "checkpoint-2"))  # fmt: skip
     other = replace(text, output_dir=str(tmp_path / "other"), seed=1)
-    for one in (text, column, resumed, other):
+    for one in (text, column, shards, resumed, other):
         distill(one)
     first = weights(text)
-    for again in (weights(column), weights(resumed)):
+    for again in (weights(column), weights(shards), weights(resumed)):
         assert all((value == again[name]).all() for name, value in first.items())
     assert any((value != weights(other)[name]).any() for name, value in first.items())
 

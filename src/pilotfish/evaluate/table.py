@@ -179,7 +179,7 @@ def cost_rows(cost: Cost) -> list[tuple[str, str, str, str]]:
 
 def markdown_table(result: Result) -> str:
     """The result in short, for a README: one line a host."""
-    w, batch = result.run.guidance_scale, list(result.cost.cfg_over_guided)[-1]
+    w, cost = result.run.guidance_scale, result.cost
     lines = [
         f"| w = {w:g} | no guidance | CFG | **guided** | gain kept | guidance error |",
         "|---|---:|---:|---:|---:|---:|",
@@ -189,10 +189,11 @@ def markdown_table(result: Result) -> str:
         cells[-1] = f"**{cells[-1]}**"
         cells += [kept(host), number(host.guidance_error.mean)]
         lines.append(f"| right name found, {name} | " + " | ".join(cells) + " |")
-    passes = (f"{result.cost.passes[way]:g}" for way in ("plain", "cfg", "guided"))
+    passes = (f"{cost.passes[way]:g}" for way in ("plain", "cfg", "guided"))
     lines.append("| denoiser passes | {} | {} | **{}** | | |".format(*passes))
-    plain, guided = result.cost.cfg_over_plain[batch], result.cost.cfg_over_guided[batch]
-    lines.append(f"| speed, batch {batch} | {number(plain)}× | 1× | **{number(guided)}×** | | |")
+    for batch, guided in cost.cfg_over_guided.items():
+        plain = number(cost.cfg_over_plain[batch])
+        lines.append(f"| speed, batch {batch} | {plain}× | 1× | **{number(guided)}×** | | |")
     return "\n".join(lines) + "\n"
 
 
