@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from PIL import Image
 
 from pilotfish import cli
 from pilotfish.cli.names import judge
+from pilotfish.evaluate.largest_batch import largest_batches
 from pilotfish.evaluate.shapes import Shape, ShapesResult
+from pilotfish.evaluate.training_memory import around_the_denoiser
 from tests.cli.conftest import Say
 from tests.evaluate.test_shapes import SMALL
 
@@ -46,10 +49,12 @@ def test_counting_keeps_what_was_timed_and_adds_the_largest_batch(
     assert say(*flags, "--counted")[0] == 0
     assert ShapesResult.load(file) == timed
     assert timed.shapes["sd15"].cfg_over
-    assert say(*flags, "--counted", "--memory", "0.01", "--precision", "float16")[0] == 0
-    (device, batches) = ShapesResult.load(file).shapes["sd15"].largest_batch.popitem()
-    assert device == "float16, 0.01 GiB"
-    assert set(batches) == {"plain", "cfg", "tiny", "full"}
+    assert say(*flags, "--counted", "--memory", "1", "--precision", "float16")[0] == 0
+    found = ShapesResult.load(file).shapes["sd15"]
+    around = sum(around_the_denoiser("sd15", torch.float16).values())
+    expected = largest_batches(Shape(SMALL), torch.float16, 2**30, around)
+    assert found.largest_batch == {"float16, 1 GiB": expected}
+    assert replace(found, largest_batch={}) == timed.shapes["sd15"]
 
 
 def test_another_precision_and_compiled_are_timed_beside_the_first(

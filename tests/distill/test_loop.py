@@ -18,6 +18,7 @@ from pilotfish.distill import guidance_stage
 from pilotfish.distill.checkpoints import list_checkpoints
 from pilotfish.distill.config import ConfigError, DistillConfig
 from pilotfish.distill.guidance_stage import GuidanceDistillation
+from pilotfish.distill.kinds import KINDS
 from pilotfish.distill.loop import DistillError
 from pilotfish.distill.material import Material
 from pilotfish.distill.precision import slowed_by
@@ -79,6 +80,10 @@ def test_a_guide_is_trained_further(
         distill(replace(again, rank=8))
     with pytest.raises(ConfigError, match=r"so: its kind is tiny, full is asked for$"):
         distill(replace(again, guide="full"))
+    with monkeypatch.context() as patch:
+        patch.delitem(KINDS, "tiny")  # a kind that nobody has given a name
+        with pytest.raises(ConfigError, match="guide must be"):
+            distill(again)
     for other in ({"begin_with": None}, {"states": "student"}):
         (name,) = other
         with pytest.raises(ConfigError, match=f"cannot be gone on with so: its {name} is "):

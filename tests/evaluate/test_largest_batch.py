@@ -15,21 +15,6 @@ from pilotfish.evaluate.shapes import Shape, Steps
 from tests.evaluate.test_shapes import SMALL, SMALL_XL
 
 
-def test_what_lives_is_counted_and_what_is_gone_is_not() -> None:
-    with LiveBytes() as live:
-        kept = torch.zeros(1000)
-        view = kept[10:]
-        torch.zeros(500).add_(1)
-        more = kept + 1
-        assert (live.now, live.most) == (8000, 8000)
-        del more
-        assert live.now == 4000
-        del kept
-        assert live.now == 4000  # a view holds it
-        del view
-    assert (live.now, live.most) == (0, 8000)
-
-
 @given(st.integers(0, 1000), st.lists(st.integers(1, 40), min_size=3), st.integers(0, 3000))
 def test_the_largest_fits_and_one_more_does_not(first: int, grown: list[int], memory: int) -> None:
     def taken(n: int) -> float:

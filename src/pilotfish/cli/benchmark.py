@@ -145,17 +145,16 @@ def _shapes(config: BenchmarkConfig, command: str) -> None:
                 dtype=dtype, batch_sizes=() if counted else config.batch_sizes,
                 guides=config.guides, compiled=config.compile,
             )  # fmt: skip
+            if before:
+                shape.training.update(before.training)
+                shape.largest_batch.update(before.largest_batch)
+                if counted:  # what was timed stays, with what it says of itself
+                    shape = replace(before, guides=shape.guides, flops=shape.flops)
             if config.memory is not None:
                 around = sum(around_the_denoiser(name, dtype).values())
                 shape.largest_batch[f"{config.precision}, {config.memory:g} GiB"] = largest_batches(
                     SHAPES[name], dtype, config.memory * 2**30, around
                 )
-            if before:
-                shape.training.update(before.training)
-                shape = replace(shape, largest_batch=before.largest_batch | shape.largest_batch)
-                if counted:  # what was timed stays, with what it says of itself
-                    known = ("guides", "flops", "largest_batch")
-                    shape = replace(before, **{k: getattr(shape, k) for k in known})
         result.shapes[row] = shape
         if output:
             result.save(output)

@@ -182,7 +182,8 @@ class DistillConfig(TrainingConfig):
     same value."""
     begin_with: str | None = None
     """A guide to train further: a folder, hub id or the name of a carried one. Its kind and its
-    settings are its own; those that are given as well have to agree. Left out: a fresh one."""
+    settings are its own; what is given beside it, other than the defaults, has to agree. Left out:
+    a fresh one."""
     reads: tuple[Literal["latents", "skips"], ...] = ("latents",)
     """What an external guide sees beside t, w and text; ``latents`` is the paper's plain form."""
     push: bool = True

@@ -54,9 +54,10 @@ def asking_for(guide: Guide, config: DistillConfig) -> DistillConfig:
     has at the default.
 
     Raises:
-        ConfigError: it says something else.
+        ConfigError: it says something else, or the guide is of no kind that can be asked for.
     """
-    name = next(name for name, kind in KINDS.items() if type(guide) is kind)
+    kind = type(guide)
+    name = next((name for name, known in KINDS.items() if known is kind), kind.__name__)
     low, high = guide.guidance_scale_range
     like: dict[str, Any] = {"guidance_scale_min": low, "guidance_scale_max": high}
     if isinstance(guide, TinyGuide):

@@ -19,7 +19,7 @@ def distill(config: DistillConfig) -> Guide:
 
     Raises:
         ConfigError: the guide to begin with is not of the kind, or has not the settings, that
-            are asked for; what is left at the default is not asked for.
+            are asked for (what is left at the default is not), or is of another denoiser.
         GuideError: it cannot be read.
     """
     found = embedded.open_guide(config.begin_with) if config.begin_with else None
@@ -28,8 +28,7 @@ def distill(config: DistillConfig) -> Guide:
     material = Material.of(config, config.pictures)
     guide = new_guide(config, material)
     if found is not None:
-        asked, there = ({"kind": type(g).__name__} | g.settings() for g in (guide, found))
-        if differs := differing(asked, there):
+        if differs := differing(guide.settings(), found.settings()):
             raise ConfigError(f"{config.begin_with} cannot be trained further so: {differs}")
         guide.load_state_dict(found.state_dict())
     return GuidanceDistillation(config, material, guide).run()
