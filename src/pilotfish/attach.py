@@ -51,6 +51,7 @@ class Guided:
     _pilotfish_guide: GuideLike
     _pilotfish_hooks: Hooks
     _pilotfish_negative: PromptEmbeds | None = None
+    _pilotfish_pictures: int = 0
     _pilotfish_open: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +104,9 @@ class Guided:
         call = _bind(plain, args, kwargs, **{ASKS: True})
         encoded = plain(*call.args, **call.kwargs)
         # of SDXL: prompt, negative, and both pooled
-        self._pilotfish_negative = PromptEmbeds(encoded[1], *encoded[3:4])
+        negatives = PromptEmbeds(encoded[1], *encoded[3:4])
+        self._pilotfish_pictures = len(negatives)
+        self._pilotfish_negative = negatives.shared()
         return encoded
 
     def prepare_ip_adapter_image_embeds(self, *args: Any, **kwargs: Any) -> Any:
@@ -214,7 +217,7 @@ class _Watch:
         self.known, self.pipe = guide.timesteps, pipe
 
     def __call__(self, batch: int) -> None:
-        pictures = len(self.pipe._pilotfish_negatives())
+        pictures = self.pipe._pilotfish_pictures
         if batch != pictures:
             raise GuideError(
                 f"{type(self.pipe).__name__} runs the denoiser on a batch of {batch} for "

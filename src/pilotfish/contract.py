@@ -42,6 +42,13 @@ class PromptEmbeds:
         """Their precision."""
         return self.hidden_states.dtype
 
+    def shared(self) -> PromptEmbeds:
+        """One prompt that serves all, where all are the same; otherwise these."""
+        for given in (self.hidden_states, self.pooled):
+            if given is not None and not torch.equal(given, given[:1].expand_as(given)):
+                return self
+        return self[:1]
+
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
         """Several one after another."""

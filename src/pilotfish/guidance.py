@@ -50,7 +50,7 @@ def draw_guidance_scales(
 
 
 def fourier_features(x: torch.Tensor, size: int, longest: float) -> torch.Tensor:
-    """(N,) -> (N, size): cosines and sines of ``2 pi x / period``, with periods spaced
+    """(...) -> (..., size): cosines and sines of ``2 pi x / period``, with periods spaced
     geometrically from ``longest`` down to ``longest / 2**(size / 4)``.
 
     The embedding of w in *On Distillation of Guided Diffusion Models* (arXiv 2210.03142);
@@ -58,8 +58,8 @@ def fourier_features(x: torch.Tensor, size: int, longest: float) -> torch.Tensor
     """
     half = size // 2
     frequency = 2 ** torch.linspace(0, size / 4, half, device=x.device, dtype=torch.float32)
-    angle = 2 * math.pi * x.float()[:, None] * frequency / longest
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    angle = 2 * math.pi * x.float()[..., None] * frequency / longest
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def guidance_strength(guidance_scale: torch.Tensor) -> torch.Tensor:

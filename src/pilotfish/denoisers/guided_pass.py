@@ -11,9 +11,9 @@ from threading import local
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from pilotfish.contract import GuideError, GuideInputs, GuideLike, Injection, PromptEmbeds
+from pilotfish.denoisers.pushing import Pushing
 
 MIDDLE = "mid_block"
 LARGEST = 1e4
@@ -56,9 +56,7 @@ class GuidedPass:
         self.watch = watch
         self._injection = Injection()
         self._untrained: float | None = None
-        self._negative = PromptEmbeds(torch.empty(0))
-        self._queries: dict[str, torch.Tensor] = {}
-        self._turn = self._embedding = torch.empty(0)
+        self._pushing = Pushing()
         self._denoiser_dtype: torch.dtype | None = None
         self._skips: list[torch.Tensor] = []
         self._pending: list[torch.Tensor | None] = []
@@ -100,7 +98,7 @@ class GuidedPass:
             The encoder hidden states to go on with.
         """
         self._forget()
-        self._injection = Injection()
+        self._injection, self._pushing.gains = Injection(), {}
         n, scale = len(sample), self.guidance_scale()
         if isinstance(scale, torch.Tensor):
             scale = scale.to(sample.device, torch.float32).expand(n)
@@ -113,9 +111,9 @@ class GuidedPass:
         timestep = torch.as_tensor(timestep, device=sample.device)
         # in training a guide may be finer than the denoiser that it is trained on
         self._denoiser_dtype = None if self.guide.dtype == sample.dtype else sample.dtype
+        negatives = self.negative_prompts()
         self.watch(n)
-        self._negative = self.negative_prompts()
-        negative = self._negative.hidden_states
+        negative = negatives.hidden_states
         self._injection = self.guide(
             GuideInputs(
                 latents=self._to_guide(sample[:, : self.guide.config.denoiser["in_channels"]]),
@@ -128,6 +126,7 @@ class GuidedPass:
                 },
             )
         )
+        self._pushing.begin(self._injection.pushes, negatives)
         self._due = {*self._injection.modules, *self._injection.pushes}
         if self._injection.encoder is not None:
             self._due.add(MIDDLE)
@@ -170,56 +169,25 @@ class GuidedPass:
 
     def asks(self, name: str, query: torch.Tensor) -> None:
         """A cross-attention layer asks, (N, pixels, width)."""
-        if name in self._injection.pushes:
-            self._queries[name] = query
+        self._pushing.asks(name, query)
 
     def push(self, name: str, layer: Any, answer: torch.Tensor) -> torch.Tensor:
-        """What a cross-attention layer answers, (N, pixels, width), before its last projection:
-        push it on, away from what it would have answered to the negative prompt."""
-        query = self._queries.pop(name, None)
-        if query is None:
-            return answer
-        self._due.discard(name)
-        negative = self._negative.hidden_states
-
-        def split(x: torch.Tensor) -> torch.Tensor:  # by heads; one negative prompt serves all
-            return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2).expand(len(query), -1, -1, -1)
-
-        other = F.scaled_dot_product_attention(
-            split(query), split(layer.to_k(negative)), split(layer.to_v(negative)),
-            scale=layer.scale,
-        ).transpose(1, 2)  # fmt: skip
-        gain = self._injection.pushes[name][:, None, :, None]
-        answer = answer.unflatten(-1, (layer.heads, -1))
-        return self._to_denoiser(_pushed(answer, other, gain).flatten(2))
+        """A cross-attention layer answers, (N, pixels, width), before its last projection: push
+        it on, away from what it would have answered to the negative prompt."""
+        return self._push(name, self._pushing.attention(name, layer, answer), answer)
 
     def pools(self, pooling: Any, given: torch.Tensor, made: torch.Tensor) -> None:
-        """The denoiser made (N, E) of what it was ``given`` for its embedding: the hidden states
-        of the text, which it pools, or SDXL's pooled text with the sizes after it. Keep the way
-        from there to what it would have made of the negative prompt."""
-        if not self._injection.pushes:
-            return
-        pooled = self._negative.pooled
-        if pooled is None:
-            other = self._negative.hidden_states
-        else:
-            sizes = given[:, pooled.shape[1] :]
-            other = torch.cat([pooled.expand(len(given), -1), sizes], 1)
-        self._turn = pooling.forward(other) - made
+        """The denoiser made (N, E) of the text that it was ``given`` for its embedding."""
+        self._pushing.pools(pooling, given, made)
 
     def embeds(self, embedding: torch.Tensor) -> None:
         """A residual layer is given the embedding of timestep and text, (N, E)."""
-        self._embedding = embedding
+        self._pushing.embeds(embedding)
 
     def push_embedding(self, name: str, layer: Any, answer: torch.Tensor) -> torch.Tensor:
-        """What a residual layer takes from the embedding, (N, channels): push it on, away from
-        what it would take with the negative prompt."""
-        gain = self._injection.pushes.get(name)
-        if gain is None:
-            return answer
-        self._due.discard(name)
-        other = layer.time_emb_proj.forward(layer.nonlinearity(self._embedding + self._turn))
-        return self._to_denoiser(_pushed(answer, other, gain))
+        """A residual layer takes (N, channels) from the embedding: push it on, away from what it
+        would take with the negative prompt."""
+        return self._push(name, self._pushing.embedding(name, layer, answer), answer)
 
     def end(self, prediction: torch.Tensor) -> None:
         """The denoiser call is done: nothing may be left that the guide was to add, and at a
@@ -241,6 +209,12 @@ class GuidedPass:
                 "this guide was trained: the prediction overflows"
             )
 
+    def _push(self, name: str, pushed: torch.Tensor | None, answer: torch.Tensor) -> torch.Tensor:
+        if pushed is None:
+            return answer
+        self._due.discard(name)
+        return self._to_denoiser(pushed)
+
     def _to_guide(self, x: Any) -> Any:
         """What a guide looks at, in its precision."""
         return x if self._denoiser_dtype is None else x.to(self.guide.dtype)
@@ -252,7 +226,8 @@ class GuidedPass:
     def _forget(self) -> None:
         # the injection stays: gradient checkpointing runs the decoder once more in the
         # backward pass, when the pass is closed
-        self._skips, self._pending, self._queries, self._due = [], [], {}, set()
+        self._skips, self._pending, self._due = [], [], set()
+        self._pushing.forget()
         self._untrained = None
 
 
@@ -265,8 +240,3 @@ def current_pass(guided: GuidedPass | None) -> Iterator[None]:
         yield
     finally:
         _HERE.open = before
-
-
-def _pushed(answer: torch.Tensor, other: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """``answer + gain (answer - other)``, in few goes through memory."""
-    return torch.addcmul(answer, gain, answer - other)

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
+import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from torch import nn
 
@@ -81,6 +82,11 @@ class Guide(ModelMixin, ConfigMixin):
     def trained_on(self) -> Origin | None:
         """The base that it was trained on, where that is known."""
         return Origin.saved(self.config.trained_on)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its parameters; asked at every step, and diffusers' own looks at all of them."""
+        return next(self.parameters()).dtype
 
     @property
     def touches(self) -> tuple[str, ...]:

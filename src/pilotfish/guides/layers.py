@@ -42,11 +42,11 @@ class Condition(nn.Module):
 
     def forward(self, inputs: GuideInputs) -> torch.Tensor:
         """The vectors, (N, width)."""
-        t = fourier_features(inputs.timestep, FEATURES, longest=4000.0)
-        w = fourier_features(inputs.guidance_scale, FEATURES, longest=32.0)
+        t_and_w = torch.stack([inputs.timestep.float() / 4000, inputs.guidance_scale / 32], 1)
+        embedded = fourier_features(t_and_w, FEATURES, longest=1.0).flatten(1)
         against = inputs.negative_hidden_states
         text = (inputs.encoder_hidden_states - against).mean(1)
-        seen = self.embed(torch.cat([t, w], 1).to(text.dtype)) + self.text(text)
+        seen = self.embed(embedded.to(text.dtype)) + self.text(text)
         told = self.told(inputs)
         return F.silu(seen if told is None else seen + told)
 

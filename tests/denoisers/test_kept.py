@@ -1,0 +1,165 @@
+"""What layers make of the negative prompt is made once a call, and anew where it may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from pilotfish import TinyGuide
+from pilotfish.contract import PromptEmbeds
+from pilotfish.denoisers import GuidedPass, install
+from pilotfish.denoisers.pushing import Pushing
+from pilotfish.guides import Guide
+
+STEPS = 4
+
+
+@contextmanager
+def counted(module: nn.Module) -> Iterator[list[int]]:
+    """How often a module runs, without a hook on it."""
+    calls, forward = [0], module.forward
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return forward(*args, **kwargs)
+
+    module.forward = count  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        del module.forward
+
+
+def pushing(unet: UNet2DConditionModel, randomise: Callable[[Guide], Guide]) -> Guide:
+    return randomise(TinyGuide.for_denoiser(unet, "epsilon"))
+
+
+def keys(unet: UNet2DConditionModel) -> Any:
+    return unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+
+
+def with_lora(pipe: StableDiffusionPipeline) -> None:
+    config = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+    torch.manual_seed(3)
+    pipe.unet.add_adapter(config, "drawn")
+
+
+def sample(pipe: StableDiffusionPipeline, **more: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents: torch.Tensor = pipe(
+        "cat", guidance_scale=4.0, num_inference_steps=STEPS, output_type="latent",
+        generator=generator, **more,
+    ).images  # fmt: skip
+    return latents
+
+
+@pytest.mark.parametrize(
+    "layer", [keys, lambda unet: unet.add_embedding.proj], ids=["keys", "pooled text"]
+)
+def test_the_negative_prompt_is_looked_at_once_a_call(
+    pipe: StableDiffusionPipeline, randomise: Callable[[Guide], Guide],
+    layer: Callable[[UNet2DConditionModel], nn.Module],
+) -> None:  # fmt: skip
+    guide = pushing(pipe.unet, randomise)
+    with guide.attached(pipe), counted(layer(pipe.unet)) as calls:
+        sample(pipe, negative_prompt="dog")
+        assert calls == [STEPS + 1]
+        sample(pipe, negative_prompt="cat")
+        assert calls == [2 * (STEPS + 1)]
+
+
+def test_each_call_has_a_negative_prompt_of_its_own(
+    pipe: StableDiffusionPipeline, randomise: Callable[[Guide], Guide]
+) -> None:
+    guide = pushing(pipe.unet, randomise)
+    with guide.attached(pipe):
+        dog, cat, again = (sample(pipe, negative_prompt=n) for n in ("dog", "cat", "dog"))
+    assert torch.equal(dog, again)
+    assert not torch.allclose(dog, cat)
+
+
+def test_a_pass_that_is_given_another_negative_prompt_answers_to_that_one(
+    unet: UNet2DConditionModel, randomise: Callable[[Guide], Guide]
+) -> None:
+    guide = pushing(unet, randomise)
+    install(guide, unet)
+    torch.manual_seed(0)
+    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 16)
+    negatives = [PromptEmbeds(torch.randn(1, 8, 16)) for _ in range(2)]
+
+    def passing(use: Callable[[], PromptEmbeds]) -> GuidedPass:
+        return GuidedPass(guide, lambda: 4.0, use)
+
+    def run(guided: GuidedPass) -> torch.Tensor:
+        with torch.no_grad(), guided.open():
+            made: torch.Tensor = unet(latents, torch.tensor(500), text).sample
+        return made
+
+    turns = iter(negatives)
+    one = passing(lambda: next(turns))
+    for negative in negatives:
+        assert torch.equal(run(one), run(passing(lambda n=negative: n)))  # type: ignore[misc]
+
+
+def test_an_adapter_that_is_turned_down_on_the_way_is_heeded(
+    pipe: StableDiffusionPipeline, randomise: Callable[[Guide], Guide],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with_lora(pipe)
+    guide = pushing(pipe.unet, randomise)
+
+    def turn(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        pipe.unet.set_adapters("drawn", 1.0 - step / STEPS)
+        return given
+
+    def turned() -> torch.Tensor:
+        pipe.unet.set_adapters("drawn", 1.0)
+        return sample(pipe, callback_on_step_end=turn)
+
+    assert isinstance(keys(pipe.unet), BaseTunerLayer)
+    with guide.attached(pipe):
+        made = turned()
+        monkeypatch.setattr(Pushing, "_keep", lambda _, name, modules, make: make())
+        assert torch.equal(made, turned())
+
+
+def test_a_hook_on_the_keys_is_heeded(
+    pipe: StableDiffusionPipeline, randomise: Callable[[Guide], Guide]
+) -> None:
+    guide, seen = pushing(pipe.unet, randomise), []
+    with guide.attached(pipe):
+        handle = keys(pipe.unet).register_forward_hook(lambda *_: seen.append(1))
+        sample(pipe, negative_prompt="dog")
+        handle.remove()
+    assert len(seen) == 2 * STEPS
+
+
+def test_nothing_is_kept_while_something_learns(
+    unet: UNet2DConditionModel, randomise: Callable[[Guide], Guide]
+) -> None:
+    guide, negative = pushing(unet, randomise), PromptEmbeds(torch.randn(1, 8, 16))
+    install(guide, unet)
+    guided = GuidedPass(guide, lambda: 4.0, lambda: negative)
+    with counted(keys(unet)) as calls, guided.open():
+        for _ in range(2):
+            unet(torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 8, 16))
+    assert calls == [4]
+
+
+def test_one_prompt_serves_all_where_all_are_the_same() -> None:
+    torch.manual_seed(0)
+    states, pooled = torch.randn(1, 8, 16), torch.randn(3, 12)
+    alike = states.repeat(3, 1, 1)
+    assert len(PromptEmbeds(alike).shared()) == 1
+    assert torch.equal(PromptEmbeds(alike).shared().hidden_states, states)
+    assert len(PromptEmbeds(alike, pooled[:1].repeat(3, 1)).shared()) == 1
+    assert len(PromptEmbeds(alike, pooled).shared()) == 3
+    assert len(PromptEmbeds(torch.randn(3, 8, 16)).shared()) == 3
