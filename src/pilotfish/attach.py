@@ -106,7 +106,9 @@ class Guided:
         # of SDXL: prompt, negative, and both pooled
         negatives = PromptEmbeds(encoded[1], *encoded[3:4])
         self._pilotfish_pictures = len(negatives)
-        self._pilotfish_negative = negatives.shared()
+        # a graph is compiled for one negative prompt or for as many as pictures, not for both
+        compiled = is_compiled(self.unet)  # type: ignore[attr-defined]
+        self._pilotfish_negative = negatives if compiled else negatives.shared()
         return encoded
 
     def prepare_ip_adapter_image_embeds(self, *args: Any, **kwargs: Any) -> Any:

@@ -126,7 +126,8 @@ def test_a_compiled_denoiser(name: str, first: str) -> None:
     cfg = host.draw()
     calls: list[dict[str, Any]] = [
         {}, {"guidance_scale": 2.5}, {"num_inference_steps": 3},
-        {"negative_prompt": ["a cat"] * len(hosts.PROMPTS)}, {"prompt": ["red", "a"]},
+        {"negative_prompt": ["a cat"] * len(hosts.PROMPTS)}, {"negative_prompt": ["a cat", "red"]},
+        {"prompt": ["red", "a"]},
     ]  # fmt: skip
     with guide.attached(host.pipe):
         guided = [host.draw(**call) for call in calls]

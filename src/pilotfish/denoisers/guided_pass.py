@@ -76,6 +76,7 @@ class GuidedPass:
                 yield self
         finally:
             self._forget()
+            self._pushing.forget()
             self._serving = {}
 
     def served_by(self, denoiser: object, hooks: object) -> bool:
@@ -227,7 +228,6 @@ class GuidedPass:
         # the injection stays: gradient checkpointing runs the decoder once more in the
         # backward pass, when the pass is closed
         self._skips, self._pending, self._due = [], [], set()
-        self._pushing.forget()
         self._untrained = None
 
 

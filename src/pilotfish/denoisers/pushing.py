@@ -1,7 +1,8 @@
 """Layers that take in the text answer further away from the negative prompt.
 
 ``a + g (a - a_n)``: the answer ``a_n`` to that prompt takes keys and values, or a pooled text,
-that are the same at every step. They are made once for a call of the pipeline.
+that are the same at every step. They are made once for a call of the pipeline, where nothing can
+change them on the way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Pushing:
     def __init__(self) -> None:
         self.gains: Mapping[str, torch.Tensor] = {}
         self.negative = PromptEmbeds(torch.empty(0))
-        self._kept: dict[str, Any] = {}
+        self._kept: dict[nn.Module, Any] = {}
         self._queries: dict[str, torch.Tensor] = {}
         self._turn = torch.empty(0)
         self._turned: torch.Tensor | None = None
@@ -39,11 +40,11 @@ class Pushing:
         """
         if negative is not self.negative:
             self._kept = {}
-        self.gains, self.negative, self._turned = gains, negative, None
+        self.gains, self.negative, self._turned, self._queries = gains, negative, None, {}
 
     def forget(self) -> None:
-        """It is over."""
-        self._queries = {}
+        """The last of them is over. The gains stay: gradient checkpointing asks once more."""
+        self._kept, self._queries = {}, {}
 
     def asks(self, name: str, query: torch.Tensor) -> None:
         """A cross-attention layer asks, (N, pixels, width)."""
@@ -64,7 +65,7 @@ class Pushing:
             negative = self.negative.hidden_states
             return split(layer.to_k(negative)), split(layer.to_v(negative))
 
-        key, value = self._keep(name, (layer.to_k, layer.to_v), keys_and_values)
+        key, value = self._keep(layer, (layer.to_k, layer.to_v), keys_and_values)
         n = len(query)  # one negative prompt serves all
         other = F.scaled_dot_product_attention(
             split(query), key.expand(n, -1, -1, -1), value.expand(n, -1, -1, -1), scale=layer.scale
@@ -82,7 +83,7 @@ class Pushing:
         if pooled is None:
             within = [module for part in pooling.children() for module in part.modules()]
             other = self._keep(
-                "pooled", within, lambda: pooling.forward(self.negative.hidden_states)
+                pooling, within, lambda: pooling.forward(self.negative.hidden_states)
             )
         else:
             sizes = given[:, pooled.shape[1] :]
@@ -103,24 +104,25 @@ class Pushing:
         other = layer.time_emb_proj.forward(layer.nonlinearity(self._turned))
         return _pushed(answer, other, gain)
 
-    def _keep(self, name: str, modules: Iterable[nn.Module], make: Callable[[], T]) -> T:
-        """What modules make of the negative prompt, made once where it is sure to stay the same.
+    def _keep(self, owner: nn.Module, parts: Iterable[nn.Module], make: Callable[[], T]) -> T:
+        """What parts of a module make of the negative prompt, made once where it is sure to stay.
 
         It is not while anything learns, nor where an adapter may be turned up or down between
-        two steps, nor under hooks. A compiled graph makes it anew: one that took it in from
-        outside would have to be another graph than the first, which makes it."""
+        two steps, nor where a part was patched. A compiled graph makes it anew: one that took it
+        in from outside would have to be another graph than the first, which makes it."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return make()
-        if any(isinstance(m, BaseTunerLayer) or _hooked(m) for m in modules):
+        if any(isinstance(part, BaseTunerLayer) or _patched(part) for part in parts):
             return make()
-        if name not in self._kept:
-            self._kept[name] = make()
-        kept: T = self._kept[name]
+        if owner not in self._kept:
+            self._kept[owner] = make()
+        kept: T = self._kept[owner]
         return kept
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _patched(module: nn.Module) -> bool:
+    """Whether it has hooks, or another ``forward`` than that of its class."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _pushed(answer: torch.Tensor, other: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,8 @@ class Guide(ModelMixin, ConfigMixin):
     @property
     def dtype(self) -> torch.dtype:
         """Of its parameters; asked at every step, and diffusers' own looks at all of them."""
-        return next(self.parameters()).dtype
+        first = next(self.parameters(), None)
+        return super().dtype if first is None else first.dtype
 
     @property
     def touches(self) -> tuple[str, ...]:

@@ -187,10 +187,8 @@ class LowRank(nn.Module):
         gain, shift = modulation[:, :, None].chunk(2, 1)
         hidden = torch.baddbmm(shift, gain * self.down, x.flatten(2))
         hidden = hidden.view(len(x), -1, *x.shape[-2:])
-        # a convolution of each channel by itself is faster where a pixel's channels lie together
-        hidden = hidden.contiguous(memory_format=torch.channels_last)
-        hidden = F.silu(hidden + self.near(hidden))
-        made = torch.bmm(strength[..., 0] * self.up, hidden.flatten(2))
+        hidden = F.silu(hidden + self.near(hidden)).flatten(2)
+        made = torch.bmm(strength[..., 0] * self.up, hidden)
         return made.view(len(x), -1, *x.shape[-2:])
 
 
