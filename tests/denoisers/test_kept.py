@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -61,6 +62,20 @@ def sample(pipe: StableDiffusionPipeline, **more: Any) -> torch.Tensor:
     return latents
 
 
+def denoise(unet: UNet2DConditionModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    text = torch.randn(2, 8, 16, generator=generator)
+    made: torch.Tensor = unet(latents, torch.tensor(500), text).sample
+    return made
+
+
+def passing(guide: Guide, *negatives: PromptEmbeds) -> GuidedPass:
+    """One that is given each of the negative prompts in turn, over and over."""
+    turns = cycle(negatives)
+    return GuidedPass(guide, lambda: 4.0, lambda: next(turns))
+
+
 @pytest.mark.parametrize(
     "layer", [keys, lambda unet: unet.add_embedding.proj], ids=["keys", "pooled text"]
 )
@@ -91,22 +106,13 @@ def test_a_pass_that_is_given_another_negative_prompt_answers_to_that_one(
 ) -> None:
     guide = pushing(unet, randomise)
     install(guide, unet)
-    torch.manual_seed(0)
-    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 16)
     negatives = [PromptEmbeds(torch.randn(1, 8, 16)) for _ in range(2)]
-
-    def passing(use: Callable[[], PromptEmbeds]) -> GuidedPass:
-        return GuidedPass(guide, lambda: 4.0, use)
-
-    def run(guided: GuidedPass) -> torch.Tensor:
-        with torch.no_grad(), guided.open():
-            made: torch.Tensor = unet(latents, torch.tensor(500), text).sample
-        return made
-
-    turns = iter(negatives)
-    one = passing(lambda: next(turns))
-    for negative in negatives:
-        assert torch.equal(run(one), run(passing(lambda n=negative: n)))  # type: ignore[misc]
+    with torch.no_grad():
+        with passing(guide, *negatives).open():
+            both = [denoise(unet) for _ in negatives]
+        for negative, made in zip(negatives, both, strict=True):
+            with passing(guide, negative).open():
+                assert torch.equal(denoise(unet), made)
 
 
 def test_an_adapter_that_is_turned_down_on_the_way_is_heeded(
@@ -164,12 +170,10 @@ def test_another_denoiser_in_the_same_pass_answers_for_itself(
     guide, negative = pushing(unets[0], randomise), PromptEmbeds(torch.randn(1, 8, 16))
     for unet in unets:
         install(guide, unet)
-    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 16)
 
     def run(*which: UNet2DConditionModel) -> torch.Tensor:
-        with torch.no_grad(), GuidedPass(guide, lambda: 4.0, lambda: negative).open():
-            made = [unet(latents, torch.tensor(500), text).sample for unet in which]
-        return made[-1]
+        with torch.no_grad(), passing(guide, negative).open():
+            return [denoise(unet) for unet in which][-1]
 
     assert torch.equal(run(*unets), run(unets[1]))
 
@@ -177,25 +181,24 @@ def test_another_denoiser_in_the_same_pass_answers_for_itself(
 def test_nothing_is_kept_when_the_pass_is_closed(
     unet: UNet2DConditionModel, randomise: Callable[[Guide], Guide]
 ) -> None:
-    guide, negative = pushing(unet, randomise), PromptEmbeds(torch.randn(1, 8, 16))
+    guide = pushing(unet, randomise)
     install(guide, unet)
-    guided = GuidedPass(guide, lambda: 4.0, lambda: negative)
+    guided = passing(guide, PromptEmbeds(torch.randn(1, 8, 16)))
     with counted(keys(unet)) as calls, torch.no_grad():
         for _ in range(2):
             with guided.open():
-                unet(torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 8, 16))
+                denoise(unet)
     assert calls == [4]
 
 
 def test_nothing_is_kept_while_something_learns(
     unet: UNet2DConditionModel, randomise: Callable[[Guide], Guide]
 ) -> None:
-    guide, negative = pushing(unet, randomise), PromptEmbeds(torch.randn(1, 8, 16))
+    guide = pushing(unet, randomise)
     install(guide, unet)
-    guided = GuidedPass(guide, lambda: 4.0, lambda: negative)
-    with counted(keys(unet)) as calls, guided.open():
-        for _ in range(2):
-            unet(torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 8, 16))
+    with counted(keys(unet)) as calls, passing(guide, PromptEmbeds(torch.randn(1, 8, 16))).open():
+        denoise(unet)
+        denoise(unet)
     assert calls == [4]
 
 
