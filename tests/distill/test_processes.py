@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from pilotfish.distill.checkpoints import list_checkpoints, saved_streams
-from pilotfish.distill.config import DistillConfig
-from pilotfish.distill.stages import distill
+from pilotfish.distill.config import DistillConfig, StepsConfig, TrainingConfig
+from pilotfish.distill.stages import distill, distill_steps
+from pilotfish.guides import Guide, TinyGuide
 
 PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
 WEIGHTS = "guide/diffusion_pytorch_model.safetensors"
@@ -36,14 +37,14 @@ def config(make_pipe: Callable[[str], Any], tmp_path: Path) -> DistillConfig:
     )  # fmt: skip
 
 
-def on_two(config: DistillConfig) -> Path:
+def on_two(config: TrainingConfig, command: str = "distill") -> Path:
     """The command on two processes."""
     folder = Path(config.output_dir)
     file = folder.with_suffix(".json")
     config.save(file)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "-m", "pilotfish", "distill", "--config", str(file)], capture_output=True, text=True,
+         "-m", "pilotfish", command, "--config", str(file)], capture_output=True, text=True,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -59,6 +60,15 @@ def on_one(config: DistillConfig) -> Path:
 def close(one: Path, two: Path) -> bool:
     a, b = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
     return all(torch.allclose(v, b[k], rtol=1e-3, atol=1e-5) for k, v in a.items())
+
+
+@pytest.fixture
+def rounds(config: DistillConfig, make_unet: Callable[..., Any], randomise: Any) -> StepsConfig:
+    guide = randomise(TinyGuide.for_denoiser(make_unet(), "epsilon", rank=4, condition=4))
+    folder = Path(config.output_dir).with_name("teacher")
+    guide.save_pretrained(folder)
+    given = {field.name: getattr(config, field.name) for field in fields(TrainingConfig)}
+    return replace(StepsConfig(**given), steps=(4, 2), guide=str(folder), max_train_steps=4)
 
 
 @pytest.mark.slow
@@ -86,3 +96,14 @@ def test_two_processes_give_what_one_gives(config: DistillConfig, tmp_path: Path
     # and the other way round
     first = list_checkpoints(one)[0]
     assert close(one, on_two(elsewhere("back", resume=str(first))))
+
+
+@pytest.mark.slow
+def test_two_processes_do_every_round_of_fewer_steps(rounds: StepsConfig, tmp_path: Path) -> None:
+    two = on_two(rounds, "distill-steps")
+    one = replace(rounds, output_dir=str(tmp_path / "one"), train_batch_size=8, streams=2)
+    distill_steps(one, Guide.from_pretrained(rounds.guide))
+    for name in ("steps-4", "steps-2"):
+        assert close(two / name, tmp_path / "one" / name)
+        assert len(list((two / name / "logs").rglob("events*"))) == 1
+    assert not close(two / "steps-4", two / "steps-2")

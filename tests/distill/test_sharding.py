@@ -26,13 +26,12 @@ PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
 WEIGHTS = "guide/diffusion_pytorch_model.safetensors"
 # accelerate shares out on accelerators alone; this is what it does there, on two processors
 SHARED_OUT = """
-import sys
 from accelerate import Accelerator
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from pilotfish import cli
+from pilotfish.__main__ import run
 
 def prepare(self, student, optimizer):
     whole = sum(p.numel() for p in student.parameters())
@@ -43,7 +42,7 @@ def prepare(self, student, optimizer):
     return student, self.prepare_optimizer(optimizer)
 
 Accelerator.prepare = prepare
-sys.exit(cli.main(sys.argv[1:]))
+run()
 """
 
 

@@ -74,14 +74,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"pilotfish {name}: {error}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 1
-    finally:
-        _part()
     return 0
-
-
-def _part() -> None:
-    """Several processes let go of one another: torch aborts one that ends while threads of theirs
-    still run."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()

@@ -206,8 +206,9 @@ class Distillation:
             self.practice.wear(0)
             for hooks in self.hooks:
                 hooks.remove()
-            if self.accelerator.log_with:
-                self.accelerator.end_training()
+            # not end_training: it parts the processes as well, which may have another round to do
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         return self.guide
 
     def _begin(self) -> None:
