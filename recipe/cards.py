@@ -9,9 +9,9 @@ ARTISTS = {
     "fluent": ("Fluent Emoji", "Microsoft", "MIT", "https://github.com/microsoft/fluentui-emoji"),
     "twemoji": (
         "Twemoji", "Twitter, Inc. and other contributors", "CC-BY-4.0",
-        "https://github.com/jdecked/twemoji",
+        "https://github.com/twitter/twemoji",
     ),
-    "emojione": ("EmojiOne", "EmojiOne", "CC-BY-4.0", "https://icon-sets.iconify.design/emojione"),
+    "emojione": ("EmojiOne", "EmojiOne", "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo"),
 }  # fmt: skip
 # artists of whom no picture is carried, but a fine-tune on which guides have practised
 PRACTICE = {
@@ -31,7 +31,7 @@ tags: [pilotfish]
 
 {text}
 
-Trained by the recipe of Pilotfish (`python -m recipe {stage}`, seed {seed}) on pictures of
+{made} on pictures of
 
 {sources}
 """
@@ -50,9 +50,15 @@ def write_cards(target: Path) -> None:
     def card(folder: str, title: str, text: str, stage: str, styles: tuple[str, ...],
              licence: str, library: str = "diffusers", seed: int = 0) -> None:  # fmt: skip
         sources = "\n".join(source(s) for s in styles)
+        made = f"Trained by the recipe of Pilotfish (`python -m recipe {stage}`, seed {seed})"
+        if library == "pilotfish":
+            made = (
+                "Trained in several turns, which docs/recipe.md tells (`python -m recipe "
+                f"{stage}` makes one of its form),"
+            )
         (target / folder / "README.md").write_text(
             CARD.format(
-                title=title, text=text, stage=stage, sources=sources, seed=seed,
+                title=title, text=text, made=made, sources=sources,
                 licence=licence, library=library,
             )
         )  # fmt: skip
@@ -61,7 +67,7 @@ def write_cards(target: Path) -> None:
         "base", "Pilotfish base",
         "A small Stable Diffusion (64x64 pictures, 8x8x8 latents, v prediction) that draws "
         "429 things in the style of Noto Emoji. Its autoencoder has seen all four styles.",
-        "base", everyone, "apache-2.0",
+        "base", everyone, "cc-by-4.0",
     )  # fmt: skip
     card("fluent", "Pilotfish base, Fluent style", "A full fine-tune of the base's UNet.",
          "finetunes", ("fluent",), "mit")  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from pilotfish import pipelines
 from pilotfish.contract import GuideError
 from pilotfish.guides import Guide, TinyGuide
 from tests import components
@@ -245,6 +246,46 @@ def test_guided_and_plain_threads_share_a_denoiser(trained: Guide, pipe: Pipe, d
             thread.join()
     assert [torch.equal(z, guided) for z in found["guided"]] == [True] * 3
     assert [torch.equal(z, cfg) for z in found["plain"]] == [True] * 3
+
+
+def test_threads_each_have_a_guided_pipeline_on_the_same_weights(
+    trained: Guide, pipe: Pipe, draw: Draw
+) -> None:
+    other = pipelines.sibling(pipe)
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "one": lambda: draw(pipe, "cat", negative_prompt="red"),
+        "two": lambda: draw(other, ["dog", "a bee"], negative_prompt=["blue", ""]),
+    }
+    found: dict[str, list[torch.Tensor]] = {}
+    start = threading.Barrier(2)
+
+    def work(name: str) -> None:
+        start.wait()
+        found[name] = [ways[name]() for _ in range(3)]
+
+    with trained.attached(pipe), trained.attached(other):
+        expected = {name: way() for name, way in ways.items()}
+        threads = [threading.Thread(target=work, args=(name,)) for name in ways]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for name, drawn in found.items():
+        assert [torch.equal(z, expected[name]) for z in drawn] == [True] * 3
+    assert len(found) == 2
+
+
+def test_a_second_call_before_the_first_is_done_is_refused(
+    trained: Guide, pipe: Pipe, draw: Draw
+) -> None:
+    def again(pipe: Pipe, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(GuideError, match="drawing already; for another thread make one"):
+            draw(pipe, "dog")
+        return given
+
+    with trained.attached(pipe):
+        guided = draw(pipe)
+        assert torch.equal(draw(pipe, callback_on_step_end=again), guided)
 
 
 def test_saving_a_guided_pipeline_saves_no_guide(

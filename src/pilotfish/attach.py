@@ -56,6 +56,11 @@ class Guided:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         guide = self._pilotfish_guide
+        if self._pilotfish_open:
+            raise GuideError(
+                "this pipeline is drawing already; for another thread make one on the same weights "
+                "(pilotfish.pipelines.sibling) and attach the guide to it as well"
+            )
         _sit(guide, self)
         call = _bind(super().__call__, args, kwargs)  # type: ignore[misc]
         _warn_of_arguments(guide, call, self)
