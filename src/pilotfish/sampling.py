@@ -109,10 +109,19 @@ def _drawn(
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """(N, C, h, w) latents to (N, 3, H, W) pictures in [-1, 1], by the pipeline's VAE."""
-    images: torch.Tensor = pipe.vae.decode(
-        latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False
-    )[0]
-    return images.float().clamp(-1, 1)
+    vae = pipe.vae
+    height, width = (side * int(pipe.vae_scale_factor) for side in latents.shape[2:])
+    parts = [
+        vae.decode(part.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        for part in latents.split(at_once(height, width))
+    ]
+    return torch.cat(parts).float().clamp(-1, 1)
+
+
+def at_once(height: int, width: int) -> int:
+    """Pictures of so many pixels that a VAE takes in one call: as many as have the pixels of one
+    of SDXL's, for which its activations take some 3 GiB."""
+    return max(1, 1024 * 1024 // (height * width))
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,31 @@ def test_equal_seconds_are_those_of_the_default(
     assert dice["seconds-0"].training.steps == wanted
 
 
+@pytest.mark.parametrize("less", [{"equal_seconds": False}, {"methods": ("tiny",)}])
+def test_stopped_and_gone_on_with_less_it_shows_what_there_is(
+    start: Callable[..., Comparing], monkeypatch: pytest.MonkeyPatch, less: dict[str, Any]
+) -> None:
+    plan = replace(PLAN, methods=("tiny", "dice"), equal_seconds=True)
+
+    def stopped(self: Comparing, host: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparing, "_measure", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            start(plan=plan).run()
+    fewer = replace(plan, **{"equal_seconds": False} | less)
+    found = start(plan=fewer).run()
+    assert found.methods["dice"].runs.keys() == {"samples-0", "seconds-0"}
+    assert found.budgets == ["samples"]
+    assert set(ranked(found, "samples")) == set(fewer.methods)
+    assert comparison_table(found, "samples").row_count == len(fewer.methods)
+    assert png(pareto(found, "samples")).startswith(b"\x89PNG")
+    whole = start(plan=plan).run()
+    assert whole.budgets == ["samples", "seconds"]
+    assert set(ranked(whole, "seconds")) == {"tiny", "dice"}
+
+
 def test_equal_seconds_need_the_default(start: Callable[..., Comparing]) -> None:
     with pytest.raises(ConfigError, match="as long as tiny takes"):
         start(plan=replace(PLAN, methods=("dice",), equal_seconds=True))

@@ -80,6 +80,10 @@ def test_a_guide_is_trained_further(
         distill(replace(again, rank=8))
     with pytest.raises(ConfigError, match=r"so: its kind is tiny, full is asked for$"):
         distill(replace(again, guide="full"))
+    pictured = replace(config, output_dir=str(tmp_path / "p"), negative=True, head=8, picture=2)
+    seen = distill(pictured)
+    also = replace(config, output_dir=str(tmp_path / "also"), begin_with=str(tmp_path / "p/guide"))
+    assert not same(distill(replace(also, head=48, picture=2)), seen)  # what it has may be said
     with monkeypatch.context() as patch:
         patch.delitem(KINDS, "tiny")  # a kind that nobody has given a name
         with pytest.raises(ConfigError, match="guide must be"):
@@ -88,6 +92,25 @@ def test_a_guide_is_trained_further(
         (name,) = other
         with pytest.raises(ConfigError, match=f"cannot be gone on with so: its {name} is "):
             distill(replace(again, resume="latest", **other))
+
+
+@pytest.mark.parametrize("kind", ["dice", "cfg-lora"])
+def test_a_guide_of_one_scale_is_trained_further(
+    kind: Any, config: DistillConfig, material: Callable[[str], Material], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """At that scale, whatever range its dial has."""
+    made = material("epsilon")
+    monkeypatch.setattr(Material, "of", lambda config, pictures: made)
+    one = {"guidance_scale_min": 3.0, "guidance_scale_max": 3.0}
+    distill(replace(config, guide=kind, max_train_steps=2, **one))
+    again = replace(
+        config, output_dir=str(tmp_path / "again"), begin_with=str(tmp_path / "run/guide")
+    )
+    assert distill(again).config["trained_scale"] == 3.0
+    assert settings(tmp_path / "again") == replace(again, guide=kind, **one)
+    with pytest.raises(ConfigError, match=r"its guidance_scale_min is 3\.0, 2\.0 is asked for"):
+        distill(replace(again, guidance_scale_min=2.0, guidance_scale_max=2.0))
 
 
 def test_the_student_is_shown_the_negative_prompts_of_its_states(

@@ -145,6 +145,28 @@ def test_latents_get_somewhere_on_every_host(pipe: Any, tuned: Path, tmp_path: P
     assert len(small.pool(0, 1, (2, 4), 0.0).latents) == 40
 
 
+def test_two_streams_practise_as_those_of_two_processes(
+    pipe: Any, tuned: Path, tmp_path: Path
+) -> None:
+    """A stream's pools depend on its own share of the batch, not on who else is in the process."""
+
+    def latents(**settings: Any) -> list[int]:
+        config = DistillConfig(
+            output_dir=str(tmp_path / "run"), practice=(str(tuned),), pool=32, report_to="none",
+            **settings,
+        )  # fmt: skip
+        material = Material(pipe, ["cat", "dog"], ["cat"])
+        guide = TinyGuide.for_denoiser(pipe.unet, "epsilon", rank=4, condition=4)
+        run = GuidanceDistillation(config, material, guide, notice=lambda line: None)
+        rings = run._streams(None).rings[0]
+        return [len(ring.source.pool.latents) for ring in rings]  # type: ignore[attr-defined]
+
+    alone = latents(train_batch_size=4)
+    assert alone == latents(train_batch_size=8, streams=2)
+    assert alone[1] < alone[0]
+    assert alone != latents(train_batch_size=8)
+
+
 def test_practice_resumes_exactly_and_teaches_something_else(
     make_pipe: Callable[[str], Any], tuned: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +24,8 @@ from pilotfish.distill.config import ConfigError, DistillConfig
 from pilotfish.distill.guidance_stage import GuidanceDistillation
 from pilotfish.distill.loop import Interrupted
 from pilotfish.distill.material import Material
-from pilotfish.guides import TinyGuide
+from pilotfish.distill.validation import GuidanceValidation
+from pilotfish.guides import Guide, TinyGuide
 from tests.distill.runs import PROMPTS, same, train
 
 
@@ -52,6 +56,81 @@ def test_half_precision_resumes_and_leaves_the_guide_whole(
     plain = replace(config, output_dir=str(tmp_path / "plain"), mixed_precision="no")
     AcceleratorState._reset_state(reset_partial_state=True)
     assert same(whole, train(plain, material("v_prediction"))) == (precision == "no")
+
+
+def test_what_is_lowered_on_the_way_is_lowered(
+    config: DistillConfig, material: Callable[[str], Material], tmp_path: Path
+) -> None:
+    """Who resumes with another rate or average gets it, from there on."""
+    config = replace(config, learning_rate=1e-2, lr_scheduler="constant", lr_warmup_steps=0)
+    whole = train(config, material("epsilon"))
+    path = str(Path(config.output_dir) / "checkpoint-4")
+
+    def gone_on(name: str, **changes: Any) -> tuple[Guide, dict[str, Any]]:
+        folder = tmp_path / name
+        given = replace(config, output_dir=str(folder), resume=path, **changes)
+        guide = train(given, material("epsilon"))
+        return guide, json.loads((folder / "checkpoint-6" / "state.json").read_text())
+
+    same_again, _ = gone_on("again")
+    assert same(whole, same_again)
+    slower, facts = gone_on("slower", learning_rate=1e-3)
+    assert not same(whole, slower)
+    assert facts["rate"]["base_lrs"] == facts["rate"]["_last_lr"] == [1e-3]
+    other, facts = gone_on("other", ema_decay=0.1)
+    assert not same(whole, other)
+    assert facts["average"]["decay"] == 0.1
+
+
+def test_a_checkpoint_before_the_last_is_gone_on_with_elsewhere(
+    config: DistillConfig, material: Callable[[str], Material], tmp_path: Path
+) -> None:
+    """Were it in the same folder, the next ``latest`` would be of the run that was given up."""
+    train(config, material("epsilon"))
+    folder = Path(config.output_dir)
+    back = replace(config, resume=str(folder / "checkpoint-2"))
+    with pytest.raises(ConfigError, match="later than checkpoint-2, up to checkpoint-6: delete"):
+        train(back, material("epsilon"))
+    train(replace(back, output_dir=str(tmp_path / "elsewhere")), material("epsilon"))
+    for step in (4, 6):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    train(back, material("epsilon"))
+    assert len(list_checkpoints(folder)) == 3
+
+
+def test_what_is_refused_leaves_the_settings_as_they_are(
+    config: DistillConfig, material: Callable[[str], Material]
+) -> None:
+    train(config, material("epsilon"))
+    file = Path(config.output_dir) / "config.json"
+    before = file.read_text()
+    wrong = replace(config, resume="latest", negative_share=0.5)
+    with pytest.raises(ConfigError, match=r"its negative_share is 0\.0, 0\.5 is asked for"):
+        train(wrong, material("epsilon"))
+    assert file.read_text() == before
+    train(replace(config, resume="latest", max_train_steps=8), material("epsilon"))
+    assert DistillConfig.load(file) == replace(config, max_train_steps=8)  # and not to resume
+
+
+def test_another_pool_is_no_spoilt_checkpoint(
+    config: DistillConfig, material: Callable[[str], Material]
+) -> None:
+    train(config, material("epsilon"))
+    with pytest.raises(ConfigError, match=r"is \[8, .*resume with the same --pool"):
+        train(replace(config, resume="latest", pool=16), material("epsilon"))
+
+
+def test_a_validation_that_fails_loses_nothing(
+    config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, checkpointing_steps=6, validation_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(GuidanceValidation, "run", failing := Mock(side_effect=MemoryError("full")))
+        with pytest.raises(MemoryError, match="full"):
+            train(config, material("epsilon"))
+    failing.assert_called_once()
+    assert [p.name for p in list_checkpoints(Path(config.output_dir))] == ["checkpoint-3"]
+    train(replace(config, resume="latest"), material("epsilon"))
 
 
 def test_a_folder_in_use_is_refused(
@@ -115,6 +194,32 @@ def test_sigterm_saves_and_stops(
         with pytest.raises(Interrupted, match="stopped at step 3"):
             train(cut, material("epsilon"))
     assert same(whole, train(replace(cut, resume="latest"), material("epsilon")))
+
+
+def test_sigterm_may_come_twice_and_ctrl_c_need_not(
+    config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """A manager and a launcher each send their own; a person who insists wants to leave."""
+    real = guidance_stage.relative_guidance_loss
+
+    def asked(*numbers: signal.Signals) -> Callable[..., torch.Tensor]:
+        def loss(*args: Any) -> torch.Tensor:
+            for number in numbers:
+                signal.raise_signal(number)
+            return real(*args)
+
+        return loss
+
+    for name, numbers, ended in (
+        ("told", (signal.SIGTERM, signal.SIGTERM), Interrupted),
+        ("both", (signal.SIGTERM, signal.SIGINT), Interrupted),
+        ("left", (signal.SIGINT, signal.SIGINT), KeyboardInterrupt),
+    ):
+        monkeypatch.setattr(guidance_stage, "relative_guidance_loss", asked(*numbers))
+        with pytest.raises(ended):
+            train(replace(config, output_dir=str(tmp_path / name)), material("epsilon"))
+        assert len(list_checkpoints(tmp_path / name)) == (ended is Interrupted)
 
 
 @pytest.mark.slow

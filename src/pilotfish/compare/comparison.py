@@ -94,7 +94,7 @@ class Comparing:
             self._train(name, key)
         for host in self.hosts:
             self._measure(host)
-        if any(math.isnan(m.cost.cfg_over_method) for m in self.found.methods.values()):
+        if any(math.isnan(m.cost.cfg_over_method) for m in self._planned().values()):
             self._time()
         return self.found
 
@@ -209,13 +209,17 @@ class Comparing:
         self.found.methods.update(on_main(self._timed))
         self._save()
 
+    def _planned(self) -> dict[str, MethodResult]:
+        """What was found of the methods that are wanted; others may be left from before."""
+        return {name: self.found.methods[name] for name in self.plan.methods}
+
     def _timed(self) -> dict[str, MethodResult]:
         timed = {}
         base = next(iter(self.hosts))
         pipe, steps = self.hosts[base].load(), self.plan.num_inference_steps
         denoiser = sum(p.numel() for p in pipe.unet.parameters())
         methods = {name: self._method(name, next(iter(m.runs)))
-                   for name, m in self.found.methods.items()}  # fmt: skip
+                   for name, m in self._planned().items()}  # fmt: skip
         w = self.plan.guidance_scale
         turns = {"cfg": None, **methods}
         # of a prompt that says something: to the null prompt adaptive guidance agrees at once

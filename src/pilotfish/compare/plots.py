@@ -27,6 +27,8 @@ def pareto(found: Comparison, budget: str, theme: Theme = LIGHT) -> Figure:
         for x, y, label in ((1, 1, "CFG"), (0.5, 0, "no guidance")):
             axes.plot(x, y, ls="", marker="*" if y else "x", ms=10, color=theme.ink, label=label)
         for i, (name, method) in enumerate(found.methods.items()):
+            if not found.runs(name, budget):
+                continue
             axes.plot(
                 method.cost.flops_over_plain / 2, kept(name), ls="",
                 marker=MARKERS[i % len(MARKERS)], color=theme.series[i % len(theme.series)],

@@ -84,11 +84,6 @@ class MethodResult:
     cost: MethodCost
     runs: dict[str, MethodRun]
 
-    def mean(self, budget: str, value: Callable[[MethodRun], float]) -> float:
-        """The mean over the trainings of a budget; what needs none counts in every budget."""
-        runs = [r for key, r in self.runs.items() if key.split("-")[0] in (budget, "free")]
-        return fmean(map(value, runs)) if runs else math.nan
-
 
 @dataclass(frozen=True)
 class Comparison(Saved):
@@ -119,15 +114,37 @@ class Comparison(Saved):
 
     @property
     def budgets(self) -> list[str]:
-        """Those that some method was trained with."""
-        keys = (key.split("-")[0] for m in self.methods.values() for key in m.runs)
+        """Those that some method was trained and measured with."""
+        keys = (
+            key.split("-")[0]
+            for method in self.methods.values()
+            for key, run in method.runs.items()
+            if self._is_measured(run)
+        )
         return [b for b in dict.fromkeys(keys) if b != "free"] or ["free"]
+
+    def _is_measured(self, run: MethodRun) -> bool:
+        """Whether on every host. One that is not is left from a comparison that was stopped, and
+        gone on with without it."""
+        return run.hosts.keys() >= self.references.keys()
+
+    def runs(self, method: str, budget: str) -> list[MethodRun]:
+        """The trainings of a method in a budget, those that were measured; what needs none counts
+        in every budget."""
+        return [
+            run
+            for key, run in self.methods[method].runs.items()
+            if key.split("-")[0] in (budget, "free") and self._is_measured(run)
+        ]
+
+    def mean(self, method: str, budget: str, value: Callable[[MethodRun], float]) -> float:
+        """The mean over those trainings; not a number where there is none."""
+        runs = self.runs(method, budget)
+        return fmean(map(value, runs)) if runs else math.nan
 
     def kept(self, method: str, host: str, budget: str) -> float:
         """The gain kept on a host, mean over trainings; not a number where it is missing."""
-        return self.methods[method].mean(
-            budget, lambda run: run.hosts[host].gain_kept if host in run.hosts else math.nan
-        )
+        return self.mean(method, budget, lambda run: run.hosts[host].gain_kept)
 
     def kept_on_fine_tunes(self, method: str, budget: str) -> float:
         """The gain kept, mean over fine-tunes and trainings."""

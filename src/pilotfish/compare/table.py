@@ -20,7 +20,7 @@ def cells(found: Comparison, budget: str) -> list[tuple[str, ...]]:
 
         def error(*hosts: str, name: str = name) -> float:
             values = [
-                found.methods[name].mean(budget, lambda run, h=h: run.hosts[h].guidance_error)  # type: ignore[misc]
+                found.mean(name, budget, lambda run, h=h: run.hosts[h].guidance_error)  # type: ignore[misc]
                 for h in hosts
             ]
             return sum(values) / len(values) if values else float("nan")
@@ -32,18 +32,14 @@ def cells(found: Comparison, budget: str) -> list[tuple[str, ...]]:
             percent(found.kept(name, found.base, budget)),
             percent(found.kept_on_fine_tunes(name, budget)),
             number(error(found.base)), number(error(*found.fine_tunes)),
-            number(method.mean(budget, lambda run: run.hosts[found.base].scores.fd_judge), 1),
+            number(found.mean(name, budget, lambda run: run.hosts[found.base].scores.fd_judge), 1),
         ))  # fmt: skip
     return rows
 
 
 def ranked(found: Comparison, budget: str) -> list[str]:
     """Methods that have a run in the budget, those that keep most on the fine-tunes first."""
-    having = [
-        name
-        for name, m in found.methods.items()
-        if any(key.split("-")[0] in (budget, "free") for key in m.runs)
-    ]
+    having = [name for name in found.methods if found.runs(name, budget)]
     return sorted(having, key=lambda name: -found.kept_on_fine_tunes(name, budget))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from pilotfish.distill.config import ConfigError
 from pilotfish.seals import load_sealed, save_sealed
 
 PREFIX, STREAM = "checkpoint-", "stream-"
@@ -174,10 +175,11 @@ def load_stream(path: Path, number: int) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with what is read of a checkpoint folder is a CheckpointError."""
+    """Whatever goes wrong with what is read of a checkpoint folder is a CheckpointError, but that
+    it is of another run."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, ConfigError):  # that this run is another spoils nothing
         raise
     except Exception as error:  # a damaged file can have anything in it
         raise CheckpointError(

@@ -146,7 +146,9 @@ class TrainingConfig:
 
     def save(self, path: Path) -> None:
         """Write as JSON; :meth:`load` and ``--config`` read it."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        aside = path.with_name(f".{path.name}.part")
+        aside.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        aside.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -222,7 +224,8 @@ class DistillConfig(TrainingConfig):
         self._need(self.head >= 0, "head", "at least 0")
         self._need(self.picture >= 0, "picture", "at least 0")
         self._need(
-            self.picture == 0 or (self.negative and self.head > 0),
+            # a guide to begin with has its own
+            self.picture == 0 or (self.negative and self.head > 0) or bool(self.begin_with),
             "picture", "0 unless with --negative and a head",
         )  # fmt: skip
         self._need(

@@ -23,7 +23,7 @@ class GuidanceDistillation(Distillation):
         """The states that ``--states`` names."""
         config, material = self.config, self.material
         if config.states == "noised":
-            latents, prompt = material.pictures()
+            latents, prompt = material.pictures
             scales = (config.guidance_scale_min, config.guidance_scale_max)
             return NoisedPictures(
                 self.teacher, material.schedule, latents, prompt, scales,

@@ -59,6 +59,8 @@ def asking_for(guide: Guide, config: DistillConfig) -> DistillConfig:
     kind = type(guide)
     name = next((name for name, known in KINDS.items() if known is kind), kind.__name__)
     low, high = guide.guidance_scale_range
+    if "trained_scale" in guide.config:  # the range is that of its dial
+        low = high = guide.config["trained_scale"]
     like: dict[str, Any] = {"guidance_scale_min": low, "guidance_scale_max": high}
     if isinstance(guide, TinyGuide):
         like |= {part: guide.config[part] for part in PARTS}

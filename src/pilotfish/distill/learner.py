@@ -118,15 +118,23 @@ class Learner:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         shadow = checkpoint.part("average")
         ordered = [shared_out(shadow[str(i)], p) for i, p in enumerate(parameters)]
-        self.average.load_state_dict(facts["average"] | {"shadow_params": ordered})
+        settled = {"decay": self.config.ema_decay, "shadow_params": ordered}
+        self.average.load_state_dict(facts["average"] | settled)
         self.average.to(self.accelerator.device)
         slots = {
             name: shared_out(value, parameters[int(name.partition(".")[0])])
             for name, value in checkpoint.part("optimizer").items()
         }
         restore_optimizer(self.optimizer, slots | facts.get("optimizer", {}))
-        self.rate.load_state_dict(self.rate.state_dict() | facts["rate"])
-        for group, rate in zip(self.optimizer.param_groups, self.rate.get_last_lr(), strict=True):
+        # how far it is comes from the checkpoint, how high it goes from this run's settings
+        mine = {"base_lrs": self.rate.base_lrs}
+        self.rate.load_state_dict(self.rate.state_dict() | facts["rate"] | mine)
+        rates = [
+            base * share(self.rate.last_epoch)
+            for base, share in zip(self.rate.base_lrs, self.rate.lr_lambdas, strict=True)
+        ]
+        self.rate.load_state_dict(self.rate.state_dict() | {"_last_lr": rates})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
 

@@ -14,12 +14,14 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from tqdm import tqdm
 
 from pilotfish.contract import PromptEmbeds
@@ -46,6 +48,9 @@ from pilotfish.prompts import some_or_one
 SAME_SCALE = 0.5
 """Share of the samples that are trained at the scale at which they were being sampled:
 what the guide will meet. The rest get a scale of their own."""
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for the first, which validates alone."""
 
 
 class DistillError(RuntimeError):
@@ -94,12 +99,14 @@ class Distillation:
     ) -> None:  # fmt: skip
         self.config, self.material, self.guide, self.notice = config, material, guide, notice
         self.folder = Path(config.output_dir)
+        self.each = config.train_batch_size  # states of a stream in a tick; several share them
         report = None if config.report_to == "none" else config.report_to
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
             log_with=report,
             project_config=ProjectConfiguration(str(self.folder), str(self.folder / "logs")),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         check(self.accelerator)
         if warning := slowed_by(config.mixed_precision, self.accelerator.device):
@@ -132,10 +139,11 @@ class Distillation:
         """Those of this process."""
         config, accelerator = self.config, self.accelerator
         number = self.saving.number_of_streams(config.streams, found)
+        own = share_out(number, accelerator.num_processes, accelerator.process_index)
+        self.each = config.train_batch_size // len(own)
         return Streams(
-            share_out(number, accelerator.num_processes, accelerator.process_index), config.seed,
-            batch=config.train_batch_size, hosts=len(self.practice), source=self.source,
-            capacity=config.replay_capacity, reuse=config.replay_reuse,
+            own, config.seed, batch=config.train_batch_size, hosts=len(self.practice),
+            source=self.source, capacity=config.replay_capacity, reuse=config.replay_reuse,
         )  # fmt: skip
 
     def pool(self, stream: int, host: int, steps: tuple[int, int], student_share: float) -> Pool:
@@ -144,7 +152,7 @@ class Distillation:
         size = config.pool
         if host > 0:  # whose turn comes seldom: few latents, or none of them gets anywhere
             others = len(self.practice) - 1
-            size = min(size, max(2 * config.train_batch_size, size // others))
+            size = min(size, max(2 * self.each, size // others))
         return Pool(
             len(material.prompts), material.latent_shape,
             (config.guidance_scale_min, config.guidance_scale_max), size=size, steps=steps,
@@ -189,7 +197,7 @@ class Distillation:
             DistillError: the loss is not finite, or the base has changed.
             Interrupted: SIGTERM or Ctrl-C; a checkpoint was saved first.
         """
-        self._begin()
+        self._check_folder()
         try:
             found = self.saving.found(self.config.resume, self.notice)
             self.streams = self._streams(found)
@@ -197,6 +205,7 @@ class Distillation:
             if found is not None:
                 self.saving.load(found, self.streams)
                 self.notice(f"resumed from {found} at step {self.record.step}")
+            self._begin()
             self._train()
             self.practice.wear(0)
             if checksum(self.unet) != self.base_checksum:
@@ -211,16 +220,20 @@ class Distillation:
                 tracker.finish()
         return self.guide
 
-    def _begin(self) -> None:
-        """Refuse a folder that holds another run; write the settings; start the trackers."""
+    def _check_folder(self) -> None:
+        """Refuse a folder that holds another run."""
         if self.config.resume is None and list_checkpoints(self.folder):
             raise ConfigError(
                 f"{self.folder} holds the checkpoints of an earlier run; --resume latest goes on "
                 "with it, another --output_dir keeps it"
             )
+
+    def _begin(self) -> None:
+        """Write the settings, now that nothing has been refused; start the trackers."""
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.config.save(self.folder / "config.json")
+            # whoever reads them begins a run of their own
+            replace(self.config, resume=None).save(self.folder / "config.json")
         if self.accelerator.log_with:
             self.accelerator.init_trackers("pilotfish")
 
@@ -295,9 +308,15 @@ class Distillation:
     def _milestones(self, stopping: bool) -> None:
         config, step = self.config, self.record.step
         last = step == config.max_train_steps
+        due = last or stopping or step % config.checkpointing_steps == 0
         if last or step % config.validation_steps == 0:
-            self._validate()
-        if last or stopping or step % config.checkpointing_steps == 0:
+            try:
+                self._validate()
+            except Exception:  # no memory for its pictures, say; what was learnt is not lost for it
+                if due or self.accelerator.num_processes == 1:  # the others save as well, or none
+                    self.saving.save(self.streams)
+                raise
+        if due:
             self.saving.save(self.streams)
         if stopping and not last:
             raise Interrupted(

@@ -20,6 +20,7 @@ from pilotfish.guides import Guide
 from pilotfish.passes import FrozenTeacher, GuidedStudent
 from pilotfish.pipelines import fine_tuned_weights, load_pipeline
 from pilotfish.prompts import Prompts, encoded, time_ids
+from pilotfish.sampling import at_once
 from pilotfish.schedules import Schedule
 
 
@@ -114,6 +115,7 @@ class Material:
         """The base with a guide on it."""
         return GuidedStudent(guide, self.pipe.unet, time_ids(self.pipe))
 
+    @cached_property
     @torch.no_grad()
     def pictures(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clean latents (M, C, h, w) of the pictures and (M,) the prompt index of each.
@@ -123,7 +125,7 @@ class Material:
         """
         if self.picture_folder is None:
             raise ConfigError("--states noised needs --pictures, a folder with metadata.jsonl")
-        size = self.latent_shape[1] * self.pipe.vae_scale_factor
+        size = self.latent_shape[1] * int(self.pipe.vae_scale_factor)
         pictures = load_pictures(self.picture_folder, size)
         captions = set(pictures.captions)
         place = {text: i for i, text in enumerate(self.prompts) if text in captions}
@@ -133,7 +135,7 @@ class Material:
         vae = self.pipe.vae
         latents = [
             vae.encode(from_pixels(part).to(vae.device, vae.dtype)).latent_dist.mean
-            for part in pictures.pixels.split(32)
+            for part in pictures.pixels.split(at_once(size, size))
         ]
         prompt = torch.tensor([place[c] for c in pictures.captions])
         return torch.cat(latents).float().cpu() * vae.config.scaling_factor, prompt

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from pilotfish.distill.config import ConfigError
 from pilotfish.guidance import draw_guidance_scales
 from pilotfish.prompts import NULL
 from pilotfish.schedules import sampling_timesteps
@@ -93,14 +94,15 @@ class Pool:
         """Put it back.
 
         Raises:
-            ValueError, KeyError: it is of a pool of another size, or some of it is missing.
+            ConfigError: it is of a pool of another size.
+            KeyError: some of it is missing.
         """
         for name in self._KEPT:
             mine, saved = getattr(self, name), tensors[name]
             if (mine.shape, mine.dtype) != (saved.shape, saved.dtype):
-                raise ValueError(
+                raise ConfigError(
                     f"{name} of the pool is {list(saved.shape)}, this run's is {list(mine.shape)}; "
-                    "resume with the same pool"
+                    "resume with the same --pool, and with --practice the same batch and streams"
                 )
             mine.copy_(saved)
 

@@ -62,9 +62,21 @@ class Saving:
         accelerator.wait_for_everyone()
 
     def found(self, resume: str | None, notice: Callable[[str], None]) -> Path | None:
-        """The checkpoint to go on from."""
+        """The checkpoint to go on from.
+
+        Raises:
+            ConfigError: the folder holds later ones than the one that is named: the next
+                ``--resume latest`` would go on from those.
+        """
         if resume != "latest":
-            return None if resume is None else Path(resume)
+            named = None if resume is None else Path(resume)
+            kept = list_checkpoints(self.folder)
+            if named and named.resolve() in [p.resolve() for p in kept[:-1]]:
+                raise ConfigError(
+                    f"{self.folder} holds checkpoints later than {named.name}, up to "
+                    f"{kept[-1].name}: delete those, or give another --output_dir"
+                )
+            return named
         if found := list_checkpoints(self.folder):
             return found[-1]
         notice(f"no checkpoint in {self.folder}; starting from the beginning")

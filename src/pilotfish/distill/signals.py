@@ -14,8 +14,11 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def remember(number: int, frame: Any) -> None:
+        # a person who asks twice does not want to wait for the step to end; SIGTERM comes twice
+        # by itself where a launcher hands on what its manager sends to all
+        impatient = number == signal.SIGINT and number in asked
         asked.append(number)
-        if len(asked) > 1:  # asked twice: do not wait for the step to end
+        if impatient:
             raise KeyboardInterrupt
 
     try:
