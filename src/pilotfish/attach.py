@@ -43,6 +43,8 @@ SECOND_PASS = (
     "negative_aesthetic_score",
 )
 """Arguments of a pipeline's call that act on the second pass only."""
+TEXT, POOLED = "prompt_embeds", "add_text_embeds"
+"""Conditions of which a doubled batch has the negative prompt's in its first half."""
 
 
 class Guided:
@@ -64,14 +66,15 @@ class Guided:
         _sit(guide, self)
         call = _bind(super().__call__, args, kwargs)  # type: ignore[misc]
         _warn_of_arguments(guide, call, self)
-        if call.arguments.get("callback_on_step_end"):
-            call.arguments["callback_on_step_end"] = _Undoubled(call)
         guided = GuidedPass(
             guide,
             lambda: self.guidance_scale,  # type: ignore[attr-defined]
             self._pilotfish_negatives,
             _Watch(guide, self),
+            self._pilotfish_hooks,
         )
+        if call.arguments.get("callback_on_step_end"):
+            call.arguments["callback_on_step_end"] = _Undoubled(call, guided)
         self._pilotfish_open, self._pilotfish_negative = True, None
         try:
             with guided.open():
@@ -108,13 +111,17 @@ class Guided:
             return plain(*args, **kwargs)
         call = _bind(plain, args, kwargs, **{ASKS: True})
         encoded = plain(*call.args, **call.kwargs)
-        # of SDXL: prompt, negative, and both pooled
-        negatives = PromptEmbeds(encoded[1], *encoded[3:4])
+        # of SDXL: prompt, negative, and both pooled; copies, for they may be the caller's own
+        negatives = PromptEmbeds(*(x.clone() for x in encoded[1:4:2]))
         self._pilotfish_pictures = len(negatives)
+        self._pilotfish_push_from(negatives)
+        return encoded
+
+    def _pilotfish_push_from(self, negatives: PromptEmbeds) -> None:
+        """Keep the negative prompts of the batch for the guide."""
         # a graph is compiled for one negative prompt or for as many as pictures, not for both
         compiled = is_compiled(self.unet)  # type: ignore[attr-defined]
         self._pilotfish_negative = negatives if compiled else negatives.shared()
-        return encoded
 
     def prepare_ip_adapter_image_embeds(self, *args: Any, **kwargs: Any) -> Any:
         """Those of the pictures alone, given or made together with the negative ones, as with
@@ -152,7 +159,8 @@ def check(guide: GuideLike, pipe: Any) -> Any:
             another denoiser.
     """
     unet = _denoiser(pipe)
-    guide.check(fingerprint(unet, pipe.scheduler.config.prediction_type), Origin.of(unet))
+    prediction = pipe.scheduler.config.get("prediction_type", "epsilon")  # few know of no other
+    guide.check(fingerprint(unet, prediction), Origin.of(unet))
     return unet
 
 
@@ -200,10 +208,13 @@ class _Undoubled(MultiPipelineCallbacks):
 
     Callbacks that end guidance on the way keep of each condition what belongs to the second
     half of a doubled batch, or its last row. Here there is that half only, and it stays whole.
+    Others give a condition for both halves; the first is the negative prompt's. Either may have
+    changed the denoiser.
     """
 
-    def __init__(self, call: BoundArguments) -> None:
+    def __init__(self, call: BoundArguments, guided: GuidedPass) -> None:
         super().__init__([call.arguments["callback_on_step_end"]])
+        self.guided = guided
         self.asked = call.arguments.get("callback_on_step_end_tensor_inputs", ["latents"])
 
     @property
@@ -213,7 +224,23 @@ class _Undoubled(MultiPipelineCallbacks):
     def __call__(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> Any:
         before = dict(given)
         after = super().__call__(pipe, step, timestep, given)
-        return {k: before[k] if _shorter(v, before.get(k)) else v for k, v in after.items()}
+        _sit(self.guided.guide, pipe)
+        self.guided.meddled(pipe._pilotfish_hooks)
+        doubled = {
+            name: value.chunk(2)
+            for name, value in after.items()
+            if 0 < 2 * _rows(before.get(name), pipe._pilotfish_pictures) == _rows(value)
+        }
+        if pipe._pilotfish_negative is not None and doubled.keys() & {TEXT, POOLED}:
+            negatives = pipe._pilotfish_negative
+            pipe._pilotfish_push_from(
+                PromptEmbeds(
+                    doubled.get(TEXT, (negatives.hidden_states,))[0],
+                    doubled.get(POOLED, (negatives.pooled,))[0],
+                )
+            )
+        shorter = {k: before[k] for k, v in after.items() if _rows(v) < _rows(before.get(k))}
+        return after | shorter | {name: second for name, (_, second) in doubled.items()}
 
 
 class _Watch:
@@ -254,12 +281,15 @@ def _denoiser(pipe: Any) -> Any:
         GuideError: it does not.
     """
     unet = uncompiled(getattr(pipe, "unet", None))
+    plain = type(pipe).__bases__[1] if isinstance(pipe, Guided) else type(pipe)
     if not isinstance(unet, UNet2DConditionModel):
         why = "it has no UNet2DConditionModel"
     elif not hasattr(pipe, "encode_prompt"):
         why = "it has no encode_prompt, which makes the negative prompt"
     elif not hasattr(type(pipe), ASKS):
         why = f"it does not ask {ASKS} whether to make a second pass"
+    elif "guidance_scale" not in signature(plain.__call__).parameters:
+        why = "its call takes no guidance_scale"
     elif unet.config.time_cond_proj_dim is not None:
         why = "its denoiser takes in the guidance scale and needs no second pass"
     elif unet.config.encoder_hid_dim_type not in (None, "ip_image_proj"):
@@ -277,7 +307,7 @@ def _sit(guide: GuideLike, pipe: Any) -> None:
         pipe._pilotfish_hooks.remove()
         pipe._pilotfish_hooks = hooks
     if is_compiled(pipe.unet):
-        heed_hooks()
+        heed_hooks(len(guide.pushes) + len(guide.touches))
     if (guide.device, guide.dtype) != (place, unet.dtype):
         guide.to(place, unet.dtype)
 
@@ -319,6 +349,6 @@ def _warn_of_arguments(guide: GuideLike, call: BoundArguments, pipe: Any) -> Non
             )
 
 
-def _shorter(after: Any, before: Any) -> bool:
-    both = isinstance(after, torch.Tensor) and isinstance(before, torch.Tensor)
-    return both and len(after) < len(before)
+def _rows(value: Any, unknown: int = 0) -> int:
+    """Of a tensor; of anything else that is not known."""
+    return len(value) if isinstance(value, torch.Tensor) and value.ndim else unknown

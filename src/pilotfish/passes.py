@@ -106,7 +106,9 @@ class GuidedStudent(nn.Module):
             guidance_scale: (N,).
         """
         (base,) = self._base
-        guided = GuidedPass(self.guide, lambda: guidance_scale, lambda: negative_prompts)
+        guided = GuidedPass(
+            self.guide, lambda: guidance_scale, lambda: negative_prompts, hooks=self.hooks
+        )
         with guided.open():
             return base(latents, timestep, prompts)
 

@@ -55,12 +55,21 @@ FEATURES = {
     "w ≤ 1": Feature("the conditional model, bit for bit, whatever the guide", EVERY),
     "detach": Feature("CFG is back, bit for bit", EVERY),
     "shared denoiser": Feature("a plain pipeline on the same denoiser does CFG", EVERY),
+    "shared and guided": Feature(
+        "another guided one there may get a LoRA, and lose its guide, in the middle of a call", SOME
+    ),
     "negative_prompt": Feature("reaches the guide picture by picture", EVERY),
     "no negative prompt": Feature("zeros reach the guide, as they do CFG", XL),
     "num_images_per_prompt": Feature("one call a step at N times as many", EVERY),
     "prompt_embeds": Feature("given embeddings are as good as prompts", EVERY),
     "clip_skip": Feature("holds for the prompt; the negative prompt is that of CFG", XL),
     "callback_on_step_end": Feature("sees and changes the latents", STEP_END),
+    "conditions from a callback": Feature(
+        "for both halves, as CFG needs them: the guide has the negative prompt's", SOME
+    ),
+    "changes from a callback": Feature(
+        "a LoRA, another denoiser, other weights: guided by what is there", SOME
+    ),
     "CFG cutoff": Feature("diffusers' own callback turns the guide off for the rest", CUTOFF),
     "dynamic CFG": Feature(
         "a callback that takes `prompt_embeds.chunk(2)[-1]` turns the guide off for the rest",
@@ -82,6 +91,7 @@ FEATURES = {
     "LMSDiscreteScheduler": Feature("the same", PLAIN),
     "HeunDiscreteScheduler": Feature("the same, with its further calls in between", PLAIN),
     "LCMScheduler": Feature("the same", PLAIN),
+    "prompt_embeds, other precision": Feature("half precision given float32, as CFG", PLAIN),
     "half precision": Feature("the guide follows into bfloat16 and float16", SOME),
     "model offload": Feature("with accelerate's hooks, CPU to CPU", SOME),
     "sequential offload": Feature("with weights on no device, CPU to CPU", SOME),
@@ -93,6 +103,10 @@ FEATURES = {
         "prompt, negative prompt or number of steps compiles nothing anew (captured by "
         "torch.compile; its kernels are not what is tested)",
         SOME,
+    ),
+    "compile_repeated_blocks": Feature(
+        "block by block with `fullgraph=True`, of a denoiser with many; the same up to rounding",
+        ("SD",),
     ),
     "threads": Feature("guided and plain on one denoiser at the same time", ("SD", "SDXL")),
     "save_pretrained": Feature("nothing of the guide is saved", SOME),

@@ -31,6 +31,7 @@ WHY = {
         "IFPipeline",
         "LEditsPPPipelineStableDiffusion",
     ),
+    "its call takes no guidance_scale": ("LEditsPPPipelineStableDiffusionXL",),
     "its denoiser takes in the guidance scale and needs no second pass": (
         "LatentConsistencyModelPipeline",
     ),

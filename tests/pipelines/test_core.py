@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from tests.pipelines import hosts
 from tests.pipelines.hosts import PROMPTS
 from tests.pipelines.matrix import pipelines
+from tests.pipelines.test_conditions import lora
 
 
 @pytest.mark.parametrize("name", pipelines("one pass"))
@@ -124,6 +126,49 @@ def test_embeddings_are_as_good_as_prompts(name: str) -> None:
     with hosts.guide(name).attached(host.pipe):
         expected = host.draw(negative_prompt=["red", "blue"])
         assert torch.equal(host.draw(prompt=None, **given), expected)
+
+
+@pytest.mark.parametrize("name", pipelines("prompt_embeds, other precision"))
+def test_embeddings_may_be_of_another_precision_than_the_denoiser(name: str) -> None:
+    host = hosts.host(name)
+    cfg = {"do_classifier_free_guidance": True, "negative_prompt": ["red", "blue"]}
+    made = encode(host, list(PROMPTS), **cfg)
+    names = ("prompt_embeds", "negative_prompt_embeds",
+             "pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # fmt: skip
+    given = dict(zip(names, made, strict=False))
+    halves = {k: v.bfloat16() for k, v in given.items()}
+    host.pipe.unet.to(torch.bfloat16)
+    host.pipe.text_encoder = copy.deepcopy(host.pipe.text_encoder).to(torch.bfloat16)
+    if hosts.KINDS[name].xl:
+        host.pipe.text_encoder_2 = copy.deepcopy(host.pipe.text_encoder_2).to(torch.bfloat16)
+    with hosts.guide(name).attached(host.pipe):
+        found = host.draw(prompt=None, **given)
+        torch.testing.assert_close(found, host.draw(prompt=None, **halves))
+
+
+@pytest.mark.parametrize("name", pipelines("shared and guided"))
+def test_each_of_two_guided_pipelines_on_a_denoiser_is_on_its_own(name: str) -> None:
+    one, layers = hosts.host(name), lora(name)
+    two, guide = hosts.sibling(one), hosts.guide(name)
+
+    def without(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            guide.detach(two.pipe)
+        return tensors
+
+    with guide.attached(one.pipe):
+        plain = one.draw()
+        one.pipe.load_lora_weights(layers)
+        expected = one.draw()
+        one.pipe.unload_lora_weights()
+        guide.attach(two.pipe)
+        two.draw()
+        two.pipe.load_lora_weights(layers)  # of which the other pipeline learns by itself
+        found = one.draw(callback_on_step_end=without)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        one.pipe.unload_lora_weights()
+        torch.testing.assert_close(one.draw(), plain, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(expected, plain, atol=1e-1)
 
 
 @pytest.mark.parametrize("name", pipelines("clip_skip"))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pilotfish import ExternalGuide, FullGuide, Guide, TinyGuide
+from tests import components
 from tests.pipelines import hosts
 from tests.pipelines.hosts import Host
 from tests.pipelines.matrix import FEATURES, pipelines
@@ -143,6 +144,28 @@ def test_a_compiled_denoiser(name: str, first: str) -> None:
             torch.testing.assert_close(host.draw(**call), expected)
         assert graphs() == made
     torch.testing.assert_close(host.draw(), cfg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", pipelines("compile_repeated_blocks"))
+def test_a_denoiser_compiled_block_by_block(name: str) -> None:
+    """Its blocks are one piece of code, and each is pushed in its own way."""
+    torch.compiler.reset()
+    unet = components.unet(
+        addition_embed_type=None, block_out_channels=(8, 16, 16), layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    torch.manual_seed(3)
+    guide = TinyGuide.for_denoiser(unet, "epsilon").eval()
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    host = hosts.host(name, unet=unet)
+    with guide.attached(host.pipe):
+        guided = host.draw()
+        unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+        torch.testing.assert_close(host.draw(), guided)
 
 
 def graphs() -> int:

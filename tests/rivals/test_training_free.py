@@ -11,6 +11,8 @@ from diffusers import PNDMScheduler
 
 from pilotfish.evaluate.cost import counted_rows
 from pilotfish.rivals.training_free import AdaptiveGuidance, GuidanceInterval, PartialGuidance
+from tests.pipelines import hosts
+from tests.pipelines.test_conditions import WIDTH, load_ip_adapter
 
 STEPS = 6
 
@@ -88,3 +90,21 @@ def test_a_threshold_out_of_range_is_refused(threshold: float) -> None:
 def test_an_empty_interval_is_refused() -> None:
     with pytest.raises(ValueError, match="no timestep"):
         GuidanceInterval(700, 400)
+
+
+@pytest.mark.parametrize("name", ["SD ControlNet", "SDXL ControlNet", "SD", "SDXL"])
+def test_guidance_nowhere_is_the_conditional_model_whatever_else_is_shown(name: str) -> None:
+    """Residuals come in tuples, and pictures in lists: of those, too, half is left out."""
+    host = hosts.host(name)
+    call: dict[str, Any] = {}
+    if "ControlNet" not in name:
+        load_ip_adapter(host)
+        generator = torch.Generator().manual_seed(1)
+        call["ip_adapter_image_embeds"] = [torch.randn(2, 1, WIDTH, generator=generator)]
+    cfg = host.draw(**call)
+    one = {k: [v[0].chunk(2)[1]] for k, v in call.items()}
+    conditional = host.draw(guidance_scale=1.0, **one)
+    with GuidanceInterval(-2, -1).attached(host.pipe):
+        found = host.draw(**call)
+    torch.testing.assert_close(found, conditional, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, cfg, atol=1e-2)

@@ -18,8 +18,8 @@ def is_compiled(unet: Any) -> bool:
     return uncompiled(unet) is not unet or any(m._compiled_call_impl is not None for m in parts)
 
 
-def heed_hooks() -> None:
-    """Compile with regard to hooks, from now on.
+def heed_hooks(layers: int = 0) -> None:
+    """Compile with regard to hooks, from now on, where ``layers`` have hooks of their own.
 
     By default ``torch.compile`` takes two modules of one class for the same code, even if only
     one of them has hooks, and so leaves out some of a guide.
@@ -28,3 +28,5 @@ def heed_hooks() -> None:
     if config.skip_nnmodule_hook_guards:
         config.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
+    # where blocks are compiled one by one, those of one class are graphs of one piece of code
+    config.recompile_limit = max(config.recompile_limit, layers + 16)

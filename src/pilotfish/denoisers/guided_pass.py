@@ -41,6 +41,8 @@ class GuidedPass:
         guidance_scale: a function that gives w, a number or (N,); asked at every call.
         negative_prompts: a function that gives those of the batch, or one that serves all.
         watch: called before every guided call with its batch size N.
+        hooks: those that serve it. One guide may be installed several times on a denoiser (two
+            pipelines that share it), and each pass is served once. Left out: any.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class GuidedPass:
         guidance_scale: Callable[[], float | torch.Tensor],
         negative_prompts: Callable[[], PromptEmbeds],
         watch: Callable[[int], None] = lambda n: None,
+        hooks: object | None = None,
     ) -> None:
         self.guide = guide
         self.guidance_scale = guidance_scale
         self.negative_prompts = negative_prompts
         self.watch = watch
+        self.hooks = hooks
         self._injection = Injection()
         self._untrained: float | None = None
         self._pushing = Pushing()
@@ -61,7 +65,6 @@ class GuidedPass:
         self._skips: list[torch.Tensor] = []
         self._pending: list[torch.Tensor | None] = []
         self._due: set[str] = set()
-        self._serving: dict[int, object] = {}
 
     @staticmethod
     def current() -> GuidedPass | None:
@@ -77,12 +80,16 @@ class GuidedPass:
         finally:
             self._forget()
             self._pushing.forget()
-            self._serving = {}
 
-    def served_by(self, denoiser: object, hooks: object) -> bool:
-        """Whether ``hooks`` serve this pass on ``denoiser``. One guide may be installed there
-        several times (two pipelines that share a UNet); the first to come serves alone."""
-        return self._serving.setdefault(id(denoiser), hooks) is hooks
+    def served_by(self, hooks: object) -> bool:
+        """Whether ``hooks`` serve this pass."""
+        return self.hooks is None or self.hooks is hooks
+
+    def meddled(self, hooks: object) -> None:
+        """Between two calls of the denoiser somebody had the chance to change it; these are its
+        hooks now."""
+        self.hooks = hooks
+        self._pushing.forget()
 
     def begin(
         self,

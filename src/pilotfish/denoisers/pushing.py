@@ -87,7 +87,8 @@ class Pushing:
             )
         else:
             sizes = given[:, pooled.shape[1] :]
-            other = pooling.forward(torch.cat([pooled.expand(len(given), -1), sizes], 1))
+            pooled = pooled.to(given).expand(len(given), -1)  # the pipeline turns the prompt's so
+            other = pooling.forward(torch.cat([pooled, sizes], 1))
         self._turn = other - made
 
     def embeds(self, embedding: torch.Tensor) -> None:

@@ -52,7 +52,7 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
     """Put a guide's hooks on a UNet, for training and for inference alike.
 
     Raises:
-        GuideError: the UNet lacks a module that the guide touches.
+        GuideError: the UNet lacks a module that the guide touches, or has one that it cannot push.
     """
     hooks = Hooks(unet)
     modules = hooks.modules
@@ -61,7 +61,7 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
 
     def current(module: Any) -> GuidedPass | None:
         guided = GuidedPass.current()
-        if guided is None or guided.guide is not guide or not guided.served_by(unet, hooks):
+        if guided is None or guided.guide is not guide or not guided.served_by(hooks):
             return None
         return guided if id(module) in own else None  # a copy of a module has copies of its hooks
 
@@ -146,6 +146,11 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
 
     def pushed(name: str) -> list[RemovableHandle]:
         layer = modules[name]
+        if hasattr(getattr(layer, "processor", None), "to_k_custom_diffusion"):
+            raise GuideError(
+                f"{name} has keys and values of Custom Diffusion's own, which a guide cannot push; "
+                "use the pipeline without one"
+            )
         if hasattr(layer, "to_q"):  # cross-attention
             return [
                 layer.to_q.register_forward_hook(asked(name)),

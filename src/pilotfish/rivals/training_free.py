@@ -114,6 +114,8 @@ def _second(value: Any, n: int) -> Any:
     """The prompt's half of whatever has one row for each sample of a doubled batch."""
     if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == n:
         return value[n // 2 :]
+    if isinstance(value, list | tuple):
+        return type(value)(_second(v, n) for v in value)
     if isinstance(value, dict):
         return {k: _second(v, n) for k, v in value.items()}
     return value
