@@ -113,6 +113,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("evaluate", "--held_out_prompts", "{empty}"), "empty.txt"),
     (("evaluate", "--pictures", "{out}"), "belongs to no host"),
     (("evaluate", "--hosts", "base", "{base}"), "two hosts are called base"),
+    (("steps", "--rounds", "0"), "at least one round is needed, not 0"),
     (("sweep", "--samples", "0"), "at least two samples"),
     (("benchmark", "--guidance_scale", "1"), "only for w above 1"),
     (("benchmark", "--rounds", "0"), "at least one round"),

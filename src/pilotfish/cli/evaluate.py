@@ -27,7 +27,7 @@ class EvaluateConfig:
     """What to measure. Left alone, it measures the embedded guide on the embedded hosts."""
 
     guide: str = "tiny"
-    """Guide: tiny, or a folder or hub id."""
+    """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub id."""
     hosts: tuple[str, ...] = tuple(embedded.HOSTS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
     pictures: tuple[str, ...] = ()

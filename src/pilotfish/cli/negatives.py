@@ -26,7 +26,7 @@ class NegativesConfig:
     told of none. The same command goes on where it was stopped."""
 
     guide: str = "tiny"
-    """Guide: tiny, or a folder or hub id."""
+    """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub id."""
     hosts: tuple[str, ...] = tuple(embedded.HOSTS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
     held_out_prompts: str | None = None

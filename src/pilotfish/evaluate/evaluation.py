@@ -28,7 +28,7 @@ from pilotfish.evaluate.metrics import (
 from pilotfish.evaluate.parts import Parts, fingerprint, modules
 from pilotfish.evaluate.result import HostResult, Interval, Result, Run
 from pilotfish.evaluate.scores import Progress, ScoreMeter, prefixed, real_pictures
-from pilotfish.evaluate.spread import on_main
+from pilotfish.evaluate.spread import on_main, whole_batch
 from pilotfish.evaluate.ways import WAYS, Drawn, three_ways, walk
 from pilotfish.guides import Guide
 from pilotfish.passes import checksum
@@ -166,6 +166,7 @@ def evaluate(
     if not hosts:
         raise ValueError("there is no host to evaluate on")
     _check(samples, guidance_scale)
+    whole_batch(settings.get("batch_size", 1))  # or it would only be refused after the timing
     judge = judge or Judge.embedded()
     file = Path(unfinished) if unfinished is not None else None
     parts = Parts.found(file)

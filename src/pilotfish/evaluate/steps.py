@@ -128,11 +128,14 @@ def score_steps(
         progress: called after every batch.
 
     Raises:
-        ValueError: no host, no number of steps, a w of at most 1; and as :class:`Gallery`.
+        ValueError: no host, no number of steps, no round, a w of at most 1; and as
+            :class:`Gallery`.
         GuideError: a guide does not fit a host.
     """
     if not hosts or not steps or min(steps) < 1:
         raise ValueError("at least one host and one number of steps are needed")
+    if rounds < 1:
+        raise ValueError(f"at least one round is needed, not {rounds}")
     if guidance_scale <= 1:
         raise ValueError(f"CFG is no guidance at w = {guidance_scale:g}; take more")
     judge, steps = judge or Judge.embedded(), sorted(set(steps))
