@@ -31,8 +31,9 @@ class StepsConfig:
     The same command goes on where it was stopped."""
 
     guides: tuple[str, ...] = ("tiny",)
-    """Guides: tiny, tiny-16 and so on, or folders or hub ids; or guidance-interval, adaptive-guidance. NAME=GUIDE
-    calls it so; guides for different numbers of steps that have one name make one line."""
+    """Guides: tiny, tiny-16 and so on, or folders or hub ids; or guidance-interval,
+    adaptive-guidance. NAME=GUIDE calls it so; guides for different numbers of steps that have one
+    name make one line."""
     hosts: tuple[str, ...] = tuple(embedded.HOSTS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
     pictures: tuple[str, ...] = ()
