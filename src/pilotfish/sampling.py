@@ -120,7 +120,7 @@ def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
 
 def at_once(height: int, width: int) -> int:
     """Pictures of so many pixels that a VAE takes in one call: as many as have the pixels of one
-    of SDXL's, for which its activations take some 3 GiB."""
+    of SDXL's, whose activations alone are gigabytes."""
     return max(1, 1024 * 1024 // (height * width))
 
 
