@@ -288,6 +288,28 @@ def test_a_second_call_before_the_first_is_done_is_refused(
         assert torch.equal(draw(pipe, callback_on_step_end=again), guided)
 
 
+def test_of_two_calls_at_once_one_is_refused(trained: Guide, pipe: Pipe, draw: Draw) -> None:
+    start, found = threading.Barrier(2), list[torch.Tensor | GuideError]()
+
+    def work() -> None:
+        start.wait()
+        try:
+            found.append(draw(pipe, num_inference_steps=20))
+        except GuideError as error:
+            found.append(error)
+
+    with trained.attached(pipe):
+        guided = draw(pipe, num_inference_steps=20)
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    refused, drawn = found
+    assert "drawing already" in str(refused)
+    assert torch.equal(drawn, guided)  # type: ignore[arg-type]
+
+
 def test_saving_a_guided_pipeline_saves_no_guide(
     trained: Guide, pipe: Pipe, draw: Draw, tmp_path: Path
 ) -> None:

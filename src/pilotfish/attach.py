@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from inspect import BoundArguments, signature
+from threading import Lock
 from typing import Any
 
 import torch
@@ -52,19 +53,26 @@ class Guided:
 
     _pilotfish_guide: GuideLike
     _pilotfish_hooks: Hooks
+    _pilotfish_drawing: Lock
     _pilotfish_negative: PromptEmbeds | None = None
     _pilotfish_pictures: int = 0
     _pilotfish_open: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        guide = self._pilotfish_guide
-        if self._pilotfish_open:
+        drawing = self._pilotfish_drawing
+        if not drawing.acquire(blocking=False):
             raise GuideError(
                 "this pipeline is drawing already; for another thread make one on the same weights "
                 "(pilotfish.pipelines.sibling) and attach the guide to it as well"
             )
+        try:
+            return self._pilotfish_draw(_bind(_own_call(self), args, kwargs))
+        finally:
+            drawing.release()
+
+    def _pilotfish_draw(self, call: BoundArguments) -> Any:
+        guide = self._pilotfish_guide
         _sit(guide, self)
-        call = _bind(super().__call__, args, kwargs)  # type: ignore[misc]
         _warn_of_arguments(guide, call, self)
         guided = GuidedPass(
             guide,
@@ -75,7 +83,7 @@ class Guided:
         )
         if call.arguments.get("callback_on_step_end"):
             call.arguments["callback_on_step_end"] = _Undoubled(call, guided)
-        self._pilotfish_open, self._pilotfish_negative = True, None
+        self._pilotfish_open, self._pilotfish_negative, self._pilotfish_pictures = True, None, 0
         try:
             with guided.open():
                 return super().__call__(*call.args, **call.kwargs)  # type: ignore[misc]
@@ -176,7 +184,7 @@ def attach(guide: GuideLike, pipe: Any) -> None:
     hooks, plain = install(guide, check(guide, pipe)), type(pipe)
     guide.eval()
     pipe.__class__ = type(plain.__name__, (Guided, plain), {"__module__": plain.__module__})
-    pipe._pilotfish_guide, pipe._pilotfish_hooks = guide, hooks
+    pipe._pilotfish_guide, pipe._pilotfish_hooks, pipe._pilotfish_drawing = guide, hooks, Lock()
 
 
 def detach(guide: GuideLike, pipe: Any) -> None:
@@ -239,7 +247,11 @@ class _Undoubled(MultiPipelineCallbacks):
                     doubled.get(POOLED, (negatives.pooled,))[0],
                 )
             )
-        shorter = {k: before[k] for k, v in after.items() if _rows(v) < _rows(before.get(k))}
+        shorter = {
+            k: before[k]
+            for k, v in after.items()
+            if isinstance(v, torch.Tensor) and _rows(v) < _rows(before.get(k))
+        }
         return after | shorter | {name: second for name, (_, second) in doubled.items()}
 
 
@@ -281,14 +293,13 @@ def _denoiser(pipe: Any) -> Any:
         GuideError: it does not.
     """
     unet = uncompiled(getattr(pipe, "unet", None))
-    plain = type(pipe).__bases__[1] if isinstance(pipe, Guided) else type(pipe)
     if not isinstance(unet, UNet2DConditionModel):
         why = "it has no UNet2DConditionModel"
     elif not hasattr(pipe, "encode_prompt"):
         why = "it has no encode_prompt, which makes the negative prompt"
     elif not hasattr(type(pipe), ASKS):
         why = f"it does not ask {ASKS} whether to make a second pass"
-    elif "guidance_scale" not in signature(plain.__call__).parameters:
+    elif "guidance_scale" not in signature(_own_call(pipe)).parameters:
         why = "its call takes no guidance_scale"
     elif unet.config.time_cond_proj_dim is not None:
         why = "its denoiser takes in the guidance scale and needs no second pass"
@@ -297,6 +308,14 @@ def _denoiser(pipe: Any) -> Any:
     else:
         return unet
     raise GuideError(f"{type(pipe).__name__} cannot take a guide: {why}; use it without one")
+
+
+def _own_call(pipe: Any) -> Callable[..., Any]:
+    """The pipeline's call as its own class has it."""
+    own: Callable[..., Any] = (
+        super(Guided, pipe).__call__ if isinstance(pipe, Guided) else pipe.__call__  # type: ignore[misc]
+    )
+    return own
 
 
 def _sit(guide: GuideLike, pipe: Any) -> None:
@@ -339,13 +358,13 @@ def _warn_of_arguments(guide: GuideLike, call: BoundArguments, pipe: Any) -> Non
     if not low <= scale <= high:
         warnings.warn(
             f"guidance_scale {scale} lies outside [{low}, {high}], where this guide was trained",
-            stacklevel=3,
+            stacklevel=4,
         )
     for name in SECOND_PASS:
         if name in given and given[name] != usual[name]:
             warnings.warn(
                 f"{name} acts on the second pass, and a guide makes none",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 
 from pilotfish import GuideError
 from tests.pipelines import hosts, refused
@@ -75,3 +76,25 @@ def test_sizes_of_the_second_pass_warn(name: str) -> None:
         guided = host.draw()
         with pytest.warns(UserWarning, match="negative_original_size acts on the second pass"):
             assert torch.equal(host.draw(**sizes), guided)
+
+
+def test_custom_diffusion_is_refused_and_nothing_is_left() -> None:
+    host = hosts.host("SD")
+    unet = host.pipe.unet
+
+    def hooked() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
+
+    processors = {
+        name: CustomDiffusionAttnProcessor2_0(
+            hidden_size=unet.get_submodule(name.removesuffix(".processor")).inner_dim,
+            cross_attention_dim=unet.config.cross_attention_dim,
+        )
+        if "attn2" in name
+        else processor
+        for name, processor in unet.attn_processors.items()
+    }
+    unet.set_attn_processor(processors)
+    with pytest.raises(GuideError, match="keys and values of Custom Diffusion's own"):
+        hosts.guide("SD").attach(host.pipe)
+    assert hooked() == 0

@@ -162,10 +162,14 @@ def test_a_denoiser_compiled_block_by_block(name: str) -> None:
         for parameter in guide.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     host = hosts.host(name, unet=unet)
+    cfg = host.draw()
     with guide.attached(host.pipe):
         guided = host.draw()
         unet.compile_repeated_blocks(backend="eager", fullgraph=True)
         torch.testing.assert_close(host.draw(), guided)
+        for prompts in (["red"], ["a", "cat", "dog"]):
+            host.draw(prompt=prompts)
+    torch.testing.assert_close(host.draw(), cfg)
 
 
 def graphs() -> int:

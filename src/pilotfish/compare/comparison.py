@@ -218,8 +218,12 @@ class Comparing:
         base = next(iter(self.hosts))
         pipe, steps = self.hosts[base].load(), self.plan.num_inference_steps
         denoiser = sum(p.numel() for p in pipe.unet.parameters())
-        methods = {name: self._method(name, next(iter(m.runs)))
-                   for name, m in self._planned().items()}  # fmt: skip
+        # runs of other seeds may be left from before, and not measured
+        keys = {
+            name: next(key for key, run in m.runs.items() if base in run.hosts)
+            for name, m in self._planned().items()
+        }
+        methods = {name: self._method(name, key) for name, key in keys.items()}
         w = self.plan.guidance_scale
         turns = {"cfg": None, **methods}
         # of a prompt that says something: to the null prompt adaptive guidance agrees at once
@@ -231,7 +235,7 @@ class Comparing:
         plain = denoiser_flops(pipe, partial(timed_call, pipe, None, 1.0, 1, 1))
         for name, method in methods.items():
             result = self.found.methods[name]
-            passes = next(iter(result.runs.values())).hosts[base].passes
+            passes = result.runs[keys[name]].hosts[base].passes
             parameters, flops = 0, passes / steps * plain
             if isinstance(method, Guide):
                 parameters = sum(p.numel() for p in method.parameters())

@@ -146,11 +146,6 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
 
     def pushed(name: str) -> list[RemovableHandle]:
         layer = modules[name]
-        if hasattr(getattr(layer, "processor", None), "to_k_custom_diffusion"):
-            raise GuideError(
-                f"{name} has keys and values of Custom Diffusion's own, which a guide cannot push; "
-                "use the pipeline without one"
-            )
         if hasattr(layer, "to_q"):  # cross-attention
             return [
                 layer.to_q.register_forward_hook(asked(name)),
@@ -163,6 +158,12 @@ def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
 
     if unknown := [name for name in (*guide.touches, *guide.pushes) if name not in modules]:
         raise GuideError(f"this denoiser has no {unknown[0]}, to which the guide adds")
+    for name in guide.pushes:
+        if hasattr(getattr(modules[name], "processor", None), "to_k_custom_diffusion"):
+            raise GuideError(
+                f"{name} has keys and values of Custom Diffusion's own, which a guide cannot push; "
+                "use the pipeline without one"
+            )
     hooks.handles = [
         unet.register_forward_pre_hook(begin, with_kwargs=True),
         unet.register_forward_hook(end),
