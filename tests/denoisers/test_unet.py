@@ -95,8 +95,11 @@ def unet(request: pytest.FixtureRequest, make_unet: Callable[..., Any]) -> UNet2
 
 
 @torch.no_grad()
-def run(unet: Any, guide: Any, scale: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
-    with GuidedPass(guide, lambda: scale, lambda: PromptEmbeds(torch.zeros(1, 8, 16))).open():
+def run(
+    unet: Any, guide: Any, scale: Any, *arguments: Any, by: Any = None, **keywords: Any
+) -> torch.Tensor:
+    negative = PromptEmbeds(torch.zeros(1, 8, 16))
+    with GuidedPass(guide, lambda: scale, lambda: negative, hooks=by).open():
         return unet(*arguments, **keywords, return_dict=False)[0]
 
 
@@ -289,13 +292,17 @@ def test_a_guide_installed_twice_acts_once(make_unet: Callable[..., Any]) -> Non
     """As when two pipelines share a denoiser and both carry the guide."""
     unet = make_unet()
     guide = Stub(unet, encoder_injection(random_features(unet)))
-    install(guide, unet)
+    first = install(guide, unet)
     once = run(unet, guide, 4.0, *arguments(unet))
     second = install(guide, unet)
-    assert torch.equal(run(unet, guide, 4.0, *arguments(unet)), once)
-    assert len(guide.seen) == 2
-    second.remove()
-    assert torch.equal(run(unet, guide, 4.0, *arguments(unet)), once)
+    for hooks in (first, second):
+        assert torch.equal(run(unet, guide, 4.0, *arguments(unet), by=hooks), once)
+    assert len(guide.seen) == 3
+    first.remove()
+    assert torch.equal(run(unet, guide, 4.0, *arguments(unet), by=second), once)
+    assert torch.equal(
+        run(unet, guide, 4.0, *arguments(unet), by=first), run(unet, guide, 1.0, *arguments(unet))
+    )
 
 
 def test_removed_hooks_leave_no_trace(make_unet: Callable[..., Any]) -> None:

@@ -67,9 +67,9 @@ FEATURES = {
     "conditions from a callback": Feature(
         "for both halves, as CFG needs them: the guide has the negative prompt's", SOME
     ),
-    "changes from a callback": Feature(
-        "a LoRA, another denoiser, other weights: guided by what is there", SOME
-    ),
+    "LoRA from a callback": Feature("loaded between two steps, as enabled then", SOME),
+    "denoiser from a callback": Feature("exchanged between two steps: guided as before", SOME),
+    "weights from a callback": Feature("changed between two steps: the guide sees it", SOME),
     "CFG cutoff": Feature("diffusers' own callback turns the guide off for the rest", CUTOFF),
     "dynamic CFG": Feature(
         "a callback that takes `prompt_embeds.chunk(2)[-1]` turns the guide off for the rest",

@@ -137,7 +137,7 @@ def test_conditions_may_be_given_for_both_halves(name: str, shown: list[str]) ->
     assert not torch.equal(seen[0].negative_hidden_states, made[1])
 
 
-@pytest.mark.parametrize("name", pipelines("changes from a callback"))
+@pytest.mark.parametrize("name", pipelines("LoRA from a callback"))
 def test_a_lora_may_be_loaded_on_the_way(name: str) -> None:
     host, layers = hosts.host(name), lora(name)
     with hosts.guide(name).attached(host.pipe):
@@ -150,7 +150,7 @@ def test_a_lora_may_be_loaded_on_the_way(name: str) -> None:
     assert not torch.allclose(found, plain, atol=1e-1)
 
 
-@pytest.mark.parametrize("name", pipelines("changes from a callback"))
+@pytest.mark.parametrize("name", pipelines("denoiser from a callback"))
 def test_the_denoiser_may_be_exchanged_on_the_way(name: str) -> None:
     host = hosts.host(name)
     other = copy.deepcopy(host.pipe.unet)
@@ -161,7 +161,7 @@ def test_the_denoiser_may_be_exchanged_on_the_way(name: str) -> None:
         assert host.pipe.unet is other
 
 
-@pytest.mark.parametrize("name", pipelines("changes from a callback"))
+@pytest.mark.parametrize("name", pipelines("weights from a callback"))
 def test_weights_may_change_on_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was kept of the negative prompt is not kept beyond that."""
 
