@@ -95,14 +95,19 @@ class Pool:
 
         Raises:
             ConfigError: it is of a pool of another size.
-            KeyError: some of it is missing.
+            ValueError, KeyError: it is of no pool of such latents, or some of it is missing.
         """
+        found, mine = tensors["latents"], self.latents
+        if found.shape[1:] == mine.shape[1:] and len(found) != len(mine):
+            raise ConfigError(
+                f"its pool has {len(found)} latents, this run's has {len(mine)}; resume with the "
+                "same --pool, and with --practice the same batch and streams"
+            )
         for name in self._KEPT:
             mine, saved = getattr(self, name), tensors[name]
             if (mine.shape, mine.dtype) != (saved.shape, saved.dtype):
-                raise ConfigError(
-                    f"{name} of the pool is {list(saved.shape)}, this run's is {list(mine.shape)}; "
-                    "resume with the same --pool, and with --practice the same batch and streams"
+                raise ValueError(
+                    f"{name} of the pool is {list(saved.shape)}, this run's is {list(mine.shape)}"
                 )
             mine.copy_(saved)
 
