@@ -18,8 +18,8 @@ def measured(result: Result) -> str:
         f"per host and way, {run.num_inference_steps} steps; everything is in "
         "[results/guide.json](results/guide.json), and `--grid` drew the picture above. "
         f"The guide has {guide.parameters:,} parameters, {guide.share:.2%} of the denoiser's, and "
-        f"was trained on none of these fine-tunes; it descends from a mean of "
-        "guides that was chosen by its guidance error on half of the held-out prompts, on the base "
+        "was trained on none of these fine-tunes; it descends from a mean of guides that was "
+        "chosen by its guidance error on half of the held-out prompts, on the base "
         f"and Fluent, which flatters that figure there. {LEGEND}"
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,11 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from pilotfish import pipelines
 from pilotfish.contract import GuideError
 from pilotfish.guides import Guide, TinyGuide
-from tests import components
 
 Pipe = StableDiffusionPipeline
 Draw = Callable[..., torch.Tensor]
-
-
-def sibling(pipe: Pipe) -> Pipe:
-    """Another pipeline on the same denoiser, with scheduler and tokenizer of its own."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    parts = components.own_tokenizers({**pipe.components, "scheduler": scheduler})
-    other = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    return other
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5, 7.5])
@@ -184,130 +172,6 @@ def test_image_to_image_takes_the_same_guide(
         assert not torch.allclose(draw(4.0), plain)
         assert sizes == [2, 2]
         assert torch.equal(draw(1.0), plain)
-
-
-def test_a_plain_pipeline_on_the_same_denoiser_goes_on_doing_cfg(
-    trained: Guide, pipe: Pipe, draw: Draw, batches: Callable[..., Any]
-) -> None:
-    plain = sibling(pipe)
-    cfg = draw(plain)
-    with trained.attached(pipe), batches(pipe.unet) as sizes:
-        assert not torch.equal(draw(pipe), cfg)
-        assert torch.equal(draw(plain), cfg)
-    assert sizes == [1] * 3 + [2] * 3
-
-
-def test_two_pipelines_on_one_denoiser_carry_the_same_guide(
-    trained: Guide, pipe: Pipe, draw: Draw
-) -> None:
-    other = sibling(pipe)
-    with trained.attached(pipe):
-        guided = draw(pipe)
-        with trained.attached(other):
-            assert torch.equal(draw(pipe), guided)
-            assert torch.equal(draw(other), guided)
-        assert torch.equal(draw(pipe), guided)
-
-
-def test_two_guides_on_one_denoiser_keep_apart(
-    trained: Guide, pipe: Pipe, draw: Draw, randomise: Callable[..., Guide]
-) -> None:
-    other = sibling(pipe)
-    second = randomise(type(trained).for_denoiser(pipe.unet, "epsilon"), seed=12)
-    with trained.attached(pipe):
-        one = draw(pipe)
-    with second.attached(other):
-        two = draw(other)
-    assert not torch.allclose(one, two)
-    with trained.attached(pipe), second.attached(other):
-        assert torch.equal(draw(pipe), one)
-        assert torch.equal(draw(other), two)
-
-
-def test_guided_and_plain_threads_share_a_denoiser(trained: Guide, pipe: Pipe, draw: Draw) -> None:
-    plain = sibling(pipe)
-    cfg = draw(plain, num_inference_steps=8)
-    found: dict[str, list[torch.Tensor]] = {"guided": [], "plain": []}
-    start = threading.Barrier(2)
-
-    def work(name: str, pipe: Pipe) -> None:
-        start.wait()
-        found[name] = [draw(pipe, num_inference_steps=8) for _ in range(3)]
-
-    with trained.attached(pipe):
-        guided = draw(pipe, num_inference_steps=8)
-        threads = [
-            threading.Thread(target=work, args=args)
-            for args in (("guided", pipe), ("plain", plain))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert [torch.equal(z, guided) for z in found["guided"]] == [True] * 3
-    assert [torch.equal(z, cfg) for z in found["plain"]] == [True] * 3
-
-
-def test_threads_each_have_a_guided_pipeline_on_the_same_weights(
-    trained: Guide, pipe: Pipe, draw: Draw
-) -> None:
-    other = pipelines.sibling(pipe)
-    ways: dict[str, Callable[[], torch.Tensor]] = {
-        "one": lambda: draw(pipe, "cat", negative_prompt="red"),
-        "two": lambda: draw(other, ["dog", "a bee"], negative_prompt=["blue", ""]),
-    }
-    found: dict[str, list[torch.Tensor]] = {}
-    start = threading.Barrier(2)
-
-    def work(name: str) -> None:
-        start.wait()
-        found[name] = [ways[name]() for _ in range(3)]
-
-    with trained.attached(pipe), trained.attached(other):
-        expected = {name: way() for name, way in ways.items()}
-        threads = [threading.Thread(target=work, args=(name,)) for name in ways]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for name, drawn in found.items():
-        assert [torch.equal(z, expected[name]) for z in drawn] == [True] * 3
-    assert len(found) == 2
-
-
-def test_a_second_call_before_the_first_is_done_is_refused(
-    trained: Guide, pipe: Pipe, draw: Draw
-) -> None:
-    def again(pipe: Pipe, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        with pytest.raises(GuideError, match="drawing already; for another thread make one"):
-            draw(pipe, "dog")
-        return given
-
-    with trained.attached(pipe):
-        guided = draw(pipe)
-        assert torch.equal(draw(pipe, callback_on_step_end=again), guided)
-
-
-def test_of_two_calls_at_once_one_is_refused(trained: Guide, pipe: Pipe, draw: Draw) -> None:
-    start, found = threading.Barrier(2), list[torch.Tensor | GuideError]()
-
-    def work() -> None:
-        start.wait()
-        try:
-            found.append(draw(pipe, num_inference_steps=20))
-        except GuideError as error:
-            found.append(error)
-
-    with trained.attached(pipe):
-        guided = draw(pipe, num_inference_steps=20)
-        threads = [threading.Thread(target=work) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    refused, drawn = found
-    assert "drawing already" in str(refused)
-    assert torch.equal(drawn, guided)  # type: ignore[arg-type]
 
 
 def test_saving_a_guided_pipeline_saves_no_guide(

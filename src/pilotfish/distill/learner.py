@@ -127,13 +127,11 @@ class Learner:
         }
         restore_optimizer(self.optimizer, slots | facts.get("optimizer", {}))
         # how far it is comes from the checkpoint, how high it goes from this run's settings
-        mine = {"base_lrs": self.rate.base_lrs}
+        bases, shares = self.rate.base_lrs, self.rate.lr_lambdas
+        step = facts["rate"]["last_epoch"]
+        rates = [base * share(step) for base, share in zip(bases, shares, strict=True)]
+        mine = {"base_lrs": bases, "_last_lr": rates}
         self.rate.load_state_dict(self.rate.state_dict() | facts["rate"] | mine)
-        rates = [
-            base * share(self.rate.last_epoch)
-            for base, share in zip(self.rate.base_lrs, self.rate.lr_lambdas, strict=True)
-        ]
-        self.rate.load_state_dict(self.rate.state_dict() | {"_last_lr": rates})
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
