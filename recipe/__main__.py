@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 import pilotfish
-from pilotfish.distill.precision import imitates_half_precision
+from pilotfish.training.precision import imitates_half_precision
 from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base

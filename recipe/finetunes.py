@@ -23,7 +23,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from pilotfish.data.pictures import load_pictures
-from pilotfish.pipelines import fine_tuned_weights
+from pilotfish.pipelines.loading import fine_tuned_weights
 from recipe.augment import (
     Restyle,
     draw_bulged,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pilotfish.distill.config import DistillConfig, StepsConfig
-from pilotfish.distill.stages import distill, distill_steps
 from pilotfish.guides import Guide
 from pilotfish.guides.mean import mean_guide
+from pilotfish.training.config import DistillConfig, StepsConfig
+from pilotfish.training.stages import distill, distill_steps
 from recipe.finetunes import FAR, PRACTICE, far_folder
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pilotfish.distill.checkpoints import (
+from pilotfish.training.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     module_tensors,

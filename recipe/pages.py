@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pilotfish.compare.plots import pareto
-from pilotfish.compare.result import Comparison
-from pilotfish.compare.table import comparison_markdown
-from pilotfish.evaluate.negative import NegativeResult
-from pilotfish.evaluate.plots import save, step_curves
-from pilotfish.evaluate.result import Run
-from pilotfish.evaluate.steps import StepsResult
-from pilotfish.evaluate.table import percent, steps_markdown
+from baselines.comparison.plots import pareto
+from baselines.comparison.result import Comparison
+from baselines.comparison.table import comparison_markdown
+from pilotfish.evaluation.negative import NegativeResult
+from pilotfish.evaluation.plots import save, step_curves
+from pilotfish.evaluation.result import Run
+from pilotfish.evaluation.steps import StepsResult
+from pilotfish.evaluation.table import percent, steps_markdown
 
 AIMS = {"8": {"base": (0.95, 1.05), "": (0.90, 1.15)}, "16": {"base": (1.0, 1.0)}}
 """Of guides for few steps, by their number and by host, "" for a fine-tune: the least share of the

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pilotfish.evaluate.result import Result
-from pilotfish.evaluate.table import LEGEND, markdown_table
+from pilotfish.evaluation.result import Result
+from pilotfish.evaluation.table import LEGEND, markdown_table
 from recipe.pages import write_measured
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from pilotfish import embedded
-from pilotfish.distill.config import DistillConfig
-from pilotfish.distill.stages import distill
-from pilotfish.evaluate.guidance_error import guidance_error
-from pilotfish.evaluate.hosts import embedded_hosts
-from pilotfish.evaluate.machine import machine, versions
+from pilotfish import bundled
+from pilotfish.evaluation.guidance_error import guidance_error
+from pilotfish.evaluation.hosts import embedded_hosts
+from pilotfish.evaluation.machine import machine, versions
 from pilotfish.guides import Guide
+from pilotfish.training.config import DistillConfig
+from pilotfish.training.stages import distill
 from recipe.finetunes import PRACTICE
 
 NOTHING = {"push": False, "attention": False, "embedding": False, "rank": 0, "head": 0}
@@ -39,7 +39,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "tiny-states-student": {"states": "student"},
     "tiny-reuse-4": {"replay_reuse": 4},
     "tiny-pool-64": {"pool": 64},
-    "tiny-prompts-429": {"prompts": str(embedded.FOLDER / "prompts" / "captions.txt")},
+    "tiny-prompts-429": {"prompts": str(bundled.FOLDER / "prompts" / "captions.txt")},
     "tiny-negatives": {"negative_share": 0.25},
     "tiny-practice": {"practice": True},
 }
@@ -71,7 +71,7 @@ def compare_variants(work: Path, stage: VariantsStage) -> None:
     """Train each, measure its guidance error on every host, write JSON, print the table."""
     run = {k: v for k, v in asdict(stage).items() if k not in ("names", "output")}
     rows = measured(stage.output, run)
-    held_out = embedded.prompts("held_out")[: stage.prompts]
+    held_out = bundled.prompts("held_out")[: stage.prompts]
     for name in stage.names:
         if name in rows:
             continue
@@ -91,7 +91,7 @@ def compare_variants(work: Path, stage: VariantsStage) -> None:
         how = {"command": "python -m recipe variants", "machine": machine(), "versions": versions()}
         stage.output.parent.mkdir(parents=True, exist_ok=True)
         stage.output.write_text(json.dumps({"variants": rows, "run": run | how}, indent=2) + "\n")
-    hosts = list(embedded.HOSTS)
+    hosts = list(bundled.HOSTS)
     print("| variant | parameters |", " | ".join(hosts), "|")
     print("|---|---:|" + "---:|" * len(hosts))
     for name, row in rows.items():

@@ -23,9 +23,9 @@ from hypothesis import settings
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from pilotfish.evaluate.features import Judge
+from pilotfish.evaluation.features import Judge
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
-from pilotfish.schedules import Schedule
+from pilotfish.noise import NoisePath
 from tests import components
 
 settings.register_profile("pilotfish", deadline=None, derandomize=True, max_examples=25)
@@ -100,9 +100,9 @@ def unet(pipe: StableDiffusionPipeline) -> UNet2DConditionModel:
 
 
 @pytest.fixture
-def schedule(prediction_type: str) -> Schedule:
+def schedule(prediction_type: str) -> NoisePath:
     """The noise schedule of the pipelines, for epsilon and for v prediction."""
-    return Schedule.of(components.scheduler(prediction_type))
+    return NoisePath.of(components.scheduler(prediction_type))
 
 
 @pytest.fixture(params=sorted(KINDS))

@@ -38,7 +38,7 @@ def test_every_public_name_is_there() -> None:
     "door",
     [
         "from pilotfish import Guide",
-        "from pilotfish.embedded import Guide",
+        "from pilotfish.bundled import Guide",
         "from pilotfish.cli import command; command('push'); from pilotfish.guides import Guide",
     ],
 )

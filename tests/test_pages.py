@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pilotfish.compare.result import (
+from baselines.comparison.result import (
     Comparison,
     HostScores,
     MethodCost,
@@ -14,9 +14,9 @@ from pilotfish.compare.result import (
     MethodRun,
     Training,
 )
-from pilotfish.evaluate.negative import NegativeResult
-from pilotfish.evaluate.result import GuideSize, Interval, Run, Scores
-from pilotfish.evaluate.steps import StepScores, StepsResult
+from pilotfish.evaluation.negative import NegativeResult
+from pilotfish.evaluation.result import GuideSize, Interval, Run, Scores
+from pilotfish.evaluation.steps import StepScores, StepsResult
 from recipe.pages import (
     aims,
     compare_page,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pilotfish.evaluate.result import Result
-from pilotfish.evaluate.table import markdown_table
+from pilotfish.evaluation.result import Result
+from pilotfish.evaluation.table import markdown_table
 from recipe.readme import measured
 
 ROOT = Path(__file__).parent.parent

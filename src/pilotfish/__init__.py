@@ -6,9 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pilotfish import rivals
-    from pilotfish.contract import GuideError, GuideInputs, Injection
     from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
+    from pilotfish.interface import GuideError, GuideInputs, GuideOutput
 
 __all__ = [
     "ExternalGuide",
@@ -16,13 +15,12 @@ __all__ = [
     "Guide",
     "GuideError",
     "GuideInputs",
-    "Injection",
+    "GuideOutput",
     "TinyGuide",
-    "rivals",
 ]
 __version__ = "0.1.0"
 
-_OF_CONTRACT = {"GuideError", "GuideInputs", "Injection"}
+_OF_INTERFACE = {"GuideError", "GuideInputs", "GuideOutput"}
 
 if not TYPE_CHECKING:
 
@@ -31,10 +29,7 @@ if not TYPE_CHECKING:
         take seconds, and the command line's help needs none of them (PEP 562)."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        rivals = import_module("pilotfish.rivals")  # so that Guide.from_pretrained knows them too
-        if name == "rivals":
-            return rivals
-        home = "contract" if name in _OF_CONTRACT else "guides"
+        home = "interface" if name in _OF_INTERFACE else "guides"
         return getattr(import_module(f"pilotfish.{home}"), name)
 
 

@@ -11,9 +11,9 @@ from diffusers import StableDiffusionPipeline
 
 from pilotfish.app.drawing import Studio
 from pilotfish.app.request import Request
-from pilotfish.evaluate.ways import WAYS
+from pilotfish.evaluation.ways import WAYS
 from pilotfish.guides import TinyGuide
-from pilotfish.sampling import sample
+from pilotfish.pipelines.sampling import sample
 from tests import components
 
 Expected = Callable[[Request], dict[str, torch.Tensor]]

@@ -14,10 +14,10 @@ from diffusers import PNDMScheduler
 from pilotfish.app import shown
 from pilotfish.app.drawing import Picture, Studio
 from pilotfish.app.request import Limits, Request, RequestError
-from pilotfish.evaluate.cost import counted_rows
-from pilotfish.evaluate.ways import WAYS
-from pilotfish.pipelines import sibling, take_ddim_steps
-from pilotfish.sampling import sample
+from pilotfish.evaluation.cost import counted_rows
+from pilotfish.evaluation.ways import WAYS
+from pilotfish.pipelines.loading import sibling, take_ddim_steps
+from pilotfish.pipelines.sampling import sample
 from tests.app.conftest import Expected, guide, guides, pipeline
 
 ASKED = Request("base", "tiny", "cat", "", seed=3, num_inference_steps=3, guidance_scale=4.0)
@@ -175,7 +175,7 @@ def test_a_drawing_that_fails_leaves_its_seat_as_it_was(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("pilotfish.sampling.decode", fail)
+        patched.setattr("pilotfish.pipelines.sampling.decode", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             studio.ways(ASKED)
     drawn = studio.ways(ASKED)

@@ -19,13 +19,13 @@ from gradio_client.exceptions import AppError
 from PIL import Image, ImageChops
 from playwright.sync_api import Locator, Page, expect
 
-from pilotfish import embedded
+from pilotfish import bundled
 from pilotfish.app import page as app
 from pilotfish.app import shown
 from pilotfish.app.drawing import Studio
 from pilotfish.app.request import Request
-from pilotfish.evaluate.ways import WAYS
-from pilotfish.sampling import sample
+from pilotfish.evaluation.ways import WAYS
+from pilotfish.pipelines.sampling import sample
 from recipe.screenshots import NoBrowserError, chromium
 from tests.app.conftest import Expected, guide, pipeline
 
@@ -247,7 +247,7 @@ def test_what_nobody_foresaw_is_said_without_its_inside(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("secret inside")
 
-    monkeypatch.setattr("pilotfish.sampling.decode", fail)
+    monkeypatch.setattr("pilotfish.pipelines.sampling.decode", fail)
     with pytest.raises(AppError, match=r"Drawing failed; the log of the server says why\."):
         Client(url, verbose=False).predict(**GOOD, api_name="/draw")
     assert "secret inside" in caplog.text
@@ -313,9 +313,9 @@ def test_a_guide_for_few_steps_brings_their_number(tmp_path: Path) -> None:
 def test_the_embedded_model_draws_over_the_page_as_in_the_library(tmp_path: Path) -> None:
     with served(Studio.embedded(), tmp_path) as url:
         client = Client(url, verbose=False)
-        for host in embedded.HOSTS:
+        for host in bundled.HOSTS:
             request = GOOD | {"host": host, "prompt": "owl", "num_inference_steps": 25}
             files = client.predict(**request, api_name="/draw")
-            call = {"seeds": [3], "guidance_scale": 4.0, "guide": embedded.load_guide()}
-            (one,) = sample(embedded.load_host(host), ["owl"], **call)
+            call = {"seeds": [3], "guidance_scale": 4.0, "guide": bundled.load_guide()}
+            (one,) = sample(bundled.load_host(host), ["owl"], **call)
             assert same(Image.open(files[2]), one.image), host

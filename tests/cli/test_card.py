@@ -19,12 +19,12 @@ from PIL import Image
 
 from pilotfish import cli
 from pilotfish.cli.settings import parse
-from pilotfish.distill.config import DistillConfig, StepsConfig
-from pilotfish.distill.trained import command, trained
-from pilotfish.evaluate.result import Result
-from pilotfish.evaluate.table import markdown_table
+from pilotfish.evaluation.result import Result
+from pilotfish.evaluation.table import markdown_table
 from pilotfish.guides import TinyGuide
 from pilotfish.guides.hub import published
+from pilotfish.training.config import DistillConfig, StepsConfig
+from pilotfish.training.trained import command, trained
 
 ROOT = Path(__file__).parent.parent.parent
 MEASURED = Result.load(ROOT / "results" / "guide.json").guide.parameters

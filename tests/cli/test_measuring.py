@@ -13,14 +13,14 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from tests.evaluate.test_shapes import SMALL
 
+from benchmarks.largest_batch import largest_batches
+from benchmarks.shapes import Shape, ShapesResult
+from benchmarks.training_memory import around_the_denoiser
 from pilotfish import cli
 from pilotfish.cli.names import judge
-from pilotfish.evaluate.largest_batch import largest_batches
-from pilotfish.evaluate.shapes import Shape, ShapesResult
-from pilotfish.evaluate.training_memory import around_the_denoiser
 from tests.cli.conftest import Say
-from tests.evaluate.test_shapes import SMALL
 
 
 def test_the_embedded_judge_says_that_it_knows_emoji_alone() -> None:
@@ -41,7 +41,7 @@ def test_a_kind_of_guide_is_timed_fresh(
 def test_counting_keeps_what_was_timed_and_adds_the_largest_batch(
     say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pilotfish.cli.benchmark.SHAPES", {"sd15": Shape(SMALL)})
+    monkeypatch.setattr("benchmarks.command.SHAPES", {"sd15": Shape(SMALL)})
     file = tmp_path / "shapes.json"
     flags = ("benchmark", "--shape", "sd15", "--batch_sizes", "1", "--output", str(file))
     assert say(*flags, "--rounds", "1")[0] == 0
@@ -60,7 +60,7 @@ def test_counting_keeps_what_was_timed_and_adds_the_largest_batch(
 def test_another_precision_and_compiled_are_timed_beside_the_first(
     say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pilotfish.cli.benchmark.SHAPES", {"sd15": Shape(SMALL)})
+    monkeypatch.setattr("benchmarks.command.SHAPES", {"sd15": Shape(SMALL)})
     torch.compiler.reset()
     quickly = partialmethod(torch.nn.Module.compile, backend="eager")
     monkeypatch.setattr(UNet2DConditionModel, "compile", quickly)
@@ -136,7 +136,7 @@ def test_a_comparison_writes_figures_and_a_plot_and_is_not_done_twice(
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert set(found["methods"]) == {"tiny", "guidance-interval"}
     assert Image.open(tmp_path / "out" / "pareto-samples.png").size[0] > 300
-    monkeypatch.setattr("pilotfish.compare.comparison.distill", pytest.fail)
+    monkeypatch.setattr("baselines.comparison.comparison.distill", pytest.fail)
     assert say(*flags, "--output", str(tmp_path / "again.json"))[0] == 0
     assert json.loads((tmp_path / "again.json").read_text()) == found
     code, error = say(*flags, "--seed", "7")

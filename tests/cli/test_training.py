@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pilotfish import cli
-from pilotfish.distill.config import DistillConfig
-from pilotfish.distill.trained import trained
 from pilotfish.guides import Guide
+from pilotfish.training.config import DistillConfig
+from pilotfish.training.trained import trained
 from tests.cli.conftest import SHORT, Say
 
 RIVALS = ("agd", "agd-attention", "dice", "cfg-lora", "guided-distillation")

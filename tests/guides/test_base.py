@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pilotfish.contract import GuideError
-from pilotfish.denoisers import fingerprint
+from pilotfish.backbones import fingerprint
 from pilotfish.guides import FullGuide, Guide, TinyGuide
+from pilotfish.interface import GuideError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -14,9 +14,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 
 from pilotfish import cli
-from pilotfish.contract import GuideError
 from pilotfish.guides import Guide, TinyGuide
 from pilotfish.guides.hub import digests, published, upload
+from pilotfish.interface import GuideError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

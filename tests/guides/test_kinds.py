@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from pilotfish.contract import GuideError, GuideInputs, Injection
-from pilotfish.denoisers import decoder_layers, skip_channels, skip_levels
+from pilotfish.backbones import decoder_layers, skip_channels, skip_levels
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
+from pilotfish.interface import GuideError, GuideInputs, GuideOutput
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def maps(made: Made) -> Maps:
     """Everything that an injection adds."""
 
     def every(
-        injection: Injection, samples: slice = slice(None), made: Made = made
+        injection: GuideOutput, samples: slice = slice(None), made: Made = made
     ) -> list[torch.Tensor]:
         found: list[torch.Tensor | None] = [injection.text, *injection.pushes.values()]
         if injection.encoder is not None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pilotfish import cli
-from pilotfish.contract import GuideError
-from pilotfish.denoisers import Origin
+from pilotfish.backbones import Origin
 from pilotfish.guides import FullGuide, Guide, TinyGuide
 from pilotfish.guides.mean import mean_guide
+from pilotfish.interface import GuideError
 
 
 @pytest.fixture

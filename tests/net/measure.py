@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pilotfish import embedded
-from pilotfish.evaluate.cost import cost
-from pilotfish.evaluate.guidance_error import guidance_error
-from pilotfish.evaluate.machine import machine
-from pilotfish.sampling import sample
+from pilotfish import bundled
+from pilotfish.evaluation.cost import cost
+from pilotfish.evaluation.guidance_error import guidance_error
+from pilotfish.evaluation.machine import machine
+from pilotfish.pipelines.sampling import sample
 
 HERE = Path(__file__).parent
 MODELS = ("base", "fluent", "twemoji", "emojione")
@@ -30,8 +30,8 @@ FEW = {"tiny-16": 16, "tiny-8": 8, "tiny-4": 4}
 
 def errors(name: str) -> dict[str, float]:
     """Guidance error by w on 16 held-out prompts, and at w = 4 with negative prompts."""
-    pipe, guide = embedded.load_host(name), embedded.load_guide()
-    prompts = embedded.prompts("held_out")[:16]
+    pipe, guide = bundled.load_host(name), bundled.load_guide()
+    prompts = bundled.prompts("held_out")[:16]
     plain = guidance_error(pipe, guide, prompts, num_inference_steps=STEPS, seed=SEED)
     told = guidance_error(
         pipe, guide, prompts, num_inference_steps=STEPS, seed=SEED, guidance_scales=(W,),
@@ -55,11 +55,11 @@ def images() -> dict[str, np.ndarray]:
     """By model and mode; of the guides for few steps, on the base."""
     found = {}
     for name in MODELS:
-        pipe, guide = embedded.load_host(name), embedded.load_guide()
+        pipe, guide = bundled.load_host(name), bundled.load_guide()
         found |= {f"{name}, {mode}": image(pipe, mode, guide) for mode in MODES}
-    pipe = embedded.load_host("base")
+    pipe = bundled.load_host("base")
     for name, steps in FEW.items():
-        found[f"base, {name}"] = image(pipe, "guided", embedded.load_guide(name), steps)
+        found[f"base, {name}"] = image(pipe, "guided", bundled.load_guide(name), steps)
     return found
 
 
@@ -69,7 +69,7 @@ def digest(pixels: np.ndarray) -> str:
 
 def ratios() -> dict[str, Any]:
     """Cost ratios of one run; to be made on a quiet machine."""
-    measured = cost(embedded.load_host("base"), embedded.load_guide(), rounds=15)
+    measured = cost(bundled.load_host("base"), bundled.load_guide(), rounds=15)
     return {
         "cfg_over_guided": measured.cfg_over_guided,
         "cfg_over_plain": measured.cfg_over_plain,

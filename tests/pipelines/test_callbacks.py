@@ -14,8 +14,8 @@ from diffusers.callbacks import (
     SDXLControlnetCFGCutoffCallback,
 )
 
-from pilotfish.contract import GuideError
-from pilotfish.denoisers.pushing import Pushing
+from pilotfish.backbones.extrapolation import Pushing
+from pilotfish.interface import GuideError
 from tests.pipelines import hosts
 from tests.pipelines.matrix import pipelines
 from tests.pipelines.test_conditions import lora

@@ -14,7 +14,7 @@ from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from safetensors.torch import load_file
 
 from pilotfish import GuideError
-from pilotfish.pipelines import sibling
+from pilotfish.pipelines.loading import sibling
 from tests import components
 from tests.pipelines import hosts
 from tests.pipelines.hosts import SIDE, Host

@@ -17,7 +17,7 @@ from PIL import Image
 from pilotfish.app import request, shown
 from pilotfish.app.drawing import Studio
 from pilotfish.app.request import Request, RequestError
-from pilotfish.evaluate.ways import WAYS
+from pilotfish.evaluation.ways import WAYS
 
 PROGRESS = gr.Progress()
 

@@ -1,6 +1,6 @@
 """The studio: what the app draws, for several visitors at once. No page and no web library here.
 
-The picture of a seed is that of :func:`pilotfish.sampling.sample`, whoever else is drawing: every
+The picture of a seed is that of :func:`pilotfish.pipelines.sampling.sample`, whoever else is drawing: every
 drawing that runs has a pipeline of its own, on weights that all of them share.
 """
 
@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from pilotfish import embedded
+from pilotfish import bundled
 from pilotfish.app.request import Limits, Request, RequestError
-from pilotfish.attach import check
-from pilotfish.contract import GuideError
-from pilotfish.evaluate.cost import counted_rows
-from pilotfish.evaluate.scores import Progress
-from pilotfish.evaluate.ways import TITLES, WAYS
+from pilotfish.evaluation.cost import counted_rows
+from pilotfish.evaluation.scores import Progress
+from pilotfish.evaluation.ways import TITLES, WAYS
 from pilotfish.guides import Guide
-from pilotfish.pipelines import sibling, take_ddim_steps
-from pilotfish.sampling import sample
+from pilotfish.interface import GuideError
+from pilotfish.pipelines import check
+from pilotfish.pipelines.loading import sibling, take_ddim_steps
+from pilotfish.pipelines.sampling import sample
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class Studio:
     def embedded(cls) -> Studio:
         """The embedded base, its fine-tunes and guides."""
         return cls(
-            {name: embedded.load_host(name) for name in embedded.HOSTS},
-            {name: embedded.load_guide(name) for name in embedded.guide_names()},
+            {name: bundled.load_host(name) for name in bundled.HOSTS},
+            {name: bundled.load_guide(name) for name in bundled.guide_names()},
         )
 
     @property

@@ -14,7 +14,7 @@ import gradio as gr
 
 from pilotfish.app.answers import Answers
 from pilotfish.app.drawing import Studio
-from pilotfish.evaluate.ways import TITLES, WAYS
+from pilotfish.evaluation.ways import TITLES, WAYS
 
 EXAMPLES = (
     ("panda", 0), ("smiling face with sunglasses", 3), ("rocket", 3), ("penguin", 4),

@@ -13,8 +13,8 @@ from PIL import Image
 
 from pilotfish.app.drawing import Picture
 from pilotfish.app.request import Request
-from pilotfish.evaluate.grids import enlarged, host_grid, scales_grid
-from pilotfish.evaluate.ways import TITLES
+from pilotfish.evaluation.grids import enlarged, host_grid, scales_grid
+from pilotfish.evaluation.ways import TITLES
 
 SIDE, SMALL = 320, 128
 """Pixels to which a small picture is enlarged, alone and in a strip."""

@@ -46,8 +46,9 @@ def command(name: str) -> Callable[[Sequence[str]], None]:
     for logging in chatter:
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # what they have to say on being imported, no user can mend
-    import_module("pilotfish.rivals")  # so that every command can read their guides
-    module = import_module("pilotfish.cli." + name.replace("-", "_"))
+    import_module("baselines")  # so that every command can read their guides
+    beside = {"compare": "baselines.command", "benchmark": "benchmarks.command"}
+    module = import_module(beside.get(name, "pilotfish.cli." + name.replace("-", "_")))
     for logging, level in zip(chatter, levels, strict=True):
         logging.set_verbosity(level)
     run: Callable[[Sequence[str]], None] = module.main
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pilotfish {name}: interrupted; what was saved is kept", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        from pilotfish.distill.loop import Interrupted
+        from pilotfish.training.loop import Interrupted
 
         print(f"pilotfish {name}: {error}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from pilotfish import embedded
+from pilotfish import bundled
 from pilotfish.cli.names import guide, host
 
 
@@ -47,10 +47,8 @@ def main(arguments: Sequence[str]) -> None:
         ) from error
     from pilotfish.app.drawing import Studio
 
-    hosts = {name: host(name) for name in dict.fromkeys((*embedded.HOSTS, *config.hosts))}
-    guides = {
-        name: guide(name) for name in dict.fromkeys((*embedded.guide_names(), *config.guides))
-    }
+    hosts = {name: host(name) for name in dict.fromkeys((*bundled.HOSTS, *config.hosts))}
+    guides = {name: guide(name) for name in dict.fromkeys((*bundled.guide_names(), *config.guides))}
     for pipe in hosts.values():
         pipe.to(config.device)
     page.serve(

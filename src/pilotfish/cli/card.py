@@ -9,12 +9,12 @@ from pathlib import Path
 
 import tyro
 
-from pilotfish.distill.trained import trained, training_folder
-from pilotfish.evaluate.card import eval_results, measured, portable
-from pilotfish.evaluate.result import Result
+from pilotfish.evaluation.card import eval_results, measured, portable
+from pilotfish.evaluation.result import Result
 from pilotfish.guides import Guide
 from pilotfish.guides.card import model_card
 from pilotfish.guides.hub import CARD, digests
+from pilotfish.training.trained import trained, training_folder
 
 RESULT, GRID = "result.json", "grid.png"
 """Under these names they come to lie beside the card."""

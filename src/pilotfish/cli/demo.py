@@ -13,19 +13,19 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from pilotfish import embedded
+from pilotfish import bundled
 from pilotfish.cli.progress import shown
-from pilotfish.distill.config import DistillConfig
-from pilotfish.distill.stages import distill
-from pilotfish.evaluate import plots, report
-from pilotfish.evaluate.evaluation import evaluate
-from pilotfish.evaluate.features import Judge
-from pilotfish.evaluate.grids import draw_hosts, host_grid, wide_grid
-from pilotfish.evaluate.hosts import embedded_hosts
-from pilotfish.evaluate.result import Result
-from pilotfish.evaluate.table import result_table
-from pilotfish.evaluate.ways import Drawn
+from pilotfish.evaluation import plots, report
+from pilotfish.evaluation.evaluation import evaluate
+from pilotfish.evaluation.features import Judge
+from pilotfish.evaluation.grids import draw_hosts, host_grid, wide_grid
+from pilotfish.evaluation.hosts import embedded_hosts
+from pilotfish.evaluation.result import Result
+from pilotfish.evaluation.table import result_table
+from pilotfish.evaluation.ways import Drawn
 from pilotfish.guides import Guide
+from pilotfish.training.config import DistillConfig
+from pilotfish.training.stages import distill
 
 TRAINING = "demo-training"
 """A folder that is the demo's alone: it is deleted when another demo begins, and --output_dir may
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
             pool=512, replay_capacity=2048, lr_warmup_steps=30,
         )
     )  # fmt: skip
-    hosts, judge, names = embedded_hosts(), Judge.embedded(), embedded.prompts("captions")
+    hosts, judge, names = embedded_hosts(), Judge.embedded(), bundled.prompts("captions")
     sampling: dict[str, Any] = {
         "guidance_scale": config.guidance_scale,
         "num_inference_steps": config.num_inference_steps,
@@ -71,23 +71,23 @@ def main(arguments: Sequence[str]) -> None:
     }
     results: dict[str, Result] = {}
     known: dict[str, list[dict[str, Drawn]]] = {}
-    guides: dict[str, Guide] = {"shipped": embedded.load_guide(), "fresh": fresh}
+    guides: dict[str, Guide] = {"shipped": bundled.load_guide(), "fresh": fresh}
     for label, guide in guides.items():
         with shown() as progress:
             results[label] = evaluate(
                 hosts, guide, guide_name=f"tiny, {label}", command=command, prompts=names,
-                names=names, held_out=embedded.prompts("held_out")[:16], judge=judge,
+                names=names, held_out=bundled.prompts("held_out")[:16], judge=judge,
                 samples=config.samples, rounds=7, unfinished=folder / f"{label}.unfinished",
                 known=known, progress=progress, **sampling,
             )  # fmt: skip
         results[label].save(folder / f"{label}.json")
         (folder / f"{label}.unfinished").unlink(missing_ok=True)
     with shown() as progress:
-        drawn = draw_hosts(hosts, guides["shipped"], embedded.SHOWN, progress, **sampling)
-    grids = {"Base and fine-tunes, the shipped guide": wide_grid(embedded.SHOWN, drawn)}
+        drawn = draw_hosts(hosts, guides["shipped"], bundled.SHOWN, progress, **sampling)
+    grids = {"Base and fine-tunes, the shipped guide": wide_grid(bundled.SHOWN, drawn)}
     grids["Base, the guide distilled just now"] = host_grid(
-        embedded.SHOWN,
-        draw_hosts({"base": hosts["base"]}, fresh, embedded.SHOWN, **sampling)["base"],
+        bundled.SHOWN,
+        draw_hosts({"base": hosts["base"]}, fresh, bundled.SHOWN, **sampling)["base"],
     )
     for name, image in zip(("grid", "grid-fresh"), grids.values(), strict=True):
         image.save(folder / f"{name}.png")

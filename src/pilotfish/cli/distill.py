@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pilotfish.cli.settings import parse
-from pilotfish.distill.config import DistillConfig
-from pilotfish.distill.stages import distill
+from pilotfish.training.config import DistillConfig
+from pilotfish.training.stages import distill
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pilotfish.cli.names import guide
 from pilotfish.cli.settings import parse
-from pilotfish.distill.config import StepsConfig
-from pilotfish.distill.stages import distill_steps
+from pilotfish.training.config import StepsConfig
+from pilotfish.training.stages import distill_steps
 
 
 def main(arguments: Sequence[str]) -> None:

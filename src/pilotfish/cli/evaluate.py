@@ -11,15 +11,15 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from pilotfish import embedded
+from pilotfish import bundled
 from pilotfish.cli.names import guide, judge, measured
 from pilotfish.cli.progress import shown
 from pilotfish.data.prompts import load_prompts
-from pilotfish.evaluate.evaluation import evaluate
-from pilotfish.evaluate.grids import draw_hosts, wide_grid
-from pilotfish.evaluate.hosts import Host
-from pilotfish.evaluate.spread import is_main
-from pilotfish.evaluate.table import result_table
+from pilotfish.evaluation.evaluation import evaluate
+from pilotfish.evaluation.grids import draw_hosts, wide_grid
+from pilotfish.evaluation.hosts import Host
+from pilotfish.evaluation.spread import is_main
+from pilotfish.evaluation.table import result_table
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class EvaluateConfig:
 
     guide: str = "tiny"
     """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub id."""
-    hosts: tuple[str, ...] = tuple(embedded.HOSTS)
+    hosts: tuple[str, ...] = tuple(bundled.HOSTS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
     pictures: tuple[str, ...] = ()
-    """Folders of real pictures (metadata.jsonl), one for each host that is not embedded."""
+    """Folders of real pictures (metadata.jsonl), one for each host that is not bundled."""
     prompts: str | None = None
     """Text file of what is drawn; the judge must find each among all of them. Left out: the
     embedded captions."""
@@ -66,11 +66,11 @@ def choose_hosts(names: Sequence[str], pictures: Sequence[str]) -> dict[str, Hos
     """
     folders, hosts = list(pictures), dict[str, Host]()
     for name in names:
-        called = name if name in embedded.HOSTS else Path(name).name
+        called = name if name in bundled.HOSTS else Path(name).name
         if called in hosts:
             raise ValueError(f"two hosts are called {called}; rename one of the folders")
-        if name in embedded.HOSTS:
-            pictures_folder: Path | None = embedded.pictures(name)
+        if name in bundled.HOSTS:
+            pictures_folder: Path | None = bundled.pictures(name)
         else:
             pictures_folder = Path(folders.pop(0)) if folders else None
         hosts[called] = Host(partial(measured, name), pictures_folder)
@@ -84,11 +84,11 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         EvaluateConfig, args=list(arguments), prog="pilotfish evaluate", use_underscores=True
     )
-    names = load_prompts(config.prompts) if config.prompts else embedded.prompts("captions")
+    names = load_prompts(config.prompts) if config.prompts else bundled.prompts("captions")
     held_out = (
         load_prompts(config.held_out_prompts)
         if config.held_out_prompts
-        else embedded.prompts("held_out")
+        else bundled.prompts("held_out")
     )
     hosts, chosen = choose_hosts(config.hosts, config.pictures), guide(config.guide)
     unfinished = Path(f"{config.output}.unfinished")
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
         Console().print(result_table(result))
         print(f"saved {config.output}")
     if config.grid:
-        rows = names[:8] if config.prompts else embedded.SHOWN
+        rows = names[:8] if config.prompts else bundled.SHOWN
         with shown() as progress:
             drawn = draw_hosts(
                 hosts, chosen, rows, progress, seed=config.seed,

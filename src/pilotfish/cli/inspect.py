@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from pilotfish.cli.names import guide, measured, steps
-from pilotfish.evaluate import plots
-from pilotfish.evaluate.inspection import inspect
+from pilotfish.evaluation import plots
+from pilotfish.evaluation.inspection import inspect
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,26 @@ from typing import Any
 
 import torch
 
-from pilotfish import embedded
-from pilotfish.attach import check
+from pilotfish import bundled
 from pilotfish.errors import in_brief
-from pilotfish.evaluate.features import Judge
-from pilotfish.evaluate.spread import device
+from pilotfish.evaluation.features import Judge
+from pilotfish.evaluation.spread import device
 from pilotfish.guides import Guide
-from pilotfish.pipelines import load_pipeline, take_ddim_steps
+from pilotfish.pipelines import check
+from pilotfish.pipelines.loading import load_pipeline, take_ddim_steps
 
 
 def host(name: str) -> Any:
     """An embedded host (base, fluent, twemoji, emojione) or a pipeline's folder or hub id."""
-    if name in embedded.HOSTS:
-        return embedded.load_host(name)
+    if name in bundled.HOSTS:
+        return bundled.load_host(name)
     return load_pipeline(name)
 
 
 def guide(name: str) -> Guide:
     """An embedded guide (tiny, or tiny-16, tiny-8, tiny-4 for so many steps) or a guide's folder
     or hub id."""
-    return embedded.open_guide(name)
+    return bundled.open_guide(name)
 
 
 def steps(pipe: Any, network: Guide | None, wanted: int | None) -> int:
@@ -67,7 +67,7 @@ def measured(name: str) -> Any:
 def judge(folder: str | None, hosts: Sequence[str]) -> Judge:
     """The embedded judge or one of the user's, where this process measures. The embedded one
     knows small pictures of emoji alone, and warns of hosts that may draw anything else."""
-    if folder is None and (others := [name for name in hosts if name not in embedded.HOSTS]):
+    if folder is None and (others := [name for name in hosts if name not in bundled.HOSTS]):
         warnings.warn(
             f"{others[0]} is judged by the embedded judge, which knows 64x64 pictures of emoji "
             "alone; --judge FOLDER names a CLIP of yours", stacklevel=2,

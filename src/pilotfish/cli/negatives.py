@@ -10,14 +10,14 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from pilotfish import embedded
+from pilotfish import bundled
 from pilotfish.cli.evaluate import choose_hosts
 from pilotfish.cli.names import guide, judge
 from pilotfish.cli.progress import shown
 from pilotfish.data.prompts import load_prompts
-from pilotfish.evaluate.negative import measure_negatives
-from pilotfish.evaluate.spread import is_main
-from pilotfish.evaluate.table import negatives_table
+from pilotfish.evaluation.negative import measure_negatives
+from pilotfish.evaluation.spread import is_main
+from pilotfish.evaluation.table import negatives_table
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class NegativesConfig:
 
     guide: str = "tiny"
     """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub id."""
-    hosts: tuple[str, ...] = tuple(embedded.HOSTS)
+    hosts: tuple[str, ...] = tuple(bundled.HOSTS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
     held_out_prompts: str | None = None
     """Text file of prompts that the guide does not know; each is the negative prompt of another.
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     held_out = (
         load_prompts(config.held_out_prompts)
         if config.held_out_prompts
-        else embedded.prompts("held_out")
+        else bundled.prompts("held_out")
     )
     unfinished = Path(f"{config.output}.unfinished")
     with shown() as progress:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pilotfish.evaluate.scores import Progress as Report
-from pilotfish.evaluate.spread import is_main
+from pilotfish.evaluation.scores import Progress as Report
+from pilotfish.evaluation.spread import is_main
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from pilotfish.cli.names import guide, measured, steps
 from pilotfish.data.pictures import to_pixels
 from pilotfish.data.prompts import load_prompts
-from pilotfish.evaluate.grids import contact_sheet
-from pilotfish.sampling import sample
+from pilotfish.evaluation.grids import contact_sheet
+from pilotfish.pipelines.sampling import sample
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from pilotfish import embedded
+from pilotfish import bundled
 from pilotfish.cli.names import guide, measured, steps
 from pilotfish.cli.progress import shown
-from pilotfish.evaluate.grids import draw_scales, scales_grid
+from pilotfish.evaluation.grids import draw_scales, scales_grid
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ScalesConfig:
     """One or more prompts; prompt i is drawn from seed ``seed + i``."""
     guide: str = "tiny"
     """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
-    hosts: tuple[str, ...] = tuple(embedded.HOSTS)
+    hosts: tuple[str, ...] = tuple(bundled.HOSTS)
     """Pipelines: base, fluent, twemoji, emojione, or folders or hub ids."""
     guidance_scales: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
     num_inference_steps: int | None = None

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import tyro
 
-from pilotfish.distill.config import ConfigError, TrainingConfig
+from pilotfish.training.config import ConfigError, TrainingConfig
 
 C = TypeVar("C", bound=TrainingConfig)
 

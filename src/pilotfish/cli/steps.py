@@ -10,17 +10,17 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from pilotfish import embedded
+from baselines.comparison.methods import METHODS
+from pilotfish import bundled
 from pilotfish.cli.evaluate import choose_hosts
 from pilotfish.cli.names import guide, judge
 from pilotfish.cli.progress import shown
-from pilotfish.compare.methods import METHODS
 from pilotfish.data.prompts import load_prompts
-from pilotfish.evaluate.plots import save, step_curves
-from pilotfish.evaluate.spread import is_main
-from pilotfish.evaluate.steps import STEPS, score_steps
-from pilotfish.evaluate.table import steps_table
-from pilotfish.sampling import Attachable
+from pilotfish.evaluation.plots import save, step_curves
+from pilotfish.evaluation.spread import is_main
+from pilotfish.evaluation.steps import STEPS, score_steps
+from pilotfish.evaluation.table import steps_table
+from pilotfish.pipelines.sampling import Attachable
 
 RULES = {name: method.rule for name, method in METHODS.items() if method.rule}
 
@@ -34,10 +34,10 @@ class StepsConfig:
     """Guides: tiny, tiny-16 and so on, or folders or hub ids; or guidance-interval,
     adaptive-guidance. NAME=GUIDE calls it so; guides for different numbers of steps that have one
     name make one line."""
-    hosts: tuple[str, ...] = tuple(embedded.HOSTS)
+    hosts: tuple[str, ...] = tuple(bundled.HOSTS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
     pictures: tuple[str, ...] = ()
-    """Folders of real pictures (metadata.jsonl), one for each host that is not embedded."""
+    """Folders of real pictures (metadata.jsonl), one for each host that is not bundled."""
     prompts: str | None = None
     """Text file of what is drawn; the judge must find each among all of them. Left out: the
     embedded captions."""
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     with shown() as progress:
         result = score_steps(
             choose_hosts(config.hosts, config.pictures), named(config.guides),
-            names=load_prompts(config.prompts) if config.prompts else embedded.prompts("captions"),
+            names=load_prompts(config.prompts) if config.prompts else bundled.prompts("captions"),
             command=shlex.join(["pilotfish", "steps", *arguments]), steps=config.steps,
             samples=config.samples, seed=config.seed, guidance_scale=config.guidance_scale,
             batch_size=config.batch_size, rounds=config.rounds,

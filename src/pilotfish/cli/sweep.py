@@ -12,16 +12,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pilotfish import embedded
+from pilotfish import bundled
 from pilotfish.cli.evaluate import choose_hosts
 from pilotfish.cli.names import judge
 from pilotfish.cli.progress import shown
 from pilotfish.data.prompts import load_prompts
-from pilotfish.evaluate.machine import machine, versions
-from pilotfish.evaluate.plots import save, sweep_curve
-from pilotfish.evaluate.spread import is_main
-from pilotfish.evaluate.sweep import SWEEP, sweep
-from pilotfish.evaluate.table import score_cells
+from pilotfish.evaluation.machine import machine, versions
+from pilotfish.evaluation.plots import save, sweep_curve
+from pilotfish.evaluation.spread import is_main
+from pilotfish.evaluation.sweep import SWEEP, sweep
+from pilotfish.evaluation.table import score_cells
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SweepConfig:
     hosts: tuple[str, ...] = ("base",)
     """Pipelines: base, fluent, twemoji, emojione, or folders or hub ids."""
     pictures: tuple[str, ...] = ()
-    """Folders of real pictures, one for each host that is not embedded."""
+    """Folders of real pictures, one for each host that is not bundled."""
     prompts: str | None = None
     """Text file, one prompt a line. Left out: the embedded captions."""
     judge: str | None = None
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         SweepConfig, args=list(arguments), prog="pilotfish sweep", use_underscores=True
     )
-    names = load_prompts(config.prompts) if config.prompts else embedded.prompts("captions")
+    names = load_prompts(config.prompts) if config.prompts else bundled.prompts("captions")
     found, chosen = {}, judge(config.judge, config.hosts)
     for name, host in choose_hosts(config.hosts, config.pictures).items():
         with shown() as progress:

@@ -14,14 +14,14 @@ import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from torch import nn
 
-from pilotfish.attach import attach, attached, detach
-from pilotfish.contract import GuideError, GuideInputs, Injection
-from pilotfish.denoisers import Origin, fingerprint
+from pilotfish.backbones import Origin, fingerprint
+from pilotfish.checksums import load_sealed, seal
 from pilotfish.errors import in_brief
 from pilotfish.guides import hub
 from pilotfish.guides.configuration import check_config
 from pilotfish.guides.files import hub_arguments, saved_in, weight_files
-from pilotfish.seals import load_sealed, seal
+from pilotfish.interface import GuideError, GuideInputs, GuideOutput
+from pilotfish.pipelines import attach, attached, detach
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 class Guide(ModelMixin, ConfigMixin):
     """A network that stands in for the second pass of classifier-free guidance.
 
-    Subclasses implement ``forward(inputs: GuideInputs) -> Injection`` so that a fresh guide
+    Subclasses implement ``forward(inputs: GuideInputs) -> GuideOutput`` so that a fresh guide
     injects exact zeros, and w = 1 always does. Their configuration holds
 
     - ``denoiser``: the fingerprint of the denoiser family it was made for
-      (:func:`pilotfish.denoisers.fingerprint`);
+      (:func:`pilotfish.backbones.fingerprint`);
     - ``guidance_scale_range``: the (low, high) of w in training;
     - ``timesteps``: of a guide distilled to few steps, those that it was trained at;
     - ``trained_on``: name and revision of the base, where they are known;
@@ -54,8 +54,8 @@ class Guide(ModelMixin, ConfigMixin):
         """A fresh guide for a UNet."""
         return cls(fingerprint(unet, prediction_type), **config)  # type: ignore[call-arg]
 
-    def forward(self, inputs: GuideInputs) -> Injection:
-        """The features to add. See :class:`GuideInputs` and :class:`Injection`."""
+    def forward(self, inputs: GuideInputs) -> GuideOutput:
+        """The features to add. See :class:`GuideInputs` and :class:`GuideOutput`."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class Guide(ModelMixin, ConfigMixin):
         **kwargs: Any,
     ) -> None:  # fmt: skip
         """As diffusers does it, and every file of weights sealed together with the configuration
-        (:mod:`pilotfish.seals`); ``push_to_hub`` takes this folder, and its card, to the hub.
+        (:mod:`pilotfish.checksums`); ``push_to_hub`` takes this folder, and its card, to the hub.
 
         Raises:
             GuideError: pickles are asked for, which would never be read.

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from pilotfish.contract import GuideError
+from pilotfish.interface import GuideError
 
 
 def check_config(config: Mapping[str, Any], known: Collection[str], where: str) -> None:

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from pilotfish.contract import GuideError, GuideInputs, Injection
-from pilotfish.denoisers import skip_channels, skip_levels
+from pilotfish.backbones import skip_channels, skip_levels
 from pilotfish.guidance import guidance_strength, per_sample
 from pilotfish.guides.base import Guide
 from pilotfish.guides.layers import Condition, silent
+from pilotfish.interface import GuideError, GuideInputs, GuideOutput
 
 READS = ("latents", "skips")
 
@@ -80,8 +80,8 @@ class ExternalGuide(Guide):
         self.mixers = nn.ModuleList([Mixer(rank, condition) for _ in range(rounds * self.depth)])
         self.outputs = nn.ModuleList([silent(nn.Conv2d(rank, c, 1)) for c in widths])
 
-    def forward(self, inputs: GuideInputs) -> Injection:
-        return Injection(encoder=partial(self._answer, inputs))
+    def forward(self, inputs: GuideInputs) -> GuideOutput:
+        return GuideOutput(encoder=partial(self._answer, inputs))
 
     def _answer(
         self, inputs: GuideInputs, skips: tuple[torch.Tensor, ...], mid: torch.Tensor

@@ -14,10 +14,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from pilotfish.contract import GuideInputs, Injection
-from pilotfish.denoisers import fingerprint, skip_channels
+from pilotfish.backbones import fingerprint, skip_channels
 from pilotfish.guidance import fourier_features, guidance_strength, per_sample
 from pilotfish.guides.base import Guide
+from pilotfish.interface import GuideInputs, GuideOutput
 
 SCALE_FEATURES = 64
 
@@ -65,7 +65,7 @@ class FullGuide(Guide):
         guide.encoder.load_state_dict(unet.state_dict(), strict=False)
         return guide
 
-    def forward(self, inputs: GuideInputs) -> Injection:
+    def forward(self, inputs: GuideInputs) -> GuideOutput:
         net, z, text = self.encoder, inputs.latents, inputs.encoder_hidden_states
         embedding = net.time_embedding(net.get_time_embed(z, inputs.timestep))
         added = net.get_aug_embed(embedding, text, dict(inputs.added_cond_kwargs))
@@ -85,7 +85,7 @@ class FullGuide(Guide):
         strength = per_sample(guidance_strength(inputs.guidance_scale), z)
         skips = [strength * out(f) for out, f in zip(self.skip_outputs, features, strict=True)]
         mid = strength * self.mid_output(hidden)
-        return Injection(encoder=lambda *_: (tuple(skips), mid))
+        return GuideOutput(encoder=lambda *_: (tuple(skips), mid))
 
 
 def _crosses(block: nn.Module) -> bool:

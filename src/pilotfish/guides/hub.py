@@ -13,9 +13,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors.torch import load_file
 
-from pilotfish.contract import GuideError
 from pilotfish.errors import in_brief
 from pilotfish.guides.card import model_card
+from pilotfish.interface import GuideError
 
 if TYPE_CHECKING:
     from pilotfish.guides.base import Guide

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from pilotfish.contract import GuideError
 from pilotfish.guides.base import Guide
+from pilotfish.interface import GuideError
 
 G = TypeVar("G", bound=Guide)
 

@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from pilotfish.contract import GuideError, GuideInputs, Injection, ModuleAddition
-from pilotfish.denoisers import cross_attention_layers, decoder_layers, embedding_layers
+from pilotfish.backbones import cross_attention_layers, decoder_layers, embedding_layers
 from pilotfish.guidance import guidance_strength, per_sample
 from pilotfish.guides.base import Guide
 from pilotfish.guides.layers import Condition, silent
+from pilotfish.interface import GuideError, GuideInputs, GuideOutput, Residual
 
 PREDICTION = "conv_out"
 SIDE = 8
@@ -131,7 +131,7 @@ class TinyGuide(Guide):
         modulate.weight[start:] = 0
         modulate.bias[start:] = 0
 
-    def forward(self, inputs: GuideInputs) -> Injection:
+    def forward(self, inputs: GuideInputs) -> GuideOutput:
         condition = self.conditioning(inputs)
         text, latents = inputs.encoder_hidden_states, inputs.latents
         strength = per_sample(guidance_strength(inputs.guidance_scale), latents)
@@ -146,7 +146,7 @@ class TinyGuide(Guide):
             gains = inside[..., 0, 0] * self.gains(condition)
             parts = gains.split(list(self.pushed.values()), 1)
             pushes = dict(zip(self.pushed, parts, strict=True))
-        modules: dict[str, ModuleAddition] = {}
+        modules: dict[str, Residual] = {}
         if self.modulate is not None:
             answers = self.modulate(condition).split([*self.ranks, self.scalings], 1)
             modules = {
@@ -161,7 +161,7 @@ class TinyGuide(Guide):
                     self.output, latents=latents, modulation=answers[-2], scalings=answers[-1],
                     picture=picture, strength=strength,
                 )  # fmt: skip
-        return Injection(text=further, pushes=pushes, modules=modules)
+        return GuideOutput(text=further, pushes=pushes, modules=modules)
 
 
 class LowRank(nn.Module):

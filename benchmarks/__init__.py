@@ -1,0 +1,1 @@
+"""Cost and memory of guides at full size, on random weights."""

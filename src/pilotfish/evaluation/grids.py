@@ -1,0 +1,224 @@
+"""Grids of pictures: prompts by ways to sample, and by guidance scale; hosts side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from pilotfish.data.pictures import to_pixels
+from pilotfish.evaluation.hosts import Host
+from pilotfish.evaluation.ways import TITLES, WAYS, draw, three_ways
+from pilotfish.guides import Guide
+
+INK, FAINT, GROUND = "#26323d", "#6b7884", "white"
+GAP, LABEL, LINE, LETTERS = 8, 132, 18, 14
+
+# way -> (N, 3, H, W) pictures in [-1, 1], one a prompt
+Columns = Mapping[str, torch.Tensor]
+
+
+def draw_host(
+    pipe: Any,
+    guide: Guide,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    guidance_scale: float = 4.0,
+    num_inference_steps: int = 25,
+    batch_size: int = 16,
+) -> dict[str, torch.Tensor]:
+    """Pictures of every prompt in the three ways, prompt i from seed ``seed + i``."""
+    seeds = [seed + i for i in range(len(prompts))]
+    batches = list(
+        three_ways(
+            pipe, guide, prompts, seeds, guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps, batch_size=batch_size,
+        )
+    )  # fmt: skip
+    return {way: torch.cat([b[way].images for b in batches]) for way in WAYS}
+
+
+def draw_scales(
+    pipe: Any, guide: Guide, prompts: Sequence[str], guidance_scales: Sequence[float], *,
+    seed: int = 0, num_inference_steps: int = 25,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Pictures of every prompt by CFG and guided, at several w from the same noise.
+
+    Returns:
+        "<prompt>, CFG" and "<prompt>, guided" -> (N, 3, H, W) in [-1, 1], one a w.
+    """
+    rows: dict[str, list[torch.Tensor]] = {
+        f"{prompt}, {TITLES[way]}": [] for prompt in prompts for way in ("cfg", "guided")
+    }
+    seeds = [seed + i for i in range(len(prompts))]
+    for w in guidance_scales:
+        for way, network in (("cfg", None), ("guided", guide)):
+            made = draw(
+                pipe, prompts, seeds, guidance_scale=w, guide=network,
+                num_inference_steps=num_inference_steps,
+            )  # fmt: skip
+            for prompt, image in zip(prompts, made.images, strict=True):
+                rows[f"{prompt}, {TITLES[way]}"].append(image)
+    return {title: torch.stack(pictures) for title, pictures in rows.items()}
+
+
+def host_grid(prompts: Sequence[str], columns: Columns, scale: int = 2) -> Image.Image:
+    """One host: three columns."""
+    return wide_grid(prompts, {"": columns}, scale)
+
+
+def wide_grid(prompts: Sequence[str], hosts: Mapping[str, Columns], scale: int = 2) -> Image.Image:
+    """Several hosts side by side, three columns each. See :func:`sheet`."""
+    ways = {name: {TITLES[way]: columns[way] for way in WAYS} for name, columns in hosts.items()}
+    return sheet(prompts, ways, scale)
+
+
+def scales_grid(
+    scales: Sequence[float], hosts: Mapping[str, Mapping[str, torch.Tensor]], scale: int = 2
+) -> Image.Image:
+    """The same rows at several guidance scales, one or more hosts side by side.
+
+    Args:
+        scales: w of the columns.
+        hosts: name -> title of a row -> (N, 3, H, W) pictures in [-1, 1], one a w; every host
+            has the same rows.
+
+    Raises:
+        ValueError: a row that has not as many pictures as there are w; and what :func:`sheet`
+            raises.
+    """
+    for rows in hosts.values():
+        for title, pictures in rows.items():
+            if len(pictures) != len(scales):
+                raise ValueError(
+                    f"{title}: {len(pictures)} pictures of {len(scales)} guidance scales"
+                )
+    groups = {
+        name: {
+            f"w = {w:g}": torch.stack([pictures[i] for pictures in rows.values()])
+            for i, w in enumerate(scales)
+        }
+        for name, rows in hosts.items()
+        if rows
+    }
+    return sheet(list(next(iter(hosts.values()), ())), groups, scale)
+
+
+def sheet(
+    rows: Sequence[str], groups: Mapping[str, Mapping[str, torch.Tensor]], scale: int = 2
+) -> Image.Image:
+    """Pictures in rows and in groups of columns.
+
+    Args:
+        rows: their names.
+        groups: name -> title of a column -> (N, 3, H, W) pictures in [-1, 1], one a row; a group
+            whose name is empty gets no line of its own.
+        scale: pictures are enlarged by it (Lanczos), so that small art is seen.
+
+    Raises:
+        ValueError: no row, no column, or a column that has not a picture for every row.
+    """
+    if not rows or not groups or not all(groups.values()):
+        raise ValueError("a grid needs at least one row and one column")
+    for name, columns in groups.items():
+        for title, pictures in columns.items():
+            if len(pictures) != len(rows):
+                where = f"{name}, {title}" if name else title
+                raise ValueError(f"{where}: {len(pictures)} pictures of {len(rows)} rows")
+    first = next(iter(groups.values()))
+    height, width = (scale * n for n in next(iter(first.values())).shape[2:])
+    named = any(groups)
+    top = GAP + LINE * (1 + named) + GAP
+    columns_wide = sum(len(columns) for columns in groups.values()) * (width + GAP)
+    size = (LABEL + columns_wide + len(groups) * GAP, top + len(rows) * (height + GAP))
+    paper = Image.new("RGB", size, GROUND)
+    pen = ImageDraw.Draw(paper)
+    x = LABEL + GAP
+    for name, columns in groups.items():
+        if name:
+            middle = x + (len(columns) * (width + GAP) - GAP) / 2
+            pen.text((middle, GAP + LINE / 2), name, INK, _font(LETTERS + 2), anchor="mm")
+        for title, pictures in columns.items():
+            at = (x + width / 2, GAP + LINE * (named + 0.5))
+            pen.text(at, title, FAINT, _narrow(title, width, pen), anchor="mm")
+            for r, picture in enumerate(pictures):
+                paper.paste(enlarged(picture, scale), (x, top + r * (height + GAP)))
+            x += width + GAP
+        x += GAP
+    room = max(1, height // LINE)
+    for r, row in enumerate(rows):
+        lines = _fit(row, LABEL - 2 * GAP, pen)[:room]
+        y = top + r * (height + GAP) + (height - LINE * (len(lines) - 1)) / 2
+        for i, line in enumerate(lines):
+            pen.text((LABEL - GAP, y + i * LINE), line, INK, _font(LETTERS), anchor="rm")
+    return paper
+
+
+def contact_sheet(images: torch.Tensor, columns: int = 5, scale: int = 2) -> Image.Image:
+    """(N, 3, H, W) pictures in [-1, 1] row by row, numbered from 1 and without their names,
+    so that somebody can be asked what they are.
+
+    Raises:
+        ValueError: no picture.
+    """
+    if not len(images):
+        raise ValueError("a sheet needs at least one picture")
+    height, width = (scale * n for n in images.shape[2:])
+    rows = -(-len(images) // columns)
+    cell, row = width + GAP, height + LINE + GAP
+    paper = Image.new("RGB", (GAP + columns * cell, GAP + rows * row), GROUND)
+    pen = ImageDraw.Draw(paper)
+    for i, picture in enumerate(images):
+        x, y = GAP + i % columns * cell, GAP + i // columns * row
+        paper.paste(enlarged(picture, scale), (x, y))
+        at = (x + width / 2, y + height + LINE / 2)
+        pen.text(at, str(i + 1), FAINT, _font(LETTERS - 1), anchor="mm")
+    return paper
+
+
+def draw_hosts(
+    hosts: Mapping[str, Host], guide: Guide, prompts: Sequence[str],
+    progress: Callable[[str, int, int], None] | None = None, **settings: Any,
+) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
+    """:func:`draw_host` of every host, one loaded at a time."""
+    drawn = {}
+    for i, (name, host) in enumerate(hosts.items()):
+        drawn[name] = draw_host(host.load(), guide, prompts, **settings)
+        if progress:
+            progress("grids", i + 1, len(hosts))
+    return drawn
+
+
+def enlarged(image: torch.Tensor, scale: int) -> Image.Image:
+    """(3, H, W) in [-1, 1], enlarged by Lanczos."""
+    pixels = to_pixels(image[None])[0].permute(1, 2, 0).cpu().numpy()
+    height, width = (scale * n for n in image.shape[1:])
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _narrow(
+    text: str, width: int, pen: ImageDraw.ImageDraw
+) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The largest letters in which ``text`` fits over a column."""
+    sizes = range(LETTERS - 1, 4, -1)
+    fits = (n for n in sizes if pen.textlength(text, _font(n)) <= width)
+    return _font(next(fits, sizes[-1]))
+
+
+def _fit(text: str, width: int, pen: ImageDraw.ImageDraw) -> list[str]:
+    """Lines of whole words that fit into ``width`` pixels; a longer word stands alone."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and pen.textlength(longer, _font(LETTERS)) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines or [""]

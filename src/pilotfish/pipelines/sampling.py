@@ -1,0 +1,165 @@
+"""Sampling as an iterable that everything else consumes.
+
+:func:`sample` calls a pipeline as its user would and yields one :class:`Sample` a picture;
+grids, metrics and the command line all read from it. :func:`cfg_trajectories` walks
+the teacher's own sampling step by step, for the guidance error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+
+from pilotfish.guidance import classifier_free_guidance
+from pilotfish.noise import NoisePath, sampling_timesteps
+from pilotfish.teacher import Teacher
+
+
+class Attachable(Protocol):
+    """What a pipeline samples with in place of CFG: a guide, or a rule for some of the steps."""
+
+    def attached(self, pipe: Any) -> AbstractContextManager[Any]:
+        """The pipeline with it, until the block ends."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture.
+
+    Attributes:
+        prompt: its text.
+        seed: the seed of its first latents; the same seed starts from the same noise
+            under every way of guidance.
+        latents: (C, h, w) final latents, as the sampler left them.
+        image: (3, H, W) decoded picture in [-1, 1].
+    """
+
+    prompt: str
+    seed: int
+    latents: torch.Tensor
+    image: torch.Tensor
+
+
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    guidance_scale: float,
+    num_inference_steps: int = 25,
+    guide: Attachable | None = None,
+    negative_prompts: Sequence[str] | None = None,
+    batch_size: int = 32,
+    **call: Any,
+) -> Iterator[Sample]:
+    """Pictures of ``prompts``, one seed each, in order.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        seeds: as many as prompts.
+        guidance_scale: w; 1 is no guidance.
+        guide: attached while a batch is sampled, if given; else the pipeline runs as it is.
+        negative_prompts: as many as prompts; left out, the null prompt.
+        call: further arguments of the pipeline's call.
+
+    Raises:
+        ValueError: prompts, seeds or negative prompts differ in number; no step, or no picture
+            at once. Before anything is drawn.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    if negative_prompts is not None and len(negative_prompts) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(negative_prompts)} negative prompts")
+    for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    call |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    batches = (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size))
+    return _drawn(pipe, prompts, seeds, guide, negative_prompts, batches, call)
+
+
+@torch.no_grad()
+def _drawn(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guide: Attachable | None,
+    negative_prompts: Sequence[str] | None, batches: Iterable[slice], call: dict[str, Any],
+) -> Iterator[Sample]:  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    for batch in batches:
+        texts, some = list(prompts[batch]), seeds[batch]
+        # attached for one batch only: between two of them the pipeline is its owner's
+        with guide.attached(pipe) if guide is not None else nullcontext():
+            latents = pipe(
+                texts,
+                negative_prompt=negative_prompts and list(negative_prompts[batch]),
+                generator=[torch.Generator().manual_seed(s) for s in some],
+                output_type="latent",
+                **call,
+            ).images
+        images = decode(pipe, latents)
+        for text, seed, z, x in zip(texts, some, latents.float(), images, strict=True):
+            yield Sample(text, seed, z, x)
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """(N, C, h, w) latents to (N, 3, H, W) pictures in [-1, 1], by the pipeline's VAE."""
+    vae = pipe.vae
+    height, width = (side * int(pipe.vae_scale_factor) for side in latents.shape[2:])
+    parts = [
+        vae.decode(part.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        for part in latents.split(at_once(height, width))
+    ]
+    return torch.cat(parts).float().clamp(-1, 1)
+
+
+def at_once(height: int, width: int) -> int:
+    """Pictures of so many pixels that a VAE takes in one call: as many as have the pixels of one
+    of SDXL's, whose activations alone are gigabytes."""
+    return max(1, 1024 * 1024 // (height * width))
+
+
+@dataclass(frozen=True)
+class TeacherStep:
+    """One step of CFG sampling: the latents, where they stand, what the base says of them.
+
+    Attributes:
+        latents: (N, C, h, w).
+        timestep: (N,) all the same.
+        prompt: (N,) index of the prompt.
+        negative: (N,) index of the null or negative prompt.
+        conditional: (N, C, h, w).
+        cfg: (N, C, h, w) equation (1).
+    """
+
+    latents: torch.Tensor
+    timestep: torch.Tensor
+    prompt: torch.Tensor
+    negative: torch.Tensor
+    conditional: torch.Tensor
+    cfg: torch.Tensor
+
+
+def cfg_trajectories(
+    teacher: Teacher,
+    schedule: NoisePath,
+    prompt: torch.Tensor,
+    negative: torch.Tensor,
+    latents: torch.Tensor,
+    guidance_scale: float,
+    num_inference_steps: int = 25,
+) -> Iterator[TeacherStep]:
+    """Walk from noise ``latents`` (N, C, h, w) to pictures by the teacher's CFG with DDIM, with
+    the texts of indices ``prompt`` and ``negative`` (N,)."""
+    t_all = sampling_timesteps(num_inference_steps, len(schedule.alphas_cumprod))
+    for t, to in pairwise(t_all):
+        here, there = t.expand(len(latents)), to.expand(len(latents))
+        unconditional, conditional = teacher(latents, here, prompt, negative)
+        cfg = classifier_free_guidance(unconditional, conditional, guidance_scale)
+        yield TeacherStep(latents, here, prompt, negative, conditional, cfg)
+        latents = schedule.ddim_step(latents, cfg, here, there)
