@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.evaluate.test_shapes import SMALL, SMALL_XL
+from tests.evaluation.test_shapes import SMALL, SMALL_XL
 
 from benchmarks.largest_batch import largest, largest_batches, step_bytes
 from benchmarks.live_bytes import LiveBytes

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from rich.console import Console
-from tests.evaluate.test_shapes import SMALL, SMALL_XL
+from tests.evaluation.test_shapes import SMALL, SMALL_XL
 
 from benchmarks.shapes import SHAPES, Shape, ShapesResult, measure_shape
 from benchmarks.training_memory import (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from tests.evaluate.test_shapes import SMALL
+from tests.evaluation.test_shapes import SMALL
 
 from benchmarks.largest_batch import largest_batches
 from benchmarks.shapes import Shape, ShapesResult

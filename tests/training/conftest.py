@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.distill.runs import PROMPTS
+from tests.training.runs import PROMPTS
 
 from pilotfish.training.config import DistillConfig
 from pilotfish.training.material import Material

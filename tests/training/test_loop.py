@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.distill.runs import same, train
+from tests.training.runs import same, train
 
 from pilotfish.guides import Guide, TinyGuide
 from pilotfish.interface import TextConditions

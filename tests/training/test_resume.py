@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tests.distill.runs import PROMPTS, same, train
+from tests.training.runs import PROMPTS, same, train
 
 from pilotfish.guides import Guide, TinyGuide
 from pilotfish.training import guidance_stage

@@ -46,7 +46,7 @@ class Condition(nn.Module):
         embedded = fourier_features(t_and_w, FEATURES, longest=1.0).flatten(1)
         against = inputs.negative_hidden_states
         text = (inputs.encoder_hidden_states - against).mean(1)
-        seen = self.embed(bundled.to(text.dtype)) + self.text(text)
+        seen = self.embed(embedded.to(text.dtype)) + self.text(text)
         told = self.told(inputs)
         return F.silu(seen if told is None else seen + told)
 
