@@ -36,7 +36,7 @@ class CompareConfig(Plan):
     """Train every method with an equal budget on one base, measure each there and, untouched, on
     every fine-tune. The same command goes on where it was stopped."""
 
-    hosts: tuple[str, ...] = tuple(bundled.HOSTS)
+    hosts: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines, first the base to train on: base, fluent, twemoji, emojione, or folders or hub
     ids."""
     pictures: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
         config.seed,
     )  # fmt: skip
     training = {"prompts": config.train_prompts, "validation_prompts": config.held_out_prompts}
-    if config.hosts[0] not in bundled.HOSTS:
+    if config.hosts[0] not in bundled.MODELS:
         training["pretrained_model_name_or_path"] = config.hosts[0]
     elif config.hosts[0] != "base":
         raise ValueError(f"{config.hosts[0]} is a fine-tune; the first host is the base")

@@ -8,7 +8,6 @@ from typing import Literal
 
 import tyro
 
-import pilotfish
 from pilotfish.training.precision import imitates_half_precision
 from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
@@ -65,7 +64,7 @@ class Recipe:
     ]
     work: Path = Path("runs/recipe")
     """Checkpoints of the stages, and the autoencoder on its own."""
-    target: Path = Path(pilotfish.__file__).parent / "embedded"
+    target: Path = Path("assets/pilotfish_models")
     """Where the finished models go."""
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     base: BaseStage = field(default_factory=BaseStage)

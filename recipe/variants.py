@@ -91,7 +91,7 @@ def compare_variants(work: Path, stage: VariantsStage) -> None:
         how = {"command": "python -m recipe variants", "machine": machine(), "versions": versions()}
         stage.output.parent.mkdir(parents=True, exist_ok=True)
         stage.output.write_text(json.dumps({"variants": rows, "run": run | how}, indent=2) + "\n")
-    hosts = list(bundled.HOSTS)
+    hosts = list(bundled.MODELS)
     print("| variant | parameters |", " | ".join(hosts), "|")
     print("|---|---:|" + "---:|" * len(hosts))
     for name, row in rows.items():

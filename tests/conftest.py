@@ -28,6 +28,12 @@ from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 from pilotfish.noise import NoisePath
 from tests import components
 
+# a process that a test starts imports this tree too, wherever the environment was made
+_ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [*(str(_ROOT / name) for name in ("src", ".", "assets")), os.environ.get("PYTHONPATH", "")]
+).rstrip(os.pathsep)
+
 settings.register_profile("pilotfish", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("pilotfish")
 

@@ -28,9 +28,9 @@ def test_weights_are_small_halves() -> None:
 
 MODELS = {
     "base": ARTISTS, "fluent": ("fluent",), "twemoji": ("twemoji",),
-    "emojione-lora": ("emojione",), "judge": ARTISTS,
-    **{f"practice/{name}": (name,) for name in PRACTICE},
-    **{f"practice/{name}": ("noto",) for name in ("contours", "flat", "lit")},
+    "emojione-lora": ("emojione",), "scorer": ARTISTS,
+    **{f"train_finetunes/{name}": (name,) for name in PRACTICE},
+    **{f"train_finetunes/{name}": ("noto",) for name in ("contours", "flat", "lit")},
     **{f"guides/{name}": ("noto", *PRACTICE) for name in ("tiny", "tiny-16", "tiny-8", "tiny-4")},
 }  # fmt: skip
 
@@ -53,10 +53,10 @@ def test_every_model_is_known() -> None:
 
 
 def test_what_guides_practise_on_is_none_of_the_hosts() -> None:
-    pipe = bundled.load_host("base")
-    names = bundled.practice_names()
-    assert {f"practice/{name}" for name in names} <= MODELS.keys()
-    assert not {*names} & {*bundled.HOSTS, *bundled.HOSTS.values()}
+    pipe = bundled.load_model("base")
+    names = bundled.train_finetune_names()
+    assert {f"train_finetunes/{name}" for name in names} <= MODELS.keys()
+    assert not {*names} & {*bundled.MODELS, *bundled.MODELS.values()}
     material = Material(pipe, ["owl"], ["cat"])
     tuned = material.fine_tunes(names)
     before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
@@ -74,11 +74,11 @@ def test_the_base_needs_nothing_of_ours() -> None:
     assert made.isfinite().all()
 
 
-@pytest.mark.parametrize("name", bundled.HOSTS)
+@pytest.mark.parametrize("name", bundled.MODELS)
 def test_a_host_loads_whole(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        pipe = bundled.load_host(name)
+        pipe = bundled.load_model(name)
     tensors = pipe.unet.state_dict()
     for file in (bundled.FOLDER / name / "unet").glob("*.safetensors"):
         assert set(load_file(file)) == set(tensors)
@@ -90,19 +90,19 @@ def test_a_host_loads_whole(name: str) -> None:
 
 
 def test_an_unknown_host_is_named() -> None:
-    with pytest.raises(ValueError, match="no embedded host 'openmoji'; there are base"):
-        bundled.load_host("openmoji")
+    with pytest.raises(ValueError, match="no bundled model 'openmoji'; there are base"):
+        bundled.load_model("openmoji")
 
 
 def test_hosts_differ_in_style() -> None:
-    first = {n: bundled.load_host(n).unet.conv_in.weight for n in ("base", "fluent", "twemoji")}
+    first = {n: bundled.load_model(n).unet.conv_in.weight for n in ("base", "fluent", "twemoji")}
     assert not torch.equal(first["base"], first["fluent"])
     assert not torch.equal(first["fluent"], first["twemoji"])
 
 
 @pytest.mark.parametrize("steps", [16, 8, 4])
 def test_a_guide_for_few_steps_draws_with_as_many_passes(steps: int) -> None:
-    guide, pipe = bundled.load_guide(f"tiny-{steps}"), bundled.load_host("fluent")
+    guide, pipe = bundled.load_guide(f"tiny-{steps}"), bundled.load_model("fluent")
     take_ddim_steps(pipe)
     batches: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
@@ -118,8 +118,8 @@ def test_a_guide_for_few_steps_draws_with_as_many_passes(steps: int) -> None:
 @pytest.mark.parametrize("kind", bundled.guide_names())
 def test_every_guide_is_tiny_and_fits_every_host(kind: str) -> None:
     guide = bundled.load_guide(kind)
-    for name in bundled.HOSTS:
-        pipe = bundled.load_host(name)
+    for name in bundled.MODELS:
+        pipe = bundled.load_model(name)
         with guide.attached(pipe):
             pass
         if name == "base":
@@ -135,8 +135,8 @@ def test_held_out_prompts_are_in_no_training() -> None:
     assert set(captions) <= set(training)
 
 
-@pytest.mark.parametrize("name", bundled.HOSTS)
+@pytest.mark.parametrize("name", bundled.MODELS)
 def test_every_caption_is_drawn_in_every_style(name: str) -> None:
-    pictures = load_pictures(bundled.pictures(name))
+    pictures = load_pictures(bundled.images(name))
     assert sorted(pictures.captions) == sorted(bundled.prompts("captions"))
     assert pictures.pixels.shape[1:] == (3, 64, 64)

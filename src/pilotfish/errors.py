@@ -1,6 +1,10 @@
-"""Errors of other libraries, told to a person."""
+"""Errors that several rooms share, and errors of other libraries in one line."""
 
 from __future__ import annotations
+
+
+class MissingPackageError(RuntimeError):
+    """A package that is needed is not installed; the message says how to install it."""
 
 
 def in_brief(error: BaseException) -> str:

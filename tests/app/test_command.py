@@ -38,7 +38,7 @@ def test_hosts_and_guides_of_ones_own_stand_beside_the_embedded(
     monkeypatch.setattr(app, "serve", lambda page, *where: given.update(where=where))
     flags = ["--hosts", "mine", "--guides", "my", "--port", "8000", "--concurrency", "2"]
     assert cli.main(["app", *flags]) == 0
-    assert given["studio"].hosts == [*bundled.HOSTS, "mine"]
+    assert given["studio"].hosts == [*bundled.MODELS, "mine"]
     assert list(given["studio"].guides) == [*bundled.guide_names(), "my"]
     assert given["where"] == ("127.0.0.1", 8000)
     assert given["concurrency"] == 2

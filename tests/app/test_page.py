@@ -313,9 +313,9 @@ def test_a_guide_for_few_steps_brings_their_number(tmp_path: Path) -> None:
 def test_the_embedded_model_draws_over_the_page_as_in_the_library(tmp_path: Path) -> None:
     with served(Studio.embedded(), tmp_path) as url:
         client = Client(url, verbose=False)
-        for host in bundled.HOSTS:
+        for host in bundled.MODELS:
             request = GOOD | {"host": host, "prompt": "owl", "num_inference_steps": 25}
             files = client.predict(**request, api_name="/draw")
             call = {"seeds": [3], "guidance_scale": 4.0, "guide": bundled.load_guide()}
-            (one,) = sample(bundled.load_host(host), ["owl"], **call)
+            (one,) = sample(bundled.load_model(host), ["owl"], **call)
             assert same(Image.open(files[2]), one.image), host

@@ -61,7 +61,7 @@ def test_the_hubs_cache_tells_id_and_commit(folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_lora_is_another_denoiser() -> None:
-    plain, tuned = (Origin.of(bundled.load_host(n).unet) for n in ("base", "emojione"))
+    plain, tuned = (Origin.of(bundled.load_model(n).unet) for n in ("base", "emojione"))
     assert plain == Origin("base")
     assert tuned == Origin("base", lora=True)
     assert not plain.same_as(tuned)
@@ -107,7 +107,7 @@ def test_a_guide_from_before_loads_and_says_nothing(
     guide = Guide.from_pretrained(tmp_path / "old")
     assert guide.trained_on is None
     with caplog.at_level(logging.INFO, "pilotfish"):
-        guide.attach(bundled.load_host("fluent"))
+        guide.attach(bundled.load_model("fluent"))
     assert not caplog.records
 
 
@@ -160,7 +160,7 @@ def test_another_commit_is_another_base() -> None:
 def test_on_another_shape_it_is_refused_and_both_are_named(make: Make, tmp_path: Path) -> None:
     guide = make("owner/base")
     with pytest.raises(GuideError) as caught:
-        guide.attach(bundled.load_host("fluent"))
+        guide.attach(bundled.load_model("fluent"))
     sentence = str(caught.value)
     assert "trained on owner/base, used on fluent" in sentence
     assert "block_out_channels: guide [8, 16], denoiser [176]" in sentence

@@ -30,7 +30,7 @@ FEW = {"tiny-16": 16, "tiny-8": 8, "tiny-4": 4}
 
 def errors(name: str) -> dict[str, float]:
     """Guidance error by w on 16 held-out prompts, and at w = 4 with negative prompts."""
-    pipe, guide = bundled.load_host(name), bundled.load_guide()
+    pipe, guide = bundled.load_model(name), bundled.load_guide()
     prompts = bundled.prompts("held_out")[:16]
     plain = guidance_error(pipe, guide, prompts, num_inference_steps=STEPS, seed=SEED)
     told = guidance_error(
@@ -55,9 +55,9 @@ def images() -> dict[str, np.ndarray]:
     """By model and mode; of the guides for few steps, on the base."""
     found = {}
     for name in MODELS:
-        pipe, guide = bundled.load_host(name), bundled.load_guide()
+        pipe, guide = bundled.load_model(name), bundled.load_guide()
         found |= {f"{name}, {mode}": image(pipe, mode, guide) for mode in MODES}
-    pipe = bundled.load_host("base")
+    pipe = bundled.load_model("base")
     for name, steps in FEW.items():
         found[f"base, {name}"] = image(pipe, "guided", bundled.load_guide(name), steps)
     return found
@@ -69,7 +69,7 @@ def digest(pixels: np.ndarray) -> str:
 
 def ratios() -> dict[str, Any]:
     """Cost ratios of one run; to be made on a quiet machine."""
-    measured = cost(bundled.load_host("base"), bundled.load_guide(), rounds=15)
+    measured = cost(bundled.load_model("base"), bundled.load_guide(), rounds=15)
     return {
         "cfg_over_guided": measured.cfg_over_guided,
         "cfg_over_plain": measured.cfg_over_plain,

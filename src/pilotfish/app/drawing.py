@@ -102,7 +102,7 @@ class Studio:
     def embedded(cls) -> Studio:
         """The embedded base, its fine-tunes and guides."""
         return cls(
-            {name: bundled.load_host(name) for name in bundled.HOSTS},
+            {name: bundled.load_model(name) for name in bundled.MODELS},
             {name: bundled.load_guide(name) for name in bundled.guide_names()},
         )
 

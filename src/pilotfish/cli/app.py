@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         ) from error
     from pilotfish.app.drawing import Studio
 
-    hosts = {name: host(name) for name in dict.fromkeys((*bundled.HOSTS, *config.hosts))}
+    hosts = {name: host(name) for name in dict.fromkeys((*bundled.MODELS, *config.hosts))}
     guides = {name: guide(name) for name in dict.fromkeys((*bundled.guide_names(), *config.guides))}
     for pipe in hosts.values():
         pipe.to(config.device)

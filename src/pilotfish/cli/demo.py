@@ -83,11 +83,11 @@ def main(arguments: Sequence[str]) -> None:
         results[label].save(folder / f"{label}.json")
         (folder / f"{label}.unfinished").unlink(missing_ok=True)
     with shown() as progress:
-        drawn = draw_hosts(hosts, guides["shipped"], bundled.SHOWN, progress, **sampling)
-    grids = {"Base and fine-tunes, the shipped guide": wide_grid(bundled.SHOWN, drawn)}
+        drawn = draw_hosts(hosts, guides["shipped"], bundled.GRID_PROMPTS, progress, **sampling)
+    grids = {"Base and fine-tunes, the shipped guide": wide_grid(bundled.GRID_PROMPTS, drawn)}
     grids["Base, the guide distilled just now"] = host_grid(
-        bundled.SHOWN,
-        draw_hosts({"base": hosts["base"]}, fresh, bundled.SHOWN, **sampling)["base"],
+        bundled.GRID_PROMPTS,
+        draw_hosts({"base": hosts["base"]}, fresh, bundled.GRID_PROMPTS, **sampling)["base"],
     )
     for name, image in zip(("grid", "grid-fresh"), grids.values(), strict=True):
         image.save(folder / f"{name}.png")

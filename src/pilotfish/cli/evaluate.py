@@ -28,7 +28,7 @@ class EvaluateConfig:
 
     guide: str = "tiny"
     """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub id."""
-    hosts: tuple[str, ...] = tuple(bundled.HOSTS)
+    hosts: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
     pictures: tuple[str, ...] = ()
     """Folders of real pictures (metadata.jsonl), one for each host that is not bundled."""
@@ -66,11 +66,11 @@ def choose_hosts(names: Sequence[str], pictures: Sequence[str]) -> dict[str, Hos
     """
     folders, hosts = list(pictures), dict[str, Host]()
     for name in names:
-        called = name if name in bundled.HOSTS else Path(name).name
+        called = name if name in bundled.MODELS else Path(name).name
         if called in hosts:
             raise ValueError(f"two hosts are called {called}; rename one of the folders")
-        if name in bundled.HOSTS:
-            pictures_folder: Path | None = bundled.pictures(name)
+        if name in bundled.MODELS:
+            pictures_folder: Path | None = bundled.images(name)
         else:
             pictures_folder = Path(folders.pop(0)) if folders else None
         hosts[called] = Host(partial(measured, name), pictures_folder)
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
         Console().print(result_table(result))
         print(f"saved {config.output}")
     if config.grid:
-        rows = names[:8] if config.prompts else bundled.SHOWN
+        rows = names[:8] if config.prompts else bundled.GRID_PROMPTS
         with shown() as progress:
             drawn = draw_hosts(
                 hosts, chosen, rows, progress, seed=config.seed,

@@ -19,8 +19,8 @@ from pilotfish.pipelines.loading import load_pipeline, take_ddim_steps
 
 def host(name: str) -> Any:
     """An embedded host (base, fluent, twemoji, emojione) or a pipeline's folder or hub id."""
-    if name in bundled.HOSTS:
-        return bundled.load_host(name)
+    if name in bundled.MODELS:
+        return bundled.load_model(name)
     return load_pipeline(name)
 
 
@@ -67,7 +67,7 @@ def measured(name: str) -> Any:
 def judge(folder: str | None, hosts: Sequence[str]) -> Judge:
     """The embedded judge or one of the user's, where this process measures. The embedded one
     knows small pictures of emoji alone, and warns of hosts that may draw anything else."""
-    if folder is None and (others := [name for name in hosts if name not in bundled.HOSTS]):
+    if folder is None and (others := [name for name in hosts if name not in bundled.MODELS]):
         warnings.warn(
             f"{others[0]} is judged by the embedded judge, which knows 64x64 pictures of emoji "
             "alone; --judge FOLDER names a CLIP of yours", stacklevel=2,

@@ -27,7 +27,7 @@ class NegativesConfig:
 
     guide: str = "tiny"
     """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub id."""
-    hosts: tuple[str, ...] = tuple(bundled.HOSTS)
+    hosts: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
     held_out_prompts: str | None = None
     """Text file of prompts that the guide does not know; each is the negative prompt of another.

@@ -23,7 +23,7 @@ class ScalesConfig:
     """One or more prompts; prompt i is drawn from seed ``seed + i``."""
     guide: str = "tiny"
     """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
-    hosts: tuple[str, ...] = tuple(bundled.HOSTS)
+    hosts: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines: base, fluent, twemoji, emojione, or folders or hub ids."""
     guidance_scales: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
     num_inference_steps: int | None = None

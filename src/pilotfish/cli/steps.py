@@ -34,7 +34,7 @@ class StepsConfig:
     """Guides: tiny, tiny-16 and so on, or folders or hub ids; or guidance-interval,
     adaptive-guidance. NAME=GUIDE calls it so; guides for different numbers of steps that have one
     name make one line."""
-    hosts: tuple[str, ...] = tuple(bundled.HOSTS)
+    hosts: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
     pictures: tuple[str, ...] = ()
     """Folders of real pictures (metadata.jsonl), one for each host that is not bundled."""

@@ -42,7 +42,7 @@ class Judge:
     @classmethod
     def embedded(cls) -> Self:
         """The judge that comes with the embedded model."""
-        return cls(*bundled.load_judge())
+        return cls(*bundled.load_scorer())
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:

@@ -27,6 +27,6 @@ class Host:
 def embedded_hosts() -> dict[str, Host]:
     """The embedded base and its fine-tunes."""
     return {
-        name: Host(partial(bundled.load_host, name), bundled.pictures(name))
-        for name in bundled.HOSTS
+        name: Host(partial(bundled.load_model, name), bundled.images(name))
+        for name in bundled.MODELS
     }

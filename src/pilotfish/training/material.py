@@ -56,7 +56,7 @@ class Material:
             ConfigError, PipelineError, ValueError: a path is wrong or holds nothing of use.
         """
         if config.pretrained_model_name_or_path is None:
-            pipe: Any = bundled.load_host("base")
+            pipe: Any = bundled.load_model("base")
         else:
             pipe = load_pipeline(config.pretrained_model_name_or_path)
             if config.prompts is None:
@@ -71,7 +71,9 @@ class Material:
             held_out = given(config.validation_prompts)
         else:
             held_out = bundled.prompts("held_out") if apart else prompts[:64]
-        folder = Path(pictures) if pictures else bundled.pictures("base")
+        if pictures is None and config.pretrained_model_name_or_path is None:
+            pictures = str(bundled.images("base"))
+        folder = Path(pictures) if pictures else None
         return cls(pipe, prompts, held_out, folder, apart)
 
     def fine_tunes(self, names: Sequence[str]) -> list[dict[str, torch.Tensor]]:
@@ -81,12 +83,7 @@ class Material:
         Raises:
             PipelineError: there is none, or it is no fine-tune of this base.
         """
-        carried = bundled.practice_names()
-        places = [
-            bundled.PRACTICE / name if name in carried and not Path(name).exists() else name
-            for name in names
-        ]
-        return [fine_tuned_weights(self.pipe.unet, place) for place in places]
+        return [fine_tuned_weights(self.pipe.unet, bundled.train_finetune(n)) for n in names]
 
     def hold_in(self, dtype: torch.dtype) -> None:
         """Turn the frozen networks that take part in training to a precision. The VAE, which draws

@@ -59,7 +59,7 @@ class Endurance:
 
 def _images(how: Endurance, progress: Progress) -> Figures:
     return many_images(
-        bundled.load_host(), bundled.load_guide(), bundled.prompts("held_out"),
+        bundled.load_model(), bundled.load_guide(), bundled.prompts("held_out"),
         images=how.images, warm_up=200, seed=how.seed, progress=progress,
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ def _attach(how: Endurance, progress: Progress) -> Figures:
         return made
 
     return many_attachments(
-        bundled.load_host(), bundled.load_guide(), draw, attachments=how.attachments,
+        bundled.load_model(), bundled.load_guide(), draw, attachments=how.attachments,
         progress=progress,
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def _app(how: Endurance, progress: Progress) -> Figures:
 
 
 def _fuzz(how: Endurance, progress: Progress) -> Figures:
-    pipe, guide = bundled.load_host(), bundled.load_guide()
+    pipe, guide = bundled.load_model(), bundled.load_guide()
     found = anything(pipe, guide, how.examples, progress)
     with TemporaryDirectory() as place:
         folder = Path(place)

@@ -97,7 +97,7 @@ def many_users(*, users: int, minutes: float, seed: int, progress: Progress) -> 
         EnduranceError: a picture that is not that of its seed, an error, memory that grew.
     """
     draw = random.Random(seed)
-    prompts, hosts = bundled.prompts("held_out"), list(bundled.HOSTS)
+    prompts, hosts = bundled.prompts("held_out"), list(bundled.MODELS)
     guide = bundled.guide_names()[0]
     wishes = [
         (hosts[i % len(hosts)], guide, draw.choice(prompts), "", draw.randrange(2**16), STEPS,
