@@ -43,5 +43,5 @@ def test_every_public_name_is_there() -> None:
     ],
 )
 def test_every_kind_of_guide_can_be_read_by_whatever_door(door: str) -> None:
-    program = f"{door}; assert 'AdditiveAdapters' in Guide.kinds, Guide.kinds"
+    program = f"{door}; assert 'ExternalGuide' in Guide.kinds, Guide.kinds"
     assert loaded_by(program) == set(HEAVY)
