@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from pilotfish.data.pictures import from_pixels, load_pictures
+from pilotfish.data.images import from_pixels, load_images
 from recipe.augment import move
 from recipe.loop import train
 
@@ -73,7 +73,7 @@ def even_channels(vae: AutoencoderKL, images: torch.Tensor) -> None:
 def make_autoencoder(pictures: Path, work: Path, target: Path, stage: AutoencoderStage) -> None:
     """Train, even the latent channels, save to ``target`` in half precision."""
     torch.manual_seed(stage.seed)
-    data = torch.cat([from_pixels(load_pictures(f).pixels) for f in sorted(pictures.iterdir())])
+    data = torch.cat([from_pixels(load_images(f).pixels) for f in sorted(pictures.iterdir())])
     vae = new_autoencoder().to(memory_format=torch.channels_last)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:

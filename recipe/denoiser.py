@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from pilotfish.data.pictures import from_pixels, load_pictures
+from pilotfish.data.images import from_pixels, load_images
 from recipe.augment import Restyle, move
 from recipe.loop import train
 from recipe.vocabulary import COLOURS, captions
@@ -133,7 +133,7 @@ def latent_views(
     vae: AutoencoderKL, folder: Path, views: int, seed: int, restyle: Restyle = lambda x: x
 ) -> torch.Tensor:
     """(N, views, C, h, w) latents of moved pictures; the first view is the picture as it is."""
-    pixels = restyle(from_pixels(load_pictures(folder).pixels))
+    pixels = restyle(from_pixels(load_images(folder).pixels))
     generator = torch.Generator().manual_seed(seed)
     made = [pixels] + [move(pixels, generator) for _ in range(views - 1)]
     latents = [torch.cat([vae.encode(x).latent_dist.mean for x in m.split(64)]) for m in made]
@@ -149,7 +149,7 @@ def draw_timesteps(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def categories_of(folder: Path) -> list[str]:
-    """The category of every picture, in the order of ``load_pictures``."""
+    """The category of every picture, in the order of ``load_images``."""
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     return [json.loads(line)["category"] for line in lines]
 
@@ -221,7 +221,7 @@ def make_base(
     averages = {"text_encoder": deepcopy(encoder), "unet": deepcopy(unet)}
     objective = DenoisingLoss(
         latent_views(autoencoder, folder, stage.views, stage.seed),
-        tokenize(tokenizer, load_pictures(folder).captions),
+        tokenize(tokenizer, load_images(folder).captions),
         categories_of(folder), tokenize(tokenizer, [""]), stage, bf16=bf16,
     )  # fmt: skip
     train(

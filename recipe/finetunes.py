@@ -22,7 +22,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from pilotfish.data.pictures import load_pictures
+from pilotfish.data.images import load_images
 from pilotfish.pipelines.loading import fine_tuned_weights
 from recipe.augment import (
     Restyle,
@@ -122,7 +122,7 @@ def make_finetune(
     if stage.exchanged:
         latents = latents[exchanged(categories_of(folder))]
     objective = DenoisingLoss(
-        latents, tokenize(pipe.tokenizer, load_pictures(folder).captions),
+        latents, tokenize(pipe.tokenizer, load_images(folder).captions),
         categories_of(folder), tokenize(pipe.tokenizer, [""]), like_base, bf16=bf16,
     )  # fmt: skip
     train(

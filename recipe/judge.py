@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from pilotfish.data.pictures import from_pixels, load_pictures
+from pilotfish.data.images import from_pixels, load_images
 from recipe.augment import move, roughen
 from recipe.denoiser import TOKENS, new_tokenizer, tokenize
 from recipe.loop import train
@@ -53,7 +53,7 @@ def new_judge(vocabulary_size: int, bos: int, eos: int) -> CLIPModel:
 def make_judge(pictures: Path, work: Path, target: Path, stage: JudgeStage) -> None:
     """Train contrastively: two styles of a name and its text are each other's positives."""
     torch.manual_seed(stage.seed)
-    styles = [load_pictures(folder) for folder in sorted(pictures.iterdir())]
+    styles = [load_images(folder) for folder in sorted(pictures.iterdir())]
     data = torch.stack([from_pixels(s.pixels) for s in styles])  # (styles, N, 3, 64, 64)
     tokenizer = new_tokenizer([*captions(), *COLOURS])
     tokens = tokenize(tokenizer, styles[0].captions)

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from pilotfish import bundled
-from pilotfish.data.pictures import load_pictures
+from pilotfish.data.images import load_images
 from pilotfish.pipelines.loading import take_ddim_steps
 from pilotfish.training.material import Material
 from recipe.cards import ARTISTS, PRACTICE
@@ -137,6 +137,6 @@ def test_held_out_prompts_are_in_no_training() -> None:
 
 @pytest.mark.parametrize("name", bundled.MODELS)
 def test_every_caption_is_drawn_in_every_style(name: str) -> None:
-    pictures = load_pictures(bundled.images(name))
+    pictures = load_images(bundled.images(name))
     assert sorted(pictures.captions) == sorted(bundled.prompts("captions"))
     assert pictures.pixels.shape[1:] == (3, 64, 64)

@@ -1,7 +1,7 @@
-"""Sealed files: safetensors with a SHA-256 of what they hold, and of the plain values beside it.
+"""Safetensors files with a SHA-256 checksum of their tensors and configuration.
 
-A truncated file refuses to load by itself; a flipped bit in a weight does not. With a seal it is
-noticed. A file without one, of an older version or another library, is taken as it is.
+safetensors detects a truncated file by itself, but not a flipped bit in a weight; the checksum
+does. A file without a checksum, from another library, is loaded as it is.
 """
 
 from __future__ import annotations
@@ -16,50 +16,54 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-SEAL = "sha256"
-"""The name of the seal in a file's metadata."""
+METADATA_KEY = "sha256"
+"""The key of the checksum in the metadata of a file."""
 
 
-class SealError(ValueError):
-    """A file does not hold what was saved; the message names it."""
+class ChecksumError(ValueError):
+    """The content of a file differs from what was saved; the message names the file."""
 
 
-def save_sealed(tensors: Mapping[str, torch.Tensor], path: Path, beside: Any) -> None:
-    """Write tensors and their seal.
+def save_with_checksum(tensors: Mapping[str, torch.Tensor], path: Path, config: Any) -> None:
+    """Write tensors and their checksum.
 
     Args:
-        beside: plain JSON that belongs to them, kept elsewhere.
+        config: JSON values that the checksum covers too; they are stored in another file.
     """
-    whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(whole, str(path), metadata={"format": "pt", SEAL: _digest(whole, beside)})
-    _order_metadata(path)
+    contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    digest = _digest(contiguous, config)
+    save_file(contiguous, str(path), metadata={"format": "pt", METADATA_KEY: digest})
+    _sort_metadata(path)
 
 
-def seal(path: Path, beside: Any) -> None:
-    """Seal a file that another library wrote."""
-    aside = path.with_name(f".{path.name}.part")
-    save_sealed(load_file(str(path)), aside, beside)
-    aside.replace(path)  # not written over: its tensors lie in the file itself
+def add_checksum(path: Path, config: Any) -> None:
+    """Add a checksum to a file that another library wrote."""
+    temporary = path.with_name(f".{path.name}.part")
+    # not in place: the tensors may be mapped from the file itself
+    save_with_checksum(load_file(str(path)), temporary, config)
+    temporary.replace(path)
 
 
-def load_sealed(path: Path, beside: Any) -> dict[str, torch.Tensor]:
-    """Read tensors.
+def load_with_checksum(path: Path, config: Any) -> dict[str, torch.Tensor]:
+    """Read tensors and compare their checksum.
 
     Raises:
-        SealError: they, or what is ``beside`` them, are not those of the seal.
-        OSError, SafetensorError: there is no such file, or it is truncated.
+        ChecksumError: the tensors or ``config`` differ from what was saved.
+        OSError, SafetensorError: the file does not exist, or is truncated.
     """
     with safe_open(str(path), "pt") as file:
-        seal = (file.metadata() or {}).get(SEAL)
+        saved = (file.metadata() or {}).get(METADATA_KEY)
     tensors: dict[str, torch.Tensor] = load_file(str(path))
-    if seal is not None and seal != _digest(tensors, beside):
-        raise SealError(f"{path}, or what lies beside it, is not what was saved: its seal differs")
+    if saved is not None and saved != _digest(tensors, config):
+        raise ChecksumError(
+            f"checksum mismatch: {path}, or the configuration beside it, was changed after saving"
+        )
     return tensors
 
 
-def _order_metadata(path: Path) -> None:
-    """Metadata are written in an order drawn at random; the same tensors must make the same
-    file."""
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata: safetensors writes them in random order, and the same tensors must give
+    the same file."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -69,8 +73,8 @@ def _order_metadata(path: Path) -> None:
         file.write(ordered.ljust(size))
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], beside: Any) -> str:
-    digest = sha256(json.dumps(beside, sort_keys=True).encode())
+def _digest(tensors: Mapping[str, torch.Tensor], config: Any) -> str:
+    digest = sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)

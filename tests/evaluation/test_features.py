@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pilotfish.data.pictures import from_pixels
+from pilotfish.data.images import from_pixels
 from pilotfish.evaluation.features import FrechetFeatures, Judge
 
 

@@ -103,7 +103,7 @@ def test_a_guide_from_before_loads_and_says_nothing(
     config.pop("trained_on", None)
     file.write_text(json.dumps(config))
     weights = file.with_name("diffusion_pytorch_model.safetensors")
-    save_file(load_file(weights), weights)  # nor had it a seal
+    save_file(load_file(weights), weights)  # an old file has no checksum
     guide = Guide.from_pretrained(tmp_path / "old")
     assert guide.trained_on is None
     with caplog.at_level(logging.INFO, "pilotfish"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pilotfish.checksums import SealError, load_sealed, save_sealed
+from pilotfish.checksums import ChecksumError, load_with_checksum, save_with_checksum
 from pilotfish.guides import Guide, TinyGuide
 from pilotfish.guides.files import weight_files
 from pilotfish.interface import GuideError
@@ -42,7 +42,7 @@ def test_a_damaged_guide_is_the_same_or_refused(folder: Path) -> None:
     assert outcomes["the same"] > 0  # in half precision, or cut off after the last brace
 
 
-def test_without_a_seal_a_flipped_bit_goes_unnoticed(folder: Path) -> None:
+def test_without_a_checksum_a_flipped_bit_goes_unnoticed(folder: Path) -> None:
     """So that the trials can fail, and an old guide still loads."""
     path = folder / WEIGHTS
     tensors = load_file(path)
@@ -56,11 +56,11 @@ def test_a_configuration_that_is_not_that_of_the_weights_is_refused(
     folder: Path, edit_config: Any
 ) -> None:
     edit_config(folder, guidance_scale_range=[1.0, 9.0])
-    with pytest.raises(GuideError, match="its seal differs"):
+    with pytest.raises(GuideError, match="checksum mismatch"):
         Guide.from_pretrained(folder)
 
 
-def test_every_part_of_a_large_guide_is_sealed(folder: Path, tmp_path: Path) -> None:
+def test_every_part_of_a_large_guide_has_a_checksum(folder: Path, tmp_path: Path) -> None:
     guide = Guide.from_pretrained(folder)
     guide.save_pretrained(tmp_path / "large", max_shard_size="4KB")
     parts = weight_files(tmp_path / "large", None)
@@ -84,7 +84,7 @@ def test_a_guide_from_the_hub_is_checked_as_well(folder: Path, tmp_path: Path) -
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(GuideError, match="its seal differs"):
+    with pytest.raises(GuideError, match="checksum mismatch"):
         Guide.from_pretrained("me/guide", cache_dir=tmp_path / "cache")
 
 
@@ -104,32 +104,34 @@ def test_pickles_are_not_written(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("beside", [None, {"a": [1, 2.5]}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool], ids=str)
-def test_a_seal_is_over_all_of_it(tmp_path: Path, beside: Any, dtype: torch.dtype) -> None:
-    path = tmp_path / "sealed.safetensors"
+def test_a_checksum_covers_tensors_and_configuration(
+    tmp_path: Path, beside: Any, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "saved.safetensors"
     tensors = {
         "a": torch.ones(2, 3).to(dtype).T,
         "b": torch.tensor(1).to(dtype),
         "c": torch.ones(0),
     }
-    save_sealed(tensors, path, beside)
-    loaded = load_sealed(path, beside)
+    save_with_checksum(tensors, path, beside)
+    loaded = load_with_checksum(path, beside)
     assert all(torch.equal(v, loaded[k]) for k, v in tensors.items())
-    with pytest.raises(SealError, match=r"sealed\.safetensors"):
-        load_sealed(path, {"a": [1, 2]})
+    with pytest.raises(ChecksumError, match=r"saved\.safetensors"):
+        load_with_checksum(path, {"a": [1, 2]})
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(SealError, match="its seal differs"):
-        load_sealed(path, beside)
+    with pytest.raises(ChecksumError, match="checksum mismatch"):
+        load_with_checksum(path, beside)
 
 
 def test_the_same_tensors_make_the_same_file(tmp_path: Path) -> None:
     """Thirty of them, as each would by chance."""
     files = [tmp_path / f"{i}.safetensors" for i in range(30)]
     for file in files:
-        save_sealed({"b": torch.ones(2), "a": torch.zeros(1)}, file, None)
+        save_with_checksum({"b": torch.ones(2), "a": torch.zeros(1)}, file, None)
     assert len({file.read_bytes() for file in files}) == 1
-    assert load_sealed(files[0], None).keys() == {"a", "b"}
+    assert load_with_checksum(files[0], None).keys() == {"a", "b"}
 
 
 def test_damage_is_damage(folder: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pilotfish import seals
+from pilotfish import checksums
 from pilotfish.training.checkpoints import (
     CheckpointError,
     list_checkpoints,
@@ -97,7 +98,7 @@ def test_a_full_disk_leaves_earlier_ones_whole(
 ) -> None:
     save_checkpoint(tmp_path, 1, TENSORS, FACTS)
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(seals, "save_file", half_written(full))
+    monkeypatch.setattr(checksums, "save_file", half_written(full))
     with pytest.raises(CheckpointError) as caught:
         save_checkpoint(tmp_path, 2, TENSORS, FACTS)
     sentence = str(caught.value)
@@ -113,10 +114,34 @@ def test_a_full_disk_while_a_step_is_saved_again_keeps_the_old_one(
 ) -> None:
     save_checkpoint(tmp_path, 1, TENSORS, FACTS)
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(seals, "save_file", half_written(full))
+    monkeypatch.setattr(checksums, "save_file", half_written(full))
     with pytest.raises(CheckpointError):
         save_checkpoint(tmp_path, 1, {}, {})
     assert set(load_checkpoint(tmp_path / "checkpoint-1").tensors) == set(TENSORS)
+
+
+def test_checkpoints_are_written_on_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There ``os.open`` refuses folders, and ``os.fsync`` files that are open for reading."""
+    plain, read_only = os.open, []
+
+    def windows_open(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        handle = plain(path, flags, *args, **kwargs)
+        if not flags & (os.O_RDWR | os.O_WRONLY):
+            read_only.append(handle)
+        return handle
+
+    def windows_fsync(handle: int) -> None:
+        if handle in read_only:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(os, "open", windows_open)
+    monkeypatch.setattr(os, "fsync", windows_fsync)
+    save_checkpoint(tmp_path, 1, TENSORS, FACTS)
+    assert steps(tmp_path) == [1]
 
 
 def test_a_kill_in_the_middle_is_never_taken_for_a_checkpoint(
@@ -124,7 +149,7 @@ def test_a_kill_in_the_middle_is_never_taken_for_a_checkpoint(
 ) -> None:
     save_checkpoint(tmp_path, 1, TENSORS, FACTS)
     with monkeypatch.context() as patch:
-        patch.setattr(seals, "save_file", half_written(KeyboardInterrupt()))
+        patch.setattr(checksums, "save_file", half_written(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, 2, TENSORS, FACTS)
     assert steps(tmp_path) == [1]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from pilotfish.training.config import DistillConfig
 from pilotfish.training.stages import distill
-from tests.data.test_columns import shard
+from tests.data.test_prompts import shard
 
 TEXTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pilotfish.cli.names import guide, measured, steps
-from pilotfish.data.pictures import to_pixels
+from pilotfish.data.images import to_pixels
 from pilotfish.data.prompts import load_prompts
 from pilotfish.evaluation.grids import contact_sheet
 from pilotfish.pipelines.sampling import sample

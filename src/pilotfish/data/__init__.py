@@ -1,1 +1,1 @@
-"""What goes in: prompts and pictures, read from files of the user's."""
+"""Prompts and images, read from the user's files."""

@@ -15,7 +15,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPModel, CLIPProcessor
 
-from pilotfish.data.pictures import to_pixels
+from pilotfish.data.images import to_pixels
 
 
 class InceptionFID:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from pilotfish.data.pictures import to_pixels
+from pilotfish.data.images import to_pixels
 from pilotfish.evaluation.hosts import Host
 from pilotfish.evaluation.ways import TITLES, WAYS, draw, three_ways
 from pilotfish.guides import Guide

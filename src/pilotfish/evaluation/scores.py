@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pilotfish.data.pictures import from_pixels, load_pictures
+from pilotfish.data.images import from_pixels, load_images
 from pilotfish.evaluation.features import Judge
 from pilotfish.evaluation.guidance_error import latent_shape
 from pilotfish.evaluation.metrics import FrechetMeter, PromptMeter
@@ -39,7 +39,7 @@ def real_pictures(pipe: Any, folder: str | Path | None) -> torch.Tensor | None:
     if folder is None:
         return None
     size = latent_shape(pipe)[1] * int(pipe.vae_scale_factor)
-    return from_pixels(load_pictures(folder, size).pixels)
+    return from_pixels(load_images(folder, size).pixels)
 
 
 def prefixed(progress: Progress | None, name: str) -> Progress | None:

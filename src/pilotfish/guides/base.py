@@ -15,7 +15,7 @@ from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from torch import nn
 
 from pilotfish.backbones import Origin, fingerprint
-from pilotfish.checksums import load_sealed, seal
+from pilotfish.checksums import add_checksum, load_with_checksum
 from pilotfish.errors import in_brief
 from pilotfish.guides import hub
 from pilotfish.guides.configuration import check_config
@@ -144,8 +144,9 @@ class Guide(ModelMixin, ConfigMixin):
         self, save_directory: Any, *, variant: str | None = None, push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """As diffusers does it, and every file of weights sealed together with the configuration
-        (:mod:`pilotfish.checksums`); ``push_to_hub`` takes this folder, and its card, to the hub.
+        """As diffusers does it, with a checksum in every file of weights over the weights and the
+        configuration (:mod:`pilotfish.checksums`); ``push_to_hub`` takes this folder, and its
+        card, to the hub.
 
         Raises:
             GuideError: pickles are asked for, which would never be read.
@@ -157,9 +158,9 @@ class Guide(ModelMixin, ConfigMixin):
         super().save_pretrained(save_directory, variant=variant, **kwargs)
         folder = Path(save_directory)
         if kwargs.get("is_main_process", True):
-            beside = _sealed_fields(json.loads((folder / self.config_name).read_text()))
+            beside = _config_fields(json.loads((folder / self.config_name).read_text()))
             for path in weight_files(folder, variant):
-                seal(path, beside)
+                add_checksum(path, beside)
         if push_to_hub:
             hub.add_card(self, folder)
             hub.upload(folder, there.pop("repo_id", folder.resolve().name), **there)
@@ -225,7 +226,7 @@ class Guide(ModelMixin, ConfigMixin):
             )
             folder = saved_in(pretrained_model_name_or_path, cls.config_name, kwargs)
             for path in weight_files(folder, kwargs.get("variant")):
-                held = load_sealed(path, _sealed_fields(config))
+                held = load_with_checksum(path, _config_fields(config))
                 if whole := [k for k, v in held.items() if not v.is_floating_point()]:
                     raise GuideError(f"{path} holds whole numbers for {whole[0]}, not weights")
         except GuideError:
@@ -241,8 +242,8 @@ class Guide(ModelMixin, ConfigMixin):
         return guide
 
 
-def _sealed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a saved configuration the seal is over: not what diffusers notes for itself."""
+def _config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a saved configuration that the checksum covers: not those of diffusers."""
     return {k: v for k, v in config.items() if not k.startswith("_")}
 
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``checkpoint-<step>``: ``state.safetensors`` holds every tensor of the
 learner (weights, averages, optimiser moments), ``stream-<i>.safetensors`` those of a stream of
-training states, and ``state.json`` every plain number. Seals tell a spoilt one
+training states, and ``state.json`` every plain number. Checksums detect a damaged one
 (:mod:`pilotfish.checksums`). Nothing is pickled, so nothing is ever unpickled.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from pilotfish.checksums import load_sealed, save_sealed
+from pilotfish.checksums import load_with_checksum, save_with_checksum
 from pilotfish.training.config import ConfigError
 
 PREFIX, STREAM = "checkpoint-", "stream-"
@@ -154,7 +154,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     with readable(path):
         facts = json.loads((path / "state.json").read_text())
-        tensors = load_sealed(path / "state.safetensors", facts)
+        tensors = load_with_checksum(path / "state.safetensors", facts)
         return Checkpoint(int(facts["step"]), tensors, facts)
 
 
@@ -170,7 +170,7 @@ def load_stream(path: Path, number: int) -> dict[str, torch.Tensor]:
         CheckpointError: it is missing or damaged.
     """
     with readable(path):
-        return load_sealed(path / f"{STREAM}{number}.safetensors", number)
+        return load_with_checksum(path / f"{STREAM}{number}.safetensors", number)
 
 
 @contextmanager
@@ -272,7 +272,7 @@ def module_tensors(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], beside: Any) -> None:
-    save_sealed(tensors, path, beside)
+    save_with_checksum(tensors, path, beside)
     _sync(path)
 
 
@@ -285,7 +285,13 @@ def _remove(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    try:  # Windows flushes only files that are open for writing, and opens no folders
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:
+            return
+        raise
     try:
         os.fsync(handle)
     finally:

@@ -13,9 +13,8 @@ from torch import nn
 
 from pilotfish import bundled
 from pilotfish.conditioning import Prompts, encoded, time_ids
-from pilotfish.data.pictures import from_pixels, load_pictures
-from pilotfish.data.prompts import open_prompts
-from pilotfish.data.texts import Joined
+from pilotfish.data.images import from_pixels, load_images
+from pilotfish.data.prompts import ConcatTexts, open_prompts
 from pilotfish.guides import Guide
 from pilotfish.noise import NoisePath
 from pilotfish.pipelines.loading import fine_tuned_weights, load_pipeline
@@ -102,7 +101,7 @@ class Material:
     @cached_property
     def texts(self) -> Prompts:
         """``prompts``, then ``held_out``, by their index."""
-        return encoded(self.pipe, Joined(self.prompts, self.held_out))
+        return encoded(self.pipe, ConcatTexts(self.prompts, self.held_out))
 
     def teacher(self) -> Teacher:
         """The base's two passes, over training and held-out prompts."""
@@ -123,7 +122,7 @@ class Material:
         if self.picture_folder is None:
             raise ConfigError("--states noised needs --pictures, a folder with metadata.jsonl")
         size = self.latent_shape[1] * int(self.pipe.vae_scale_factor)
-        pictures = load_pictures(self.picture_folder, size)
+        pictures = load_images(self.picture_folder, size)
         captions = set(pictures.captions)
         place = {text: i for i, text in enumerate(self.prompts) if text in captions}
         missing = [c for c in pictures.captions if c not in place]

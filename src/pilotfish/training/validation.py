@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pilotfish.conditioning import NULL
-from pilotfish.data.pictures import to_pixels
+from pilotfish.data.images import to_pixels
 from pilotfish.guides import Guide
 from pilotfish.pipelines.sampling import Sample, TeacherStep, cfg_trajectories, sample
 from pilotfish.teacher import Teacher

@@ -1,4 +1,4 @@
-"""Captioned pictures from a folder."""
+"""Captioned images from a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pilotfish.data.pictures import from_pixels, load_pictures, to_pixels
+from pilotfish.data.images import from_pixels, load_images, to_pixels
 
 
 def write(folder: Path, name: str, size: int = 8, mode: str = "RGB", tone: int = 200) -> None:
@@ -28,11 +28,11 @@ def row(name: str, text: str = "a cat") -> dict[str, str]:
     return {"file_name": name, "text": text}
 
 
-def test_pictures_and_captions_keep_their_order(tmp_path: Path) -> None:
+def test_images_and_captions_keep_their_order(tmp_path: Path) -> None:
     write(tmp_path, "b.png", tone=1)
     write(tmp_path, "a.webp", tone=255)
     index(tmp_path, row("b.png", "first"), row("a.webp", "zweite ä"))
-    found = load_pictures(tmp_path)
+    found = load_images(tmp_path)
     assert found.captions == ["first", "zweite ä"]
     assert len(found) == 2
     assert found.pixels.shape == (2, 3, 8, 8)
@@ -45,7 +45,7 @@ def test_rows_and_columns_are_not_swapped(tmp_path: Path) -> None:
     pixels[1, 5, 2] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
     index(tmp_path, row("a.png"))
-    found = load_pictures(tmp_path).pixels
+    found = load_images(tmp_path).pixels
     assert found.shape == (1, 3, 4, 6)
     assert found.nonzero().tolist() == [[0, 2, 1, 5]]
 
@@ -54,35 +54,35 @@ def test_rows_and_columns_are_not_swapped(tmp_path: Path) -> None:
 def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     write(tmp_path, "a.png", mode=mode)
     index(tmp_path, row("a.png"))
-    assert load_pictures(str(tmp_path)).pixels.shape == (1, 3, 8, 8)
+    assert load_images(str(tmp_path)).pixels.shape == (1, 3, 8, 8)
 
 
 def test_a_size_resizes(tmp_path: Path) -> None:
     write(tmp_path, "a.png", size=8)
     write(tmp_path, "b.png", size=12)
     index(tmp_path, row("a.png"), row("b.png"))
-    assert load_pictures(tmp_path, size=4).pixels.shape == (2, 3, 4, 4)
+    assert load_images(tmp_path, size=4).pixels.shape == (2, 3, 4, 4)
     with pytest.raises(ValueError, match="differ in size"):
-        load_pictures(tmp_path)
+        load_images(tmp_path)
 
 
 def test_a_folder_without_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no metadata\.jsonl"):
-        load_pictures(tmp_path)
+        load_images(tmp_path)
     with pytest.raises(ValueError, match="nowhere"):
-        load_pictures(tmp_path / "nowhere")
+        load_images(tmp_path / "nowhere")
 
 
 def test_an_index_of_nothing_is_refused(tmp_path: Path) -> None:
     index(tmp_path)
-    with pytest.raises(ValueError, match="names no picture"):
-        load_pictures(tmp_path)
+    with pytest.raises(ValueError, match="names no image"):
+        load_images(tmp_path)
 
 
 def test_an_index_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"metadata\.jsonl could not be read"):
-        load_pictures(tmp_path)
+        load_images(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -91,20 +91,20 @@ def test_an_index_that_is_no_text_is_refused(tmp_path: Path) -> None:
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, bad: object) -> None:
     write(tmp_path, "a.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     index(tmp_path, row("a.png"), bad)
     with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2"):
-        load_pictures(tmp_path)
+        load_images(tmp_path)
 
 
-def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_image_is_refused(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
     index(tmp_path, row("a.png"))
     with pytest.raises(ValueError, match="line 1"):
-        load_pictures(tmp_path)
+        load_images(tmp_path)
 
 
 def test_pixels_come_back() -> None:

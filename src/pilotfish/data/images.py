@@ -1,4 +1,4 @@
-"""Pictures with captions, read from a folder in the imagefolder convention.
+"""Captioned images, read from a folder in the imagefolder format.
 
 ``<folder>/metadata.jsonl`` holds one ``{"file_name": ..., "text": ...}`` a line.
 """
@@ -15,8 +15,8 @@ from PIL import Image, UnidentifiedImageError
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Captioned pictures in memory.
+class CaptionedImages:
+    """Captioned images in memory.
 
     Attributes:
         pixels: (N, 3, H, W), uint8.
@@ -30,11 +30,11 @@ class Pictures:
         return len(self.captions)
 
 
-def load_pictures(folder: str | Path, size: int | None = None) -> Pictures:
-    """Read every captioned picture of ``folder`` as RGB, resized to ``size`` squares if given.
+def load_images(folder: str | Path, size: int | None = None) -> CaptionedImages:
+    """Read every captioned image of ``folder`` as RGB, resized to ``size`` squares if given.
 
     Raises:
-        ValueError: no ``metadata.jsonl``, no picture in it, or a file that is no picture.
+        ValueError: there is no ``metadata.jsonl``, it names no image, or a file is not an image.
     """
     folder = Path(folder)
     index = folder / "metadata.jsonl"
@@ -51,10 +51,11 @@ def load_pictures(folder: str | Path, size: int | None = None) -> Pictures:
         except (OSError, UnidentifiedImageError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{index}, line {number}: {error}") from error
     if not arrays:
-        raise ValueError(f"{index} names no picture")
+        raise ValueError(f"{index} names no image")
     if len({a.shape for a in arrays}) > 1:
-        raise ValueError(f"the pictures of {folder} differ in size; pass size= to resize them")
-    return Pictures(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), captions)
+        raise ValueError(f"the images of {folder} differ in size; pass size= to resize them")
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return CaptionedImages(pixels, captions)
 
 
 def _lines(index: Path) -> list[str]:
@@ -65,7 +66,7 @@ def _lines(index: Path) -> list[str]:
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] floats (N, 3, H, W), as a VAE decodes them, to uint8."""
+    """[-1, 1] floats (N, 3, H, W), the output of a VAE, to uint8."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
