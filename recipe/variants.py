@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from pilotfish import bundled
-from pilotfish.evaluation.guidance_error import guidance_error
 from pilotfish.evaluation.hosts import embedded_hosts
 from pilotfish.evaluation.machine import machine, versions
+from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
 from pilotfish.training.config import DistillConfig
 from pilotfish.training.stages import distill
@@ -124,9 +124,9 @@ def measure(guide: Guide, held_out: list[str], stage: VariantsStage) -> dict[str
         if host == "base":
             share = parameters / sum(p.numel() for p in pipe.unet.parameters())
         with torch.autocast(pipe.device.type, torch.bfloat16):  # as they were trained
-            error = guidance_error(
-                pipe, guide, held_out, seed=stage.seed,
-                num_inference_steps=stage.num_inference_steps,
-            )  # fmt: skip
+            trajectories = Trajectories.of_pipeline(
+                pipe, held_out, seed=stage.seed, num_inference_steps=stage.num_inference_steps
+            )
+            error = pipeline_guidance_error(pipe, guide, trajectories)
         errors[host] = {"mean": error.mean, "by_w": error.by_w}
     return {"parameters": parameters, "share": share, "guidance_error": errors}

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from baselines.comparison.result import HostScores
 from pilotfish.evaluation.features import Judge
 from pilotfish.evaluation.gallery import Gallery
-from pilotfish.evaluation.guidance_error import Walks, guidance_error
 from pilotfish.evaluation.hosts import Host
 from pilotfish.evaluation.metrics import LatentMeter, gain_kept, gain_kept_interval
 from pilotfish.evaluation.result import Interval, Scores
+from pilotfish.evaluation.spread import everyone, process
+from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
 from pilotfish.pipelines.sampling import Attachable
 
@@ -48,7 +49,10 @@ class Bench:
         if how.guidance_scale <= 1:
             raise ValueError(f"there is no gain to keep at w = {how.guidance_scale:g}; take more")
         self.pipe, self.how = host.load(), how
-        self.walks: Walks = {}
+        self.trajectories = Trajectories.of_pipeline(
+            self.pipe, how.held_out, seed=how.seed, batch_size=how.batch_size, cache=True,
+            num_inference_steps=how.num_inference_steps, process=process(),
+        )  # fmt: skip
         self.gallery = Gallery(
             self.pipe, judge, prompts=how.names, names=how.names,
             pictures_folder=host.pictures, samples=how.samples, seed=how.seed,
@@ -62,10 +66,9 @@ class Bench:
         how, none, cfg = self.how, self.none, self.cfg
         error = math.nan
         if isinstance(method, Guide):
-            error = guidance_error(
-                self.pipe, method, how.held_out, seed=how.seed, batch_size=how.batch_size,
-                num_inference_steps=how.num_inference_steps, known=self.walks,
-            ).mean  # fmt: skip
+            error = pipeline_guidance_error(
+                self.pipe, method, self.trajectories, gather=everyone
+            ).mean
         made = self.gallery.draw(how.guidance_scale, how.num_inference_steps, method)
         latents = LatentMeter()
         latents.update(made.latents, none.latents, cfg.latents)

@@ -13,7 +13,6 @@ from pilotfish.evaluation.hosts import Host
 from pilotfish.evaluation.result import (
     Agreement,
     Cost,
-    GuidanceError,
     GuideSize,
     HostResult,
     Interval,
@@ -21,6 +20,7 @@ from pilotfish.evaluation.result import (
     Run,
     Scores,
 )
+from pilotfish.guidance_error import GuidanceError
 from pilotfish.guides import Guide, TinyGuide
 
 
@@ -49,7 +49,7 @@ def result() -> Result:
     def host(shift: float, fd: float) -> HostResult:
         return HostResult(
             guidance_error=GuidanceError(
-                0.3 + shift, {"2": 0.2 + shift, "7": 0.4 + shift}, {"999": 0.5, "499": 0.2}
+                0.3 + shift, {"2": 0.2 + shift, "7": 0.4 + shift}, {"0.999": 0.5, "0.499": 0.2}
             ),
             latent_mse_ratio=0.2 + shift,
             gain_kept=0.9 - shift,

@@ -128,7 +128,9 @@ def test_bad_input_is_named_before_any_work(
     pipe: Any, guide: Guide, judge: Judge, names: list[str], real: Path,
     change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pilotfish.evaluation.evaluation.guidance_error", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(
+        "pilotfish.evaluation.evaluation.pipeline_guidance_error", lambda *a, **k: 1 / 0
+    )
     settings: dict[str, Any] = {
         "prompts": names, "names": names, "pictures_folder": real, "judge": judge, **SMALL, **TOLD
     }  # fmt: skip

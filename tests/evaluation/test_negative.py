@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from pilotfish.evaluation.features import Judge
-from pilotfish.evaluation.guidance_error import guidance_error
 from pilotfish.evaluation.hosts import Host
 from pilotfish.evaluation.negative import NegativeResult, measure_negatives, negative_host, pairs
 from pilotfish.evaluation.table import negatives_table
@@ -98,23 +97,9 @@ def test_told_the_null_prompt_nothing_is_ignored(
     assert host.agreement["told"] == host.agreement["ignoring"]
 
 
-def test_batches_of_negative_prompts_make_no_difference(
-    pipe: Any, names: list[str], moved: Guide
-) -> None:
-    """Some have the null prompt, some another: each batch mixes them in its own way."""
-    negative = [*names[1:3], ""]
-    errors = [
-        guidance_error(pipe, moved, names[:3], negative_prompts=negative, batch_size=n, **STEPS)
-        for n in (1, 3)
-    ]
-    assert errors[0].mean == pytest.approx(errors[1].mean, rel=1e-4)
-
-
 def test_bad_input_is_named(
-    hosts: dict[str, Host], pipe: Any, judge: Judge, names: list[str], moved: Guide
+    hosts: dict[str, Host], judge: Judge, names: list[str], moved: Guide
 ) -> None:
-    with pytest.raises(ValueError, match="3 prompts but 1 negative prompts"):
-        guidance_error(pipe, moved, names[:3], negative_prompts=["x"])
     with pytest.raises(ValueError, match="there is no host"):
         measure({}, judge, names, moved)
     with pytest.raises(ValueError, match="does nothing at w = 1"):

@@ -44,7 +44,7 @@ def test_a_contact_sheet_holds_every_picture_and_no_name() -> None:
 
 
 def test_a_line_a_host_and_one_for_no_guide(result: Result) -> None:
-    for draw in (plots.guidance_error_over_scale, plots.guidance_error_over_timestep):
+    for draw in (plots.guidance_error_over_scale, plots.guidance_error_over_time):
         (axes,) = draw(result).axes
         assert [line.get_label() for line in axes.lines] == ["base", "watercolour", "no guide"]
     axes = plots.guidance_error_over_scale(result).axes[0]
@@ -52,7 +52,7 @@ def test_a_line_a_host_and_one_for_no_guide(result: Result) -> None:
 
 
 def test_time_runs_from_noise_to_picture(result: Result) -> None:
-    left, right = plots.guidance_error_over_timestep(result).axes[0].get_xlim()
+    left, right = plots.guidance_error_over_time(result).axes[0].get_xlim()
     assert left > right
 
 

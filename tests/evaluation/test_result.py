@@ -28,7 +28,7 @@ def test_the_shape_of_the_json(result: Result) -> None:
     written = json.loads(result.to_json())
     assert set(written) == {"hosts", "guide", "cost", "run"}
     host = written["hosts"]["base"]
-    assert {"mean", "by_w", "by_timestep"} == set(host["guidance_error"])
+    assert {"mean", "by_w", "by_time"} == set(host["guidance_error"])
     for way in ("none", "cfg", "guided"):
         assert set(host[way]) == {"prompt_score", "top5", "cosine", "fd_judge"}
     for way in ("none", "guided"):

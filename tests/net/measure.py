@@ -17,8 +17,8 @@ import torch
 
 from pilotfish import bundled
 from pilotfish.evaluation.cost import cost
-from pilotfish.evaluation.guidance_error import guidance_error
 from pilotfish.evaluation.machine import machine
+from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.pipelines.sampling import sample
 
 HERE = Path(__file__).parent
@@ -32,12 +32,15 @@ def errors(name: str) -> dict[str, float]:
     """Guidance error by w on 16 held-out prompts, and at w = 4 with negative prompts."""
     pipe, guide = bundled.load_model(name), bundled.load_guide()
     prompts = bundled.prompts("held_out")[:16]
-    plain = guidance_error(pipe, guide, prompts, num_inference_steps=STEPS, seed=SEED)
-    told = guidance_error(
-        pipe, guide, prompts, num_inference_steps=STEPS, seed=SEED, guidance_scales=(W,),
-        negative_prompts=[*prompts[8:], *prompts[:8]],
-    )  # fmt: skip
-    return {**plain.by_w, "4, negative prompt": told.by_w["4"]}
+
+    def error(**settings: Any) -> dict[str, float]:
+        trajectories = Trajectories.of_pipeline(
+            pipe, prompts, num_inference_steps=STEPS, seed=SEED, **settings
+        )
+        return pipeline_guidance_error(pipe, guide, trajectories).by_w
+
+    told = error(guidance_scales=(W,), negative_prompts=[*prompts[8:], *prompts[:8]])
+    return {**error(), "4, negative prompt": told["4"]}
 
 
 def image(pipe: Any, mode: str, guide: Any, steps: int = STEPS) -> np.ndarray:

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
     history = json.loads((training / "history.json").read_text())
     for name, figure in (
         ("guidance-error-by-w", plots.guidance_error_over_scale(results["shipped"])),
-        ("guidance-error-by-timestep", plots.guidance_error_over_timestep(results["shipped"])),
+        ("guidance-error-by-time", plots.guidance_error_over_time(results["shipped"])),
         ("training", plots.training_curve(history)),
         ("cost", plots.cost_bars(results["shipped"].cost)),
     ):

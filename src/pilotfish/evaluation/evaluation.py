@@ -15,7 +15,6 @@ import torch
 from pilotfish.evaluation.cost import cost, guide_size
 from pilotfish.evaluation.external import ClipScore, InceptionFID
 from pilotfish.evaluation.features import Judge
-from pilotfish.evaluation.guidance_error import SCALES, guidance_error
 from pilotfish.evaluation.hosts import Host
 from pilotfish.evaluation.machine import machine, versions
 from pilotfish.evaluation.metrics import (
@@ -28,8 +27,9 @@ from pilotfish.evaluation.metrics import (
 from pilotfish.evaluation.parts import Parts, fingerprint, modules
 from pilotfish.evaluation.result import HostResult, Interval, Result, Run
 from pilotfish.evaluation.scores import Progress, ScoreMeter, prefixed, real_pictures
-from pilotfish.evaluation.spread import on_main, whole_batch
+from pilotfish.evaluation.spread import everyone, on_main, process, whole_batch
 from pilotfish.evaluation.ways import WAYS, Drawn, three_ways, walk
+from pilotfish.guidance_error import SCALES, Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
 from pilotfish.teacher import checksum
 
@@ -87,10 +87,11 @@ def evaluate_host(
     latents = LatentMeter()
     report = progress or (lambda what, done, total: None)
     report("guidance error", 0, 1)
-    error = guidance_error(
-        pipe, guide, held_out, guidance_scales=guidance_scales, seed=seed,
+    trajectories = Trajectories.of_pipeline(
+        pipe, held_out, guidance_scales=guidance_scales, seed=seed, process=process(),
         num_inference_steps=num_inference_steps, batch_size=batch_size,
     )  # fmt: skip
+    error = pipeline_guidance_error(pipe, guide, trajectories, gather=everyone)
     report("guidance error", 1, 1)
     done = 0
     for batch in three_ways(

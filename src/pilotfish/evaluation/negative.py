@@ -15,16 +15,16 @@ from typing import Any
 
 from pilotfish.evaluation.cost import guide_size
 from pilotfish.evaluation.features import Judge
-from pilotfish.evaluation.guidance_error import Walks, guidance_error
 from pilotfish.evaluation.hosts import Host
 from pilotfish.evaluation.machine import machine, versions
 from pilotfish.evaluation.metrics import AgreementMeter, LatentMeter
 from pilotfish.evaluation.parts import Unfinished, fingerprint, modules
-from pilotfish.evaluation.result import Agreement, GuidanceError, GuideSize, Run
+from pilotfish.evaluation.result import Agreement, GuideSize, Run
 from pilotfish.evaluation.saved import Saved
 from pilotfish.evaluation.scores import Progress, prefixed
-from pilotfish.evaluation.spread import whole_batch
+from pilotfish.evaluation.spread import everyone, process, whole_batch
 from pilotfish.evaluation.ways import draw
+from pilotfish.guidance_error import GuidanceError, Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
 from pilotfish.teacher import checksum
 
@@ -104,15 +104,13 @@ def negative_host(
     """
     report = progress or (lambda what, done, total: None)
 
-    def error(against: Sequence[str] | None, walks: Walks, ignoring: bool = False) -> GuidanceError:
-        return guidance_error(
-            pipe, guide, prompts, seed=seed, batch_size=batch_size, ignoring=ignoring,
-            num_inference_steps=num_inference_steps, negative_prompts=against, known=walks,
-        )  # fmt: skip
-
-    walks: Walks = {}
-    null, told = error(None, {}), error(negative_prompts, walks)
-    ignoring = error(negative_prompts, walks, ignoring=True)
+    walk = partial(
+        Trajectories.of_pipeline, pipe, prompts, seed=seed, batch_size=batch_size,
+        num_inference_steps=num_inference_steps, process=process(),
+    )  # fmt: skip
+    error = partial(pipeline_guidance_error, pipe, guide, gather=everyone)
+    null, walks = error(walk()), walk(negative_prompts=negative_prompts, cache=True)
+    told, ignoring = error(walks), error(walks, with_negative=False)
     report("guidance error", 1, 1)
     latents, agreement = LatentMeter(), {way: AgreementMeter() for way in TOLD}
     batch_size = whole_batch(batch_size)

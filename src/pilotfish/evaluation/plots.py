@@ -45,11 +45,11 @@ def guidance_error_over_scale(result: Result, theme: Theme = LIGHT) -> Figure:
     return _error_axis(figure, axes, theme)
 
 
-def guidance_error_over_timestep(result: Result, theme: Theme = LIGHT) -> Figure:
+def guidance_error_over_time(result: Result, theme: Theme = LIGHT) -> Figure:
     """One line a host, from pure noise on the left to the picture on the right."""
-    figure, axes = _axes("Guidance error along the trajectory", "timestep (noise → picture)", theme)
+    figure, axes = _axes("Guidance error along the trajectory", "time (noise → image)", theme)
     for i, (name, host) in enumerate(result.hosts.items()):
-        pairs = sorted((int(t), e) for t, e in host.guidance_error.by_timestep.items())
+        pairs = sorted((float(t), e) for t, e in host.guidance_error.by_time.items())
         axes.plot(*zip(*pairs, strict=True), **_style(theme, i, size=3), label=name)
     axes.invert_xaxis()
     return _error_axis(figure, axes, theme)

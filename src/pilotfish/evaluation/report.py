@@ -50,7 +50,7 @@ def render(
         "Guidance error by guidance scale":
             lambda theme: plots.guidance_error_over_scale(result, theme),
         "Guidance error along the trajectory":
-            lambda theme: plots.guidance_error_over_timestep(result, theme),
+            lambda theme: plots.guidance_error_over_time(result, theme),
         "Cost of the three ways": lambda theme: plots.cost_bars(result.cost, theme),
     }  # fmt: skip
     if training:

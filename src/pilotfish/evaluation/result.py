@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from pilotfish.evaluation.saved import Saved
+from pilotfish.guidance_error import GuidanceError
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,6 @@ class Agreement:
     psnr: float
     ssim: float
     cosine: float
-
-
-@dataclass(frozen=True)
-class GuidanceError:
-    """0 is perfect, 1 is no guide. ``mean`` is over w; timesteps are keys from last to first."""
-
-    mean: float
-    by_w: dict[str, float]
-    by_timestep: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 
 from pilotfish.data.images import from_pixels, load_images
 from pilotfish.evaluation.features import Judge
-from pilotfish.evaluation.guidance_error import latent_shape
 from pilotfish.evaluation.metrics import FrechetMeter, PromptMeter
 from pilotfish.evaluation.result import Scores
+from pilotfish.guidance_error import latent_shape
 
 # (what is being measured, done, of how many)
 Progress = Callable[[str, int, int], None]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather, gather_object, parse_flag_from_env
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=6)
@@ -60,10 +60,20 @@ def gathered(count: int, *shares: torch.Tensor) -> list[torch.Tensor]:
     return [gather(t.to(state.device).contiguous())[:count].to(t.device) for t in shares]
 
 
+def process() -> tuple[int, int]:
+    """(index of this process, how many there are)."""
+    state = _state()
+    return int(state.process_index), int(state.num_processes)
+
+
+def everyone(mine: T) -> list[T]:
+    """What each process gives, in all of them."""
+    return list(gather_object([mine]))
+
+
 def total(number: int) -> int:
     """The sum over all processes."""
-    (everyone,) = gathered(_state().num_processes, torch.tensor([number]))
-    return int(everyone.sum())
+    return sum(everyone(number))
 
 
 def on_main(call: Callable[[], T]) -> T:

@@ -1,0 +1,226 @@
+"""The guidance error: how far one guided pass is from CFG, along CFG trajectories.
+
+    E ||guided - cfg||^2 / E ||conditional - cfg||^2
+
+A mean squared error, normalised by that of no guide: 0 is CFG, 1 is no guide. The latents are
+those that CFG sampling of held-out prompts passes through, from seeded noise, at each w.
+Training validates with it and evaluation reports it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from pilotfish.conditioning import NULL, encoded, some_or_one, time_ids
+from pilotfish.guides import Guide
+from pilotfish.noise import NoisePath
+from pilotfish.pipelines import check
+from pilotfish.pipelines.sampling import TeacherStep, cfg_trajectories
+from pilotfish.teacher import Student, Teacher
+
+SCALES = (2.0, 4.0, 7.0)
+
+# (w, normalised time) -> (squared distance of guided to CFG, of conditional to CFG)
+Sums = dict[tuple[float, float], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class GuidanceError:
+    """0 is CFG, 1 is no guide.
+
+    Attributes:
+        mean: over w; every w counts alike, although the distances grow with (w - 1)^2.
+        by_w: ratio of the sums over all times, ``{"2": ...}``.
+        by_time: mean over w at each normalised time, timestep / 1000, from noise to image:
+            ``{"0.999": ...}``.
+    """
+
+    mean: float
+    by_w: dict[str, float]
+    by_time: dict[str, float]
+
+    @classmethod
+    def of(cls, sums: Sums) -> Self:
+        """The ratios of summed distances."""
+        scales = sorted({w for w, _ in sums})
+        times = sorted({t for _, t in sums}, reverse=True)
+        by_w = {f"{w:g}": _ratio(sums[k] for k in sums if k[0] == w) for w in scales}
+        by_time = {f"{t:g}": _mean([_ratio([sums[k]]) for k in sums if k[1] == t]) for t in times}
+        return cls(_mean(list(by_w.values())), by_w, by_time)
+
+
+class Trajectories:
+    """CFG sampling of some prompts by the teacher, at each w and in batches.
+
+    Args:
+        teacher: the frozen denoiser.
+        path: its noise path.
+        prompt: (N,) indices of the teacher's prompts.
+        negative: (N,) indices of the negative prompts, ``NULL`` for none.
+        noise: (N, C, h, w) where the trajectories start, at every w.
+        guidance_scales: each w, above 1.
+        cache: keep every step in memory, for further guides.
+
+    Raises:
+        ValueError: no prompt, or a w of at most 1, where there is no guidance.
+    """
+
+    def __init__(
+        self, teacher: Teacher, path: NoisePath, prompt: torch.Tensor, negative: torch.Tensor,
+        noise: torch.Tensor, *, guidance_scales: Sequence[float] = SCALES,
+        num_inference_steps: int = 25, batch_size: int = 32, cache: bool = False,
+    ) -> None:  # fmt: skip
+        if not guidance_scales or min(guidance_scales) <= 1:
+            raise ValueError(f"the guidance error is defined for w above 1, not {guidance_scales}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.teacher, self.path, self.noise = teacher, path, noise
+        self.prompt, self.negative = prompt, negative
+        self.guidance_scales = tuple(map(float, guidance_scales))
+        self.num_inference_steps, self.batch_size = num_inference_steps, batch_size
+        self.cache: dict[tuple[float, int], list[TeacherStep]] | None = {} if cache else None
+
+    @classmethod
+    def of_pipeline(
+        cls, pipe: Any, prompts: Sequence[str], *, negative_prompts: Sequence[str] | None = None,
+        seed: int = 0, process: tuple[int, int] = (0, 1), **settings: Any,
+    ) -> Self:  # fmt: skip
+        """Those of a text-to-image pipeline; its denoiser is frozen.
+
+        Args:
+            prompts: held out of the guide's training.
+            negative_prompts: as many as prompts; left out, the null prompt.
+            seed: of the noise.
+            process: (index, count), where several processes share the prompts.
+            settings: as of the class.
+
+        Raises:
+            ValueError: no prompt, another number of negative prompts, or a w of at most 1.
+        """
+        if not prompts:
+            raise ValueError("the guidance error needs at least one prompt")
+        others = list(negative_prompts or ())
+        if others and len(others) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(others)} negative prompts")
+        teacher = Teacher(pipe.unet, encoded(pipe, [*prompts, *others]), time_ids(pipe))
+        negative = torch.full((len(prompts),), NULL)
+        for i, text in enumerate(others):
+            negative[i] = len(prompts) + i if text else NULL
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(prompts), *latent_shape(pipe), generator=generator)
+        index, count = process
+        mine = torch.arange(index, len(prompts), count)
+        return cls(
+            teacher, NoisePath.of(pipe.scheduler), mine, negative[mine],
+            noise[mine].to(pipe.unet.device), **settings,
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[tuple[float, torch.Tensor, Iterable[TeacherStep]]]:
+        """(w, places (n,) of a batch among the prompts, its steps), batch after batch."""
+        for w in self.guidance_scales:
+            for index in torch.arange(len(self.prompt)).split(self.batch_size):
+                if len(index):
+                    yield w, index, self._walk(w, index)
+
+    def _walk(self, w: float, index: torch.Tensor) -> Iterable[TeacherStep]:
+        key = (w, int(index[0]))
+        if self.cache is not None and key in self.cache:
+            return self.cache[key]
+        steps = cfg_trajectories(
+            self.teacher, self.path, self.prompt[index], self.negative[index], self.noise[index],
+            w, self.num_inference_steps,
+        )  # fmt: skip
+        if self.cache is None:
+            return steps
+        self.cache[key] = list(steps)
+        return self.cache[key]
+
+
+@torch.no_grad()
+def guidance_error(
+    student: Student, trajectories: Trajectories, *, with_negative: bool = True,
+    gather: Callable[[Sums], Sequence[Sums]] = lambda sums: [sums],
+) -> GuidanceError:  # fmt: skip
+    """The guidance error of a student along the trajectories of its teacher.
+
+    Args:
+        with_negative: False: the student is conditioned on the null prompt, whatever negative
+            prompt CFG uses.
+        gather: the sums of all processes, from those of this one.
+    """
+    sums: Sums = {}
+    prompts = trajectories.teacher.prompts
+    for w, index, steps in trajectories:
+        negative = trajectories.negative[index]
+        if not with_negative:
+            negative = torch.full_like(negative, NULL)
+        texts = prompts(trajectories.prompt[index]), some_or_one(prompts, negative)
+        scale = torch.full((len(index),), w)
+        for step in steps:
+            guided = student(step.latents, step.timestep, *texts, scale)
+            key = (w, float(step.timestep[0]) / 1000)
+            pair = _distance(guided, step.cfg), _distance(step.conditional, step.cfg)
+            sums[key] = _add(sums.get(key, (0.0, 0.0)), pair)
+    total: Sums = {}
+    for some in gather(sums):
+        for key, pair in some.items():
+            total[key] = _add(total.get(key, (0.0, 0.0)), pair)
+    return GuidanceError.of(total)
+
+
+def pipeline_guidance_error(
+    pipe: Any, guide: Guide, trajectories: Trajectories, **settings: Any
+) -> GuidanceError:
+    """:func:`guidance_error` of a guide on the denoiser of a pipeline, along
+    :meth:`Trajectories.of_pipeline`.
+
+    Raises:
+        GuideError: the guide does not fit.
+    """
+    with _student(pipe, guide) as student:
+        return guidance_error(student, trajectories, **settings)
+
+
+@contextmanager
+def _student(pipe: Any, guide: Guide) -> Iterator[Student]:
+    """The denoiser with the guide, which is copied where it lies elsewhere or in another
+    precision; no hook stays."""
+    unet = check(guide, pipe)
+    if (guide.device, guide.dtype) != (unet.device, unet.dtype):
+        guide = deepcopy(guide).to(unet.device, unet.dtype)
+    student = Student(guide.eval(), unet, time_ids(pipe))
+    try:
+        yield student
+    finally:
+        student.hooks.remove()
+
+
+def latent_shape(pipe: Any) -> tuple[int, int, int]:
+    """(C, h, w) of a pipeline's latents at its own size."""
+    size = pipe.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(pipe.unet.config.in_channels), int(height), int(width)
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).square().sum())
+
+
+def _add(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _ratio(pairs: Iterable[tuple[float, float]]) -> float:
+    error, reference = (sum(part) for part in zip(*pairs, strict=True))
+    return error / reference if reference else math.nan
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pilotfish import guidance_error as module
+from pilotfish.guidance_error import GuidanceError, Sums, Trajectories, pipeline_guidance_error
+from pilotfish.guides import Guide, TinyGuide
+from pilotfish.interface import GuideError
+from pilotfish.teacher import Teacher
+
+PROMPTS = ["cat", "a", "b"]
+SHORT: dict[str, Any] = {"num_inference_steps": 2, "guidance_scales": (2.0, 4.0)}
+
+
+@pytest.fixture
+def guide(pipe: Any) -> Guide:
+    return TinyGuide.for_denoiser(pipe.unet, "epsilon").eval()
+
+
+@pytest.fixture
+def moved(guide: Guide, randomise: Callable[[Guide], Guide]) -> Guide:
+    return randomise(guide)
+
+
+def measure(pipe: Any, guide: Guide, prompts: list[str] = PROMPTS, **given: Any) -> GuidanceError:
+    return pipeline_guidance_error(
+        pipe, guide, Trajectories.of_pipeline(pipe, prompts, **SHORT | given)
+    )
+
+
+def test_a_fresh_guide_has_an_error_of_1(pipe: Any, guide: Guide) -> None:
+    error = measure(pipe, guide)
+    every = [error.mean, *error.by_w.values(), *error.by_time.values()]
+    assert every == pytest.approx([1.0] * len(every), abs=1e-4)
+    assert list(error.by_w) == ["2", "4"]
+    assert list(error.by_time) == ["0.999", "0.499"]
+
+
+def test_a_trained_guide_does_not(pipe: Any, moved: Guide) -> None:
+    assert abs(measure(pipe, moved).mean - 1) > 0.01
+
+
+def test_every_scale_counts_alike() -> None:
+    error = GuidanceError.of({(2.0, 0.999): (0.0, 1.0), (7.0, 0.999): (100.0, 100.0)})
+    assert error == GuidanceError(0.5, {"2": 0.0, "7": 1.0}, {"0.999": 0.5})
+
+
+def test_a_scale_is_the_ratio_of_sums_over_its_times() -> None:
+    error = GuidanceError.of({(4.0, 0.999): (3.0, 3.0), (4.0, 0.499): (0.0, 1.0)})
+    assert error == GuidanceError(0.75, {"4": 0.75}, {"0.999": 1.0, "0.499": 0.0})
+
+
+def test_it_depends_on_the_seed_and_not_on_batches(pipe: Any, moved: Guide) -> None:
+    whole, again, parts, other = (
+        measure(pipe, moved, batch_size=n, seed=s).mean for n, s in ((3, 5), (3, 5), (2, 5), (3, 6))
+    )
+    assert whole == again != other
+    assert whole == pytest.approx(parts, rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_prompts(pipe: Any, moved: Guide, count: int) -> None:
+    sums: list[Sums] = []
+    for index in range(count):
+        trajectories = Trajectories.of_pipeline(pipe, PROMPTS, process=(index, count), **SHORT)
+        # one after another: the last one sees the sums of all
+        shared = pipeline_guidance_error(
+            pipe, moved, trajectories, gather=lambda mine: sums.append(mine) or sums
+        )
+    assert shared.by_w == pytest.approx(measure(pipe, moved).by_w, rel=1e-5)
+
+
+def test_trajectories_are_cached_for_further_guides(
+    pipe: Any, guide: Guide, moved: Guide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = [measure(pipe, g, batch_size=2) for g in (guide, moved)]
+    kept = Trajectories.of_pipeline(pipe, PROMPTS, batch_size=2, cache=True, **SHORT)
+    first = pipeline_guidance_error(pipe, guide, kept)
+    monkeypatch.setattr(Teacher, "__call__", pytest.fail)
+    assert [first, pipeline_guidance_error(pipe, moved, kept)] == alone
+
+
+def test_negative_prompts_reach_teacher_and_student(pipe: Any, with_negative: Guide) -> None:
+    texts = ["b", "", "cat"]  # the second has the null prompt
+    negative = Trajectories.of_pipeline(pipe, PROMPTS, negative_prompts=texts, **SHORT)
+    parts = Trajectories.of_pipeline(pipe, PROMPTS, negative_prompts=texts, batch_size=1, **SHORT)
+    conditioned = pipeline_guidance_error(pipe, with_negative, negative)
+    ignoring = pipeline_guidance_error(pipe, with_negative, negative, with_negative=False)
+    in_parts = pipeline_guidance_error(pipe, with_negative, parts)
+    assert in_parts.mean == pytest.approx(conditioned.mean, rel=1e-4)
+    assert len({conditioned.mean, ignoring.mean, measure(pipe, with_negative).mean}) == 3
+
+
+@pytest.fixture
+def with_negative(pipe: Any, randomise: Callable[[Guide], Guide]) -> Guide:
+    """A guide that is conditioned on negative prompts."""
+    return randomise(TinyGuide.for_denoiser(pipe.unet, "epsilon", negative=True))
+
+
+def test_no_hook_stays_and_the_guide_keeps_its_precision(
+    pipe: Any, moved: Guide, draw: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = draw(pipe)
+
+    def count() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules())
+
+    hooks = count()
+    measure(pipe, moved.double())
+    assert moved.dtype == torch.float64
+    assert count() == hooks
+    monkeypatch.setattr(module, "_distance", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure(pipe, moved)
+    assert count() == hooks
+    assert torch.equal(draw(pipe), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"prompts": []}, "at least one prompt"), ({"guidance_scales": (1.0, 2.0)}, "w above 1"),
+     ({"guidance_scales": ()}, "w above 1"), ({"batch_size": 0}, "batch_size must be at least 1"),
+     ({"negative_prompts": ["a"]}, "3 prompts but 1 negative prompts")],
+)  # fmt: skip
+def test_bad_input_is_refused(
+    pipe: Any, guide: Guide, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(pipe, guide, **change)
+
+
+def test_a_guide_for_another_denoiser_is_refused(pipe: Any, make_unet: Any) -> None:
+    other = TinyGuide.for_denoiser(make_unet(block_out_channels=(8, 8)), "epsilon")
+    with pytest.raises(GuideError, match="block_out_channels"):
+        measure(pipe, other)
