@@ -6,7 +6,7 @@ SPREAD := --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format types layers check docs clean
+.PHONY: help demo test test-fast lint format types layers check hooks wheels docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,13 +28,19 @@ format: .venv/.dev ## ruff: repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: .venv/.dev ## mypy, strict
+types: .venv/.dev ## mypy: strict
 	$(BIN)/mypy
 
-layers: .venv/.dev ## imports run downward only
+layers: .venv/.dev ## import-linter: imports run downward only
 	$(BIN)/lint-imports
 
-check: lint types layers test ## everything above
+check: lint types layers test ## lint, types, layers and test
+
+hooks: .venv/.dev ## run lint, types and layers before every commit
+	$(BIN)/pre-commit install
+
+wheels: .venv/bin/python ## build pilotfish and pilotfish-models into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . ./assets
 
 docs: .venv/.docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
@@ -47,12 +53,12 @@ clean: ## remove what make made
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
 	"$(PYTHON)" -m venv .venv
 
-.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e .
+.venv/.installed: pyproject.toml assets/pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e '.[training,evaluation]' -e ./assets
 	@touch $@
 
 .venv/.dev: .venv/.installed
-	$(PIP) -e '.[dev,recipe,app]'
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 .venv/.docs: .venv/.installed

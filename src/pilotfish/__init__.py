@@ -18,7 +18,7 @@ __all__ = [
     "GuideOutput",
     "TinyGuide",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _OF_INTERFACE = {"GuideError", "GuideInputs", "GuideOutput"}
 
