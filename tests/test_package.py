@@ -1,29 +1,44 @@
-"""The package itself: quick to begin, and everything in it when it is asked for."""
+"""The package itself: what it imports, and what it needs to be installed."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import pilotfish
+from pilotfish import TinyGuide
 
+ROOT = Path(__file__).parents[1]
 HEAVY = "torch", "diffusers", "transformers"
 
 
-def loaded_by(program: str) -> set[str]:
-    """Which of the heavy libraries a program has loaded in the end."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"{program}\nimport sys\nprint('|', *sys.modules)"],
-        capture_output=True, text=True, check=True,
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program in a Python of its own, from the repository's root."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
-    return set(HEAVY) & set(done.stdout.rpartition("|")[2].split())
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["fly"]])
-def test_help_needs_no_heavy_library(arguments: list[str]) -> None:
-    assert not loaded_by(f"from pilotfish.cli import main\nmain({arguments})")
+# --- imports -----------------------------------------------------------------------------------
+
+
+def test_the_usage_needs_no_heavy_library() -> None:
+    done = run(
+        "import sys\nfrom pilotfish.cli import main\n"
+        "for arguments in [], ['--help'], ['fly']: main(arguments)\nprint('|', *sys.modules)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert not {*HEAVY} & {*done.stdout.rpartition("|")[2].split()}
 
 
 def test_every_public_name_is_there() -> None:
@@ -34,14 +49,110 @@ def test_every_public_name_is_there() -> None:
         pilotfish.Giude  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "door",
-    [
-        "from pilotfish import Guide",
-        "from pilotfish.bundled import Guide",
-        "from pilotfish.cli import command; command('push'); from pilotfish.guides import Guide",
-    ],
-)
-def test_every_kind_of_guide_can_be_read_by_whatever_door(door: str) -> None:
-    program = f"{door}; assert 'ExternalGuide' in Guide.kinds, Guide.kinds"
-    assert loaded_by(program) == set(HEAVY)
+def test_the_version_stands_in_one_place() -> None:
+    models = (ROOT / "assets" / "pilotfish_models" / "__init__.py").read_text(encoding="utf-8")
+    assert f'__version__ = "{pilotfish.__version__}"' in models
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == pilotfish.__version__
+    for file in (ROOT / "pyproject.toml", ROOT / "assets" / "pyproject.toml"):
+        assert "version" in tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dynamic"]
+
+
+# --- core dependencies -------------------------------------------------------------------------
+
+HIDE = """
+import sys
+
+class Hiding:  # a finder that finds all but some packages, as if those were not installed
+    def __init__(self, finder, hidden):
+        self.finder, self.hidden = finder, hidden
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.hidden:
+            return None
+        return self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+hidden = set(sys.argv[1].split(","))
+sys.meta_path[:] = [Hiding(finder, hidden) for finder in sys.meta_path]
+"""
+
+
+def with_all_they_need(*names: str) -> set[str]:
+    """Distributions, and those that they depend on, directly or not."""
+    found: set[str] = set()
+    left = [canonicalize_name(name) for name in names]
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        try:
+            needs = [Requirement(line) for line in requires(name) or ()]
+        except PackageNotFoundError:  # for another platform, or optional
+            continue
+        found.add(name)
+        left += [
+            canonicalize_name(need.name)
+            for need in needs
+            if need.marker is None or need.marker.evaluate({"extra": ""})
+        ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def not_core() -> str:
+    """The installed packages that the library's core dependencies do not bring, by import name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    core = with_all_they_need(*(Requirement(line).name for line in project["dependencies"]))
+    hidden = {
+        package
+        for package, distributions in packages_distributions().items()
+        if not core & {canonicalize_name(name) for name in distributions}
+    } - {"pilotfish"}
+    assert {"gradio", "matplotlib", "scipy", "tyro"} <= hidden
+    return ",".join(hidden | {"pilotfish_models"})
+
+
+CORE = """
+import importlib, pkgutil, sys
+from diffusers import StableDiffusionPipeline
+import pilotfish
+from pilotfish import Guide, TinyGuide, bundled
+
+for room in ("backbones", "guides", "pipelines"):
+    package = importlib.import_module(f"pilotfish.{room}")
+    for module in pkgutil.walk_packages(package.__path__, f"pilotfish.{room}."):
+        importlib.import_module(module.name)
+
+folder = sys.argv[2]
+pipe = StableDiffusionPipeline.from_pretrained(folder + "/pipe", local_files_only=True)
+guide = Guide.from_pretrained(folder + "/guide")
+guide.attach(pipe)
+batches = []
+pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+pipe("cat", guidance_scale=4.0, num_inference_steps=2)
+guide.detach(pipe)
+pipe("cat", guidance_scale=4.0, num_inference_steps=2)
+assert batches == [1, 1, 2, 2], batches
+
+assert not bundled.installed() and bundled.guide_names() == []
+try:
+    bundled.load_model()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_core_dependencies_suffice_to_load_attach_and_sample(
+    not_core: str, pipe: Any, tmp_path: Path
+) -> None:
+    pipe.save_pretrained(tmp_path / "pipe")
+    TinyGuide.for_denoiser(pipe.unet, "epsilon").save_pretrained(tmp_path / "guide")
+    done = run(HIDE + CORE, not_core, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "the bundled models are not installed: run pip install pilotfish-models, or in a clone "
+        "pip install ./assets, or name a model of your own\n"
+    )
