@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,9 +81,33 @@ def test_an_index_of_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_index_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"metadata\.jsonl could not be read"):
+    write(tmp_path, "a.png")
+    content = json.dumps(row("a.png", "käse"), ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(f"\n{content}\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: byte 0xe4 is not UTF-8"):
         load_images(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+def test_an_index_is_read_in_any_unicode_encoding(tmp_path: Path, encoding: str, end: str) -> None:
+    write(tmp_path, "a.png")
+    content = json.dumps(row("a.png", "kä\u2028se"), ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(f"{content}{end} {end}{content}".encode(encoding))
+    assert load_images(tmp_path).captions == ["kä\u2028se"] * 2
+
+
+@pytest.mark.parametrize("text", [None, "", " \u200b", ["a"], 3, "c\0t", ...], ids=repr)
+def test_a_missing_caption_is_refused_with_its_line_or_skipped(tmp_path: Path, text: Any) -> None:
+    write(tmp_path, "a.png")
+    bad = {"file_name": "gone.png"} | ({} if text is ... else {"text": text})
+    index(tmp_path, row("a.png"), bad, row("a.png", "dog"))
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: .*--skip_missing_captions"):
+        load_images(tmp_path)
+    with pytest.warns(UserWarning, match="1 of 3 rows without a text are skipped"):
+        found = load_images(tmp_path, skip_missing=True)
+    assert found.captions == ["a cat", "dog"]
+    assert len(found.pixels) == 2
 
 
 @pytest.mark.parametrize(

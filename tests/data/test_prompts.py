@@ -1,4 +1,4 @@
-"""Prompts from text files and from data sets of any format, read from the disk by index."""
+"""Prompts from data sets of any format, read from the disk by index."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pilotfish.data import prompts
-from pilotfish.data.prompts import ConcatTexts, TextLines, load_prompts, open_prompts
+from pilotfish.data.prompts import ConcatTexts, load_prompts, open_prompts
 
-TEXTS = ["red cat", " a dog ", "", None, "tac"]
+TEXTS = ["red cat", " a dog ", "\ufefftac"]
 FOUND = ["red cat", "a dog", "tac"]
 
 
@@ -29,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def parquet(path: Path, texts: Sequence[str | None] = TEXTS, column: str = "text") -> str:
+def parquet(path: Path, texts: Sequence[Any] = TEXTS, column: str = "text") -> str:
     pq.write_table(pa.table({"n": list(range(len(texts))), column: list(texts)}), path)
     return str(path)
 
@@ -41,51 +39,6 @@ def shard(path: Path, texts: Sequence[str]) -> None:
                 member = tarfile.TarInfo(f"{path.stem}{i}.{end}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-
-
-@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=40))
-def test_lines_are_those_of_the_whole_text(
-    tmp_path_factory: pytest.TempPathFactory, text: str
-) -> None:
-    path = tmp_path_factory.mktemp("lines") / "p.txt"
-    path.write_bytes(text.encode())
-    lines = TextLines(path)
-    stripped = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    assert list(lines) == lines[:] == [line for line in stripped if line]
-
-
-def test_texts_are_indexed_and_sliced(tmp_path: Path) -> None:
-    path = tmp_path / "p.txt"
-    path.write_text("ä\n\nbc\r\n d \n", encoding="utf-8")
-    lines = TextLines(path)
-    assert (len(lines), lines[0], lines[-1], lines[1:]) == (3, "ä", "d", ["bc", "d"])
-    with pytest.raises(IndexError):
-        lines[3]
-    joined = ConcatTexts(lines, ["e"], [], ["f"])
-    assert (len(joined), joined[3], joined[-1], joined[1:4]) == (5, "e", "f", ["bc", "d", "e"])
-
-
-def test_blank_lines_and_margins_are_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "p.txt"
-    path.write_bytes(b"\n  red cat \r\n\t\ndog")
-    assert load_prompts(str(path)) == ["red cat", "dog"]
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n\t\n"])
-def test_a_file_without_prompts_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "p.txt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="holds no prompt; write one a line"):
-        load_prompts(path)
-
-
-def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "p.txt"
-    path.write_bytes(b"\xff\xfe\x00\x81")
-    for bad in (path, tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="no prompts could be read") as caught:
-            load_prompts(bad)
-        assert str(bad) in str(caught.value)
 
 
 def test_a_column_of_a_parquet_file(tmp_path: Path) -> None:
@@ -111,11 +64,110 @@ def test_folders_patterns_and_shards(tmp_path: Path) -> None:
     assert list(open_prompts(f"{tmp_path}/*.tar")) == ["dog 0", "tac 0", "dog 1", "tac 1"]
 
 
-def test_json_lines_and_csv(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"caption": t}) for t in FOUND))
-    (tmp_path / "p.csv").write_text("\n".join(["caption", *FOUND]))
-    for name in ("p.jsonl", "p.csv"):
-        assert list(open_prompts(tmp_path / name)) == FOUND
+def as_jsonl(path: Path, rows: Sequence[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def as_json(path: Path, rows: Sequence[Any]) -> None:
+    path.write_text(json.dumps(rows, indent=1))
+
+
+def as_parquet(path: Path, rows: Sequence[Any]) -> None:
+    parquet(path, [row.get("text") for row in rows])
+
+
+def as_csv(path: Path, rows: Sequence[Any]) -> None:
+    lines = [f'{n},"{row["text"] or ""}"' for n, row in enumerate(rows)]
+    path.write_text("\n".join(["n,text", *lines]))
+
+
+def as_folder(path: Path, rows: Sequence[Any]) -> None:
+    path.mkdir()
+    as_jsonl(path / "part.jsonl", rows)
+
+
+ROWS = [{"text": text} for text in FOUND]
+WRITERS = {"p.jsonl": as_jsonl, "p.json": as_json, "p.parquet": as_parquet, "p.csv": as_csv,
+           "folder": as_folder}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_is_read(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, ROWS)
+    assert list(open_prompts(tmp_path / name)) == load_prompts(tmp_path / name) == FOUND
+
+
+BAD = [{"text": None}, {"text": ""}, {"text": " \u200b "}, {"text": "c\0t"}, {}, {"text": ["a"]},
+       {"text": 3}]  # fmt: skip
+ALLOWED = {"p.csv": BAD[:4], "p.parquet": BAD[:5]}
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"), [(name, bad) for name in WRITERS for bad in ALLOWED.get(name, BAD)]
+)
+def test_a_missing_caption_is_refused_with_its_row_or_skipped(
+    tmp_path: Path, name: str, bad: dict[str, Any]
+) -> None:
+    path = tmp_path / name
+    WRITERS[name](path, [*ROWS, bad, *ROWS, bad])
+    with pytest.raises(ValueError, match=r"(row|line) (4|5): .*--skip_missing_captions") as caught:
+        open_prompts(path)
+    assert str(path) in str(caught.value)
+    for _ in range(2):  # the second time from the cache
+        with pytest.warns(UserWarning, match="2 of 8 rows without a text are skipped"):
+            assert list(open_prompts(path, skip_missing=True)) == FOUND * 2
+
+
+def test_only_missing_captions_are_no_prompts(tmp_path: Path) -> None:
+    where = parquet(tmp_path / "p.parquet", [None, ""])
+    with (
+        pytest.warns(UserWarning, match="2 of 2 rows"),
+        pytest.raises(ValueError, match="holds no prompt"),
+    ):
+        open_prompts(where, skip_missing=True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+def test_tables_are_read_in_any_unicode_encoding(tmp_path: Path, encoding: str, end: str) -> None:
+    (tmp_path / "p.csv").write_bytes(f'text,n{end}käse,1{end}"a, b",2{end}{end}'.encode(encoding))
+    lines = ['{"n": 1, "text": "käse"}', "", '{"n": 2, "text": "a, b"}']
+    (tmp_path / "p.jsonl").write_bytes(end.join(lines).encode(encoding))
+    for name in ("p.csv", "p.jsonl", "*.csv"):
+        assert list(open_prompts(tmp_path / name)) == ["käse", "a, b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "text\nä\n".encode("cp1252"), "line 2: byte 0xe4 is not UTF-8"),
+        ("p.jsonl", '{"text": "ä"}'.encode("cp1252"), "line 1: byte 0xe4 is not UTF-8"),
+        ("p.csv", b"text\na cat, red\n", r"line 2: 2 fields under a header of 1; .*quotes"),
+        ("p.csv", b'text\ndog\n"a cat\n', "line 3: unexpected end of data"),
+        ("p.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ("p.jsonl", b'{"text": "a"}\n["b"]\n', r"line 2: \['b'\] is not an object"),
+        ("p.json", b'[{"text": "a"}', "not JSON"),
+    ],
+)
+def test_a_table_that_is_not_sound_is_refused_with_its_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_prompts(tmp_path / name)
+    assert str(caught.value).startswith(str(tmp_path / name))
+
+
+def test_the_first_usual_column_with_texts_is_taken(tmp_path: Path) -> None:
+    as_jsonl(tmp_path / "p.jsonl", [{"text": 3, "caption": "cat"}, {"text": 4, "caption": "dog"}])
+    assert list(open_prompts(tmp_path / "p.jsonl")) == ["cat", "dog"]
+    with pytest.raises(ValueError, match="line 1: 3 is not a text"):
+        open_prompts(tmp_path / "p.jsonl", "text")
+
+
+def test_sequences_are_joined(tmp_path: Path) -> None:
+    joined = ConcatTexts(open_prompts(parquet(tmp_path / "p.parquet")), ["e"], [], ["f"])
+    assert (len(joined), joined[3], joined[-1], joined[1:4]) == (5, "e", "f", ["a dog", "tac", "e"])
 
 
 def test_a_column_may_be_named(tmp_path: Path) -> None:
@@ -125,7 +177,7 @@ def test_a_column_may_be_named(tmp_path: Path) -> None:
         open_prompts(where)
     with pytest.raises(ValueError, match=r"has no column saying;.* texts: said"):
         open_prompts(where, "saying")
-    with pytest.raises(ValueError, match=r"column n of .* holds no texts;.* texts: said"):
+    with pytest.raises(ValueError, match=r"column n of .* holds int64, no texts;.* texts: said"):
         open_prompts(where, "n")
 
 
@@ -139,8 +191,6 @@ def test_what_cannot_be_read_is_said_in_words(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no prompts could be read from") as caught:
             open_prompts(where, split=split)
         assert str(where) in str(caught.value)
-    with pytest.raises(ValueError, match="there is no prompt in its column text"):
-        open_prompts(parquet(tmp_path / "r.parquet", ["", " "]))
 
 
 @pytest.mark.parametrize("where", ["nobody/nothing", "nobody/nothing-v1.5", "nobody/nothing.txt"])
@@ -148,14 +198,14 @@ def test_what_is_neither_here_nor_on_the_hub_is_named(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    plain = prompts._open_column
+    plain = prompts._read_column
 
-    def _open_column(where: str, *more: Any) -> Any:
+    def _read_column(where: str, *more: Any) -> Any:
         asked.append(where)
         return plain(where, *more)
 
-    monkeypatch.setattr(prompts, "_open_column", _open_column)
-    with pytest.raises(ValueError, match=f"no prompts could be read from {where}"):
+    monkeypatch.setattr(prompts, "_read_column", _read_column)
+    with pytest.raises(ValueError, match=f"{where}"):
         open_prompts(where)
     assert asked == ([] if where.endswith(".txt") else [where])  # a file's name asks no hub
 

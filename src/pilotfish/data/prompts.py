@@ -5,58 +5,85 @@ Prompts stay on the disk and are read by their index, so that millions of them n
 
 from __future__ import annotations
 
+import csv
+import json
 import re
+import warnings
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count, islice
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, overload
+from tempfile import TemporaryFile
+from typing import IO, Any, overload
 
+from pilotfish.data.text_files import (
+    SKIP_HINT,
+    checked_text,
+    describe,
+    open_utf8,
+    read_lines,
+    strip,
+    text_lines,
+)
 from pilotfish.errors import in_brief
 
 CAPTION_COLUMNS = ("text", "caption", "prompt", "txt")
 """Names that a column of prompts usually has, in the order in which they are tried."""
 
+_TABLES = (".csv", ".json", ".jsonl")
 _FORMATS = {
-    ".parquet": "parquet", ".tar": "webdataset", ".csv": "csv", ".json": "json", ".jsonl": "json",
-    ".arrow": "arrow",
+    ".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow",
+    ".csv": "csv", ".json": "json", ".jsonl": "json",
 }  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.txt)")
 
 
-def load_prompts(path: str | Path) -> list[str]:
-    """The non-empty lines of a UTF-8 text file.
-
-    Raises:
-        ValueError: the file is missing, is not text, or holds no prompt.
-    """
-    return _open_lines(Path(path))[:]
+def load_prompts(source: str | Path) -> list[str]:
+    """All prompts of a source, see :func:`open_prompts`."""
+    return open_prompts(source)[:]
 
 
 def open_prompts(
-    source: str | Path, column: str | None = None, split: str = "train"
-) -> Sequence[str]:
+    source: str | Path, column: str | None = None, split: str = "train",
+    skip_missing: bool = False,
+) -> TextSequence:  # fmt: skip
     """Prompts by index, read from the disk on access.
 
     Args:
-        source: a text file, one prompt a line; a Parquet, CSV or JSON lines file, webdataset
-            shards (``.tar``), several of those by a pattern such as ``shards/*.tar``, or a folder
-            of them; or the id of a data set on the hub.
+        source: a text file, one prompt a line; a pipe, or "-" for standard input, of such lines; a
+            Parquet, CSV or JSON lines file, webdataset shards (``.tar``), several of those by a
+            pattern such as ``shards/*.tar``, or a folder of them; or the id of a data set on the
+            hub.
         column: the column of a data set. Default: the first of ``CAPTION_COLUMNS`` that exists.
-        split: the split of a data set.
+        split: the split of a data set that has several.
+        skip_missing: skip the rows of a data set that have no text, and count them in a warning.
 
     Raises:
-        ValueError: the source does not exist, holds no prompt or has no such column, or the
-            package that reads it is not installed.
+        ValueError: the source does not exist, is in an unknown encoding, holds no prompt or has no
+            such column, a row has no text, or the package that reads it is not installed.
     """
-    path = Path(source)
-    is_pattern = any(c in path.name for c in "*?[")
-    if path.is_dir() or is_pattern or path.suffix in _FORMATS:
-        return _open_column(str(source), column, split)
-    if not path.exists() and _HUB_ID.fullmatch(str(source)):
-        return _open_column(str(source), column, split)
-    return _open_lines(path)
+    path, name = Path(source), describe(source)
+    is_pattern = not path.exists() and any(c in path.name for c in "*?[")
+    is_hub_id = not path.exists() and _HUB_ID.fullmatch(str(source))
+    is_url = re.match(r"\w{2,}://", str(source))
+    texts: TextSequence
+    if path.suffix in _TABLES and not path.is_dir() and not is_url:
+        files = sorted(path.parent.glob(path.name)) if is_pattern else [path]
+        texts, skipped = _read_tables(files, column, skip_missing)
+    elif path.is_dir() or is_pattern or path.suffix in _FORMATS or is_hub_id or is_url:
+        if path.is_fifo():
+            raise ValueError(f"{name} is a pipe; a data set of this format needs a file")
+        texts, skipped = _read_column(str(source), column, split, skip_missing)
+    else:
+        texts, skipped = _read_lines(source), 0
+    if skipped:
+        rows = len(texts) + skipped
+        warnings.warn(f"{name}: {skipped} of {rows} rows without a text are skipped", stacklevel=2)
+    if not texts:
+        raise ValueError(f"{name} holds no prompt")
+    return texts
 
 
 class TextSequence(Sequence[str]):
@@ -77,34 +104,29 @@ class TextSequence(Sequence[str]):
         return [self.read(i) for i in selected]
 
 
-class TextLines(TextSequence):
-    """The non-empty lines of a UTF-8 text file, stripped. Only their offsets are in memory.
+class MappedTexts(TextSequence):
+    """Parts of a memory-mapped UTF-8 file. Only their offsets are in memory.
 
-    Raises:
-        OSError, UnicodeDecodeError: the file cannot be read, or is not UTF-8.
+    Args:
+        file: a file with a descriptor; it may be closed afterwards.
+        spans: the first and the last offset (exclusive) of each text.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.starts, self.ends = array("Q"), array("Q")
-        with path.open("rb") as file:
-            end = 0
-            for raw in file:
-                for line in raw.decode("utf-8").splitlines(keepends=True):
-                    start, end = end, end + len(line.encode("utf-8"))
-                    if line.strip():
-                        self.starts.append(start)
-                        self.ends.append(end)
-            self.file = mmap(file.fileno(), 0, access=ACCESS_READ) if self.starts else b""
+    def __init__(self, file: IO[bytes], spans: Iterable[tuple[int, int]]) -> None:
+        self.offsets = array("Q", chain.from_iterable(spans))
+        file.flush()
+        self.file = mmap(file.fileno(), 0, access=ACCESS_READ) if self.offsets else b""
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.offsets) // 2
 
     def read(self, index: int) -> str:
-        return self.file[self.starts[index] : self.ends[index]].decode("utf-8").strip()
+        start, end = self.offsets[2 * index : 2 * index + 2]
+        return strip(self.file[start:end].decode())
 
 
-class TextColumn(TextSequence):
-    """The column ``text`` of a memory-mapped Arrow table."""
+class ColumnTexts(TextSequence):
+    """The column ``text`` of a ``datasets.Dataset``, a memory-mapped Arrow file."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -134,21 +156,112 @@ class ConcatTexts(TextSequence):
         raise IndexError(index)
 
 
-def _open_lines(path: Path) -> TextLines:
+def _read_lines(path: str | Path) -> MappedTexts:
+    """The lines of a text file, stripped and without blank ones."""
+    name = describe(path)
+
+    def spans(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+        end = 0
+        for number, line in enumerate(read_lines(file, name), 1):
+            start, end = end, end + len(line.encode())
+            if strip(line):
+                try:
+                    checked_text(line)
+                except ValueError as error:
+                    raise ValueError(f"{name}, line {number}: {error}") from None
+                yield start, end
+
+    with open_utf8(path) as file:
+        return MappedTexts(file, spans(file))
+
+
+def _read_tables(
+    files: Sequence[Path], column: str | None, skip_missing: bool
+) -> tuple[MappedTexts, int]:
+    """A column of CSV or JSON lines files, and how many rows were skipped."""
+    skipped = 0
+
+    def spans(copy: IO[bytes]) -> Iterator[tuple[int, int]]:
+        nonlocal skipped
+        end = 0
+        for file in files:
+            for place, value in _table_column(file, column):
+                try:
+                    text = checked_text(value)
+                except ValueError as error:
+                    if not skip_missing:
+                        raise ValueError(f"{file}, {place}: {error}; {SKIP_HINT}") from None
+                    skipped += 1
+                    continue
+                start, end = end, end + copy.write(text.encode())
+                yield start, end
+
+    with TemporaryFile() as copy:
+        return MappedTexts(copy, spans(copy)), skipped
+
+
+def _table_column(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    lines = text_lines(path)
+    rows = _csv_rows(lines, path) if path.suffix == ".csv" else _json_rows(lines, path)
+    head = list(islice(rows, 1000))
+    columns: dict[str, bool] = {}
+    for _, row in head:
+        for name, value in row.items():
+            columns[name] = columns.get(name, False) or isinstance(value, str)
+    column = _find_column(str(path), column, columns) if head else ""
+    for place, row in chain(head, rows):
+        yield place, row.get(column)
+
+
+def _csv_rows(lines: Iterator[str], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    table = csv.reader(chain([next(lines, "").removeprefix("\ufeff")], lines), strict=True)
+    header: list[str] = []
     try:
-        lines = TextLines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"no prompts could be read from {path}: {error}") from error
-    if not lines:
-        raise ValueError(f"{path} holds no prompt; write one a line")
-    return lines
+        for fields in table:
+            if not header:
+                header = [field.strip() for field in fields]
+            elif fields:
+                if len(fields) != len(header):
+                    raise csv.Error(
+                        f"{len(fields)} fields under a header of {len(header)}; "
+                        'put texts with commas in "quotes"'
+                    )
+                yield f"line {table.line_num}", dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {table.line_num}: {error}") from error
 
 
-def _open_column(source: str, column: str | None, split: str) -> TextColumn:
-    """A column of a data set, stripped and without empty texts.
+def _json_rows(lines: Iterator[str], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    numbered = ((f"line {n}", line) for n, line in enumerate(map(strip, lines), 1) if line)
+    first = next(numbered, None)
+    if first is None:
+        return
+    rows: Iterable[tuple[str, Any]] = chain([first], numbered)
+    if first[1].startswith("["):  # one array instead of a row a line
+        whole = _parse_json("\n".join(line for _, line in rows), path, "")
+        rows = ((f"row {n}", row) for n, row in enumerate(whole, 1))
+    else:
+        rows = ((place, _parse_json(line, path, place)) for place, line in rows)
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, {place}: {row!r:.60} is not an object with named columns")
+        yield place, row
 
-    The texts are written once into an Arrow file in the cache of the ``datasets`` library, which
-    is then memory-mapped. Other columns, such as images, are not copied.
+
+def _parse_json(text: str, path: Path, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}{', ' if place else ''}{place}: not JSON: {error}") from error
+
+
+def _read_column(
+    source: str, column: str | None, split: str, skip_missing: bool
+) -> tuple[ColumnTexts, int]:
+    """A column of a data set that the ``datasets`` library reads, and how many rows were skipped.
+
+    The texts are written once into an Arrow file in the cache of that library, which is then
+    memory-mapped. Other columns, such as images, are not copied.
     """
     try:
         import datasets
@@ -161,22 +274,32 @@ def _open_column(source: str, column: str | None, split: str) -> TextColumn:
         stream = builder.as_streaming_dataset(split=split)
         features = stream.features or stream._resolve_features().features
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"no prompts could be read from {source}: {in_brief(error)}") from error
-    column = _find_column(source, column, features)
+        raise _unreadable(source, error) from error
+    columns = {name: _may_be_text(feature) for name, feature in features.items()}
+    column = _find_column(source, column, columns)
+    if not columns[column]:
+        kind = getattr(features[column], "dtype", "") or type(features[column]).__name__
+        raise ValueError(f"column {column} of {source} holds {kind}, no texts; {_choices(columns)}")
     files = builder.config.data_files or {}
     # part of the cache key: a file that has changed is read again
     origin = {name: (list(some), some.origin_metadata) for name, some in files.items()}
-    arguments = {"source": source, "column": column, "split": split, "origin": repr(origin)}
+    arguments: dict[str, Any] = {
+        "source": source, "column": column, "split": split, "skip_missing": skip_missing,
+        "origin": repr(origin),
+    }  # fmt: skip
     try:
-        if next(_texts(**arguments), None) is None:
-            raise ValueError(f"there is no prompt in its column {column}")
+        if next(_column_rows(**arguments), None) is None:
+            raise ValueError("it has no rows")
         rows = datasets.Dataset.from_generator(
-            _texts, gen_kwargs=arguments,
+            _column_rows, gen_kwargs=arguments,
             features=datasets.Features({"text": datasets.Value("string")}),
         )  # fmt: skip
     except Exception as error:
-        raise ValueError(f"no prompts could be read from {source}: {in_brief(error)}") from error
-    return TextColumn(rows)
+        raise _unreadable(source, error) from error
+    skipped: int = rows.data.column("text").null_count
+    if skipped:
+        rows = rows.select(rows.data.column("text").is_valid().to_numpy().nonzero()[0])
+    return ColumnTexts(rows), skipped
 
 
 def _builder(source: str) -> Any:
@@ -186,27 +309,49 @@ def _builder(source: str) -> Any:
     return load_dataset_builder(kind, data_files=source) if kind else load_dataset_builder(source)
 
 
-def _texts(source: str, column: str, split: str, origin: str) -> Iterator[dict[str, str]]:
+def _column_rows(
+    source: str, column: str, split: str, skip_missing: bool, origin: str
+) -> Iterator[dict[str, str | None]]:
     stream = _builder(source).as_streaming_dataset(split=split)
     # row group by row group: reading a whole Parquet file at once would prefetch too much
-    for row in stream.reshard().select_columns([column]):
-        if text := (row[column] or "").strip():
-            yield {"text": text}
+    rows = iter(stream.reshard().select_columns([column]))
+    for number in count(1):
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise ValueError(f"row {number}: {in_brief(error)}") from error
+        if row is None:
+            return
+        try:
+            text = checked_text(row.get(column))
+        except ValueError as error:
+            if not skip_missing:
+                raise ValueError(f"row {number}: {error}; {SKIP_HINT}") from None
+            text = None
+        yield {"text": text}
 
 
-def _find_column(source: str, column: str | None, features: Any) -> str:
-    kinds = ("string", "large_string")
-    texts = [name for name, kind in features.items() if getattr(kind, "dtype", "") in kinds]
-    usual = [name for name in CAPTION_COLUMNS if name in texts]
-    if column is None and usual:
-        return usual[0]
-    if column is not None and column in texts:
-        return column
-    choices = ", ".join(n for n in texts if not n.startswith("__")) or "none"
-    if column is None:
-        wrong = f"{source} has no column {', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}"
-    elif column in features:
-        wrong = f"column {column} of {source} holds no texts"
-    else:
-        wrong = f"{source} has no column {column}"
-    raise ValueError(f"{wrong}; --caption_column can be one of those that hold texts: {choices}")
+def _unreadable(source: str, error: BaseException) -> ValueError:
+    while type(error).__module__.startswith("datasets") and error.__cause__:
+        error = error.__cause__  # the library's own message names no reason
+    return ValueError(f"no prompts could be read from {source}: {in_brief(error)}")
+
+
+def _may_be_text(feature: Any) -> bool:
+    """Whether a column's type allows texts; null is empty so far, Json is of any type."""
+    texts = ("string", "large_string", "string_view", "null")
+    return getattr(feature, "dtype", None) in texts or type(feature).__name__ == "Json"
+
+
+def _find_column(source: str, column: str | None, columns: Mapping[str, bool]) -> str:
+    """The column asked for, or a usual one; ``columns`` says of each whether it holds texts."""
+    found = [name for name in ([column] if column else CAPTION_COLUMNS) if name in columns]
+    if found:
+        return min(found, key=lambda name: not columns[name])
+    usual = f"{', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}"
+    raise ValueError(f"{source} has no column {column or usual}; {_choices(columns)}")
+
+
+def _choices(columns: Mapping[str, bool]) -> str:
+    texts = [name for name, is_text in columns.items() if is_text and not name.startswith("__")]
+    return f"--caption_column can be one of those that hold texts: {', '.join(texts) or 'none'}"

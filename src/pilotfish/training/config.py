@@ -37,14 +37,16 @@ class TrainingConfig:
     pretrained_model_name_or_path: str | None = None
     """The base pipeline, a folder or hub id. Left out: the embedded model."""
     prompts: str | None = None
-    """Text file, one prompt a line; or a Parquet, CSV or JSON lines file, webdataset shards (.tar),
-    a pattern or folder of those, or a data set's id on the hub (these need the extra
-    ``datasets``). However many they are, they stay on the disk. Left out: the embedded model's
-    training prompts."""
+    """Text file, one prompt a line; a pipe, or - for standard input, of such lines; a Parquet, CSV
+    or JSON lines file, webdataset shards (.tar), a pattern or folder of those, or a data set's id
+    on the hub. All but text, CSV and JSON lines need the extra ``datasets``. Prompts stay on the
+    disk. Left out: those of the bundled model."""
     caption_column: str | None = None
     """Column of a data set. Left out: text, caption, prompt or txt, the first there is."""
     prompts_split: str = "train"
     """Split of a data set."""
+    skip_missing_captions: bool = False
+    """Skip the rows of a data set that have no text, instead of refusing them, and count them."""
     validation_prompts: str | None = None
     """Prompts for validation, held out of training; a text file, or a data set with the same
     column and split. Left out: the embedded model's, or the first 64 of your own,

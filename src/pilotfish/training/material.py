@@ -62,7 +62,9 @@ class Material:
                 raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
 
         def given(where: str) -> Sequence[str]:
-            return open_prompts(where, config.caption_column, config.prompts_split)
+            return open_prompts(
+                where, config.caption_column, config.prompts_split, config.skip_missing_captions
+            )
 
         prompts = given(config.prompts) if config.prompts else bundled.prompts("training")
         apart = bool(config.validation_prompts) or not config.prompts
