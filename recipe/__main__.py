@@ -1,145 +1,143 @@
-"""``python -m recipe STAGE``: one command a stage, resumable by the same command."""
+"""``python -m recipe STAGE``: one command a stage, resumed by the same command."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from pilotfish.training.precision import imitates_half_precision
+from recipe.ablations import AblationsStage, run_ablations
 from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base
-from recipe.finetunes import (
-    FAR,
-    PRACTICE,
-    STYLES,
-    distances,
-    far_folder,
-    finetune_folder,
-    make_finetune,
-)
-from recipe.guides import StepGuides, make_guide, make_step_guides
-from recipe.judge import JudgeStage, make_judge
+from recipe.finetunes import DISTANT, STYLES, TRAIN_FINETUNES, distances, make_finetune
+from recipe.guides import StepGuidesStage, make_guide, make_step_guides
+from recipe.images import TRAIN_STYLES, make_images
 from recipe.pages import write_pages
-from recipe.pictures import PRACTICE_STYLES, make_pictures
-from recipe.pictures import STYLES as PICTURE_STYLES
-from recipe.prompts import make_prompts
-from recipe.readme import write_readme
-from recipe.variants import VariantsStage, compare_variants
-
-STAGES = (
-    "prompts", "pictures", "autoencoder", "base", "finetunes", "practice", "judge", "guides",
-    "steps", "cards",
-)  # fmt: skip
+from recipe.scorer import ScorerStage, make_scorer
+from recipe.vocabulary import write_prompts
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Make the embedded model. Stages, in order: prompts, pictures, autoencoder, base,
-    finetunes, practice, judge, guides, steps, cards. Beside them, variants compares forms of the
-    guide; readme and pages put what was measured into the README and the documents; screenshots
-    shows the app in docs/images."""
+    """Make the bundled models. ``all`` runs prompts, images, autoencoder, base, finetunes,
+    train_finetunes, scorer, guides, step_guides and cards, in this order. The other stages are not
+    part of the models: ablations compares forms of the guide; pages writes results into README and
+    documents; screenshots shows the app in docs/images."""
 
     stage: tyro.conf.Positional[
         Literal[
             "prompts",
-            "pictures",
+            "images",
             "autoencoder",
             "base",
             "finetunes",
-            "practice",
-            "judge",
+            "train_finetunes",
+            "scorer",
             "guides",
-            "steps",
+            "step_guides",
             "cards",
-            "variants",
-            "readme",
+            "ablations",
             "pages",
             "screenshots",
             "all",
         ]
     ]
     work: Path = Path("runs/recipe")
-    """Checkpoints of the stages, and the autoencoder on its own."""
+    """Folder for checkpoints and for what is not bundled."""
     target: Path = Path("assets/pilotfish_models")
-    """Where the finished models go."""
+    """Folder for the finished models."""
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     base: BaseStage = field(default_factory=BaseStage)
-    judge: JudgeStage = field(default_factory=JudgeStage)
-    styles: tuple[str, ...] = tuple(STYLES)
-    """Which fine-tunes the stage of that name makes."""
-    practice: tuple[str, ...] = tuple(PRACTICE)
-    """Which fine-tunes to practise on the stage of that name makes."""
+    scorer: ScorerStage = field(default_factory=ScorerStage)
+    finetunes: tuple[str, ...] = tuple(STYLES)
+    """What the stage of that name trains."""
+    train_finetunes: tuple[str, ...] = (*TRAIN_FINETUNES, *DISTANT)
+    """What the stage of that name trains."""
     guides: tuple[str, ...] = ("tiny",)
-    """Which guides the stage of that name distils: tiny, which is carried; full."""
-    steps: StepGuides = field(default_factory=StepGuides)
-    bf16: bool = not imitates_half_precision()
-    """Train denoisers and guides in mixed precision: faster where the processor has the
-    arithmetic for it, and much slower where it has not. The carried models were made with it, but
-    for the practice fine-tunes."""
-    variants: VariantsStage = field(default_factory=VariantsStage)
+    """What the stage of that name trains: tiny, full."""
+    step_guides: StepGuidesStage = field(default_factory=StepGuidesStage)
+    ablations: AblationsStage = field(default_factory=AblationsStage)
+    bf16: bool | None = None
+    """Train denoisers and guides in mixed precision. Default: where the processor has the
+    arithmetic for it. The bundled models were trained with it, except the train_finetunes."""
+
+    @property
+    def images(self) -> Path:
+        """The bundled images."""
+        return self.target / "images"
+
+    @property
+    def vae(self) -> Path:
+        """The autoencoder by itself."""
+        return self.work / "vae"
+
+    @property
+    def mixed(self) -> bool:
+        """``bf16``, or its default."""
+        if self.bf16 is not None:
+            return self.bf16
+        from pilotfish.training.context import emulates_half_precision
+
+        return not emulates_half_precision()
 
 
-def run(recipe: Recipe) -> None:
-    """Run one stage, or all of them."""
-    pictures, vae = recipe.target / "pictures", recipe.work / "vae"
-    for stage in STAGES if recipe.stage == "all" else (recipe.stage,):
-        if stage == "prompts":
-            make_prompts(recipe.target / "prompts")
-        elif stage == "pictures":
-            make_pictures(pictures, PICTURE_STYLES)
-        elif stage == "autoencoder":
-            make_autoencoder(pictures, recipe.work, vae, recipe.autoencoder)
-        elif stage == "base":
-            make_base(
-                pictures, vae, recipe.work, recipe.target / "base", recipe.base, bf16=recipe.bf16
-            )  # fmt: skip
-        elif stage == "finetunes":
-            for style in recipe.styles:
-                make_finetune(
-                    style, pictures, recipe.target / "base", recipe.work,
-                    finetune_folder(recipe.target, style),
-                    STYLES[style], bf16=recipe.bf16,
-                )  # fmt: skip
-        elif stage == "practice":
-            drawn = recipe.work / "pictures"
-            make_pictures(drawn, PRACTICE_STYLES, whole=False)
-            for style in recipe.practice:
-                make_finetune(
-                    style, pictures if PRACTICE[style].restyle else drawn,
-                    recipe.target / "base", recipe.work, finetune_folder(recipe.target, style),
-                    PRACTICE[style], bf16=recipe.bf16,
-                )  # fmt: skip
-            for style, learnt in FAR.items():
-                make_finetune(
-                    style, pictures, recipe.target / "base", recipe.work,
-                    far_folder(recipe.work, style), learnt, bf16=recipe.bf16,
-                )  # fmt: skip
-            for style, far in distances(recipe.target, recipe.work).items():
-                print(f"{style} lies {far:.0%} of the length of the base's weights away")
-        elif stage == "judge":
-            make_judge(pictures, recipe.work, recipe.target / "judge", recipe.judge)
-        elif stage == "guides":
-            for name in recipe.guides:
-                make_guide(name, recipe.work, recipe.target, bf16=recipe.bf16)
-        elif stage == "steps":
-            make_step_guides(recipe.work, recipe.target, recipe.steps, bf16=recipe.bf16)
-        elif stage == "variants":
-            compare_variants(recipe.work, recipe.variants)
-        elif stage == "readme":
-            write_readme(Path("README.md"), Path("results/guide.json"))
-        elif stage == "pages":
-            write_pages(Path("results"), Path("docs"))
-        elif stage == "screenshots":
-            from recipe.screenshots import take_screenshots  # which needs gradio and a browser
+def _finetunes(r: Recipe) -> None:
+    for name in r.finetunes:
+        make_finetune(name, r.images, r.target, r.work, bf16=r.mixed)
 
-            take_screenshots(Path("docs/images"))
-        else:
-            write_cards(recipe.target)
+
+def _train_finetunes(r: Recipe) -> None:
+    rendered = r.work / "images"
+    make_images(rendered, TRAIN_STYLES)
+    for name in r.train_finetunes:
+        images = rendered if name in TRAIN_STYLES else r.images
+        make_finetune(name, images, r.target, r.work, bf16=r.mixed)
+    for name, distance in distances(r.target, r.work).items():
+        print(f"{name}: change of {distance:.0%} of the norm of the base's weights")
+
+
+def _guides(r: Recipe) -> None:
+    for name in r.guides:
+        make_guide(name, r.work, r.target, bf16=r.mixed)
+
+
+def _screenshots(r: Recipe) -> None:
+    from recipe.screenshots import take_screenshots  # needs gradio and a browser
+
+    take_screenshots(Path("docs/images"))
+
+
+MODELS: dict[str, Callable[[Recipe], None]] = {
+    "prompts": lambda r: write_prompts(r.target / "prompts"),
+    "images": lambda r: make_images(r.images),
+    "autoencoder": lambda r: make_autoencoder(r.images, r.work, r.vae, r.autoencoder),
+    "base": lambda r: make_base(
+        r.images, r.vae, r.work, r.target / "base", r.base, bf16=r.mixed
+    ),
+    "finetunes": _finetunes,
+    "train_finetunes": _train_finetunes,
+    "scorer": lambda r: make_scorer(r.images, r.work, r.target / "scorer", r.scorer),
+    "guides": _guides,
+    "step_guides": lambda r: make_step_guides(r.work, r.target, r.step_guides, bf16=r.mixed),
+    "cards": lambda r: write_cards(r.target),
+}  # fmt: skip
+"""The stages of ``all``, in order."""
+OTHERS: dict[str, Callable[[Recipe], None]] = {
+    "ablations": lambda r: run_ablations(r.work, r.ablations),
+    "pages": lambda r: write_pages(Path()),
+    "screenshots": _screenshots,
+}
+
+
+def main(recipe: Recipe) -> None:
+    """Run one stage, or all."""
+    for name in MODELS if recipe.stage == "all" else (recipe.stage,):
+        (MODELS | OTHERS)[name](recipe)
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Recipe, prog="python -m recipe", use_underscores=True))
+    main(tyro.cli(Recipe, prog="python -m recipe", use_underscores=True))

@@ -1,5 +1,5 @@
-"""Changes to pictures: shift, scale, mirror; for the judge also colour and blur; and a
-restyling, (N, 3, H, W) in [-1, 1] to the same, white staying white."""
+"""Augmentation: affine views; blur, noise and colour casts for the scorer; and restyling for
+fine-tune augmentation. Images are (N, 3, H, W) in [-1, 1] on white, which stays white."""
 
 from __future__ import annotations
 
@@ -11,16 +11,12 @@ import torch.nn.functional as F
 Restyle = Callable[[torch.Tensor], torch.Tensor]
 
 
-def move(
+def affine(
     images: torch.Tensor, generator: torch.Generator, shift: float = 0.06, scale: float = 0.1,
     turn: float = 0.0, mirror: float = 0.3,
 ) -> torch.Tensor:  # fmt: skip
-    """Shift by up to ``shift`` of the side, shrink by up to ``scale``, turn by up to ``turn``
-    radians, mirror with probability ``mirror``; what comes in from outside is white.
-
-    Args:
-        images: (N, 3, H, W) in [-1, 1].
-    """
+    """Shift by up to ``shift`` of the side, shrink by up to ``scale``, rotate by up to ``turn``
+    radians, mirror with probability ``mirror``; the border is filled with white."""
     n = len(images)
     factor = 1 + scale * torch.rand(n, generator=generator)
     angle = turn * (2 * torch.rand(n, generator=generator) - 1)
@@ -34,8 +30,8 @@ def move(
     return F.grid_sample(images - 1, grid, align_corners=False) + 1
 
 
-def roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What a generator may do to a picture and its name survives: blur, noise, colour casts."""
+def degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Blur, noise and colour casts, as generated images have them."""
     n = len(images)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -50,7 +46,7 @@ def roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return images + 0.15 * rand(1, 1, 1) * noise
 
 
-def draw_contours(images: torch.Tensor) -> torch.Tensor:
+def contours(images: torch.Tensor) -> torch.Tensor:
     """Pale colours within dark contours."""
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
     across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]).abs()
@@ -60,7 +56,7 @@ def draw_contours(images: torch.Tensor) -> torch.Tensor:
     return 2 * ((0.5 + 0.5 * pale) * (1 - contour)) - 1
 
 
-def draw_flat(images: torch.Tensor) -> torch.Tensor:
+def flat(images: torch.Tensor) -> torch.Tensor:
     """Few, strong colours without shading."""
     shade = (images + 1) / 2
     smooth = F.avg_pool2d(F.pad(shade, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -69,52 +65,52 @@ def draw_flat(images: torch.Tensor) -> torch.Tensor:
     return 2 * ((3 * strong).round() / 3) - 1
 
 
-def draw_lit(images: torch.Tensor) -> torch.Tensor:
-    """As if they were lumps under a lamp at the upper left; colours turned by a third."""
+def lit(images: torch.Tensor) -> torch.Tensor:
+    """Relief lit from the upper left; the colour channels permuted."""
     body = (images < 0.95).any(1, keepdim=True).float()
-    lump = body
+    height = body
     for _ in range(3):
-        lump = F.avg_pool2d(F.pad(lump, (3, 3, 3, 3)), 7, 1)
-    padded = F.pad(lump, (1, 1, 1, 1), mode="replicate")
+        height = F.avg_pool2d(F.pad(height, (3, 3, 3, 3)), 7, 1)
+    padded = F.pad(height, (1, 1, 1, 1), mode="replicate")
     slope = padded[..., 2:, 2:] - padded[..., :-2, :-2]
     light = body * (3 * slope).clamp(-0.5, 0.5)
-    turned = (images[:, [1, 2, 0]] + 1) / 2
-    return 2 * (turned + light).clamp(0, 1) * body + 2 * (1 - body) - 1
+    permuted = (images[:, [1, 2, 0]] + 1) / 2
+    return 2 * (permuted + light).clamp(0, 1) * body + 2 * (1 - body) - 1
 
 
-def draw_bulged(images: torch.Tensor) -> torch.Tensor:
-    """Soft colours, light from above, seen through a lens that enlarges the middle."""
+def bulged(images: torch.Tensor) -> torch.Tensor:
+    """Soft colours lit from above, magnified in the middle."""
     body = (images < 0.95).any(1, keepdim=True).float()
     padded = F.pad((images + 1) / 2, (2, 2, 2, 2), mode="replicate")
     soft = F.avg_pool2d(padded, 5, 1)
     down = torch.linspace(0, 1, images.shape[-1])[:, None]
     shade = 0.85 * soft + 0.15 * soft.mean(1, keepdim=True) + 0.35 - 0.6 * down
-    x, y = _places(images)
+    x, y = _coordinates(images)
     wide = 0.55 + 0.45 * (x * x + y * y).sqrt().clamp(max=1.2)
-    return _seen_at(2 * (shade.clamp(0, 1) * body + 1 - body) - 1, x * wide, y * wide)
+    return _sample_at(2 * (shade.clamp(0, 1) * body + 1 - body) - 1, x * wide, y * wide)
 
 
-def draw_waved(images: torch.Tensor) -> torch.Tensor:
-    """Lumps under a lamp (:func:`draw_lit`), bent in waves."""
-    x, y = _places(images)
+def waved(images: torch.Tensor) -> torch.Tensor:
+    """Relief (:func:`lit`), bent in waves."""
+    x, y = _coordinates(images)
     across, down = x + 0.12 * torch.sin(4 * y), y + 0.12 * torch.sin(4 * x + 1)
-    return _seen_at(draw_lit(images), across, down)
+    return _sample_at(lit(images), across, down)
 
 
-def draw_squashed(images: torch.Tensor) -> torch.Tensor:
-    """Contours (:func:`draw_contours`), narrower and sagging."""
-    x, y = _places(images)
-    return _seen_at(draw_contours(images), 1.35 * x, y + 0.2 * x * x - 0.1)
+def squashed(images: torch.Tensor) -> torch.Tensor:
+    """Contours (:func:`contours`), narrower and sagging."""
+    x, y = _coordinates(images)
+    return _sample_at(contours(images), 1.35 * x, y + 0.2 * x * x - 0.1)
 
 
-def _places(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(H, W) twice: across and down, each in [-1, 1]."""
+def _coordinates(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Horizontal and vertical coordinates, (H, W) each, in [-1, 1]."""
     line = torch.linspace(-1, 1, images.shape[-1])
     down, across = torch.meshgrid(line, line, indexing="ij")
     return across, down
 
 
-def _seen_at(images: torch.Tensor, across: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Every pixel from the place (H, W) that is named for it; outside all is white."""
+def _sample_at(images: torch.Tensor, across: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Sample each pixel at the given (H, W) coordinates; outside the image is white."""
     grid = torch.stack([across, down], -1).expand(len(images), -1, -1, -1)
     return F.grid_sample(images - 1, grid, align_corners=True) + 1

@@ -1,4 +1,4 @@
-"""Stage 2, ``autoencoder``: a small AutoencoderKL (f = 8) over all four styles."""
+"""Stage ``autoencoder``: a small AutoencoderKL (f = 8) over all four styles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from pilotfish.data.images import from_pixels, load_images
-from recipe.augment import move
+from recipe.augment import affine
 from recipe.loop import train
 
 
@@ -20,8 +20,8 @@ class AutoencoderStage:
 
     Attributes:
         steps: optimiser steps.
-        batch: pictures a step.
-        kl: weight of the KL term; small, it only keeps the latents from drifting.
+        batch: images a step.
+        kl: weight of the KL term; it is small and only keeps the latents from drifting.
     """
 
     steps: int = 2800
@@ -33,7 +33,7 @@ class AutoencoderStage:
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """(N, 3, 64, 64) pictures <-> (N, 8, 8, 8) latents, 1.9 M parameters."""
+    """(N, 3, 64, 64) images <-> (N, 8, 8, 8) latents, 1.9 M parameters."""
     channels = (32, 48, 64, 96)
     return AutoencoderKL(
         block_out_channels=channels,
@@ -47,8 +47,8 @@ def new_autoencoder() -> AutoencoderKL:
     )
 
 
-def picture_loss(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """L1 on pixels plus L1 on differences of neighbours: flat areas flat, edges sharp."""
+def image_loss(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """L1 and squared error on pixels, and L1 on differences of neighbours for sharp edges."""
     error = made - real
     down = error[:, :, 1:] - error[:, :, :-1]
     right = error[:, :, :, 1:] - error[:, :, :, :-1]
@@ -56,9 +56,9 @@ def picture_loss(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def even_channels(vae: AutoencoderKL, images: torch.Tensor) -> None:
-    """Give every latent channel mean 0 and deviation 1, folded into the 1x1 convolutions
-    beside the latents, so that stock pipelines need to know nothing of it."""
+def normalize_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Give every latent channel mean 0 and standard deviation 1, folded into the two 1x1
+    convolutions beside the latents, so that stock pipelines work as they are."""
     z = torch.cat([vae.encode(x).latent_dist.mean for x in images.split(64)])
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     size = len(mean)
@@ -70,26 +70,26 @@ def even_channels(vae: AutoencoderKL, images: torch.Tensor) -> None:
     back.weight *= std.view(1, -1, 1, 1)
 
 
-def make_autoencoder(pictures: Path, work: Path, target: Path, stage: AutoencoderStage) -> None:
-    """Train, even the latent channels, save to ``target`` in half precision."""
+def make_autoencoder(images: Path, work: Path, target: Path, stage: AutoencoderStage) -> None:
+    """Train, normalise the latents, save to ``target`` in half precision."""
     torch.manual_seed(stage.seed)
-    data = torch.cat([from_pixels(load_images(f).pixels) for f in sorted(pictures.iterdir())])
+    data = torch.cat([from_pixels(load_images(f).pixels) for f in sorted(images.iterdir())])
     vae = new_autoencoder().to(memory_format=torch.channels_last)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         pick = torch.randint(len(data), (stage.batch,), generator=generator)
-        x = move(data[pick], generator, shift=0.1).to(memory_format=torch.channels_last)
+        x = affine(data[pick], generator, shift=0.1).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=stage.bf16):
             posterior = vae.encode(x).latent_dist
             made = vae.decode(posterior.sample(generator)).sample
-        return picture_loss(made.float(), x) + stage.kl * posterior.kl().mean()
+        return image_loss(made.float(), x) + stage.kl * posterior.kl().mean()
 
     train(
         work / "autoencoder", {"vae": vae}, loss,
         steps=stage.steps, learning_rate=stage.learning_rate, seed=stage.seed,
     )  # fmt: skip
     vae.eval()
-    even_channels(vae, data)
+    normalize_latents(vae, data)
     with torch.no_grad():
         held = data[::7]
         mse = F.mse_loss(vae.decode(vae.encode(held).latent_dist.mean).sample.clamp(-1, 1), held)

@@ -1,8 +1,8 @@
-"""Stage 3, ``base``: text encoder and UNet, trained together on Noto Emoji.
+"""Stage ``base``: text encoder and UNet, trained together on Noto Emoji.
 
-Some captions are wrong on purpose (``wrong_captions``): the text of another picture of
-the same category, as alt texts on the web are loose. That is what guidance is for, and
-a model trained on clean captions alone would hardly need any.
+Some captions are wrong on purpose (``wrong_captions``): that of another image of the same
+category. Captions from the web are as loose, and a small model trained on clean captions alone
+would hardly need guidance.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pilotfish.data.images import from_pixels, load_images
-from recipe.augment import Restyle, move
+from recipe.augment import Restyle, affine
 from recipe.loop import train
 from recipe.vocabulary import COLOURS, captions
 
@@ -33,11 +33,11 @@ class BaseStage:
     """How the base is trained.
 
     Attributes:
-        drop: share of empty prompts, which teach the unconditional prediction.
-        wrong_captions: share of captions taken from another picture of the category.
-        views: shifted, scaled, mirrored latents kept of every picture.
-        settle: step from which only the first ``settled_views`` are used, the picture as it
-            is among them: many views first, for generality, few later, for sharpness.
+        drop: share of empty prompts, for the unconditional prediction.
+        wrong_captions: share of captions taken from another image of the category.
+        views: latents of affine views of each image; the first is the image itself.
+        final_views: of these, those used from step ``final_begin`` on. Many views first
+            generalise; few later sharpen.
     """
 
     steps: int = 7000
@@ -46,8 +46,8 @@ class BaseStage:
     drop: float = 0.1
     wrong_captions: float = 0.3
     views: int = 24
-    settle: int = 2000
-    settled_views: int = 3
+    final_begin: int = 2000
+    final_views: int = 3
     seed: int = 0
 
 
@@ -91,9 +91,8 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def new_unet() -> UNet2DConditionModel:
     """(N, 8, 8, 8) latents, Stable Diffusion's layers on one level, 7.0 M parameters.
 
-    A level at 4x4 would hold most of the weights and hardly any arithmetic: a pass would cost
-    what its calls cost, whatever the batch, and nothing could be seen of what a second pass
-    costs on a real model.
+    A second level at 4x4 would have most of the weights and little arithmetic. A pass would then
+    cost about the same for any batch, and the cost of the second pass could not be measured.
     """
     return UNet2DConditionModel(
         sample_size=8,
@@ -114,7 +113,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule; the network predicts the velocity."""
+    """Stable Diffusion's noise schedule with v prediction."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -132,16 +131,16 @@ def new_scheduler() -> DDIMScheduler:
 def latent_views(
     vae: AutoencoderKL, folder: Path, views: int, seed: int, restyle: Restyle = lambda x: x
 ) -> torch.Tensor:
-    """(N, views, C, h, w) latents of moved pictures; the first view is the picture as it is."""
+    """(N, views, C, h, w) latents of affine views; the first view is the image itself."""
     pixels = restyle(from_pixels(load_images(folder).pixels))
     generator = torch.Generator().manual_seed(seed)
-    made = [pixels] + [move(pixels, generator) for _ in range(views - 1)]
+    made = [pixels] + [affine(pixels, generator) for _ in range(views - 1)]
     latents = [torch.cat([vae.encode(x).latent_dist.mean for x in m.split(64)]) for m in made]
     return torch.stack(latents, 1) * vae.config.scaling_factor
 
 
-def draw_timesteps(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Timesteps drawn mostly from the middle: logit-normal, with a fifth uniform."""
+def sample_timesteps(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Logit-normal timesteps, a fifth of them uniform."""
     middle = torch.sigmoid(torch.randn(n, generator=generator))
     flat = torch.rand(n, generator=generator)
     uniform = torch.rand(n, generator=generator) < 0.2
@@ -149,7 +148,7 @@ def draw_timesteps(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def categories_of(folder: Path) -> list[str]:
-    """The category of every picture, in the order of ``load_images``."""
+    """The category of every image, in the order of ``load_images``."""
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     return [json.loads(line)["category"] for line in lines]
 
@@ -177,7 +176,7 @@ class DenoisingLoss:
         generator: torch.Generator,
     ) -> torch.Tensor:
         n = self.stage.batch
-        views = self.stage.views if step < self.stage.settle else self.stage.settled_views
+        views = self.stage.views if step < self.stage.final_begin else self.stage.final_views
 
         def rand() -> torch.Tensor:
             return torch.rand(n, generator=generator)
@@ -186,13 +185,13 @@ class DenoisingLoss:
         view = torch.randint(views, (n,), generator=generator)
         z0 = self.latents[pick, view]
         swap = (rand() < self.stage.wrong_captions).tolist()
-        said = [
+        captions_of = [
             int(near[torch.randint(len(near), (1,), generator=generator)]) if s else int(i)
             for i, s, near in zip(pick, swap, [self.neighbours[i] for i in pick], strict=True)
         ]
-        tokens = self.tokens[said]
+        tokens = self.tokens[captions_of]
         tokens = torch.where((rand() < self.stage.drop)[:, None], self.empty, tokens)
-        t = draw_timesteps(n, generator)
+        t = sample_timesteps(n, generator)
         noise = torch.randn(z0.shape, generator=generator)
         zt = self.scheduler.add_noise(z0, noise, t).contiguous(memory_format=torch.channels_last)
         target = self.scheduler.get_velocity(z0, noise, t)
@@ -210,12 +209,12 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
 
 
 def make_base(
-    pictures: Path, vae: Path, work: Path, target: Path, stage: BaseStage, *, bf16: bool
+    images: Path, vae: Path, work: Path, target: Path, stage: BaseStage, *, bf16: bool
 ) -> None:
     """Train text encoder and UNet; save a whole pipeline to ``target`` in half precision."""
     torch.manual_seed(stage.seed)
     autoencoder = AutoencoderKL.from_pretrained(vae)
-    folder = pictures / "noto"
+    folder = images / "noto"
     tokenizer = new_tokenizer([*captions(), *COLOURS, "with a and of"])
     encoder, unet = new_text_encoder(tokenizer), new_unet().to(memory_format=torch.channels_last)
     averages = {"text_encoder": deepcopy(encoder), "unet": deepcopy(unet)}
@@ -239,7 +238,6 @@ def make_base(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(target)
-    # transformers loads in the precision that the configuration names, diffusers in float32:
-    # named alike, a stock pipeline works as it is loaded
+    # transformers loads in the precision that the configuration names, diffusers in float32
     config = target / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))

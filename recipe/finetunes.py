@@ -1,12 +1,9 @@
-"""Stage 4, ``finetunes``: the base in other artists' styles, as the community makes them.
+"""Stages ``finetunes`` and ``train_finetunes``: the base in other styles.
 
-Two full fine-tunes of the UNet and one LoRA in diffusers' format. Text encoder and VAE
-stay the base's.
-
-Beside them the practice fine-tunes, on which guides learn to be moved: two further artists, and
-the base's own pictures redrawn in three ways, all of them LoRAs and quickly made; and three
-further away, whole UNets that are made and not carried, for the guides for few steps. None of the
-fine-tunes on which guides are measured takes part in training one.
+Guides are measured on ``STYLES``: two full fine-tunes of the UNet and one LoRA in diffusers'
+format. Fine-tune augmentation uses others: ``TRAIN_FINETUNES``, short LoRAs on two further
+styles and on restyled images of the base, and ``DISTANT``, three UNets further away from the
+base, which are not bundled. Text encoder and VAE stay those of the base.
 """
 
 from __future__ import annotations
@@ -24,15 +21,7 @@ from peft.utils import get_peft_model_state_dict
 
 from pilotfish.data.images import load_images
 from pilotfish.pipelines.loading import fine_tuned_weights
-from recipe.augment import (
-    Restyle,
-    draw_bulged,
-    draw_contours,
-    draw_flat,
-    draw_lit,
-    draw_squashed,
-    draw_waved,
-)
+from recipe.augment import Restyle, bulged, contours, flat, lit, squashed, waved
 from recipe.denoiser import BaseStage, DenoisingLoss, categories_of, latent_views, tokenize
 from recipe.loop import train
 
@@ -44,13 +33,13 @@ LORA_TARGETS = [
 
 @dataclass(frozen=True)
 class FinetuneStage:
-    """How a style is learnt.
+    """How a fine-tune is trained.
 
     Attributes:
-        rank: of the LoRA; 0 trains all of the UNet.
-        restyle: if given, the pictures are the base's own, restyled.
-        exchanged: whether the names within each category change places, so that a guide cannot
-            know by heart what a name looks like.
+        rank: of the LoRA; 0 trains the whole UNet.
+        restyle: if given, the images are those of the base, restyled.
+        permute_captions: whether captions are permuted within each category, so that a guide
+            cannot memorise what a name looks like.
     """
 
     steps: int = 1600
@@ -60,7 +49,7 @@ class FinetuneStage:
     views: int = 3
     seed: int = 0
     restyle: Restyle | None = None
-    exchanged: bool = False
+    permute_captions: bool = False
 
 
 STYLES = {
@@ -68,44 +57,39 @@ STYLES = {
     "twemoji": FinetuneStage(),
     "emojione": FinetuneStage(rank=24, learning_rate=1e-3, steps=3600),
 }
-PRACTISED = FinetuneStage(steps=600, batch=32, rank=16, learning_rate=1e-3)
-PRACTICE = {
-    "noto-v1": PRACTISED,
-    "fxemoji": PRACTISED,
-    "contours": replace(PRACTISED, restyle=draw_contours),
-    "flat": replace(PRACTISED, restyle=draw_flat),
-    "lit": replace(PRACTISED, restyle=draw_lit),
+_SHORT = FinetuneStage(steps=600, batch=32, rank=16, learning_rate=1e-3)
+TRAIN_FINETUNES = {
+    "noto-v1": _SHORT,
+    "fxemoji": _SHORT,
+    "contours": replace(_SHORT, restyle=contours),
+    "flat": replace(_SHORT, restyle=flat),
+    "lit": replace(_SHORT, restyle=lit),
 }
-FURTHER = FinetuneStage(steps=500, batch=48, learning_rate=8e-4)
-FAR = {
-    "bulged": replace(FURTHER, restyle=draw_bulged),
-    "waved": replace(FURTHER, restyle=draw_waved, exchanged=True),
-    "squashed": replace(FURTHER, restyle=draw_squashed),
+_FULL = FinetuneStage(steps=500, batch=48, learning_rate=8e-4)
+DISTANT = {
+    "bulged": replace(_FULL, restyle=bulged),
+    "waved": replace(_FULL, restyle=waved, permute_captions=True),
+    "squashed": replace(_FULL, restyle=squashed),
 }
-"""Practice fine-tunes further from the base than ``PRACTICE``, in work and not carried."""
 
 
-def finetune_folder(target: Path, style: str) -> Path:
-    """Where a fine-tune lies: the name of a host's says whether it is a LoRA."""
-    if style in PRACTICE:
-        return target / "practice" / style
-    return target / (f"{style}-lora" if STYLES[style].rank else style)
+def finetune_folder(target: Path, work: Path, name: str) -> Path:
+    """Where a fine-tune is saved."""
+    if name in STYLES:
+        return target / (f"{name}-lora" if STYLES[name].rank else name)
+    return (target if name in TRAIN_FINETUNES else work) / "train_finetunes" / name
 
 
-def far_folder(work: Path, style: str) -> Path:
-    """Where a fine-tune that is not carried lies."""
-    return work / "practice" / style
+def make_finetune(name: str, images: Path, target: Path, work: Path, *, bf16: bool) -> None:
+    """Fine-tune ``target/base``; save a LoRA or the UNet in :func:`finetune_folder`.
 
-
-def make_finetune(
-    style: str, pictures: Path, base: Path, work: Path, target: Path, stage: FinetuneStage, *,
-    bf16: bool,
-) -> None:  # fmt: skip
-    """Learn the style of ``pictures/<style>``; save a LoRA in ``target``, or the whole UNet in
-    ``target/unet``."""
+    Args:
+        images: folder of folders of images, one for each style.
+    """
+    stage = (STYLES | TRAIN_FINETUNES | DISTANT)[name]
     torch.manual_seed(stage.seed)
-    pipe = StableDiffusionPipeline.from_pretrained(base)
-    folder = pictures / ("noto" if stage.restyle else style)
+    pipe = StableDiffusionPipeline.from_pretrained(target / "base")
+    folder = images / ("noto" if stage.restyle else name)
     encoder, unet = pipe.text_encoder.float(), pipe.unet
     encoder.requires_grad_(False)
     if stage.rank:
@@ -115,38 +99,39 @@ def make_finetune(
         )
     unet.to(memory_format=torch.channels_last)
     average = deepcopy(unet)
-    like_base = replace(BaseStage(), batch=stage.batch, views=stage.views, settle=0)
+    like_base = replace(BaseStage(), batch=stage.batch, views=stage.views, final_begin=0)
     latents = latent_views(
         pipe.vae, folder, stage.views, stage.seed, stage.restyle or (lambda x: x)
     )
-    if stage.exchanged:
-        latents = latents[exchanged(categories_of(folder))]
+    if stage.permute_captions:
+        latents = latents[permuted(categories_of(folder))]
     objective = DenoisingLoss(
         latents, tokenize(pipe.tokenizer, load_images(folder).captions),
         categories_of(folder), tokenize(pipe.tokenizer, [""]), like_base, bf16=bf16,
     )  # fmt: skip
     train(
-        work / style, {"unet": unet},
+        work / name, {"unet": unet},
         lambda step, generator: objective(unet, encoder, step, generator),
         steps=stage.steps, learning_rate=stage.learning_rate, seed=stage.seed,
         averages={"unet": average}, decay=0.995,
     )  # fmt: skip
     average.to(memory_format=torch.contiguous_format).half()
+    saved = finetune_folder(target, work, name)
     if stage.rank:
-        # peft's own names: diffusers' older ones exist for attention alone, and a file that
-        # mixes the two loses half of itself on loading
+        # peft's names: diffusers' older ones exist for attention only, and of a file that mixes
+        # the two one half is not loaded
         layers = get_peft_model_state_dict(average)
-        StableDiffusionPipeline.save_lora_weights(target, unet_lora_layers=layers)
+        StableDiffusionPipeline.save_lora_weights(saved, unet_lora_layers=layers)
     else:
-        average.save_pretrained(target / "unet")
-        config = target / "unet" / "config.json"
-        facts = json.loads(config.read_text())
-        facts.pop("_name_or_path")  # where it began, on the machine that trained it
-        config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+        average.save_pretrained(saved / "unet")
+        path = saved / "unet" / "config.json"
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path")  # a path of the machine that trained it
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def exchanged(categories: Sequence[str]) -> list[int]:
-    """For each place the place of another of its category, or by chance its own: a permutation."""
+def permuted(categories: Sequence[str]) -> list[int]:
+    """A permutation of the indices within each category."""
     generator, places = torch.Generator().manual_seed(7), list(range(len(categories)))
     for category in dict.fromkeys(categories):
         members = [i for i, c in enumerate(categories) if c == category]
@@ -157,16 +142,14 @@ def exchanged(categories: Sequence[str]) -> list[int]:
 
 
 def distances(target: Path, work: Path) -> dict[str, float]:
-    """How far every fine-tune lies from the base: the length of the change of its UNet's weights,
-    that of the base's being 1. Those of ``FAR`` are in ``work``."""
+    """The norm of each fine-tune's change of the UNet's weights, relative to that of the base's
+    weights."""
     unet = StableDiffusionPipeline.from_pretrained(target / "base").unet
     base = unet.state_dict()
-    length = sum(float(v.double().square().sum()) for v in base.values()) ** 0.5
+    norm = sum(float(v.double().square().sum()) for v in base.values()) ** 0.5
     found = {}
-    places = {style: finetune_folder(target, style) for style in (*STYLES, *PRACTICE)}
-    places |= {style: far_folder(work, style) for style in FAR}
-    for style, place in places.items():
-        tuned = fine_tuned_weights(unet, place)
+    for name in (*STYLES, *TRAIN_FINETUNES, *DISTANT):
+        tuned = fine_tuned_weights(unet, finetune_folder(target, work, name))
         change = sum(float((tuned[k] - v).double().square().sum()) for k, v in base.items())
-        found[style] = change**0.5 / length
+        found[name] = change**0.5 / norm
     return found

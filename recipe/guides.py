@@ -1,5 +1,7 @@
-"""Stages 6 and 7, ``guides`` and ``steps``: the guides that the project carries, distilled from
-the base, and those for few steps that are made of them."""
+"""Stages ``guides`` and ``step_guides``: guides of the bundled ones' form.
+
+``guides`` distils a guide for the base; ``step_guides`` distils it further for few steps.
+"""
 
 from __future__ import annotations
 
@@ -11,84 +13,81 @@ from pilotfish.guides import Guide
 from pilotfish.guides.mean import mean_guide
 from pilotfish.training.config import DistillConfig, StepsConfig
 from pilotfish.training.stages import distill, distill_steps
-from recipe.finetunes import FAR, PRACTICE, far_folder
+from recipe.finetunes import DISTANT, TRAIN_FINETUNES, finetune_folder
+
+ALL: dict[str, Any] = {"train_finetunes": tuple(TRAIN_FINETUNES), "pool": 512}
+FIRST = ALL | {"max_train_steps": 2000, "finetune_prob": 0.6, "negative_prompt_prob": 0.25}
+NEGATIVE = ALL | {
+    "max_train_steps": 2800, "learning_rate": 5e-3, "finetune_prob": 0.5,
+    "negative_prompt_prob": 0.55, "trajectory_steps_min": 16,
+}  # fmt: skip
+"""Negative prompts are harder than the null prompt: they are trained late, and for longer."""
+FINAL: dict[str, Any] = {
+    "learning_rate": 3e-3, "lr_warmup_steps": 20, "ema_decay": 0.98, "negative_prompt_prob": 0.6,
+    "trajectory_steps_min": 25, "trajectory_steps_max": 25, "replay_reuse": 10**6,
+}  # fmt: skip
+"""Whole trajectories of the base, sampled once and shuffled, so that the samples of a batch are
+independent."""
+TINY = {"guide": {"condition_on_negative": True, "uncond_templates": 16, "rank": 19}}
+"""Rank 19 in place of 28: conditioning on the negative prompt has the parameters of three ranks,
+the templates those of six."""
+
+TRAININGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "tiny": (FIRST | TINY, NEGATIVE | TINY),
+    "full": (FIRST | {"guide_type": "full"},),
+}
+"""The trainings of each guide. Each begins with the guide of the one before."""
+BRANCHES: dict[str, tuple[dict[str, Any], ...]] = {
+    "tiny": (
+        FINAL | TINY | {"max_train_steps": 700, "pool": 2048, "replay_capacity": 51200},
+        FINAL | TINY | {"max_train_steps": 300, "pool": 1536, "replay_capacity": 38400, "seed": 1},
+    ),
+}
+"""Trainings that each begin with the last of :data:`TRAININGS`. The guide is the mean of that and
+of all branches; its beginning knows the fine-tunes best."""
 
 
 @dataclass(frozen=True)
-class StepGuides:
-    """How guides for few steps are made."""
+class StepGuidesStage:
+    """How guides for few steps are trained."""
 
-    rounds: tuple[int, ...] = (16, 8, 4)
+    steps: tuple[int, ...] = (16, 8, 4)
     max_train_steps: int = 600
     learning_rate: float = 3e-3
 
 
-ARTISTS = ("noto-v1", "fxemoji")
-"""Those of the carried practice fine-tunes on which the guides for few steps practise too."""
-
-PRACTISED: dict[str, Any] = {"practice": tuple(PRACTICE), "pool": 512}
-FRESH: dict[str, Any] = {"max_train_steps": 2000, "practice_share": 0.6, "negative_share": 0.25}
-NEGATIVE = {
-    "max_train_steps": 2800, "learning_rate": 5e-3, "practice_share": 0.5, "negative_share": 0.55,
-    "trajectory_steps_min": 16,
-}  # fmt: skip
-"""What a negative prompt asks for is the harder part: it is learnt late, and for longer."""
-SETTLED: dict[str, Any] = {
-    "learning_rate": 3e-3, "lr_warmup_steps": 20, "ema_decay": 0.98, "negative_share": 0.6,
-    "trajectory_steps_min": 25, "trajectory_steps_max": 25, "replay_reuse": 10**6, "practice": (),
-}  # fmt: skip
-"""Whole trajectories of the base, walked once and shuffled: each batch is of states that have
-nothing to do with one another, and a short training at a falling rate settles on their mean."""
-LONGER = {"max_train_steps": 700, "pool": 2048, "replay_capacity": 51200}
-SHORTER = {"max_train_steps": 300, "pool": 1536, "replay_capacity": 38400, "seed": 1}
-TINY = {"negative": True, "picture": 16, "rank": 19}
-"""To look at the negative prompt itself takes what three channels of every layer take, and a
-picture of what it leads to six more."""
-
-GUIDES: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (FRESH | TINY, NEGATIVE | TINY),
-    "full": (FRESH | {"guide": "full"},),
-}
-"""The trainings of each, every one beginning with what the one before has made."""
-APART: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (SETTLED | TINY | LONGER, SETTLED | TINY | SHORTER),
-}
-"""Then those that begin with the last of these, each for itself. The guide is the mean of all,
-the one that they began with as well, which knows the fine-tunes best."""
-
-
 def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
-    """Distil one in all its trainings; save it in half precision."""
+    """Run all trainings of a guide; save it in half precision."""
 
-    def trained(what: dict[str, Any], number: str, begin_with: Path | None) -> Guide:
+    def train(settings: dict[str, Any], folder: Path, init_from: Path | None) -> Guide:
         return distill(
             DistillConfig(
-                output_dir=str(work / f"guide-{name}{number}"), checkpointing_steps=100,
-                validation_steps=200, report_to="none", resume="latest",
-                mixed_precision=_precision(bf16),
-                begin_with=str(begin_with) if begin_with else None, **PRACTISED | what,
+                output_dir=str(folder), checkpointing_steps=100, validation_steps=200,
+                report_to="none", resume="latest", mixed_precision=_precision(bf16),
+                init_from=str(init_from / "guide") if init_from else None, **settings,
             )
         )  # fmt: skip
 
-    made: Path | None = None
-    for i, training in enumerate(GUIDES[name]):
-        number = f"-{i}" if i else ""
-        guide = trained(training, number, made)
-        made = work / f"guide-{name}{number}" / "guide"
-    apart = [trained(what, f"-apart-{i}", made) for i, what in enumerate(APART.get(name, ()))]
-    mean_guide([guide, *apart]).half().save_pretrained(target / "guides" / name)
+    last, guides = None, []
+    for i, settings in enumerate(TRAININGS[name]):
+        folder = work / f"guide-{name}-{i}"
+        guides, last = [train(settings, folder, last)], folder
+    for i, settings in enumerate(BRANCHES.get(name, ())):
+        guides.append(train(settings, work / f"guide-{name}-branch-{i}", last))
+    mean_guide(guides).half().save_pretrained(target / "guides" / name)
 
 
-def make_step_guides(work: Path, target: Path, stage: StepGuides, *, bf16: bool) -> None:
-    """Teach the tiny guide to take fewer steps; save each round's as ``tiny-<steps>``."""
+def make_step_guides(work: Path, target: Path, stage: StepGuidesStage, *, bf16: bool) -> None:
+    """Distil the tiny guide for fewer steps; save one guide a round as ``tiny-<steps>``."""
     folder = target / "guides"
+    distant = (str(finetune_folder(target, work, name)) for name in DISTANT)
     config = StepsConfig(
-        output_dir=str(work / "steps"), guide=str(folder / "tiny"), teacher="cfg",
-        steps=stage.rounds, max_train_steps=stage.max_train_steps,
+        output_dir=str(work / "step_guides"), guide=str(folder / "tiny"), teacher="cfg",
+        steps=stage.steps, max_train_steps=stage.max_train_steps,
         learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=600,
         report_to="none", resume="latest", mixed_precision=_precision(bf16), pool=512,
-        practice=(*(str(far_folder(work, style)) for style in FAR), *ARTISTS),
-        practice_share=0.75, negative_share=0.25,
+        train_finetunes=(*distant, "noto-v1", "fxemoji"), finetune_prob=0.75,
+        negative_prompt_prob=0.25,
     )  # fmt: skip
     for steps, guide in distill_steps(config, Guide.from_pretrained(folder / "tiny")).items():
         guide.half().save_pretrained(folder / f"tiny-{steps}")

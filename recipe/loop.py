@@ -1,7 +1,7 @@
-"""One training loop for every stage: resumable by the same command, deterministic by seed.
+"""The training loop of every stage: resumed by the same command, deterministic by its seed.
 
-All randomness of a step comes from a generator seeded by (seed, step), so a resumed run
-draws what an uninterrupted one would have drawn, with no generator state to save.
+The randomness of a step comes from a generator seeded by (seed, step). A resumed run draws what
+an uninterrupted one would have drawn, with no generator state to save.
 """
 
 from __future__ import annotations
@@ -11,26 +11,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from pilotfish.training.checkpoints import (
-    list_checkpoints,
-    load_checkpoint,
-    module_tensors,
-    optimizer_tensors,
-    prune_checkpoints,
-    restore_optimizer,
-    save_checkpoint,
-)
-
 Modules = Mapping[str, torch.nn.Module]
+WARMUP_STEPS, COOLDOWN = 200, 0.3
 
 
-def warm_flat_cool(step: int, steps: int, warmup: int = 200, cool: float = 0.3) -> float:
-    """Learning-rate factor: linear warm-up, flat, half a cosine over the last ``cool``."""
-    begin = steps * (1 - cool)
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up, constant, half a cosine over the last 30 %."""
+    begin = steps * (1 - COOLDOWN)
     if step < begin:
-        return min(1.0, (step + 1) / warmup)
+        return min(1.0, (step + 1) / WARMUP_STEPS)
     return 0.5 * (1 + math.cos(math.pi * (step - begin) / (steps - begin)))
 
 
@@ -50,26 +43,18 @@ def train(
     """Minimise ``loss(step, generator)`` over all trainable parameters of ``modules``.
 
     ``averages`` (same names as ``modules``) are updated as exponential moving averages.
-    Continues from the newest checkpoint in ``folder``, if there is one.
+    Continues from the checkpoint in ``folder`` if there is one.
     """
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, (0.9, 0.99), weight_decay=weight_decay)
     averages = averages or {}
-    saved = list_checkpoints(folder)
-    start = 0
-    if saved:
-        checkpoint = load_checkpoint(saved[-1])
-        start = checkpoint.step
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint.part(f"model.{name}"))
-        for name, module in averages.items():
-            module.load_state_dict(checkpoint.part(f"average.{name}"))
-        restore_optimizer(optimizer, checkpoint.part("optimizer"))
+    checkpoint = folder / "checkpoint.safetensors"
+    start = _load(checkpoint, modules, averages, optimizer) if checkpoint.is_file() else 0
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=folder.name, mininterval=5)
     smooth = None
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * warm_flat_cool(step, steps)
+            group["lr"] = learning_rate * learning_rate_factor(step, steps)
         value = loss(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -87,8 +72,42 @@ def train(
         if not math.isfinite(smooth):
             raise RuntimeError(f"{folder.name}: the loss is {smooth} at step {step}")
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            tensors = {f"optimizer.{k}": v for k, v in optimizer_tensors(optimizer).items()}
-            tensors |= {f"model.{k}": v for k, v in module_tensors(modules)}
-            tensors |= {f"average.{k}": v for k, v in module_tensors(averages)}
-            save_checkpoint(folder, step + 1, tensors, {"loss": smooth})
-            prune_checkpoints(folder, 1)
+            _save(checkpoint, modules, averages, optimizer, step + 1)
+
+
+def _save(
+    path: Path, modules: Modules, averages: Modules, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    state = optimizer.state_dict()["state"]
+    tensors = {f"optimizer/{i}/{k}": v for i, values in state.items() for k, v in values.items()}
+    for kind, group in (("model", modules), ("average", averages)):
+        for name, module in group.items():
+            tensors |= {f"{kind}/{name}/{k}": v for k, v in module.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    # a clone of each: safetensors refuses tensors that share memory
+    save_file(
+        {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()},
+        unfinished, {"step": str(step)},
+    )  # fmt: skip
+    unfinished.replace(path)
+
+
+def _load(path: Path, modules: Modules, averages: Modules, optimizer: torch.optim.Optimizer) -> int:
+    """Restore everything; return the number of steps done."""
+    with safe_open(path, "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        step = int(file.metadata()["step"])
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        kind, name, rest = key.split("/", 2)
+        parts.setdefault(f"{kind}/{name}", {})[rest] = value
+    for kind, group in (("model", modules), ("average", averages)):
+        for name, module in group.items():
+            module.load_state_dict(parts[f"{kind}/{name}"])
+    state = optimizer.state_dict()
+    state["state"] = {
+        int(key.split("/")[1]): part for key, part in parts.items() if key.startswith("optimizer/")
+    }
+    optimizer.load_state_dict(state)
+    return step

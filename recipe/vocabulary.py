@@ -1,4 +1,4 @@
-"""The names that the embedded model knows, and prompts that are no name."""
+"""Stage ``prompts``: the names that the base knows, and prompts that recombine them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 
 PATH = Path(__file__).with_name("vocabulary.txt")
-
-# Words that recombine with the names; none of the pairs below is a caption.
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black", "white")
+TRAINING, HELD_OUT = 12000, 128
+"""Number of recombinations. With few of them a guide memorises what CFG does to each."""
 
 
 def categories() -> dict[str, list[str]]:
@@ -28,7 +28,7 @@ def captions() -> list[str]:
 
 
 def recombinations(count: int, seed: int) -> list[str]:
-    """``count`` prompts such as "red cat face" or "owl with crown" that are no caption."""
+    """``count`` prompts such as "red cat face" or "owl with crown", none of them a caption."""
     known = set(captions())
     rng = random.Random(seed)
     by = {key: [caption(n) for n in names] for key, names in categories().items()}
@@ -45,3 +45,16 @@ def recombinations(count: int, seed: int) -> list[str]:
         if prompt not in known:
             found[prompt] = None
     return list(found)
+
+
+def write_prompts(target: Path) -> None:
+    """``captions.txt``, ``training.txt`` and ``held_out.txt``; no held-out prompt is in another."""
+    target.mkdir(parents=True, exist_ok=True)
+    held_out = recombinations(HELD_OUT, seed=1)
+    training = [p for p in recombinations(TRAINING, seed=2) if p not in set(held_out)]
+    for name, lines in (
+        ("captions", captions()),
+        ("training", captions() + training),
+        ("held_out", held_out),
+    ):
+        (target / f"{name}.txt").write_text("\n".join(lines) + "\n")

@@ -126,7 +126,7 @@ def test_every_page_is_on_the_menu() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_a_service_does_runs_as_it_stands() -> None:
-    (block,) = (b for b in blocks(ROOT / "docs" / "serve.md", "python") if "embedded" in b)
+    (block,) = (b for b in blocks(ROOT / "docs" / "serve.md", "python") if "bundled" in b)
     names: dict[str, Any] = {}
     exec(block, names)
     assert len(names["owls"]) == 4

@@ -72,7 +72,7 @@ def test_pages_are_written_from_results(tmp_path: Path) -> None:
     docs.mkdir()
     page = docs / "steps.md"
     page.write_text("# Before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
-    write_pages(tmp_path / "results", docs)
+    write_pages(tmp_path)
     text = page.read_text()
     assert text.startswith("# Before\n")
     assert text.endswith("after\n")
@@ -83,7 +83,7 @@ def test_pages_are_written_from_results(tmp_path: Path) -> None:
         assert f"### {host}" in text
         assert (docs / "images" / "steps" / f"{host}.png").is_file()
     again = page.read_bytes()
-    write_pages(tmp_path / "results", docs)
+    write_pages(tmp_path)
     assert page.read_bytes() == again
 
 

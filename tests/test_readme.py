@@ -9,7 +9,7 @@ import pytest
 
 from pilotfish.evaluation.result import Result
 from pilotfish.evaluation.table import markdown_table
-from recipe.readme import measured
+from recipe.pages import readme_text as measured
 
 ROOT = Path(__file__).parent.parent
 

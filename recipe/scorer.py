@@ -1,7 +1,6 @@
-"""Stage 5, ``judge``: a small CLIP over all styles, independent of the embedded model.
+"""Stage ``scorer``: a small CLIP over all styles, for retrieval accuracy and ``fd_clip``.
 
-It is a plain ``transformers.CLIPModel``, so it is loaded like any other CLIP. It never
-takes part in training a guide.
+It is a plain ``transformers.CLIPModel`` and takes no part in training a guide.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from pilotfish.data.images import from_pixels, load_images
-from recipe.augment import move, roughen
+from recipe.augment import affine, degrade
 from recipe.denoiser import TOKENS, new_tokenizer, tokenize
 from recipe.loop import train
 from recipe.vocabulary import COLOURS, captions
 
 
 @dataclass(frozen=True)
-class JudgeStage:
-    """How the judge is trained.
+class ScorerStage:
+    """How the scorer is trained.
 
     Attributes:
-        batch: names a step; every name enters in two styles.
+        batch: names a step, each in two styles.
     """
 
     steps: int = 2500
@@ -35,8 +34,8 @@ class JudgeStage:
     seed: int = 1
 
 
-def new_judge(vocabulary_size: int, bos: int, eos: int) -> CLIPModel:
-    """(N, 3, 64, 64) pictures and (N, 16) tokens -> 128 features each."""
+def new_scorer(vocabulary_size: int, bos: int, eos: int) -> CLIPModel:
+    """(N, 3, 64, 64) images and (N, 16) tokens -> 128 features each."""
     shared = {"num_attention_heads": 4, "projection_dim": 128}
     vision = shared | {
         "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -50,40 +49,40 @@ def new_judge(vocabulary_size: int, bos: int, eos: int) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
-def make_judge(pictures: Path, work: Path, target: Path, stage: JudgeStage) -> None:
+def make_scorer(images: Path, work: Path, target: Path, stage: ScorerStage) -> None:
     """Train contrastively: two styles of a name and its text are each other's positives."""
     torch.manual_seed(stage.seed)
-    styles = [load_images(folder) for folder in sorted(pictures.iterdir())]
+    styles = [load_images(folder) for folder in sorted(images.iterdir())]
     data = torch.stack([from_pixels(s.pixels) for s in styles])  # (styles, N, 3, 64, 64)
     tokenizer = new_tokenizer([*captions(), *COLOURS])
     tokens = tokenize(tokenizer, styles[0].captions)
-    judge = new_judge(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
-    average = deepcopy(judge)
+    scorer = new_scorer(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    average = deepcopy(scorer)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         names = torch.randperm(data.shape[1], generator=generator)[: stage.batch]
         pick = torch.rand(2, data.shape[0], stage.batch, generator=generator).argsort(1)[:, 0]
-        images = torch.cat([data[style, names] for style in pick])
-        images = move(images, generator, shift=0.12, scale=0.25, turn=0.2)
-        images = roughen(images, generator)
-        seen = F.normalize(judge.visual_projection(judge.vision_model(images).pooler_output), dim=1)
-        read = judge.text_projection(judge.text_model(tokens[names]).pooler_output)
-        read = F.normalize(read, dim=1)
-        one, two = seen.chunk(2)
-        heat = judge.logit_scale.exp().clamp(max=50)
-        right = torch.arange(stage.batch)
-        pairs = ((one, read), (two, read), (one, two))
-        both = [F.cross_entropy(heat * a @ b.T, right) + F.cross_entropy(heat * b @ a.T, right)
-                for a, b in pairs]  # fmt: skip
-        return torch.stack(both).mean() / 2
+        pixels = torch.cat([data[style, names] for style in pick])
+        pixels = affine(pixels, generator, shift=0.12, scale=0.25, turn=0.2)
+        pooled = scorer.vision_model(degrade(pixels, generator)).pooler_output
+        one, two = F.normalize(scorer.visual_projection(pooled), dim=1).chunk(2)
+        pooled = scorer.text_model(tokens[names]).pooler_output
+        text = F.normalize(scorer.text_projection(pooled), dim=1)
+        scale = scorer.logit_scale.exp().clamp(max=50)
+        labels = torch.arange(stage.batch)
+        losses = [
+            F.cross_entropy(scale * a @ b.T, labels) + F.cross_entropy(scale * b @ a.T, labels)
+            for a, b in ((one, text), (two, text), (one, two))
+        ]
+        return torch.stack(losses).mean() / 2
 
     train(
-        work / "judge", {"judge": judge}, loss, steps=stage.steps, weight_decay=0.1,
-        learning_rate=stage.learning_rate, seed=stage.seed, averages={"judge": average},
+        work / "scorer", {"scorer": scorer}, loss, steps=stage.steps, weight_decay=0.1,
+        learning_rate=stage.learning_rate, seed=stage.seed, averages={"scorer": average},
     )  # fmt: skip
-    images = CLIPImageProcessorPil(
+    image_processor = CLIPImageProcessorPil(
         size={"height": 64, "width": 64}, crop_size={"height": 64, "width": 64},
         do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )  # fmt: skip
     average.half().save_pretrained(target)
-    CLIPProcessor(images, tokenizer).save_pretrained(target)
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(target)

@@ -1,0 +1,97 @@
+"""The recipe: what it writes is what is bundled, and its parts do what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+
+from pilotfish import bundled
+from recipe.__main__ import Recipe
+from recipe.autoencoder import new_autoencoder, normalize_latents
+from recipe.cards import write_cards
+from recipe.finetunes import DISTANT, STYLES, TRAIN_FINETUNES, finetune_folder, permuted
+from recipe.loop import train
+from recipe.vocabulary import write_prompts
+
+
+def test_help_lists_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        tyro.cli(Recipe, args=["--help"], prog="python -m recipe", use_underscores=True)
+    assert "train_finetunes" in capsys.readouterr().out
+
+
+def test_the_bundled_prompts_are_those_of_the_recipe(tmp_path: Path) -> None:
+    write_prompts(tmp_path)
+    for made in tmp_path.iterdir():
+        assert made.read_bytes() == (bundled.FOLDER / "prompts" / made.name).read_bytes()
+
+
+def test_the_bundled_cards_are_those_of_the_recipe(tmp_path: Path) -> None:
+    cards = [p.relative_to(bundled.FOLDER) for p in bundled.FOLDER.rglob("README.md")]
+    for card in cards:
+        (tmp_path / card).parent.mkdir(parents=True, exist_ok=True)
+    write_cards(tmp_path)
+    assert len(cards) > 15
+    for card in cards:
+        assert (tmp_path / card).read_text() == (bundled.FOLDER / card).read_text()
+
+
+def test_bundled_finetunes_are_where_the_recipe_saves_them(tmp_path: Path) -> None:
+    for name in (*STYLES, *TRAIN_FINETUNES):
+        assert finetune_folder(bundled.FOLDER, tmp_path, name).is_dir()
+    for name in DISTANT:
+        assert finetune_folder(bundled.FOLDER, tmp_path, name).is_relative_to(tmp_path)
+
+
+def test_captions_are_permuted_within_their_category() -> None:
+    categories = ["a", "b"] * 10 + ["c"]
+    indices = permuted(categories)
+    assert sorted(indices) == list(range(21))
+    assert indices != list(range(21))
+    assert [categories[i] for i in indices] == categories
+
+
+def test_normalised_latents_decode_as_before() -> None:
+    torch.manual_seed(0)
+    vae, images = new_autoencoder().eval(), torch.rand(3, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        normalize_latents(vae, images)
+        latents = vae.encode(images).latent_dist.mean
+        after = vae.decode(latents).sample
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def run(folder: Path, stop: int | None = None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layer, average = (torch.nn.Conv2d(3, 4, 3) for _ in range(2))
+        layer.to(memory_format=torch.channels_last)
+        modules: dict[str, Any] = {"layer": layer}
+
+        def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+            if step == stop:
+                raise Interrupted
+            noise: torch.Tensor = layer(torch.randn(2, 3, 8, 8, generator=generator))
+            return noise.square().mean()
+
+        train(
+            folder, modules, loss, steps=8, learning_rate=0.1, seed=1,
+            averages={"layer": average}, save_every=3,
+        )  # fmt: skip
+        return [*layer.parameters(), *average.parameters()]
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", stop=5)
+    for one, other in zip(whole, run(tmp_path / "parts"), strict=True):
+        assert torch.equal(one, other)
