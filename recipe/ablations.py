@@ -14,7 +14,7 @@ import torch
 
 from pilotfish import bundled
 from pilotfish.evaluation.machine import machine, versions
-from pilotfish.guidance_error import guidance_error
+from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
 from pilotfish.training.config import DistillConfig
 from pilotfish.training.stages import distill
@@ -124,10 +124,10 @@ def measure(guide: Guide, held_out: list[str], stage: AblationsStage) -> dict[st
         if name == "base":
             share = parameters / sum(p.numel() for p in pipe.unet.parameters())
         with torch.autocast(pipe.device.type, torch.bfloat16):  # as in training
-            error = guidance_error(
-                pipe, guide, held_out, seed=stage.seed,
-                num_inference_steps=stage.num_inference_steps,
-            )  # fmt: skip
+            trajectories = Trajectories.of_pipeline(
+                pipe, held_out, seed=stage.seed, num_inference_steps=stage.num_inference_steps
+            )
+            error = pipeline_guidance_error(pipe, guide, trajectories)
         errors[name] = {"mean": error.mean, "by_w": error.by_w}
     return {"parameters": parameters, "share": share, "guidance_error": errors}
 

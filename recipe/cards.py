@@ -85,8 +85,8 @@ def write_cards(target: Path) -> None:
             stage="step_guides" if steps else "guides", styles=("noto", *TRAIN_STYLES),
             licence="apache-2.0", library="pilotfish", made=SIMILAR,
         )  # fmt: skip
-    for name, style in STYLES.items():
-        text = f"# Images\n\n- {style.attribution}\n\nRendered by `python -m recipe images`.\n"
+    for name, source in STYLES.items():
+        text = f"# Images\n\n- {source.attribution}\n\nRendered by `python -m recipe images`.\n"
         (target / "images" / name / "README.md").write_text(text)
 
 

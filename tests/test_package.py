@@ -58,6 +58,11 @@ def test_the_version_stands_in_one_place() -> None:
         assert "version" in tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dynamic"]
 
 
+def test_the_library_is_small() -> None:
+    files = (p for p in Path(pilotfish.__file__).parent.rglob("*") if "__pycache__" not in p.parts)
+    assert sum(p.stat().st_size for p in files if p.is_file()) < 2e6
+
+
 # --- core dependencies -------------------------------------------------------------------------
 
 HIDE = """
