@@ -1,1 +1,1 @@
-"""Cost and memory of guides at full size, on random weights."""
+"""Cost and memory of guides: wall clock, operators, memory, at full size with random weights."""

@@ -1,161 +1,261 @@
-"""``pilotfish benchmark``: CFG, a plain pass and a guided pass, side by side."""
+"""``pilotfish benchmark``: no guidance, CFG and a guide, side by side."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
+from rich.table import Table
 
-from benchmarks.largest_batch import largest_batches
-from benchmarks.shapes import SHAPES, ShapesResult, measure_shape, timed_as
-from benchmarks.training_memory import around_the_denoiser, training_memory
-from pilotfish import bundled
+from benchmarks.measure import ShapeResult, ShapesResult, measure_shape, result_key
+from benchmarks.memory import largest_batches, pipeline_parts, training_memory
+from benchmarks.operators import OperatorCount, count_operators, narrow_pipeline
+from benchmarks.shapes import GUIDES, SHAPES
 from pilotfish.cli.names import guide, host, usable
 from pilotfish.evaluation.cost import cost, guide_size
 from pilotfish.evaluation.machine import machine
-from pilotfish.evaluation.table import cost_table, shapes_table, training_table
+from pilotfish.evaluation.table import cost_table, number
+from pilotfish.guides import Guide
 from pilotfish.pipelines import check
 from pilotfish.training.kinds import KINDS
 
-PACKED = "TORCHINDUCTOR_FREEZING"
-"""An environment variable: whether a compiler packs weights beforehand."""
-BOTH: tuple[Literal["tiny", "full"], ...] = ("tiny", "full")
+FREEZING = "TORCHINDUCTOR_FREEZING"
+"""An environment variable of torch: whether its compiler packs weights beforehand."""
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What to time. Ratios are medians over rounds in which the three take turns."""
+    """Time no guidance, CFG and a guide. They take turns; ratios are medians over the rounds."""
 
+    models: tuple[str, ...] = ("base",)
+    """Pipelines: base, fluent, twemoji, emojione, or folders or hub ids."""
     guide: str = "tiny"
-    """Guide: tiny, a folder or hub id, or a kind that distill knows, fresh: what a guide has
-    learnt does not change what it costs."""
-    pretrained_model_name_or_path: str = "base"
-    """Pipeline: base, fluent, twemoji, emojione, or a folder or hub id."""
+    """A bundled guide, a folder or a hub id."""
+    guide_type: tuple[str, ...] = ()
+    """A fresh guide of this type, one that ``distill`` knows, in place of --guide: the cost does
+    not depend on the weights. With --shape one or more of tiny and full; both if left out."""
     batch_sizes: tuple[int, ...] = (1, 8)
     num_inference_steps: int = 25
     guidance_scale: float = 4.0
     rounds: int = 15
     shape: tuple[Literal["sd15", "sd21", "sdxl"], ...] = ()
-    """Full-size denoisers with random weights, in place of a pipeline: one step of a plain pass,
-    CFG and the guides, side by side."""
-    guides: tuple[Literal["tiny", "full"], ...] = BOTH
-    """Of full-size denoisers, the guides that are timed."""
+    """Full-size denoisers with random weights, in place of a pipeline: one sampling step."""
+    operators: bool = False
+    """Count the operators that a guide adds to a plain pass, by name; time nothing."""
+    count_only: bool = False
+    """With --shape: count parameters and FLOPs; time nothing, and need no memory."""
+    memory: float | None = None
+    """With --shape: GiB of a device, to compute the largest batch that it holds in each mode in
+    ``--precision``."""
+    train: bool = False
+    """With --shape: the memory of a training step on a base in ``--precision`` with gradient
+    checkpointing, computed by purpose and, unless ``--count_only``, measured."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
-    """Time the denoiser compiled (torch.compile), in every way. On a CPU,
+    """Time the denoiser compiled (torch.compile), in all modes. On a CPU,
     ``TORCHINDUCTOR_FREEZING=1`` before the command packs the weights beforehand."""
     device: str = "cpu"
     """Such as cuda."""
-    counted: bool = False
-    """Count parameters and operations of full-size denoisers; time nothing, and need no memory."""
-    memory: float | None = None
-    """GiB of a device: of full-size denoisers, how many pictures at once it holds in each way,
-    counted in ``--precision``."""
-    train: bool = False
-    """Of full-size denoisers, the memory of a training step of the tiny or full guide
-    (``--guide``) on a base held in ``--precision``, with gradient checkpointing: computed part by
-    part and, unless ``--counted``, measured."""
     output: str | None = None
-    """JSON file of full-size denoisers; what it holds of other shapes, or of these in another
-    precision or compiled, stays in it."""
+    """With --shape: JSON file. Results of other shapes, precisions and compilations stay in it."""
+
+    def __post_init__(self) -> None:
+        with_shape = "needs --shape"
+        rules = {
+            "--output": (self.output is not None, self.shape, with_shape),
+            "--count_only": (self.count_only, self.shape, with_shape),
+            "--train": (self.train, self.shape, with_shape),
+            "--memory": (
+                self.memory is not None, self.shape and not self.train,
+                "needs --shape, and has no effect with --train",
+            ),
+            "--compile": (
+                self.compile, not (self.count_only or self.train or self.operators),
+                "has no effect with --count_only, --train and --operators",
+            ),
+            "--operators": (
+                self.operators, not (self.count_only or self.train or self.memory),
+                "cannot be combined with --count_only, --train and --memory",
+            ),
+        }  # fmt: skip
+        for flag, (given, fits, problem) in rules.items():
+            if given and not fits:
+                raise ValueError(f"{flag} {problem}")
+        if self.memory is not None and not self.memory > 0:
+            raise ValueError(f"--memory must be above 0 GiB, not {self.memory:g}")
+        known = GUIDES if self.shape else KINDS
+        if unknown := [name for name in self.guide_type if name not in known]:
+            raise ValueError(
+                f"--guide_type {unknown[0]} is unknown here; available: {', '.join(known)}"
+            )
+        if len(self.guide_type) > 1 and not self.shape:
+            raise ValueError("--guide_type takes one type without --shape")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command."""
+    """Run ``pilotfish benchmark``."""
     config = tyro.cli(
         BenchmarkConfig, args=list(arguments), prog="pilotfish benchmark", use_underscores=True
     )
-    _fit_together(config)
+    usable(config.device)
     if config.shape:
-        packed = [f"{PACKED}=1"] if config.compile and os.environ.get(PACKED) == "1" else []
-        _shapes(config, shlex.join([*packed, "pilotfish", "benchmark", *arguments]))
+        freezing = [f"{FREEZING}=1"] if config.compile and os.environ.get(FREEZING) == "1" else []
+        _shapes(config, shlex.join([*freezing, "pilotfish", "benchmark", *arguments]))
         return
-    pipe = host(config.pretrained_model_name_or_path)
-    pipe.to(usable(config.device), getattr(torch, config.precision))
-    if config.guide in KINDS and config.guide not in bundled.guide_names():
-        prediction = pipe.scheduler.config.prediction_type
-        network = KINDS[config.guide].for_denoiser(pipe.unet, prediction)
-    else:
-        network = guide(config.guide)
-    check(network, pipe)
-    size = guide_size(network, pipe, config.guide)
-    spent = cost(
+    counts: dict[tuple[str, str], OperatorCount] = {}
+    for model in config.models:
+        pipe = host(model)
+        network, name = _guide(config, pipe)
+        check(network, pipe)
+        if config.operators:
+            counts[model, name] = count_operators(pipe, network, config.guidance_scale)
+        else:
+            _time(config, model, pipe, network, name)
+    if counts:
+        _show_operators(counts)
+
+
+def _guide(config: BenchmarkConfig, pipe: Any) -> tuple[Guide, str]:
+    """The guide and its name."""
+    if not config.guide_type:
+        return guide(config.guide), config.guide
+    (name,) = config.guide_type
+    fresh = KINDS[name].for_denoiser(pipe.unet, pipe.scheduler.config.prediction_type)
+    return fresh.eval(), f"fresh {name}"
+
+
+def _time(config: BenchmarkConfig, model: str, pipe: Any, network: Guide, name: str) -> None:
+    pipe.to(config.device, getattr(torch, config.precision))
+    size = guide_size(network, pipe, name)
+    found = cost(
         pipe, network, batch_sizes=config.batch_sizes, rounds=config.rounds,
         guidance_scale=config.guidance_scale, num_inference_steps=config.num_inference_steps,
         compiled=config.compile,
     )  # fmt: skip
-    print(f"{size.name}: {size.parameters:,} parameters, {size.share:.2%} of the denoiser")
+    print(f"{model}, {name}: {size.parameters:,} parameters, {size.share:.2%} of the denoiser")
     print(f"on {machine()}")
-    Console().print(cost_table(spent))
-
-
-def _fit_together(config: BenchmarkConfig) -> None:
-    """Refuse a flag that would have no effect beside the others.
-
-    Raises:
-        ValueError: says which, and of what it is; or no memory at all.
-    """
-    full_size = "of full-size denoisers: add --shape"
-    given = {
-        "--output": (config.output is not None, config.shape, full_size),
-        "--counted": (config.counted, config.shape, full_size),
-        "--memory": (
-            config.memory is not None, config.shape and not config.train,
-            "of a sampling step of full-size denoisers: add --shape, without --train",
-        ),
-        "--train": (config.train, config.shape, full_size),
-        "--guides": (config.guides != BOTH, config.shape, full_size),
-        "--compile": (
-            config.compile, not (config.counted or config.train),
-            "of what is timed, which --counted and --train are not",
-        ),
-    }  # fmt: skip
-    for flag, (asked, fits, what) in given.items():
-        if asked and not fits:
-            raise ValueError(f"{flag} is {what}")
-    if config.memory is not None and not config.memory > 0:
-        raise ValueError(f"--memory must be above 0 GiB, not {config.memory:g}")
+    Console().print(cost_table(found))
 
 
 def _shapes(config: BenchmarkConfig, command: str) -> None:
     output = Path(config.output) if config.output else None
     result = ShapesResult.load(output) if output and output.is_file() else ShapesResult({})
-    dtype, counted = getattr(torch, config.precision), config.counted
-    usable(config.device)
+    timed = not (config.count_only or config.train or config.operators)
     for name in config.shape:
-        row = name if counted or config.train else timed_as(name, config.precision, config.compile)
-        before = result.shapes.get(row)
-        if config.train:
-            made = training_memory(
-                name, SHAPES[name], config.guide, command=command, dtype=dtype,
-                batch=config.batch_sizes[0], measured=not counted, device=config.device,
-            )  # fmt: skip
-            shape = before or measure_shape(SHAPES[name], command=command, batch_sizes=())
-            shape.training[config.guide] = made
-        else:
-            shape = measure_shape(
-                SHAPES[name], command=command, device=config.device, rounds=config.rounds,
-                dtype=dtype, batch_sizes=() if counted else config.batch_sizes,
-                guides=config.guides, compiled=config.compile,
-            )  # fmt: skip
-            if before:
-                shape.training.update(before.training)
-                shape.largest_batch.update(before.largest_batch)
-                if counted:  # what was timed stays, with what it says of itself
-                    shape = replace(before, guides=shape.guides, flops=shape.flops)
-            if config.memory is not None:
-                around = sum(around_the_denoiser(name, dtype).values())
-                shape.largest_batch[f"{config.precision}, {config.memory:g} GiB"] = largest_batches(
-                    SHAPES[name], dtype, config.memory * 2**30, around
-                )
-        result.shapes[row] = shape
+        key = result_key(name, config.precision, config.compile) if timed else name
+        result.shapes[key] = _shape(config, name, command, result.shapes.get(key))
         if output:
             result.save(output)
+    if config.operators:
+        _show_operators({
+            (name, guide): count
+            for name in config.shape for guide, count in result.shapes[name].operators.items()
+        })  # fmt: skip
+        return
     Console().print(training_table(result) if config.train else shapes_table(result))
+
+
+def _shape(
+    config: BenchmarkConfig, name: str, command: str, before: ShapeResult | None
+) -> ShapeResult:
+    """The result of one shape. What is not measured now is kept from ``before``."""
+    shape, dtype = SHAPES[name], getattr(torch, config.precision)
+    guides = config.guide_type or tuple(GUIDES)
+    if config.train or config.operators:
+        result = before or measure_shape(shape, command=command, batch_sizes=())
+        if config.operators:
+            pipe = narrow_pipeline(shape)
+            for guide_type in guides:
+                network = GUIDES[guide_type].for_denoiser(pipe.unet, shape.prediction_type)
+                result.operators[guide_type] = count_operators(pipe, network.eval())
+            return result
+        for guide_type in guides:
+            result.training[guide_type] = training_memory(
+                name, shape, guide_type, command=command, dtype=dtype,
+                batch=config.batch_sizes[0], measured=not config.count_only, device=config.device,
+            )  # fmt: skip
+        return result
+    result = measure_shape(
+        shape, command=command, device=config.device, rounds=config.rounds, dtype=dtype,
+        batch_sizes=() if config.count_only else config.batch_sizes, guides=guides,
+        compiled=config.compile,
+    )  # fmt: skip
+    if before:
+        for kept in ("training", "largest_batch", "operators"):
+            getattr(result, kept).update(getattr(before, kept))
+        if config.count_only:  # the times stay, with their command and machine
+            result = replace(before, guides=result.guides, flops=result.flops)
+    if config.memory is not None:
+        reserved = sum(pipeline_parts(name, dtype).values())
+        result.largest_batch[f"{config.precision}, {config.memory:g} GiB"] = largest_batches(
+            shape, dtype, config.memory * 2**30, reserved
+        )
+    return result
+
+
+# -- tables -----------------------------------------------------------------------------
+
+
+def shapes_table(result: ShapesResult) -> Table:
+    """A line for each mode of each denoiser."""
+    columns = (
+        "denoiser", "", "parameters", "FLOPs", "speed-up over CFG", "peak memory", "largest batch",
+    )  # fmt: skip
+    table = Table(title="Full size, random weights; FLOPs beside no guidance")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("denoiser", "") else "right")
+
+    def by_batch(values: dict[str, dict[str, float]], mode: str, text: Callable[..., str]) -> str:
+        return ", ".join(f"{text(v[mode])} at {batch}" for batch, v in values.items() if mode in v)
+
+    for name, shape in result.shapes.items():
+        for mode, flops in shape.flops.items():
+            guide = shape.guides.get(mode)
+            table.add_row(
+                f"{name}, {shape.parameters / 1e6:,.0f} M" if mode == "none" else "",
+                {"none": "no guidance", "cfg": "CFG"}.get(mode, mode),
+                f"{guide.parameters / 1e6:,.2f} M, {guide.share:.2%}" if guide else "",
+                f"{flops / shape.flops['none']:.3f}×",
+                by_batch(shape.speedup, mode, "{:.2f}×".format),
+                by_batch(shape.peak_bytes, mode, lambda b: f"{b / 2**30:.1f} GiB"),
+                "\n".join(f"{n[mode]:,} in {device}" for device, n in shape.largest_batch.items()),
+            )
+        table.add_section()
+    return table
+
+
+def training_table(result: ShapesResult) -> Table:
+    """A column for each guide on each denoiser: the memory of a training step by purpose."""
+    table = Table("GiB", title="Memory of a training step, random weights")
+    columns = []
+    for name, shape in result.shapes.items():
+        for guide_type, memory in shape.training.items():
+            heading = f"{name}, {guide_type}\n{memory.precision}, batch {memory.batch}"
+            table.add_column(heading, justify="right")
+            columns.append(memory.parts | {"sum": memory.total, "measured": memory.peak_bytes})
+    for part in dict.fromkeys(part for column in columns for part in column):
+        table.add_row(part, *(number(column[part] / 2**30) for column in columns))
+    return table
+
+
+def _show_operators(counts: dict[tuple[str, str], OperatorCount]) -> None:
+    """A table, and below it each guide's operators by name."""
+    table = Table(title="Operators of a denoiser pass (views and allocations)")
+    for name in ("denoiser", "guide", "plain pass", "added each step", "share", "once a call"):
+        table.add_column(name, justify="left" if name in ("denoiser", "guide") else "right")
+    for (model, network), n in counts.items():
+        table.add_row(
+            model, network, f"{n.plain:,} ({n.plain_views:,})", f"{n.added:,} ({n.added_views:,})",
+            f"{n.share:.1%}", f"{n.once:,}",
+        )  # fmt: skip
+    Console().print(table)
+    for (model, network), n in counts.items():
+        added = ", ".join(f"{name} {times}" for name, times in n.by_operator.items())
+        print(f"{model}, {network}, each step: {added}")

@@ -72,7 +72,7 @@ from pathlib import Path
 import pilotfish.training.material as material
 from pilotfish.training.config import DistillConfig
 from pilotfish.training.stages import GuidanceDistillation, new_guide
-from benchmarks.shapes import peak_bytes
+from benchmarks.memory import peak_bytes
 from pilotfish.conditioning import encoded
 import torch
 

@@ -99,34 +99,6 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class TrainingMemory:
-    """What a training step takes of memory.
-
-    Attributes:
-        parts: computed bytes by what they are for; of what comes and goes, the most at once.
-        peak_bytes: measured, without text encoders and VAE; not a number where nothing was.
-        seconds: of the measured step.
-        batch: latents at once.
-        precision: in which the base is held.
-        command: the command line that repeats it.
-    """
-
-    parts: dict[str, float]
-    peak_bytes: float
-    seconds: float
-    batch: int
-    precision: str
-    command: str
-    machine: str
-    versions: dict[str, str]
-
-    @property
-    def total(self) -> float:
-        """All parts together."""
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
 class Run:
     """How to repeat it. ``machine`` is the processor's model and the number of threads."""
 

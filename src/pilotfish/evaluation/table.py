@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.table import Table
 
-from benchmarks.shapes import ShapesResult
 from pilotfish.evaluation.negative import TOLD, NegativeResult
 from pilotfish.evaluation.result import Cost, HostResult, Result, Scores
 from pilotfish.evaluation.steps import StepsResult
@@ -195,50 +194,6 @@ def markdown_table(result: Result) -> str:
         plain = number(cost.cfg_over_plain[batch])
         lines.append(f"| speed, batch {batch} | {plain}× | 1× | **{number(guided)}×** | | |")
     return "\n".join(lines) + "\n"
-
-
-def shapes_table(result: ShapesResult) -> Table:
-    """One line for each way of each denoiser, cost beside one plain pass and beside CFG."""
-    table = Table(title="Full size, random weights")
-    for name in (
-        "denoiser", "", "parameters", "operations", "CFG over it", "peak memory", "largest batch",
-    ):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("denoiser", "") else "right")
-    for name, shape in result.shapes.items():
-        for way, flops in shape.flops.items():
-            guide = shape.guides.get(way)
-            peaks = {b: m[way] for b, m in shape.peak_bytes.items() if way in m}
-            table.add_row(
-                f"{name}, {shape.parameters / 1e6:,.0f} M" if way == "plain" else "",
-                {"plain": "one pass", "cfg": "CFG"}.get(way, way),
-                f"{guide.parameters / 1e6:,.2f} M, {guide.share:.2%}" if guide else "",
-                f"{flops / shape.flops['plain']:.3f}×",
-                _by_batch({b: f"{r[way]:.2f}×" for b, r in shape.cfg_over.items() if way in r}),
-                _by_batch({b: f"{m / 2**30:.1f} GiB" for b, m in peaks.items()}),
-                "\n".join(f"{n[way]:,} in {on}" for on, n in shape.largest_batch.items()),
-            )
-        table.add_section()
-    return table
-
-
-def training_table(result: ShapesResult) -> Table:
-    """One column for each guide on each denoiser: what a training step takes, part by part."""
-    table = Table("GiB", title="Memory of a training step, random weights")
-    known = [(n, g, m) for n, shape in result.shapes.items() for g, m in shape.training.items()]
-    for name, guide, memory in known:
-        heading = f"{name}, {guide}\n{memory.precision}, batch {memory.batch}"
-        table.add_column(heading, justify="right")
-    columns = [
-        memory.parts | {"together": memory.total, "measured": memory.peak_bytes}
-        for _, _, memory in known
-    ]
-    for part in dict.fromkeys(part for column in columns for part in column):
-        table.add_row(part, *(number(column[part] / 2**30) for column in columns))
-    return table
-
-
-def _by_batch(cells: dict[str, str]) -> str:
-    return ", ".join(f"{cell} at {batch}" for batch, cell in cells.items())
 
 
 def negatives_table(result: NegativeResult) -> Table:

@@ -1,0 +1,326 @@
+"""The memory of sampling and training steps at full size, with random weights.
+
+It is computed on any machine from the step itself, run on fake tensors, which have shapes and no
+contents. It can also be measured where there is room for real tensors.
+
+torch's own ``MemTracker`` cannot be used here: it hooks the gradients of all parameters, and those
+of the base are frozen.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from benchmarks.shapes import GUIDES, SamplingStep, Shape
+from pilotfish.evaluation.machine import machine, versions
+from pilotfish.guidance import classifier_free_guidance
+from pilotfish.teacher import Student, checkpoint_in_pass
+
+_CLIP_L: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "projection_dim": 768,
+}  # fmt: skip
+_OPEN_CLIP_H: dict[str, Any] = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+    "num_attention_heads": 16, "projection_dim": 1024,
+}  # fmt: skip
+_OPEN_CLIP_G: dict[str, Any] = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+    "num_attention_heads": 20, "projection_dim": 1280,
+}  # fmt: skip
+TEXT_ENCODERS: Mapping[str, tuple[tuple[type[Any], dict[str, Any]], ...]] = {
+    "sd15": ((CLIPTextModel, _CLIP_L),),
+    "sd21": ((CLIPTextModel, _OPEN_CLIP_H),),
+    "sdxl": ((CLIPTextModel, _CLIP_L), (CLIPTextModelWithProjection, _OPEN_CLIP_G)),
+}
+"""Of the published models, by the name of the shape."""
+VAE: dict[str, Any] = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
+}  # fmt: skip
+"""Of all three."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """The memory of a training step.
+
+    Attributes:
+        parts: computed bytes by purpose; the peak where they come and go.
+        peak_bytes: measured, without text encoders and VAE; NaN if not measured.
+        seconds: of the measured step.
+        batch: latents at once.
+        precision: of the base's weights.
+        command: the command line that repeats it.
+    """
+
+    parts: dict[str, float]
+    peak_bytes: float
+    seconds: float
+    batch: int
+    precision: str
+    command: str
+    machine: str
+    versions: dict[str, str]
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts."""
+        return sum(self.parts.values())
+
+
+class TensorMemory(TorchDispatchMode):
+    """Counts the bytes of the live tensors that operators create while it is active, each storage
+    once, of real and of fake tensors.
+
+    Attributes:
+        current: bytes now.
+        peak: bytes at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return output
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._storages:
+            self._storages.add(key)
+            self.current += size
+            self.peak = max(self.peak, self.current)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.current -= size
+
+
+def module_bytes(module: nn.Module) -> float:
+    """Bytes of a module's parameters."""
+    return float(sum(p.numel() * p.dtype.itemsize for p in module.parameters()))
+
+
+# -- sampling ---------------------------------------------------------------------------
+
+
+def largest_batches(
+    shape: Shape, dtype: torch.dtype, memory: float, reserved: float = 0.0
+) -> dict[str, int]:
+    """The largest batch that a device holds, by mode; 0 where not even one image fits.
+
+    Args:
+        shape: of the denoiser.
+        dtype: of weights and activations.
+        memory: bytes of the device.
+        reserved: bytes of everything else on it, such as text encoders and VAE.
+    """
+    with FakeTensorMode(), TensorMemory() as tensors:
+        step = SamplingStep(shape, torch.device("cpu"), dtype)
+        left = memory - reserved
+        return {m: largest(partial(_step_bytes, step, tensors, m), left) for m in step.modes}
+
+
+def step_bytes(shape: Shape, dtype: torch.dtype, mode: str, batch: int) -> float:
+    """Peak memory of a sampling step, with the weights of denoiser and guide."""
+    with FakeTensorMode(), TensorMemory() as tensors:
+        step = SamplingStep(shape, torch.device("cpu"), dtype)
+        return _step_bytes(step, tensors, mode, batch)
+
+
+def _step_bytes(step: SamplingStep, tensors: TensorMemory, mode: str, batch: int) -> float:
+    tensors.peak = before = tensors.current
+    step.run(mode, batch)
+    guide = module_bytes(step.guides[mode]) if mode in step.guides else 0.0
+    return module_bytes(step.unet) + guide + tensors.peak - before
+
+
+def largest(needed: Callable[[int], float], memory: float) -> int:
+    """The largest n for which ``needed(n)`` is at most ``memory``; 0 if 1 is too large.
+
+    ``needed`` grows with n in nearly equal steps, so the search starts from a linear estimate.
+    """
+    one, two = needed(1), needed(2)
+    n = max(0, int(1 + (memory - one) / max(two - one, 1.0)))
+    while needed(n + 1) <= memory:
+        n += 1
+    while n and needed(n) > memory:
+        n -= 1
+    return n
+
+
+# -- training ---------------------------------------------------------------------------
+
+
+class TrainingStep:
+    """One training step of a guide on its frozen base, as :mod:`pilotfish.training` runs it:
+    teacher, student, backward pass and update.
+
+    Args:
+        shape: of the denoiser.
+        guide_type: tiny or full.
+        dtype: of the base's weights; the guide is float32.
+        batch: latents at once.
+        checkpointing: gradient checkpointing of the base.
+    """
+
+    def __init__(
+        self, shape: Shape, guide_type: str, device: torch.device, dtype: torch.dtype, batch: int,
+        checkpointing: bool = True,
+    ) -> None:  # fmt: skip
+        types = {guide_type: GUIDES[guide_type]}
+        self.sampling = SamplingStep(shape, device, dtype, types, torch.float32)
+        if checkpointing:
+            self.sampling.unet.enable_gradient_checkpointing(checkpoint_in_pass)
+        self.guide = self.sampling.guides[guide_type]
+        self.guide.requires_grad_(True).train()
+        self.batch, self.device = batch, device
+
+    def backward(self) -> None:
+        """Everything up to the gradients."""
+        sampling, n, device = self.sampling, self.batch, self.device
+        unet = sampling.unet
+        side, channels = unet.config.sample_size, unet.config.in_channels
+        z, t = torch.randn(n, channels, side, side, device=device), torch.full((n,), 500)
+        scale = torch.full((n,), 4.0, device=device)
+        with torch.no_grad():
+            both = sampling.base(z.repeat(2, 1, 1, 1), t.repeat(2), sampling.prompts(2 * n))
+            unconditional, conditional = both.float().chunk(2)
+            target = classifier_free_guidance(unconditional, conditional, scale)
+        student = Student(self.guide, unet, sampling.time_ids)
+        try:
+            guided = student(z, t, sampling.prompts(n), sampling.prompts(1), scale)
+            (guided.float() - target).pow(2).mean().backward()
+        finally:
+            student.hooks.remove()
+
+    def prepare(self) -> None:
+        """Create the optimizer with its moments and the moving average, as after a first step."""
+        self.optimizer = torch.optim.AdamW(self.guide.parameters(), 1e-3, foreach=False)
+        for parameter in self.guide.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average = EMAModel(self.guide.parameters(), foreach=False)
+
+    def run(self) -> None:
+        """The whole step."""
+        self.backward()
+        torch.nn.utils.clip_grad_norm_(self.guide.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.step(self.guide.parameters())
+
+
+def training_parts(
+    shape: Shape, guide_type: str, dtype: torch.dtype, batch: int, checkpointing: bool = True,
+    fake: bool = True,
+) -> dict[str, float]:  # fmt: skip
+    """Bytes of a training step by purpose; the peak where they come and go.
+
+    Args:
+        fake: use fake tensors, which take neither memory nor arithmetic.
+    """
+    if fake:
+        with FakeTensorMode():
+            return training_parts(shape, guide_type, dtype, batch, checkpointing, fake=False)
+    with TensorMemory() as tensors:
+        step = TrainingStep(shape, guide_type, torch.device("cpu"), dtype, batch, checkpointing)
+        base, guide = (module_bytes(m) for m in (step.sampling.unet, step.guide))
+        tensors.peak = before = tensors.current
+        step.backward()
+        activations = tensors.peak - before - guide  # the gradients are there until the end
+    return {
+        "denoiser": base, "guide": guide, "gradients": guide, "moments": 2 * guide,
+        "average": guide, "activations": activations,
+    }  # fmt: skip
+
+
+def pipeline_parts(name: str, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes of what else is on the device: text encoders in the base's precision, and a float32
+    VAE for validation images."""
+    with torch.device("meta"):
+        texts = [network(CLIPTextConfig(**config)) for network, config in TEXT_ENCODERS[name]]
+        vae = AutoencoderKL(**VAE)
+    numbers = sum(p.numel() for text in texts for p in text.parameters())
+    return {"text encoders": float(numbers * dtype.itemsize), "vae": module_bytes(vae)}
+
+
+def training_memory(
+    name: str, shape: Shape, guide_type: str, *, command: str,
+    dtype: torch.dtype = torch.bfloat16, batch: int = 1, measured: bool = False,
+    device: str = "cpu",
+) -> TrainingMemory:  # fmt: skip
+    """Compute the memory of a training step with gradient checkpointing, and measure it if asked.
+
+    Args:
+        name: of the shape, which determines the text encoders.
+        guide_type: tiny or full.
+        command: the command line, for the result.
+        dtype: of the base's weights.
+        batch: latents at once.
+        measured: run a real step; it needs the memory that it measures.
+
+    Raises:
+        ValueError: another guide type.
+    """
+    if guide_type not in GUIDES:
+        raise ValueError(f"training memory is known for {', '.join(GUIDES)}, not for {guide_type}")
+    parts = training_parts(shape, guide_type, dtype, batch) | pipeline_parts(name, dtype)
+    peak, seconds = float("nan"), float("nan")
+    if measured:
+        step = TrainingStep(shape, guide_type, torch.device(device), dtype, batch)
+        step.prepare()
+        start = time.perf_counter()
+        peak = peak_bytes(step.run, torch.device(device))
+        seconds = time.perf_counter() - start
+    return TrainingMemory(
+        parts, peak, seconds, batch, str(dtype).removeprefix("torch."), command, machine(),
+        versions(),
+    )  # fmt: skip
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> float:
+    """Peak memory during a call: of tensors on CUDA, of the process on Linux, NaN elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return float(torch.cuda.max_memory_allocated(device))
+    reset = Path("/proc/self/clear_refs")
+    if sys.platform != "linux" or not reset.exists():
+        call()
+        return float("nan")
+    try:
+        reset.write_text("5")  # begin a new peak; see proc(5)
+    except OSError:
+        import resource  # Unix only
+
+        call()
+        return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -1,0 +1,71 @@
+"""Full-size denoisers, counted without memory, and small ones timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks.command import shapes_table
+from benchmarks.measure import ShapeResult, ShapesResult, measure_shape, result_key
+from benchmarks.shapes import SHAPES, SamplingStep, Shape
+from tests.benchmarks.small import SMALL, SMALL_XL
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("sd15", 859_520_964), ("sd21", 865_910_724), ("sdxl", 2_567_463_684)]
+)
+def test_shapes_are_those_of_the_published_models(name: str, published: int) -> None:
+    step = SamplingStep(SHAPES[name], torch.device("meta"), torch.float32)
+    assert sum(p.numel() for p in step.unet.parameters()) == published
+    sizes = step.guide_sizes()
+    assert sizes["tiny"].share < 0.01
+    assert sizes["full"].share > 0.3
+
+
+def test_a_full_size_shape_is_counted() -> None:
+    counted = measure_shape(SHAPES["sd15"], command="counted", batch_sizes=())
+    assert 1 < counted.flops["tiny"] / counted.flops["none"] < 1.02
+    assert counted.flops["cfg"] == 2 * counted.flops["none"]
+    assert not counted.speedup
+
+
+@pytest.mark.parametrize("shape", [SMALL, SMALL_XL])
+def test_flops_on_the_meta_device_are_those_on_the_cpu(shape: Shape) -> None:
+    meta, real = (SamplingStep(shape, torch.device(d), torch.float32) for d in ("meta", "cpu"))
+    for mode in real.modes:
+        assert meta.flops(mode) == real.flops(mode) > 0
+
+
+def shown_after_saving(found: ShapeResult, tmp_path: Path) -> str:
+    """The table of a result that was saved and loaded."""
+    result = ShapesResult({result_key("small", found.precision, found.compiled): found})
+    result.save(tmp_path / "shapes.json")
+    assert ShapesResult.load(tmp_path / "shapes.json") == result
+    console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))
+    console.print(shapes_table(result))
+    return console.export_text()
+
+
+def test_a_shape_is_timed_in_all_modes_saved_and_shown(tmp_path: Path) -> None:
+    lines: list[str] = []
+    found = measure_shape(SMALL, command="timed", batch_sizes=(1, 2), rounds=1, notice=lines.append)
+    assert set(found.speedup) == set(found.peak_bytes) == {"1", "2"}
+    assert set(found.speedup["1"]) == {"none", "tiny", "full"}
+    assert all(value > 0 for row in found.seconds.values() for value in row.values())
+    assert all(value > 2**20 for row in found.peak_bytes.values() for value in row.values())
+    assert len(lines) == 3
+    assert "CFG" in shown_after_saving(found, tmp_path)
+
+
+def test_zero_rounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one round"):
+        measure_shape(SMALL, command="none", rounds=0)
+
+
+def test_the_committed_figures_can_be_read() -> None:
+    assert "sd15" in ShapesResult.load(ROOT / "results" / "shapes.json").shapes

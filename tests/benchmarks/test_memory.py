@@ -1,0 +1,138 @@
+"""The memory of sampling and training steps: computed on fake tensors, and of real ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from benchmarks.command import training_table
+from benchmarks.measure import ShapesResult, measure_shape
+from benchmarks.memory import (
+    TensorMemory,
+    TrainingStep,
+    largest,
+    largest_batches,
+    pipeline_parts,
+    step_bytes,
+    training_memory,
+    training_parts,
+)
+from benchmarks.shapes import SHAPES, SamplingStep, Shape
+from tests.benchmarks.small import LARGER, SMALL, SMALL_XL
+
+HALF = torch.bfloat16
+
+
+def test_live_tensors_are_counted_and_freed_ones_are_not() -> None:
+    with TensorMemory() as memory:
+        kept = torch.zeros(1000)
+        view = kept[10:]
+        torch.zeros(500).add_(1)
+        more = kept + 1
+        assert (memory.current, memory.peak) == (8000, 8000)
+        del more
+        assert memory.current == 4000
+        del kept
+        assert memory.current == 4000  # a view holds it
+        del view
+    assert (memory.current, memory.peak) == (0, 8000)
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(1, 40), min_size=3), st.integers(0, 3000))
+def test_the_largest_fits_and_one_more_does_not(first: int, steps: list[int], memory: int) -> None:
+    def needed(n: int) -> float:
+        rounds, rest = divmod(n, len(steps))
+        return first + rounds * sum(steps) + sum(steps[:rest])
+
+    n = largest(needed, memory)
+    assert memory < needed(n + 1)
+    assert n == 0 or needed(n) <= memory
+
+
+@pytest.mark.parametrize("shape", [SMALL, SMALL_XL])
+@pytest.mark.parametrize("mode", ["none", "cfg", "tiny", "full"])
+def test_a_step_on_fake_tensors_takes_what_a_real_step_takes(shape: Shape, mode: str) -> None:
+    with TensorMemory() as memory:
+        step = SamplingStep(shape, torch.device("cpu"), torch.float32)
+        memory.peak = before = memory.current
+        step.run(mode, 3)
+    guide = [p for name in step.guides if name == mode for p in step.guides[name].parameters()]
+    weights = sum(p.nbytes for p in [*step.unet.parameters(), *guide])
+    assert step_bytes(shape, torch.float32, mode, 3) == weights + memory.peak - before
+
+
+def test_cfg_holds_half_as_many_images_and_a_guide_nearly_all() -> None:
+    needed = step_bytes(LARGER, torch.float16, "none", 12)
+    assert step_bytes(LARGER, torch.float16, "cfg", 6) == needed
+    found = largest_batches(LARGER, torch.float16, needed + 100, reserved=100)
+    assert (found["none"], found["cfg"]) == (12, 6)
+    assert 9 < found["tiny"] < 12
+
+
+@pytest.mark.parametrize("shape", [SMALL, SMALL_XL])
+@pytest.mark.parametrize("guide_type", ["tiny", "full"])
+def test_training_on_fake_tensors_takes_what_real_training_takes(
+    shape: Shape, guide_type: str
+) -> None:
+    parts = training_parts(shape, guide_type, HALF, 2)
+    assert parts == training_parts(shape, guide_type, HALF, 2, fake=False)
+    assert parts["activations"] > 0
+    step = TrainingStep(shape, guide_type, torch.device("cpu"), HALF, 2)
+    step.backward()
+    base = list(step.sampling.unet.parameters())
+    assert parts["denoiser"] == sum(p.nbytes for p in base)
+    assert {p.dtype for p in base} == {HALF}
+    guide = list(step.guide.parameters())
+    assert {p.dtype for p in guide} == {p.grad.dtype for p in guide if p.grad is not None}
+    assert {p.dtype for p in guide} == {torch.float32}
+    assert parts["moments"] == 2 * sum(p.nbytes for p in guide)
+
+
+def test_checkpointing_and_half_precision_take_less() -> None:
+    most = training_parts(LARGER, "tiny", torch.float32, 4, checkpointing=False)
+    less = training_parts(LARGER, "tiny", torch.float32, 4)
+    least = training_parts(LARGER, "tiny", HALF, 4)
+    assert less["activations"] < 0.8 * most["activations"]
+    assert least["activations"] < less["activations"]  # the guide's own stay float32
+    assert least["denoiser"] == less["denoiser"] / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("sd15", 123_060_480), ("sd21", 340_387_840), ("sdxl", 817_720_320)]
+)
+def test_text_encoders_are_the_published_ones(name: str, published: int) -> None:
+    assert pipeline_parts(name, HALF) == {"text encoders": 2 * published, "vae": 4 * 83_653_863}
+    assert name in SHAPES
+
+
+def test_a_real_step_updates_the_guide_and_is_shown() -> None:
+    step = TrainingStep(SMALL, "tiny", torch.device("cpu"), HALF, 1)
+    step.prepare()
+    before = [p.detach().clone() for p in step.guide.parameters()]
+    step.run()
+    after = list(step.guide.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    measured = training_memory("sd15", SMALL, "tiny", command="it", measured=True)
+    assert measured.peak_bytes > 2**20
+    assert measured.seconds > 0
+    computed = training_memory("sd15", SMALL, "full", command="it")
+    assert math.isnan(computed.peak_bytes)
+    shape = measure_shape(SMALL, command="it", batch_sizes=())
+    shape.training.update(tiny=measured, full=computed)
+    result = ShapesResult({"small": shape})
+    assert str(ShapesResult.from_json(result.to_json())) == str(result)
+    console = Console(width=200, record=True)
+    console.print(training_table(result))
+    shown = console.export_text()
+    assert "small, tiny" in shown
+    assert "activations" in shown
+
+
+def test_another_guide_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="tiny, full, not for agd"):
+        training_memory("sd15", SMALL, "agd", command="it")
