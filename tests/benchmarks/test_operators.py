@@ -22,7 +22,7 @@ class AddsText(Guide):
     @register_to_config
     def __init__(
         self, denoiser: dict[str, Any], guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        timesteps: list[int] | None = None,
+        timesteps: list[int] | None = None, trained_on: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.scale = torch.nn.Parameter(torch.zeros(()))
