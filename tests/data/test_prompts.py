@@ -81,14 +81,20 @@ def as_csv(path: Path, rows: Sequence[Any]) -> None:
     path.write_text("\n".join(["n,text", *lines]))
 
 
-def as_folder(path: Path, rows: Sequence[Any]) -> None:
-    path.mkdir()
-    as_jsonl(path / "part.jsonl", rows)
+def as_shards(path: Path, rows: Sequence[Any]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for n, row in enumerate(rows):
+            text = row.get("text")
+            for end, content in (("jpg", b""), ("txt", None if text is None else text.encode())):
+                if content is not None:
+                    member = tarfile.TarInfo(f"{n}.{end}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
 
 
 ROWS = [{"text": text} for text in FOUND]
 WRITERS = {"p.jsonl": as_jsonl, "p.json": as_json, "p.parquet": as_parquet, "p.csv": as_csv,
-           "folder": as_folder}  # fmt: skip
+           "p.tar": as_shards}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -99,7 +105,7 @@ def test_every_format_is_read(tmp_path: Path, name: str) -> None:
 
 BAD = [{"text": None}, {"text": ""}, {"text": " \u200b "}, {"text": "c\0t"}, {}, {"text": ["a"]},
        {"text": 3}]  # fmt: skip
-ALLOWED = {"p.csv": BAD[:4], "p.parquet": BAD[:5]}
+ALLOWED = {"p.csv": BAD[:4], "p.parquet": BAD[:5], "p.tar": BAD[:5]}
 
 
 @pytest.mark.parametrize(
@@ -109,13 +115,13 @@ def test_a_missing_caption_is_refused_with_its_row_or_skipped(
     tmp_path: Path, name: str, bad: dict[str, Any]
 ) -> None:
     path = tmp_path / name
-    WRITERS[name](path, [*ROWS, bad, *ROWS, bad])
-    with pytest.raises(ValueError, match=r"(row|line) (4|5): .*--skip_missing_captions") as caught:
+    WRITERS[name](path, [*ROWS * 2, bad, *ROWS, bad])
+    with pytest.raises(ValueError, match=r"(row|line) (7|8): .*--skip_missing_captions") as caught:
         open_prompts(path)
     assert str(path) in str(caught.value)
     for _ in range(2):  # the second time from the cache
-        with pytest.warns(UserWarning, match="2 of 8 rows without a text are skipped"):
-            assert list(open_prompts(path, skip_missing=True)) == FOUND * 2
+        with pytest.warns(UserWarning, match="2 of 11 rows without a text are skipped"):
+            assert list(open_prompts(path, skip_missing=True)) == FOUND * 3
 
 
 def test_only_missing_captions_are_no_prompts(tmp_path: Path) -> None:
@@ -135,6 +141,30 @@ def test_tables_are_read_in_any_unicode_encoding(tmp_path: Path, encoding: str, 
     (tmp_path / "p.jsonl").write_bytes(end.join(lines).encode(encoding))
     for name in ("p.csv", "p.jsonl", "*.csv"):
         assert list(open_prompts(tmp_path / name)) == ["käse", "a, b"]
+
+
+def test_names_in_capitals_and_tabs_between_columns(tmp_path: Path) -> None:
+    (tmp_path / "P.CSV").write_text("n,text\n1,cat\n")
+    (tmp_path / "p.tsv").write_text("n\ttext\n1\ta, b\n")
+    assert load_prompts(tmp_path / "P.CSV") == ["cat"]
+    assert load_prompts(tmp_path / "p.tsv") == ["a, b"]
+
+
+def test_folders_of_text_files(tmp_path: Path) -> None:
+    """The library of data sets reads neither another encoding nor a comma in a text."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "train-1.txt").write_bytes("cat\n\nkäse\n".encode("utf-16"))
+    (tmp_path / "a" / "train-2.txt").write_bytes(b"dog")
+    (tmp_path / "a" / "test.txt").write_bytes(b"held out")
+    assert load_prompts(tmp_path / "a") == ["cat", "käse", "dog"]
+    assert load_prompts(f"{tmp_path}/a/train-*.txt") == ["cat", "käse", "dog"]
+    assert open_prompts(tmp_path / "a", split="test")[:] == ["held out"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "p.csv").write_bytes(b"text\na cat, red\n")
+    with pytest.raises(ValueError, match=r"p\.csv, line 2: 2 fields under a header of 1"):
+        open_prompts(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"nothing-\*\.txt: no such files"):
+        open_prompts(f"{tmp_path}/nothing-*.txt")
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,18 @@ Prompts stay on the disk and are read by their index, so that millions of them n
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import warnings
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, count, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, count
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, overload
 
+from pilotfish.data.tables import TABLES, column_choices, find_column, texts_of
 from pilotfish.data.text_files import (
     SKIP_HINT,
     checked_text,
@@ -25,19 +24,15 @@ from pilotfish.data.text_files import (
     open_utf8,
     read_lines,
     strip,
-    text_lines,
 )
 from pilotfish.errors import in_brief
 
-CAPTION_COLUMNS = ("text", "caption", "prompt", "txt")
-"""Names that a column of prompts usually has, in the order in which they are tried."""
-
-_TABLES = (".csv", ".json", ".jsonl")
+_TEXTS = (".txt", *TABLES)
 _FORMATS = {
     ".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow",
     ".csv": "csv", ".json": "json", ".jsonl": "json",
 }  # fmt: skip
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.txt)")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.txt)", re.IGNORECASE)
 
 
 def load_prompts(source: str | Path) -> list[str]:
@@ -64,15 +59,19 @@ def open_prompts(
         ValueError: the source does not exist, is in an unknown encoding, holds no prompt or has no
             such column, a row has no text, or the package that reads it is not installed.
     """
-    path, name = Path(source), describe(source)
+    path, name, suffix = Path(source), describe(source), Path(source).suffix.lower()
     is_pattern = not path.exists() and any(c in path.name for c in "*?[")
     is_hub_id = not path.exists() and _HUB_ID.fullmatch(str(source))
     is_url = re.match(r"\w{2,}://", str(source))
     texts: TextSequence
-    if path.suffix in _TABLES and not path.is_dir() and not is_url:
-        files = sorted(path.parent.glob(path.name)) if is_pattern else [path]
-        texts, skipped = _read_tables(files, column, skip_missing)
-    elif path.is_dir() or is_pattern or path.suffix in _FORMATS or is_hub_id or is_url:
+    if is_pattern and suffix in _TEXTS and not is_url:
+        files = sorted(path.parent.glob(path.name))
+        if not files:
+            raise ValueError(f"no prompts could be read from {name}: no such files")
+        texts, skipped = _read_files(files, column, skip_missing)
+    elif suffix in TABLES and not path.is_dir() and not is_url:
+        texts, skipped = _read_files([path], column, skip_missing)
+    elif path.is_dir() or is_pattern or suffix in _FORMATS or is_hub_id or is_url:
         if path.is_fifo():
             raise ValueError(f"{name} is a pipe; a data set of this format needs a file")
         texts, skipped = _read_column(str(source), column, split, skip_missing)
@@ -175,17 +174,17 @@ def _read_lines(path: str | Path) -> MappedTexts:
         return MappedTexts(file, spans(file))
 
 
-def _read_tables(
+def _read_files(
     files: Sequence[Path], column: str | None, skip_missing: bool
 ) -> tuple[MappedTexts, int]:
-    """A column of CSV or JSON lines files, and how many rows were skipped."""
+    """Lines of text or a column of tables, and how many rows were skipped."""
     skipped = 0
 
     def spans(copy: IO[bytes]) -> Iterator[tuple[int, int]]:
         nonlocal skipped
         end = 0
         for file in files:
-            for place, value in _table_column(file, column):
+            for place, value in texts_of(file, column):
                 try:
                     text = checked_text(value)
                 except ValueError as error:
@@ -200,68 +199,14 @@ def _read_tables(
         return MappedTexts(copy, spans(copy)), skipped
 
 
-def _table_column(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
-    lines = text_lines(path)
-    rows = _csv_rows(lines, path) if path.suffix == ".csv" else _json_rows(lines, path)
-    head = list(islice(rows, 1000))
-    columns: dict[str, bool] = {}
-    for _, row in head:
-        for name, value in row.items():
-            columns[name] = columns.get(name, False) or isinstance(value, str)
-    column = _find_column(str(path), column, columns) if head else ""
-    for place, row in chain(head, rows):
-        yield place, row.get(column)
-
-
-def _csv_rows(lines: Iterator[str], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    table = csv.reader(chain([next(lines, "").removeprefix("\ufeff")], lines), strict=True)
-    header: list[str] = []
-    try:
-        for fields in table:
-            if not header:
-                header = [field.strip() for field in fields]
-            elif fields:
-                if len(fields) != len(header):
-                    raise csv.Error(
-                        f"{len(fields)} fields under a header of {len(header)}; "
-                        'put texts with commas in "quotes"'
-                    )
-                yield f"line {table.line_num}", dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {table.line_num}: {error}") from error
-
-
-def _json_rows(lines: Iterator[str], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    numbered = ((f"line {n}", line) for n, line in enumerate(map(strip, lines), 1) if line)
-    first = next(numbered, None)
-    if first is None:
-        return
-    rows: Iterable[tuple[str, Any]] = chain([first], numbered)
-    if first[1].startswith("["):  # one array instead of a row a line
-        whole = _parse_json("\n".join(line for _, line in rows), path, "")
-        rows = ((f"row {n}", row) for n, row in enumerate(whole, 1))
-    else:
-        rows = ((place, _parse_json(line, path, place)) for place, line in rows)
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, {place}: {row!r:.60} is not an object with named columns")
-        yield place, row
-
-
-def _parse_json(text: str, path: Path, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}{', ' if place else ''}{place}: not JSON: {error}") from error
-
-
 def _read_column(
     source: str, column: str | None, split: str, skip_missing: bool
-) -> tuple[ColumnTexts, int]:
-    """A column of a data set that the ``datasets`` library reads, and how many rows were skipped.
+) -> tuple[TextSequence, int]:
+    """A column of a data set that the ``datasets`` library finds, and how many rows were skipped.
 
-    The texts are written once into an Arrow file in the cache of that library, which is then
-    memory-mapped. Other columns, such as images, are not copied.
+    Local text files, CSV and JSON lines are read by :func:`_read_files`. The texts of all else are
+    written once into an Arrow file in the cache of that library, which is then memory-mapped.
+    Other columns, such as images, are not copied.
     """
     try:
         import datasets
@@ -271,18 +216,23 @@ def _read_column(
         ) from error
     try:
         builder = _builder(source)
+        found = builder.config.data_files or {}
+        files = [Path(file) for file in found.get(split, ())]
+        if files and all(file.suffix.lower() in _TEXTS and file.is_file() for file in files):
+            return _read_files(files, column, skip_missing)
         stream = builder.as_streaming_dataset(split=split)
         features = stream.features or stream._resolve_features().features
     except Exception as error:  # a damaged file can raise anything
         raise _unreadable(source, error) from error
     columns = {name: _may_be_text(feature) for name, feature in features.items()}
-    column = _find_column(source, column, columns)
+    column = find_column(source, column, columns)
     if not columns[column]:
         kind = getattr(features[column], "dtype", "") or type(features[column]).__name__
-        raise ValueError(f"column {column} of {source} holds {kind}, no texts; {_choices(columns)}")
-    files = builder.config.data_files or {}
+        raise ValueError(
+            f"column {column} of {source} holds {kind}, no texts; {column_choices(columns)}"
+        )
     # part of the cache key: a file that has changed is read again
-    origin = {name: (list(some), some.origin_metadata) for name, some in files.items()}
+    origin = {name: (list(some), some.origin_metadata) for name, some in found.items()}
     arguments: dict[str, Any] = {
         "source": source, "column": column, "split": split, "skip_missing": skip_missing,
         "origin": repr(origin),
@@ -305,7 +255,7 @@ def _read_column(
 def _builder(source: str) -> Any:
     from datasets import load_dataset_builder
 
-    kind = _FORMATS.get(Path(source).suffix)
+    kind = _FORMATS.get(Path(source).suffix.lower())
     return load_dataset_builder(kind, data_files=source) if kind else load_dataset_builder(source)
 
 
@@ -341,17 +291,3 @@ def _may_be_text(feature: Any) -> bool:
     """Whether a column's type allows texts; null is empty so far, Json is of any type."""
     texts = ("string", "large_string", "string_view", "null")
     return getattr(feature, "dtype", None) in texts or type(feature).__name__ == "Json"
-
-
-def _find_column(source: str, column: str | None, columns: Mapping[str, bool]) -> str:
-    """The column asked for, or a usual one; ``columns`` says of each whether it holds texts."""
-    found = [name for name in ([column] if column else CAPTION_COLUMNS) if name in columns]
-    if found:
-        return min(found, key=lambda name: not columns[name])
-    usual = f"{', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}"
-    raise ValueError(f"{source} has no column {column or usual}; {_choices(columns)}")
-
-
-def _choices(columns: Mapping[str, bool]) -> str:
-    texts = [name for name, is_text in columns.items() if is_text and not name.startswith("__")]
-    return f"--caption_column can be one of those that hold texts: {', '.join(texts) or 'none'}"

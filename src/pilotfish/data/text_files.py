@@ -116,6 +116,8 @@ def checked_text(value: Any) -> str:
 
 def _open_seekable(path: str | Path) -> IO[bytes]:
     if str(path) == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed")
         source: IO[bytes] = sys.stdin.buffer
     else:
         source = Path(path).open("rb")  # noqa: SIM115
