@@ -8,7 +8,7 @@ from pilotfish.errors import in_brief
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected"),
     [
         (ValueError("\n first\nsecond"), "first"),
         (KeyError("width"), "'width' is missing"),
@@ -16,5 +16,5 @@ from pilotfish.errors import in_brief
         (RuntimeError("  \n "), "RuntimeError"),
     ],
 )
-def test_one_line_is_said(error: Exception, said: str) -> None:
-    assert in_brief(error) == said
+def test_the_first_line_is_kept(error: Exception, expected: str) -> None:
+    assert in_brief(error) == expected

@@ -1,4 +1,4 @@
-"""``pilotfish`` as a process of its own, or as one of several; so is ``python -m pilotfish``."""
+"""The process of ``pilotfish`` and ``python -m pilotfish``, alone or one of several."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pilotfish.cli import main
 
 
 def run() -> NoReturn:
-    """Run the command that the process was started with, and end the process."""
+    """Run the command of ``sys.argv``, then exit."""
     try:
         code = main()
     finally:
-        among_several = _part()
-    if among_several:
-        # FSDP's caches keep the threads of a process group beyond its end; one that still has a
-        # tensor to drop while the interpreter goes down makes torch abort, and the launcher then
-        # stops the process that is saving the guide
+        is_distributed = _destroy_process_group()
+    if is_distributed:
+        # FSDP keeps threads of the process group alive; if one of them frees a tensor during the
+        # interpreter's shutdown, torch aborts, and the launcher kills the process that saves the
+        # guide
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _part() -> bool:
-    """Several processes let go of one another; whether this was one of them."""
+def _destroy_process_group() -> bool:
+    """Destroy the process group; False if there is none."""
     distributed = sys.modules.get("torch.distributed")
     if not distributed or not distributed.is_available() or not distributed.is_initialized():
         return False

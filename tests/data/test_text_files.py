@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -182,3 +183,21 @@ def test_brackets_in_the_name_of_a_file_are_no_pattern(tmp_path: Path) -> None:
     path = tmp_path / "prompts [v2].txt"
     path.write_text("cat\n")
     assert load_prompts(path) == ["cat"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files that are no text")
+@pytest.mark.parametrize("terminal", ["ascii", "cp1251", "utf-8"])
+def test_messages_can_be_printed_on_any_terminal(tmp_path: Path, terminal: str) -> None:
+    path = tmp_path / "кот-käse-\udcff.txt"
+    path.write_bytes("käse\x1b".encode())
+    script = (
+        "import sys\nfrom pilotfish.data.prompts import load_prompts\n"
+        "try:\n    load_prompts(sys.argv[1])\n"
+        "except ValueError as error:\n    print(error, file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, path], capture_output=True, check=False,
+        env=os.environ | {"PYTHONIOENCODING": f"{terminal}:strict"},
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr.strip().endswith(b"line 1: the text holds the control character U+001B")
