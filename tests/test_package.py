@@ -58,6 +58,14 @@ def test_the_version_stands_in_one_place() -> None:
         assert "version" in tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dynamic"]
 
 
+def test_hooks_run_what_make_check_runs() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in ("ruff check", "ruff format --check", "mypy", "lint-imports"):
+        assert f"entry: .venv/bin/{command}" in hooks
+        assert f"\t$(BIN)/{command}" in makefile
+
+
 def test_the_library_is_small() -> None:
     files = (p for p in Path(pilotfish.__file__).parent.rglob("*") if "__pycache__" not in p.parts)
     assert sum(p.stat().st_size for p in files if p.is_file()) < 2e6
