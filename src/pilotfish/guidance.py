@@ -7,8 +7,20 @@ The convention is diffusers': w = 1 is no guidance. Papers that write
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 
 import torch
+
+
+class GuidanceMode(StrEnum):
+    """The three ways to sample that are compared everywhere."""
+
+    NONE = "none"
+    """One pass, the prompt alone."""
+    CFG = "cfg"
+    """Classifier-free guidance, two passes."""
+    GUIDED = "guided"
+    """One pass with a guide."""
 
 
 def classifier_free_guidance(
@@ -17,7 +29,7 @@ def classifier_free_guidance(
     """``eps_n + w (eps_c - eps_n)``, equation (1) of *Plug-and-Play Diffusion Distillation*
     (arXiv 2406.01954), after Ho & Salimans (arXiv 2207.12598).
 
-    It is linear in the two predictions, so it holds for epsilon and for v prediction alike.
+    It is linear in the two predictions, so it holds for epsilon, v and flow alike.
 
     Args:
         unconditional: (N, C, H, W), the prediction for the null or negative prompt.
@@ -28,6 +40,42 @@ def classifier_free_guidance(
         (N, C, H, W)
     """
     return unconditional + per_sample(guidance_scale, conditional) * (conditional - unconditional)
+
+
+def renormalised_guidance(
+    unconditional: torch.Tensor,
+    conditional: torch.Tensor,
+    guidance_scale: torch.Tensor | float,
+    dim: int = -1,
+) -> torch.Tensor:
+    """Equation (1) brought back to the norm of the conditional prediction along ``dim``, as
+    Qwen-Image (along the channels of a token) and Lumina2 do it.
+
+    Args and returns as :func:`classifier_free_guidance`.
+    """
+    guided = classifier_free_guidance(unconditional, conditional, guidance_scale)
+    norm, target = (x.norm(dim=dim, keepdim=True) for x in (guided, conditional))
+    return guided * (target / norm)
+
+
+def rescaled_guidance(
+    unconditional: torch.Tensor,
+    conditional: torch.Tensor,
+    guidance_scale: torch.Tensor | float,
+    rescale: float,
+) -> torch.Tensor:
+    """Equation (1) mixed with itself at the standard deviation of the conditional prediction:
+    section 3.4 of *Common Diffusion Noise Schedules and Sample Steps are Flawed*
+    (arXiv 2305.08891), diffusers' ``guidance_rescale``.
+
+    Args:
+        rescale: share of the rescaled prediction, in [0, 1]. Others and returns as
+            :func:`classifier_free_guidance`.
+    """
+    guided = classifier_free_guidance(unconditional, conditional, guidance_scale)
+    dims = tuple(range(1, guided.ndim))
+    scaled = guided * conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return rescale * scaled + (1 - rescale) * guided
 
 
 def per_sample(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:

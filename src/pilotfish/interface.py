@@ -1,4 +1,8 @@
-"""What passes between a denoiser and a guide: the one contract that every guide keeps."""
+"""What a guide sees, what it answers, and which parts of a denoiser it may touch.
+
+Everything between a denoiser family (:mod:`pilotfish.backbones`) and a guide
+(:mod:`pilotfish.guides`) passes through these classes, so that neither knows the other.
+"""
 
 from __future__ import annotations
 
@@ -18,105 +22,155 @@ class TextConditions:
     """Encoded prompts, as a denoiser takes them.
 
     Attributes:
-        hidden_states: (N, L, D), the encoder hidden states.
-        pooled: (N, E), the pooled text where the denoiser takes it as well (SDXL).
+        embeds: (N, L, D) the encoder hidden states.
+        pooled: (N, E) the pooled text, where the denoiser takes it (SDXL, SD3).
+        mask: (N, L) 1 for tokens that count, where the denoiser takes a mask (PixArt).
     """
 
-    hidden_states: torch.Tensor
+    embeds: torch.Tensor
     pooled: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.hidden_states)
+        return len(self.embeds)
 
     def __getitem__(self, index: slice | torch.Tensor) -> TextConditions:
-        pooled = None if self.pooled is None else self.pooled[index]
-        return TextConditions(self.hidden_states[index], pooled)
+        return self._each(lambda tensor: tensor[index])
 
     @property
     def device(self) -> torch.device:
-        """Where they lie."""
-        return self.hidden_states.device
+        """Device of the embeddings."""
+        return self.embeds.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Their precision."""
-        return self.hidden_states.dtype
+        """Precision of the embeddings."""
+        return self.embeds.dtype
 
-    def shared(self) -> TextConditions:
-        """One prompt that serves all, where all are the same; otherwise these."""
-        for given in (self.hidden_states, self.pooled):
-            if given is not None and not torch.equal(given, given[:1].expand_as(given)):
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in (self.embeds, self.pooled, self.mask) if t is not None)
+
+    def to(self, dtype: torch.dtype) -> TextConditions:
+        """Embeddings in another precision; the mask stays as it is."""
+        pooled = None if self.pooled is None else self.pooled.to(dtype)
+        return TextConditions(self.embeds.to(dtype), pooled, self.mask)
+
+    def clone(self) -> TextConditions:
+        """A copy whose tensors nobody else changes."""
+        return self._each(torch.Tensor.clone)
+
+    def expand(self, n: int) -> TextConditions:
+        """One prompt repeated ``n`` times without memory; ``n`` prompts as they are."""
+        return self._each(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
+
+    def one_if_equal(self) -> TextConditions:
+        """The first prompt alone where all are equal, otherwise all."""
+        for tensor in (self.embeds, self.pooled, self.mask):
+            if tensor is not None and not torch.equal(tensor, tensor[:1].expand_as(tensor)):
                 return self
         return self[:1]
 
+    def mean(self) -> torch.Tensor:
+        """(N, D) the mean over the tokens that count."""
+        if self.mask is None:
+            return self.embeds.mean(1)
+        weight = self.mask.to(self.dtype)[..., None]
+        return (self.embeds * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def minus(self, other: TextConditions) -> torch.Tensor:
+        """(N, L, D) what these have and ``other`` (N or 1) has not.
+
+        Token by token where both have one length and no mask. Otherwise token i of the one says
+        nothing of token i of the other, and the mean of ``other`` is taken from every token that
+        counts.
+        """
+        if self.mask is None and self.embeds.shape[1] == other.embeds.shape[1]:
+            return self.embeds - other.embeds
+        difference = self.embeds - other.mean()[:, None]
+        return difference if self.mask is None else difference * self.mask.to(self.dtype)[..., None]
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TextConditions:
+        pooled = None if self.pooled is None else change(self.pooled)
+        mask = None if self.mask is None else change(self.mask)
+        return TextConditions(change(self.embeds), pooled, mask)
+
     @staticmethod
     def cat(parts: Sequence[TextConditions]) -> TextConditions:
-        """Several one after another."""
+        """Several batches as one. Where lengths differ, the shorter are padded and masked."""
+        length = max(part.embeds.shape[1] for part in parts)
+        if any(part.embeds.shape[1] != length for part in parts):
+            parts = [part._padded(length) for part in parts]
         pooled = [part.pooled for part in parts if part.pooled is not None]
+        masks = [part.mask for part in parts if part.mask is not None]
         return TextConditions(
-            torch.cat([part.hidden_states for part in parts]), torch.cat(pooled) if pooled else None
+            torch.cat([part.embeds for part in parts]),
+            torch.cat(pooled) if pooled else None,
+            torch.cat(masks) if masks else None,
+        )
+
+    def _padded(self, length: int) -> TextConditions:
+        missing = length - self.embeds.shape[1]
+        mask = torch.ones_like(self.embeds[..., 0]) if self.mask is None else self.mask
+        pad = torch.nn.functional.pad
+        return TextConditions(
+            pad(self.embeds, (0, 0, 0, missing)), self.pooled, pad(mask, (0, missing))
         )
 
 
 @dataclass(frozen=True)
 class GuideInputs:
-    """What a guide may look at, all of one denoiser call of batch size N.
+    """What a guide sees of one denoiser call of batch size N.
 
     Attributes:
-        latents: (N, C, h, w) noisy latents, the denoiser's own input.
-        timestep: (N,) in [0, 1000).
+        latents: (N, C, h, w) the noisy latents on the denoiser's grid of tokens. For patches of
+            p x p, the C channels are those of a patch, in the order of the prediction's.
+        time: (N,) normalised time in [0, 1]; 1 is noise.
         guidance_scale: (N,) w, at least 1 (a value below counts as 1).
-        encoder_hidden_states: (N, L, D) the prompt.
-        negative_hidden_states: (N, L, D) the null or negative prompt.
+        text: N prompts.
+        negative: N null or negative prompts, or one that serves all.
         added_cond_kwargs: what else the denoiser was given (SDXL's pooled text and sizes).
     """
 
     latents: torch.Tensor
-    timestep: torch.Tensor
+    time: torch.Tensor
     guidance_scale: torch.Tensor
-    encoder_hidden_states: torch.Tensor
-    negative_hidden_states: torch.Tensor
-    added_cond_kwargs: Mapping[str, torch.Tensor]
+    text: TextConditions
+    negative: TextConditions
+    added_cond_kwargs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-# (skip features, each (N, c_i, h_i, w_i), in the order in which the encoder makes them; what
-# the mid block made, (N, c, h', w')) -> what is added to each (None: nothing), in the same order
-EncoderResidual = Callable[
-    [tuple[torch.Tensor, ...], torch.Tensor],
-    tuple[tuple[torch.Tensor | None, ...], torch.Tensor | None],
-]
-# (what entered a module, what it made), each (N, ...) -> what is added to the latter
-Residual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+ResidualFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(input, output) of a module, each (N, channels, h, w) -> the output with the guide's residual
+added."""
 
 
 @dataclass(frozen=True)
 class GuideOutput:
-    """What a guide adds to a pass, and where; it is asked once, before the pass.
-
-    What the denoiser is going to make is not known by then, so most additions are functions
-    of it. None stands for nothing.
+    """What a guide adds to a pass; it is asked once, before the pass.
 
     Attributes:
-        text: (N, L, D), added to the encoder hidden states.
-        encoder: asked when the mid block is done; its answers are added to the mid block's
-            output and to the skip features on their way into the decoder.
-        pushes: by the name of a layer that takes in the text, how far its answer is pushed away
-            from its answer to the negative prompt, ``a + g (a - a_n)``. For a cross-attention
-            layer it is (N, heads); for a residual layer, whose answer is what it takes from
-            the embedding of timestep and text, (N, 1). The names are among those that the
-            guide ``pushes``.
-        modules: by the name of a module of the denoiser, what is added to its output. The
-            names are among those that the guide ``touches``.
+        text: (N, L, D) added to the text's embeddings.
+        text_gain: (N, 1, 1) gain g of the text: the denoiser takes ``c + g (c - n)``.
+        gains: by the name of an attention or modulation layer, the gain g of its extrapolation
+            ``a + g (a - a_n)`` away from its output for the negative prompt: (N, heads) for an
+            attention layer, (N, 1) for a modulation layer. See ``Guide.extrapolated``.
+        residuals: by the name of a module, the function that adds to its output. See
+            ``Guide.target_modules``.
+        encoder: UNets only: what is added to each skip feature, in the order in which the
+            encoder makes them, and to the mid block's output.
     """
 
     text: torch.Tensor | None = None
-    encoder: EncoderResidual | None = None
-    pushes: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    modules: Mapping[str, Residual] = field(default_factory=dict)
+    text_gain: torch.Tensor | None = None
+    gains: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    residuals: Mapping[str, ResidualFunction] = field(default_factory=dict)
+    encoder: tuple[tuple[torch.Tensor, ...], torch.Tensor] | None = None
 
 
-class GuideLike(Protocol):
-    """A guide as the rooms below it see it."""
+class GuideProtocol(Protocol):
+    """A guide as the backbones and pipelines below it see it."""
 
     @property
     def config(self) -> Any: ...
@@ -131,17 +185,22 @@ class GuideLike(Protocol):
     def guidance_scale_range(self) -> tuple[float, float]: ...
 
     @property
-    def timesteps(self) -> tuple[int, ...] | None: ...
+    def times(self) -> tuple[float, ...] | None: ...
 
     @property
-    def touches(self) -> tuple[str, ...]: ...
+    def target_modules(self) -> tuple[str, ...]: ...
 
     @property
-    def pushes(self) -> tuple[str, ...]: ...
+    def extrapolated(self) -> tuple[str, ...]: ...
 
-    def __call__(self, inputs: GuideInputs) -> GuideOutput: ...
+    def modulations(
+        self, time: torch.Tensor, guidance_scale: torch.Tensor, text: TextConditions,
+        negative: TextConditions,
+    ) -> Any: ...  # fmt: skip
 
-    def check(self, fingerprint: Mapping[str, Any], used_on: Any = None) -> None: ...
+    def __call__(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput: ...
+
+    def check(self, signature: Mapping[str, Any], used_on: Any = None) -> None: ...
 
     def to(self, *args: Any, **kwargs: Any) -> Any: ...
 

@@ -1,35 +1,69 @@
-"""The noise schedule as mathematics: forward process, DDIM step, sampling timesteps.
+"""The noise path as mathematics: forward process, predictions, one deterministic step.
 
-Pipelines sample with their own diffusers scheduler. These functions serve training,
-where every latent of a batch stands at a timestep of its own.
+Every denoiser here works on a path ``z = alpha x + sigma eps`` from clean latents x to noise eps
+(Lipman et al., arXiv 2412.06264, section 4). Its prediction is ``a x + b eps``, with
+
+    epsilon         a = 0        b = 1
+    v_prediction    a = -sigma   b = alpha      (Salimans & Ho, arXiv 2202.00512)
+    flow            a = -1       b = 1          (arXiv 2403.03206)
+
+so latents and prediction are two equations for x and eps, and everything below follows from
+them. Pipelines sample with their own diffusers scheduler. These functions serve training and
+measurement, where every latent of a batch has a time of its own.
+
+Time is normalised: the timestep or sigma of diffusers as a number in [0, 1], 1 being noise. A
+time below 0 is past the last step of a schedule that does not end at a clean image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from pilotfish.guidance import per_sample
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PredictionType = Literal["epsilon", "v_prediction", "flow"]
+PREDICTION_TYPES = get_args(PredictionType)
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What a pipeline's scheduler takes the denoiser's prediction for."""
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow"
+    stated = scheduler.config.get("prediction_type", "epsilon")  # few know of no other
+    return "flow" if stated == "flow_prediction" else str(stated)
+
+
+def deterministic_scheduler(scheduler: Any) -> Any:
+    """A scheduler of the same noise path that takes the steps of this module: DDIM on an even
+    grid that ends at the clean image ("trailing"), or Euler for flow matching."""
+    if prediction_type(scheduler) == "flow":
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    # DDIM clips by default, which is meant for pixels
+    given = {"clip_sample": False, **scheduler.config}
+    return DDIMScheduler.from_config(given, timestep_spacing="trailing")
 
 
 @dataclass(frozen=True)
 class NoisePath:
-    """A variance-preserving noise schedule ``z_t = sqrt(a_t) x + sqrt(1 - a_t) eps``.
+    """A noise path and what the denoiser predicts on it.
 
     Attributes:
-        alphas_cumprod: (T,) the products a_t, falling from about 1 to about 0.
-        prediction_type: ``epsilon`` or ``v_prediction`` (``v = sqrt(a) eps - sqrt(1 - a) x``).
-        final_alpha_cumprod: the product after the last step, 1 for a clean picture.
+        prediction_type: ``epsilon``, ``v_prediction`` or ``flow``.
+        alphas_cumprod: (T,) ``alpha^2 = 1 - sigma^2`` at the times 0, 1/T, ..., of a variance
+            preserving path; None for rectified flow, ``alpha = 1 - time``, ``sigma = time``.
+        final_alpha_cumprod: the same after the last step, 1 for a clean image.
+        scheduler: gives the grids; see :func:`deterministic_scheduler`.
     """
 
-    alphas_cumprod: torch.Tensor
     prediction_type: str
+    alphas_cumprod: torch.Tensor | None = None
     final_alpha_cumprod: float = 1.0
+    scheduler: Any = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -39,70 +73,105 @@ class NoisePath:
 
     @classmethod
     def of(cls, scheduler: Any) -> NoisePath:
-        """The schedule of a diffusers scheduler (anything with ``alphas_cumprod``).
+        """The path of a diffusers scheduler.
 
         Raises:
-            ValueError: the scheduler has none, or predicts neither epsilon nor v.
+            ValueError: the scheduler belongs to neither kind, or predicts something else.
         """
-        alphas = getattr(scheduler, "alphas_cumprod", None)
-        if alphas is None:
-            raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod; use a DDPM family")
-        final = getattr(scheduler, "final_alpha_cumprod", 1.0)
-        return cls(alphas.float(), scheduler.config.prediction_type, float(final))
+        prediction = prediction_type(scheduler)
+        if prediction == "flow":
+            return cls("flow", scheduler=deterministic_scheduler(scheduler))
+        if getattr(scheduler, "alphas_cumprod", None) is None:
+            raise ValueError(
+                f"{type(scheduler).__name__} has no alphas_cumprod and is no flow matching "
+                "scheduler; use one of the DDPM family or FlowMatchEulerDiscreteScheduler"
+            )
+        ddim = deterministic_scheduler(scheduler)
+        return cls(
+            prediction, ddim.alphas_cumprod.float(), float(ddim.final_alpha_cumprod), ddim
+        )
 
-    def alpha(self, timestep: torch.Tensor) -> torch.Tensor:
-        """(N,) timesteps -> (N,) products a_t; a negative timestep is past the last step."""
-        inside = self.alphas_cumprod.to(timestep.device)[timestep.clamp(min=0)]
-        return torch.where(timestep >= 0, inside, self.final_alpha_cumprod)
+    @property
+    def num_train_timesteps(self) -> int:
+        """T, the timesteps of the whole path."""
+        return int(self.scheduler.config.num_train_timesteps)
 
-    def add_noise(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """``z_t`` of clean latents x (N, ...) at timesteps t (N,)."""
-        a = per_sample(self.alpha(t), x)
-        return a.sqrt() * x + (1 - a).sqrt() * noise
+    def alpha_sigma(self, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N,) times -> (N,) alpha and sigma."""
+        if self.alphas_cumprod is None:
+            return 1 - time, time
+        table = self.alphas_cumprod.to(time.device)
+        index = (time * len(table)).round().long()
+        product = torch.where(index >= 0, table[index.clamp(min=0)], self.final_alpha_cumprod)
+        return product.sqrt(), (1 - product).sqrt()
+
+    def _coefficients(self, time: torch.Tensor, like: torch.Tensor) -> tuple[Any, Any, Any, Any]:
+        """alpha, sigma, a, b of the module's equations, shaped to multiply ``like``."""
+        alpha, sigma = (per_sample(x, like) for x in self.alpha_sigma(time))
+        if self.prediction_type == "epsilon":
+            return alpha, sigma, 0.0, 1.0
+        if self.prediction_type == "v_prediction":
+            return alpha, sigma, -sigma, alpha
+        return alpha, sigma, -1.0, 1.0
+
+    def _determinant(self, alpha: Any) -> Any:
+        """``alpha b - sigma a``: 1 but for epsilon (``alpha^2 + sigma^2 = 1`` for v,
+        ``alpha + sigma = 1`` for flow)."""
+        return alpha if self.prediction_type == "epsilon" else 1.0
+
+    def add_noise(self, x: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """z of clean latents x (N, ...) at times (N,)."""
+        alpha, sigma, _, _ = self._coefficients(time, x)
+        noisy: torch.Tensor = alpha * x + sigma * noise
+        return noisy
 
     def split(
-        self, z: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor
+        self, z: torch.Tensor, prediction: torch.Tensor, time: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a prediction at ``z_t`` says of clean latents and noise: ``(x, eps)``."""
-        a = per_sample(self.alpha(t), z)
-        if self.prediction_type == "epsilon":
-            return (z - (1 - a).sqrt() * prediction) / a.sqrt(), prediction
-        x = a.sqrt() * z - (1 - a).sqrt() * prediction
-        return x, a.sqrt() * prediction + (1 - a).sqrt() * z
+        """Clean latents and noise ``(x, eps)`` that a prediction at z stands for."""
+        alpha, sigma, a, b = self._coefficients(time, z)
+        determinant = self._determinant(alpha)
+        x = (b * z - sigma * prediction) / determinant
+        return x, (alpha * prediction - a * z) / determinant
 
-    def ddim_step(
-        self, z: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor, to: torch.Tensor
+    def step(
+        self, z: torch.Tensor, prediction: torch.Tensor, time: torch.Tensor, to: torch.Tensor
     ) -> torch.Tensor:
-        """One deterministic DDIM step from t (N,) to ``to`` (N,), equation (12) of
-        arXiv 2010.02502 with eta = 0. A negative ``to`` ends the trajectory."""
-        x, eps = self.split(z, prediction, t)
-        a = per_sample(self.alpha(to), z)
-        return a.sqrt() * x + (1 - a).sqrt() * eps
+        """One deterministic step from ``time`` (N,) to ``to`` (N,): x and eps stay, their
+        weights change. It is DDIM with eta = 0 (equation (12) of arXiv 2010.02502) where
+        ``alpha^2 + sigma^2 = 1``, and an Euler step for flow matching."""
+        x, eps = self.split(z, prediction, time)
+        alpha, sigma, _, _ = self._coefficients(to, z)
+        stepped: torch.Tensor = alpha * x + sigma * eps
+        return stepped
 
     def prediction_between(
-        self, z: torch.Tensor, goal: torch.Tensor, t: torch.Tensor, to: torch.Tensor
+        self, z: torch.Tensor, goal: torch.Tensor, time: torch.Tensor, to: torch.Tensor
     ) -> torch.Tensor:
-        """The prediction with which one DDIM step from t (N,) to ``to`` (N,) lands on ``goal``:
-        :meth:`ddim_step` solved for it. The target of progressive distillation, appendix G of
-        arXiv 2202.00512, where ``goal`` is two steps of the teacher away."""
-        a, b = per_sample(self.alpha(t), z), per_sample(self.alpha(to), z)
-        if self.prediction_type == "epsilon":
-            return (goal - (b / a).sqrt() * z) / ((1 - b).sqrt() - (b * (1 - a) / a).sqrt())
-        along = (a * b).sqrt() + ((1 - a) * (1 - b)).sqrt()
-        across = (a * (1 - b)).sqrt() - (b * (1 - a)).sqrt()
-        return (goal - along * z) / across
+        """The prediction with which one step from ``time`` to ``to`` lands on ``goal``:
+        :meth:`step`, which is linear in the prediction, solved for it. The target of progressive
+        distillation, appendix G of arXiv 2202.00512, where ``goal`` is two steps of the teacher
+        away."""
+        alpha, sigma, a, b = self._coefficients(time, z)
+        alpha_to, sigma_to, _, _ = self._coefficients(to, z)
+        rest = self._determinant(alpha) * goal - (alpha_to * b - sigma_to * a) * z
+        solved: torch.Tensor = rest / (sigma_to * alpha - alpha_to * sigma)
+        return solved
 
+    def grid(self, steps: int) -> torch.Tensor:
+        """(steps + 1,) times of a sampling of so many steps, from noise down; step i goes from
+        ``grid[i]`` to ``grid[i + 1]``. The grid of n steps is every second time of that of 2 n.
 
-def sampling_timesteps(steps: int, train_timesteps: int = 1000) -> torch.Tensor:
-    """(steps + 1,) timesteps from the last down, evenly spaced ("trailing" in diffusers),
-    closed by -1: ``t[i] -> t[i + 1]`` is step i.
-
-    Raises:
-        ValueError: not 1 <= steps <= train_timesteps.
-    """
-    if not 1 <= steps <= train_timesteps:
-        raise ValueError(f"steps must lie in [1, {train_timesteps}], not {steps}")
-    # In numpy's double precision, as diffusers does it: where a timestep falls on a half, a
-    # coarser grid would round to its neighbour.
-    grid = np.arange(train_timesteps, 0, -train_timesteps / steps)[:steps].round().astype(np.int64)
-    return torch.from_numpy(np.append(grid - 1, -1))
+        Raises:
+            ValueError: not 1 <= steps <= num_train_timesteps.
+        """
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise ValueError(f"steps must lie in [1, {self.num_train_timesteps}], not {steps}")
+        scheduler = deepcopy(self.scheduler)
+        if self.alphas_cumprod is None:
+            # the scheduler's own grid applies the shift twice and is not nested
+            scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+            return scheduler.sigmas.float().clone()
+        scheduler.set_timesteps(steps)
+        grid = torch.cat([scheduler.timesteps.float(), torch.tensor([-1.0])])
+        return grid / self.num_train_timesteps

@@ -1,33 +1,29 @@
-"""One small adapter a denoiser family: which features exist, and where a guide adds to them."""
+"""Families of denoisers: what a guide may touch in each, and how it is called.
 
-from pilotfish.backbones.compiled import heed_hooks, is_compiled, uncompiled
-from pilotfish.backbones.guided_pass import GuidedPass, current_pass
-from pilotfish.backbones.layout import (
-    cross_attention_layers,
-    decoder_layers,
-    embedding_layers,
-    fingerprint,
-    skip_channels,
-    skip_levels,
-)
+A new family is one file with a subclass of :class:`Backbone`, and one line here.
+"""
+
+from pilotfish.backbones.base import Backbone
+from pilotfish.backbones.compiled import is_compiled, watch_hooks
+from pilotfish.backbones.context import DenoiserCall, GuidedPass, current_pass
+from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
+from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joint_dit import JointDiTBackbone
 from pilotfish.backbones.origin import Origin, portable_path, public_name
-from pilotfish.backbones.unet import Hooks, install
+from pilotfish.backbones.unet import UNetBackbone
 
 __all__ = [
+    "Backbone",
+    "CrossAttentionDiTBackbone",
+    "DenoiserCall",
     "GuidedPass",
     "Hooks",
+    "JointDiTBackbone",
     "Origin",
-    "cross_attention_layers",
+    "UNetBackbone",
     "current_pass",
-    "decoder_layers",
-    "embedding_layers",
-    "fingerprint",
-    "heed_hooks",
-    "install",
     "is_compiled",
     "portable_path",
     "public_name",
-    "skip_channels",
-    "skip_levels",
-    "uncompiled",
+    "watch_hooks",
 ]

@@ -7,34 +7,38 @@ from typing import Any
 import torch
 
 
-def uncompiled(unet: Any) -> Any:
+def uncompiled(denoiser: Any) -> Any:
     """The denoiser itself, where ``torch.compile`` has wrapped it."""
-    return getattr(unet, "_orig_mod", unet)
+    return getattr(denoiser, "_orig_mod", denoiser)
 
 
-def is_compiled(unet: Any) -> bool:
+def is_compiled(denoiser: Any) -> bool:
     """Whether a denoiser, or any part of it, is compiled."""
-    parts = uncompiled(unet).modules()
-    return uncompiled(unet) is not unet or any(m._compiled_call_impl is not None for m in parts)
+    plain = uncompiled(denoiser)
+    return plain is not denoiser or any(
+        module._compiled_call_impl is not None for module in plain.modules()
+    )
 
 
-_HEEDED: list[bool] = []
+_RESET: list[bool] = []
 """Whether what was compiled without regard to hooks has been thrown away."""
 
 
-def heed_hooks(layers: int = 0) -> None:
-    """Compile with regard to hooks, from now on, where ``layers`` have hooks of their own.
+def watch_hooks(layers: int = 0) -> None:
+    """Compile with regard to hooks from now on, where ``layers`` have hooks of their own.
 
     By default ``torch.compile`` takes two modules of one class for the same code, even if only
-    one of them has hooks, and so leaves out some of a guide.
+    one of them has hooks, and so leaves out some of a guide. The first call throws away all that
+    the process has compiled so far, the user's own functions included: they are compiled again
+    when they are next called.
     """
     config = torch._dynamo.config
     if config.skip_nnmodule_hook_guards:  # as each thread finds it
         config.skip_nnmodule_hook_guards = False
-        if not _HEEDED:
+        if not _RESET:
             torch.compiler.reset()
-            _HEEDED.append(True)
+            _RESET.append(True)
     # where blocks are compiled one by one, those of one class are graphs of one piece of code, for
-    # every size of batch or picture again
+    # every size of batch or image again
     for name in ("cache_size_limit", "accumulated_cache_size_limit"):  # as older torch has them too
         setattr(config, name, max(getattr(config, name), 8 * (layers + 16)))

@@ -1,131 +1,151 @@
-"""Layers that take in the text answer further away from the negative prompt.
+"""Layers that take in the text, extrapolated away from the negative prompt: ``a + g (a - a_n)``.
 
-``a + g (a - a_n)``: the answer ``a_n`` to that prompt takes keys and values, or a pooled text,
-that are the same at every step. They are made once for a call of the pipeline, where nothing can
-change them on the way.
+``a`` is a layer's output in the pass, ``a_n`` what it would be with the negative prompt. With
+``g = -1`` in every such layer the pass is the unconditional one.
+
+- Cross-attention (NAG, arXiv 2505.21179, with learned gains): ``a_n`` costs one attention to the
+  negative prompt's few tokens; their keys and values are made once a call.
+- Modulation: layers that take scale and shift from an embedding of time and pooled text.
+- Joint attention: the text is a stream of its own that changes from block to block. The negative
+  text's stream runs beside the pass, on the denoiser's own weights, against the pass's own
+  image keys and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 
-from pilotfish.interface import TextConditions
-
-T = TypeVar("T")
+from pilotfish.backbones.context import GuidedPass
+from pilotfish.backbones.hooks import Hooks
 
 
-class Pushing:
-    """The pushes of one guided use of a denoiser, which makes one call of it after another."""
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(N, tokens, width) -> (N, heads, tokens, width / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def __init__(self) -> None:
-        self.gains: Mapping[str, torch.Tensor] = {}
-        self.negative = TextConditions(torch.empty(0))
-        self._kept: dict[nn.Module, Any] = {}
-        self._queries: dict[str, torch.Tensor] = {}
-        self._turn = torch.empty(0)
-        self._turned: torch.Tensor | None = None
 
-    def begin(self, gains: Mapping[str, torch.Tensor], negative: TextConditions) -> None:
+def cross_attention(
+    hooks: Hooks, name: str, layer: Any, negative_states: Any = lambda guided: (None, None)
+) -> None:
+    """Extrapolate a cross-attention layer of diffusers' ``Attention`` class.
+
+    Args:
+        name: of the layer; its gain is (N, heads).
+        negative_states: of a guided pass, the negative prompt as the layer sees it, (1 or N, L,
+            D), and the bias (1 or N, 1, 1, L) that masks it, or None.
+    """
+    normed = layer.norm_q is not None
+    asked = layer.norm_q if normed else layer.to_q
+
+    def query(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
+        if guided.gain(name) is not None:
+            guided.scratch[name] = output if normed else split_heads(output, layer.heads)
+
+    def keys_and_values(guided: GuidedPass) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        states, bias = negative_states(guided)
+        if layer.norm_cross:
+            states = layer.norm_encoder_hidden_states(states)
+        key = split_heads(layer.to_k(states), layer.heads)
+        key = key if layer.norm_k is None else layer.norm_k(key)
+        return key, split_heads(layer.to_v(states), layer.heads), bias
+
+    def answer(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
+        q = guided.scratch.pop(name, None)
+        gain = guided.gain(name)
+        if q is None or gain is None:
+            return None
+        key, value, bias = guided.cached(
+            name, lambda: keys_and_values(guided), (layer.to_k, layer.to_v)
+        )
+        n = len(q)  # one negative prompt may serve all
+        negative = F.scaled_dot_product_attention(
+            q, key.expand(n, -1, -1, -1), value.expand(n, -1, -1, -1), scale=layer.scale,
+            attn_mask=None if bias is None else bias.to(q.dtype).expand(n, -1, q.shape[2], -1),
+        ).transpose(1, 2)  # fmt: skip
+        output = args[0].unflatten(-1, (layer.heads, -1))
+        changed = guided.extrapolate(name, output, negative, gain[:, None, :, None])
+        return (changed.flatten(2), *args[1:]), kwargs
+
+    hooks.after(asked, query)
+    hooks.before(layer.to_out[0], answer)
+
+
+class JointAttention:
+    """The negative text's stream beside the pass, in blocks of diffusers'
+    ``JointTransformerBlock`` class (Stable Diffusion 3).
+
+    At block i the stream is kept under the block's name, not as a running value: gradient
+    checkpointing runs blocks again.
+
+    Args:
+        names: of the blocks' attention layers, in the order in which they run.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def begin(self, guided: GuidedPass, stream: torch.Tensor, embedding: torch.Tensor) -> None:
         """A denoiser call starts.
 
         Args:
-            gains: g by the name of the layer; see :class:`pilotfish.interface.GuideOutput`.
-            negative: the negative prompts of the batch, or one that serves all.
+            stream: (N, L, d) the negative prompt's embedded tokens.
+            embedding: (N, d) the embedding of time and the negative prompt's pooled text.
         """
-        if negative is not self.negative:
-            self._kept = {}
-        self.gains, self.negative, self._turned, self._queries = gains, negative, None, {}
+        if guided.gain(self.names[0]) is not None:
+            guided.scratch["negative embedding"] = embedding
+            guided.scratch["stream", self.names[0]] = stream
 
-    def forget(self) -> None:
-        """The last of them is over. The gains stay: gradient checkpointing asks once more."""
-        self._kept, self._queries = {}, {}
+    def place(self, hooks: Hooks, name: str, block: Any) -> None:
+        """Extrapolate the attention of one block; its gain is (N, heads)."""
+        layer = block.attn
+        number = self.names.index(name)
+        following = self.names[number + 1] if number + 1 < len(self.names) else None
 
-    def asks(self, name: str, query: torch.Tensor) -> None:
-        """A cross-attention layer asks, (N, pixels, width)."""
-        if name in self.gains:
-            self._queries[name] = query
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return split_heads(x, layer.heads)
 
-    def attention(self, name: str, layer: Any, answer: torch.Tensor) -> torch.Tensor | None:
-        """What a cross-attention layer answers, (N, pixels, width), before its last projection:
-        the same, pushed on. None: this layer is not pushed."""
-        query = self._queries.pop(name, None)
-        if query is None:
-            return None
+        def keep(part: str, split: bool) -> Any:
+            def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
+                if guided.gain(name) is not None:
+                    guided.scratch[name, part] = heads(output) if split else output
 
-        def split(x: torch.Tensor) -> torch.Tensor:  # by heads
-            return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+            return after
 
-        def keys_and_values() -> tuple[torch.Tensor, torch.Tensor]:
-            negative = self.negative.hidden_states
-            return split(layer.to_k(negative)), split(layer.to_v(negative))
-
-        key, value = self._keep(layer, (layer.to_k, layer.to_v), keys_and_values)
-        n = len(query)  # one negative prompt serves all
-        other = F.scaled_dot_product_attention(
-            split(query), key.expand(n, -1, -1, -1), value.expand(n, -1, -1, -1), scale=layer.scale
-        ).transpose(1, 2)
-        gain = self.gains[name][:, None, :, None]
-        return _pushed(answer.unflatten(-1, (layer.heads, -1)), other, gain).flatten(2)
-
-    def pools(self, pooling: Any, given: torch.Tensor, made: torch.Tensor) -> None:
-        """The denoiser made (N, E) of what it was ``given`` for its embedding: the hidden states
-        of the text, which it pools, or SDXL's pooled text with the sizes after it. Keep the way
-        from there to what it would have made of the negative prompt."""
-        if not self.gains:
-            return
-        pooled = self.negative.pooled
-        if pooled is None:
-            within = [module for part in pooling.children() for module in part.modules()]
-            other = self._keep(
-                pooling, within, lambda: pooling.forward(self.negative.hidden_states)
+        def answer(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
+            gain = guided.gain(name)
+            if gain is None:
+                return None
+            q, k, v = (guided.scratch.pop((name, part)) for part in "qkv")
+            stream = guided.scratch["stream", name]
+            embedding = guided.scratch["negative embedding"]
+            modulated = block.norm1_context.forward(stream, embedding)
+            x, *rest = (modulated,) if block.context_pre_only else modulated
+            q_n, k_n = heads(layer.add_q_proj(x)), heads(layer.add_k_proj(x))
+            q_n = q_n if layer.norm_added_q is None else layer.norm_added_q(q_n)
+            k_n = k_n if layer.norm_added_k is None else layer.norm_added_k(k_n)
+            joined = F.scaled_dot_product_attention(
+                torch.cat([q, q_n], 2), torch.cat([k, k_n], 2),
+                torch.cat([v, heads(layer.add_v_proj(x))], 2),
+            ).transpose(1, 2)  # fmt: skip
+            image = args[0].shape[1]
+            if following is not None and not block.context_pre_only:
+                gate, shift, scale, gate_ff = (r[:, None] for r in rest)
+                stream = stream + gate * layer.to_add_out(joined[:, image:].flatten(2))
+                hidden = block.norm2_context(stream) * (1 + scale) + shift
+                stream = stream + gate_ff * block.ff_context(hidden)
+                guided.scratch["stream", following] = stream
+            output = args[0].unflatten(-1, (layer.heads, -1))
+            changed = guided.extrapolate(
+                name, output, joined[:, :image], gain[:, None, :, None]
             )
-        else:
-            sizes = given[:, pooled.shape[1] :]
-            pooled = pooled.to(given).expand(len(given), -1)  # the pipeline turns the prompt's so
-            other = pooling.forward(torch.cat([pooled, sizes], 1))
-        self._turn = other - made
+            return (changed.flatten(2), *args[1:]), kwargs
 
-    def embeds(self, embedding: torch.Tensor) -> None:
-        """A residual layer is given the embedding of timestep and text, (N, E)."""
-        if self.gains and self._turned is None:  # all are given the same
-            self._turned = embedding + self._turn
-
-    def embedding(self, name: str, layer: Any, answer: torch.Tensor) -> torch.Tensor | None:
-        """What a residual layer takes from the embedding, (N, channels): the same, pushed on.
-        None: this layer is not pushed."""
-        gain = self.gains.get(name)
-        if gain is None:
-            return None
-        other = layer.time_emb_proj.forward(layer.nonlinearity(self._turned))
-        return _pushed(answer, other, gain)
-
-    def _keep(self, owner: nn.Module, parts: Iterable[nn.Module], make: Callable[[], T]) -> T:
-        """What parts of a module make of the negative prompt, made once where it is sure to stay.
-
-        It is not while anything learns, nor where an adapter may be turned up or down between
-        two steps, nor where a part was patched. A compiled graph makes it anew: one that took it
-        in from outside would have to be another graph than the first, which makes it."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return make()
-        if any(isinstance(part, BaseTunerLayer) or _patched(part) for part in parts):
-            return make()
-        if owner not in self._kept:
-            self._kept[owner] = make()
-        kept: T = self._kept[owner]
-        return kept
-
-
-def _patched(module: nn.Module) -> bool:
-    """Whether it has hooks, or another ``forward`` than that of its class."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def _pushed(answer: torch.Tensor, other: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """``answer + gain (answer - other)``, in few goes through memory."""
-    return torch.addcmul(answer, gain, answer - other)
+        for part, norm, projection in (
+            ("q", layer.norm_q, layer.to_q), ("k", layer.norm_k, layer.to_k),
+            ("v", None, layer.to_v),
+        ):  # fmt: skip
+            hooks.after(projection if norm is None else norm, keep(part, norm is None))
+        hooks.before(layer.to_out[0], answer)

@@ -1,179 +1,221 @@
 """UNet2DConditionModel: Stable Diffusion 1.x, 2.x, XL and their kin.
 
-A guide is asked when a call begins. What it answers is added to the text on its way in, to the
-mid block's output, to the skip features on their way into the decoder, to what its
-modules make, the last of them the prediction; and the layers that take in the text answer
-further away from the negative prompt. Residuals of a ControlNet are added beside it.
-
-Hooks are native PyTorch hooks, and they do nothing unless a :class:`GuidedPass` is open
-in the current thread: a plain pipeline that shares the UNet never notices them.
-
-``torch.compile`` makes one graph of a guided denoiser, as of a plain one. What is asked once a
-call, before and after it, stays outside: the scale, the prompts and the guide's answer to them
-differ from call to call, and the graph takes that answer in as tensors.
+Text enters through cross-attention, and in some models through the embedding of the timestep as
+well, which the residual layers take scale and shift from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch.utils.hooks import RemovableHandle
 
-from pilotfish.backbones.guided_pass import GuidedPass
-from pilotfish.backbones.layout import TEXTS_EMBEDDED
-from pilotfish.interface import GuideError, GuideLike
+from pilotfish.backbones.base import Backbone
+from pilotfish.backbones.context import DenoiserCall, GuidedPass
+from pilotfish.backbones.extrapolation import cross_attention
+from pilotfish.backbones.hooks import Hooks
+from pilotfish.interface import GuideError, TextConditions
 
-_SHOWN = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
-
-
-class Hooks:
-    """The hooks of one guide on one denoiser; :meth:`remove` leaves no trace."""
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.modules: dict[str, Any] = dict(unet.named_modules())
-        self.handles: list[RemovableHandle] = []
-
-    def sit_on(self, unet: UNet2DConditionModel) -> bool:
-        """Whether they are on this denoiser, and its modules those of then: loading a LoRA puts
-        others in the place of some."""
-        return self.modules == dict(unet.named_modules())
-
-    def remove(self) -> None:
-        """Take every hook off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+TEXT_EMBEDDED = ("text", "text_time")
+"""How text may enter the embedding of the timestep: its hidden states are pooled there, or it
+comes pooled, with SDXL's sizes."""
 
 
-def install(guide: GuideLike, unet: UNet2DConditionModel) -> Hooks:
-    """Put a guide's hooks on a UNet, for training and for inference alike.
+class UNetBackbone(Backbone):
+    """See the module."""
 
-    Raises:
-        GuideError: the UNet lacks a module that the guide touches, or has one that it cannot push.
-    """
-    hooks = Hooks(unet)
-    modules = hooks.modules
+    family = "unet"
+    denoisers = (UNet2DConditionModel,)
+    component = "unet"
+    parameters = ("sample", "timestep", "encoder_hidden_states")
 
-    own = {id(module) for module in modules.values()}
+    def sites(self) -> dict[str, Any]:
+        net = self.denoiser
+        return {
+            "text_dim": net.config.cross_attention_dim,
+            "attention": {name: layer.heads for name, layer in self._cross_attentions()},
+            "modulation": self._modulated(),
+            "layers": dict(self._decoder()),
+            "head": {
+                "module": "conv_out",
+                "features": net.conv_out.in_channels,
+                "channels": net.conv_out.out_channels,
+            },
+            "encoder": list(self._skips()),
+            "middle": self._width(len(net.down_blocks) - 1),
+        }
 
-    def current(module: Any) -> GuidedPass | None:
-        guided = GuidedPass.current()
-        if guided is None or guided.guide is not guide or not guided.served_by(hooks):
-            return None
-        return guided if id(module) in own else None  # a copy of a module has copies of its hooks
+    def _cross_attentions(self) -> Iterator[tuple[str, Any]]:
+        """Of mid block and decoder, in running order."""
+        blocks = {"mid_block": self.denoiser.mid_block}
+        blocks |= {f"up_blocks.{i}": block for i, block in enumerate(self.denoiser.up_blocks)}
+        for place, block in blocks.items():
+            for j, attention in enumerate(getattr(block, "attentions", None) or ()):
+                for k, inner in enumerate(getattr(attention, "transformer_blocks", ())):
+                    if getattr(inner, "attn2", None) is not None:
+                        name = f"{place}.attentions.{j}.transformer_blocks.{k}.attn2"
+                        yield name, inner.attn2
 
-    @torch.compiler.disable
-    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        guided = current(module)
-        if not guided:
-            return None
-        named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
-        named |= {k: kwargs[k] for k in _SHOWN if k in kwargs}
-        text = guided.begin(**named)
-        if len(args) > 2:
-            return (*args[:2], text, *args[3:]), kwargs
-        return args, {**kwargs, "encoder_hidden_states": text}
-
-    @torch.compiler.disable
-    def end(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        if guided := current(module):
-            guided.end(output[0])
-
-    def first(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if guided := current(module):
-            guided.saw(output)
-
-    def down(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        if guided := current(module):
-            guided.saw(*output[1])
-
-    def middle(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        guided = current(module)
-        return guided.middle(output) if guided else None
-
-    def up(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        guided = current(module)
-        if not guided:
-            return None
-        name = "res_hidden_states_tuple"
-        return args, {**kwargs, name: guided.consume(kwargs[name])}
-
-    def touched(name: str) -> Callable[..., Any]:
-        def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-            guided = current(module)
-            if not guided:
-                return None
-            if isinstance(output, tuple):  # a transformer asked for no dict
-                return guided.add(name, args[0], output[0]), *output[1:]
-            if isinstance(output, torch.Tensor):
-                return guided.add(name, args[0], output)
-            output.sample = guided.add(name, args[0], output.sample)
-            return output
-
-        return after
-
-    def asked(name: str) -> Callable[..., None]:
-        def after(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if guided := current(module):
-                guided.asks(name, output)
-
-        return after
-
-    def answered(name: str, layer: Any) -> Callable[..., Any]:
-        def before(module: Any, args: tuple[Any, ...]) -> Any:
-            guided = current(module)
-            return (guided.push(name, layer, args[0]), *args[1:]) if guided else None
-
-        return before
-
-    def pooled(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if guided := current(module):
-            guided.pools(module, args[0], output)
-
-    def embeds(module: Any, args: tuple[Any, ...]) -> None:
-        if guided := current(module):
-            guided.embeds(args[1])
-
-    def embedded(name: str, layer: Any) -> Callable[..., Any]:
-        def after(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> Any:
-            guided = current(module)
-            return guided.push_embedding(name, layer, output) if guided else None
-
-        return after
-
-    def pushed(name: str) -> list[RemovableHandle]:
-        layer = modules[name]
-        if hasattr(layer, "to_q"):  # cross-attention
-            return [
-                layer.to_q.register_forward_hook(asked(name)),
-                layer.to_out[0].register_forward_pre_hook(answered(name, layer)),
-            ]
+    def _modulated(self) -> list[str]:
+        """The residual layers, in running order, where the embedding holds the text."""
+        net = self.denoiser
+        if net.config.addition_embed_type not in TEXT_EMBEDDED:
+            return []
+        blocks = {f"down_blocks.{i}": block for i, block in enumerate(net.down_blocks)}
+        blocks |= {"mid_block": net.mid_block}
+        blocks |= {f"up_blocks.{i}": block for i, block in enumerate(net.up_blocks)}
         return [
-            layer.register_forward_pre_hook(embeds),
-            layer.time_emb_proj.register_forward_hook(embedded(name, layer)),
+            f"{place}.resnets.{j}"
+            for place, block in blocks.items()
+            for j in range(len(getattr(block, "resnets", ())))
         ]
 
-    if unknown := [name for name in (*guide.touches, *guide.pushes) if name not in modules]:
-        raise GuideError(f"this denoiser has no {unknown[0]}, to which the guide adds")
-    for name in guide.pushes:
-        if hasattr(getattr(modules[name], "processor", None), "to_k_custom_diffusion"):
-            raise GuideError(
-                f"{name} has keys and values of Custom Diffusion's own, which a guide cannot push; "
-                "use the pipeline without one"
+    def _decoder(self) -> Iterator[tuple[str, int]]:
+        """The decoder's residual and attention layers in running order, and their channels."""
+        for i, block in enumerate(self.denoiser.up_blocks):
+            attentions = getattr(block, "attentions", None) or ()
+            for j, layer in enumerate(block.resnets):
+                yield f"up_blocks.{i}.resnets.{j}", layer.out_channels
+                if j < len(attentions):
+                    yield f"up_blocks.{i}.attentions.{j}", layer.out_channels
+
+    def _skips(self) -> Iterator[list[int]]:
+        """[channels, level] of each skip feature, in the order in which the encoder makes them;
+        level 0 has the latents' resolution, each next one half."""
+        net = self.denoiser
+        yield [net.conv_in.out_channels, 0]
+        for level, block in enumerate(net.down_blocks):
+            for _ in block.resnets:
+                yield [self._width(level), level]
+            if block.downsamplers is not None:
+                yield [self._width(level), level + 1]
+
+    def _width(self, level: int) -> int:
+        return int(self.denoiser.down_blocks[level].resnets[-1].out_channels)
+
+    # -- hooks ------------------------------------------------------------------------------
+
+    def place(self, hooks: Hooks) -> None:
+        net, embedded = self.denoiser, set(self._modulated())
+
+        def negative_states(guided: GuidedPass) -> tuple[torch.Tensor, None]:
+            return guided.negative.embeds, None
+
+        for name in hooks.guide.extrapolated:
+            layer = hooks.modules[name]
+            if name in embedded:
+                self._place_modulation(hooks, name, layer)
+                continue
+            if hasattr(layer.processor, "to_k_custom_diffusion"):
+                raise GuideError(
+                    f"{name} has keys and values of Custom Diffusion, which cannot be "
+                    "extrapolated; use the pipeline without a guide"
+                )
+            cross_attention(hooks, name, layer, negative_states)
+        if embedded & set(hooks.guide.extrapolated):
+            hooks.after(net.add_embedding, self._pool_negative)
+        self.place_residuals(hooks)
+
+    def _pool_negative(
+        self, guided: GuidedPass, pooling: Any, args: Any, made: torch.Tensor
+    ) -> None:
+        """The denoiser embedded the text, (N, E): keep the step from there to the negative
+        prompt's embedding."""
+        pooled = guided.negative.pooled
+        if pooled is None:  # the hidden states are pooled here
+            parts = [module for part in pooling.children() for module in part.modules()]
+            negative = guided.cached(
+                "pooled", lambda: pooling.forward(guided.negative.embeds), parts
             )
-    hooks.handles = [
-        unet.register_forward_pre_hook(begin, with_kwargs=True),
-        unet.register_forward_hook(end),
-        unet.conv_in.register_forward_hook(first),
-        *(block.register_forward_hook(down) for block in unet.down_blocks),
-        unet.mid_block.register_forward_hook(middle),
-        *(block.register_forward_pre_hook(up, with_kwargs=True) for block in unet.up_blocks),
-        *(modules[name].register_forward_hook(touched(name)) for name in guide.touches),
-        *(handle for name in guide.pushes for handle in pushed(name)),
-    ]
-    if guide.pushes and unet.config.addition_embed_type in TEXTS_EMBEDDED:
-        hooks.handles.append(unet.add_embedding.register_forward_hook(pooled))
-    return hooks
+        else:  # SDXL's pooled text, with the sizes after it
+            sizes = args[0][:, pooled.shape[1] :]
+            pooled = pooled.to(args[0]).expand(len(sizes), -1)
+            negative = pooling.forward(torch.cat([pooled, sizes], 1))
+        guided.scratch["to negative"] = negative - made
+
+    def _place_modulation(self, hooks: Hooks, name: str, layer: Any) -> None:
+        def embedding(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> None:
+            scratch = guided.scratch
+            if guided.gain(name) is not None and "negative temb" not in scratch:
+                # all residual layers are given one embedding and apply one function to it
+                temb = args[1] + scratch["to negative"]
+                scratch["negative temb"] = layer.nonlinearity(temb)
+
+        def projected(
+            guided: GuidedPass, module: Any, args: Any, output: torch.Tensor
+        ) -> torch.Tensor | None:
+            gain = guided.gain(name)
+            if gain is None:
+                return None
+            negative = module.forward(guided.scratch["negative temb"])
+            return guided.extrapolate(name, output, negative, gain)
+
+        hooks.before(layer, embedding)
+        hooks.after(layer.time_emb_proj, projected)
+
+    def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
+        channels = self.denoiser.conv_out.out_channels  # inpainting has a mask and an image beside
+        added = given.get("added_cond_kwargs") or {}
+        return DenoiserCall(
+            given["sample"][:, :channels], given["timestep"],
+            TextConditions(given["encoder_hidden_states"], added.get("text_embeds")),
+            {k: v for k, v in added.items() if isinstance(v, torch.Tensor)},
+        )  # fmt: skip
+
+    def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
+        changed = super().changed(guided, given)
+        if guided.output.encoder is not None:
+            # where a ControlNet adds to the same features, both do
+            skips, middle = guided.output.encoder
+            before = given.get("down_block_additional_residuals")
+            if before is not None and given.get("mid_block_additional_residual") is not None:
+                skips = tuple(b + s for b, s in zip(before, skips, strict=True))
+                middle = given["mid_block_additional_residual"] + middle
+            changed["down_block_additional_residuals"] = tuple(map(guided.to_denoiser, skips))
+            changed["mid_block_additional_residual"] = guided.to_denoiser(middle)
+        return changed
+
+    # -- calls --------------------------------------------------------------------------------
+
+    def __call__(
+        self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
+    ) -> torch.Tensor:
+        more = {}
+        if text.pooled is not None and sizes is not None:
+            sizes = sizes.to(text.device, text.dtype).expand(len(latents), -1)
+            more = {"added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": sizes}}
+        made: torch.Tensor = self.denoiser(
+            latents, self.timestep(time), text.embeds, return_dict=False, **more
+        )[0]
+        return made
+
+    def timestep(self, time: torch.Tensor) -> torch.Tensor:
+        return (time * self.num_train_timesteps).round().long()
+
+    def refusal(self, pipe: Any) -> str | None:
+        config = self.denoiser.config
+        if config.time_cond_proj_dim is not None:
+            return "its denoiser takes in the guidance scale and needs no second pass"
+        if config.encoder_hid_dim_type not in (None, "ip_image_proj"):
+            return f"its denoiser projects the text once more ({config.encoder_hid_dim_type})"
+        return None
+
+    def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
+        # SDXL: prompt, negative, and both pooled
+        prompt, negative, *pooled = encoded
+        if negative is None:
+            return TextConditions(prompt, *pooled[:1]), None
+        return TextConditions(prompt, *pooled[:1]), TextConditions(negative, *pooled[1:2])
+
+    def sizes(self, pipe: Any) -> torch.Tensor | None:
+        """(1, 6) SDXL's sizes and crop, or (1, 5) of its refiner, whose last is the score."""
+        config = self.denoiser.config
+        if config.addition_embed_type != "text_time":
+            return None
+        _, height, width = self.latent_shape()
+        high, wide = height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+        if getattr(pipe.config, "requires_aesthetics_score", False):
+            return torch.tensor([[high, wide, 0, 0, 6.0]])
+        return torch.tensor([[high, wide, 0, 0, high, wide]], dtype=torch.float32)

@@ -1,0 +1,218 @@
+"""The protocol of a denoiser family: all that is known of one family lies in one file.
+
+A :class:`Backbone` wraps a denoiser of diffusers and says how it is called, which of its modules
+a guide may touch, how its pipeline encodes text and runs classifier-free guidance, and how
+latents become images. A new family is one file with a subclass, and its line in
+:mod:`pilotfish.backbones`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from pilotfish.backbones.compiled import uncompiled
+from pilotfish.backbones.context import DenoiserCall, GuidedPass
+from pilotfish.backbones.hooks import Hooks, first_output, with_arguments, with_first
+from pilotfish.guidance import classifier_free_guidance
+from pilotfish.interface import GuideError, GuideProtocol, TextConditions
+
+
+class Backbone(ABC):
+    """A denoiser of one family. See the module.
+
+    Args:
+        denoiser: a module of one of the family's classes.
+    """
+
+    family: ClassVar[str]
+    """Name of the family in a guide's signature."""
+    version: ClassVar[int] = 1
+    """Version of the family's signature. Raised when its form changes."""
+    denoisers: ClassVar[tuple[type[nn.Module], ...]]
+    """Classes of diffusers that belong to the family."""
+    component: ClassVar[str] = "transformer"
+    """Name of the denoiser among the components of its pipelines."""
+    parameters: ClassVar[tuple[str, ...]]
+    """Names of the positional parameters of the denoiser's forward."""
+    registry: ClassVar[list[type[Backbone]]] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Backbone.registry.append(cls)
+
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser = denoiser
+
+    @staticmethod
+    def of(denoiser: Any) -> Backbone:
+        """The backbone of a denoiser, compiled or not.
+
+        Raises:
+            GuideError: no family here knows the denoiser.
+        """
+        denoiser = uncompiled(denoiser)
+        for family in Backbone.registry:
+            if isinstance(denoiser, family.denoisers):
+                return family(denoiser)
+        known = ", ".join(c.__name__ for family in Backbone.registry for c in family.denoisers)
+        raise GuideError(
+            f"{type(denoiser).__name__} belongs to no family that takes a guide; known: {known}"
+        )
+
+    @staticmethod
+    def of_pipeline(pipe: Any) -> Backbone:
+        """The backbone of a pipeline's denoiser.
+
+        Raises:
+            GuideError: the pipeline has none, or of a family that takes no guide.
+        """
+        for name in ("unet", "transformer"):
+            if getattr(pipe, name, None) is not None:
+                return Backbone.of(getattr(pipe, name))
+        raise GuideError(f"{type(pipe).__name__} has neither a unet nor a transformer")
+
+    # -- what a guide may touch -----------------------------------------------------------
+
+    def signature(self, prediction_type: str) -> dict[str, Any]:
+        """What must agree for a guide to fit, in plain JSON: what the denoiser predicts, and every
+        site by name and width, listed from the denoiser's own modules.
+
+        - ``attention``: attention layers that can be extrapolated -> heads, in running order;
+        - ``modulation``: layers that take in pooled text and can be extrapolated;
+        - ``layers``: modules that a guide adds to along the decoder -> channels;
+        - ``head``: the last module, its ``features``, and the ``channels`` of prediction and
+          latents on its grid;
+        - ``text_dim``: width of the text's embeddings.
+        """
+        return {
+            "family": self.family,
+            "version": self.version,
+            "prediction_type": prediction_type,
+            **self.sites(),
+        }
+
+    @abstractmethod
+    def sites(self) -> dict[str, Any]:
+        """The sites of :meth:`signature`."""
+
+    @abstractmethod
+    def place(self, hooks: Hooks) -> None:
+        """Place the hooks for ``hooks.guide``."""
+
+    def place_residuals(self, hooks: Hooks) -> None:
+        """Add the guide's residuals after its target modules."""
+
+        def residual(name: str) -> Callable[..., Any]:
+            def after(guided: GuidedPass, module: Any, args: Any, output: Any) -> Any:
+                made = self.image_map(guided, name, output)
+                entered = self.image_map(guided, "", args[0]) if args else made
+                changed = guided.residual(name, entered, made)
+                return self.with_image_map(guided, name, output, changed)
+
+            return after
+
+        for name in hooks.guide.target_modules:
+            hooks.after(hooks.modules[name], residual(name))
+
+    def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
+        """The image in the output of a target module as a map (N, channels, h, w)."""
+        return first_output(output)
+
+    def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
+        """The output of a target module with another map for the image."""
+        return with_first(output, made)
+
+    def install(self, guide: GuideProtocol) -> Hooks:
+        """Put a guide's hooks on the denoiser, for training and for inference alike.
+
+        Raises:
+            GuideError: the denoiser lacks a module that the guide names, or has one that cannot
+                be extrapolated. No hook is left behind.
+        """
+        hooks = Hooks(guide, self.denoiser)
+        named = (*guide.target_modules, *guide.extrapolated)
+        if unknown := [name for name in named if name not in hooks.modules]:
+            raise GuideError(f"this denoiser has no {unknown[0]}, to which the guide adds")
+        try:
+            hooks.around(self.denoiser, self._begin, self._end)
+            self.place(hooks)
+        except BaseException:
+            hooks.remove()
+            raise
+        return hooks
+
+    def _begin(self, guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
+        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        guided.begin(self.read_call(given), self.time)
+        if not guided.active:
+            return None
+        return with_arguments(args, kwargs, self.parameters, self.changed(guided, given))
+
+    def _end(self, guided: GuidedPass, module: Any, args: Any, output: Any) -> None:
+        guided.end(output[0])
+
+    # -- how the denoiser is called -------------------------------------------------------
+
+    @abstractmethod
+    def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
+        """The meaning of a call's arguments, by their names."""
+
+    def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that the guide changes, by name."""
+        return {"encoder_hidden_states": guided.extrapolated_text(given["encoder_hidden_states"])}
+
+    @abstractmethod
+    def __call__(
+        self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
+    ) -> torch.Tensor:
+        """The denoiser's prediction, (N, C, h, w).
+
+        Args:
+            latents: (N, C, h, w).
+            time: (N,) normalised.
+            text: N prompts.
+            sizes: what :meth:`sizes` gave.
+        """
+
+    num_train_timesteps: int = 1000
+    """Timesteps of the denoiser at time 1."""
+
+    def time(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Normalised time of the timesteps that the denoiser is given."""
+        return timestep.float() / self.num_train_timesteps
+
+    def timestep(self, time: torch.Tensor) -> torch.Tensor:
+        """Timesteps of normalised times, as the denoiser is given them."""
+        return time * self.num_train_timesteps
+
+    # -- the pipeline ---------------------------------------------------------------------
+
+    guidance_rule: Callable[..., torch.Tensor] = staticmethod(classifier_free_guidance)
+    """The teacher: what the pipeline makes of the two predictions."""
+
+    def refusal(self, pipe: Any) -> str | None:
+        """Why a pipeline with this denoiser cannot take a guide, in words; None if it can."""
+        return None
+
+    def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Arguments of the pipeline's ``encode_prompt`` for some texts."""
+        return {"prompt": list(texts)}
+
+    @abstractmethod
+    def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
+        """Prompt and negative prompt in what the pipeline's ``encode_prompt`` returned."""
+
+    def sizes(self, pipe: Any) -> torch.Tensor | None:
+        """(1, k) sizes that the denoiser is told for whole images of the pipeline's own size."""
+        return None
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents at the denoiser's own size."""
+        size = self.denoiser.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.denoiser.config.in_channels), int(height), int(width)

@@ -1,0 +1,309 @@
+"""One guided use of a denoiser: it asks the guide and keeps what the guide answered.
+
+Hooks find the guided pass that is open in their thread here (:meth:`GuidedPass.current`), so a
+plain pipeline that shares the denoiser is never guided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import local
+from typing import Any, TypeVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from pilotfish.interface import GuideError, GuideInputs, GuideOutput, GuideProtocol, TextConditions
+
+T = TypeVar("T")
+LARGEST = 1e4
+"""Of a prediction, whose values are of the order of 1: sampler and decoder square them."""
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """The arguments of one denoiser call, by what they mean.
+
+    Attributes:
+        latents: (N, C, h, w), on the grid of tokens; see :class:`GuideInputs`.
+        timestep: as the denoiser is given it.
+        text: N prompts.
+        added_cond_kwargs: see :class:`GuideInputs`.
+    """
+
+    latents: torch.Tensor
+    timestep: Any
+    text: TextConditions
+    added_cond_kwargs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class _Thread(local):
+    """What each thread has of its own. torch.compile reads it before every call and chooses the
+    code by it. A context variable would break the graph at each layer."""
+
+    open: GuidedPass | None = None
+
+
+_HERE = _Thread()
+
+
+class GuidedPass:
+    """A guide with its scale and negative prompt, for one call of a pipeline or one training step.
+
+    While it is open (``with guided_pass.open():``) every call of a denoiser that has hooks for
+    this guide is guided. It belongs to one thread.
+
+    Args:
+        guide: the guide.
+        guidance_scale: gives w, a number or (N,); called at every denoiser call.
+        negative: gives the N negative prompts, or one that serves all.
+        timesteps: gives the timesteps of the whole schedule, where they are known: what depends
+            on time, scale and text alone is then computed for all of them at once.
+        check_batch: called before every guided call with its batch size N.
+        hooks: those that serve it. A guide can be installed several times on one denoiser (two
+            pipelines that share it), and each pass is served once. Left out: any.
+    """
+
+    def __init__(
+        self,
+        guide: GuideProtocol,
+        guidance_scale: Callable[[], float | torch.Tensor],
+        negative: Callable[[], TextConditions],
+        *,
+        timesteps: Callable[[], torch.Tensor | None] = lambda: None,
+        check_batch: Callable[[int], None] = lambda n: None,
+        hooks: object | None = None,
+    ) -> None:
+        self.guide, self.guidance_scale, self._negative = guide, guidance_scale, negative
+        self.timesteps, self.check_batch, self.hooks = timesteps, check_batch, hooks
+        self.output = GuideOutput()
+        self.active = False
+        self.call: DenoiserCall | None = None
+        self.negative: TextConditions = TextConditions(torch.empty(0))
+        self.scratch: dict[str, Any] = {}
+        """What hooks of one denoiser call hand to one another."""
+        self._denoiser_dtype: torch.dtype | None = None
+        self._untrained: float | None = None
+        self._due: set[str] = set()
+        self._cache: dict[Any, Any] = {}
+        self._table: _Table | None = None
+
+    @staticmethod
+    def current() -> GuidedPass | None:
+        """The guided pass that is open in this thread."""
+        return _HERE.open
+
+    @contextmanager
+    def open(self) -> Iterator[GuidedPass]:
+        """Guide every denoiser call inside the block."""
+        try:
+            with current_pass(self):
+                yield self
+        finally:
+            # the output stays: gradient checkpointing runs blocks again in the backward pass
+            self._due, self._cache, self._table = set(), {}, None
+
+    def invalidate(self, hooks: object) -> None:
+        """Forget what is cached: between two denoiser calls somebody had the chance to change the
+        denoiser, whose hooks are these now."""
+        self.hooks, self._cache, self._table = hooks, {}, None
+
+    # -- one denoiser call --------------------------------------------------------------
+
+    def begin(self, call: DenoiserCall, time: Callable[[Any], torch.Tensor]) -> None:
+        """A denoiser call starts: ask the guide. A scale of at most 1 leaves it alone.
+
+        Args:
+            time: turns the denoiser's timesteps into normalised time.
+        """
+        self.active, self.output, self.call = False, GuideOutput(), call
+        self.scratch, self._due, self._untrained = {}, set(), None
+        n, scale = len(call.latents), self.guidance_scale()
+        device = call.latents.device
+        if isinstance(scale, torch.Tensor):
+            w = scale.to(device, torch.float32).expand(n)
+        elif scale > 1:
+            low, high = self.guide.guidance_scale_range
+            self._untrained = None if low <= scale <= high else float(scale)
+            w = torch.full((n,), float(scale), device=device)
+        else:
+            return
+        self.active = True
+        # in training a guide may be finer than the denoiser that it is trained on
+        same = self.guide.dtype == call.latents.dtype
+        self._denoiser_dtype = None if same else call.latents.dtype
+        negative = self._negative()
+        self.check_batch(n)
+        if negative is not self.negative:
+            self._cache, self._table = {}, None
+        self.negative = negative
+        timestep = torch.as_tensor(call.timestep, device=device)
+        inputs = GuideInputs(
+            latents=self.to_guide(call.latents),
+            time=time(timestep).reshape(-1).expand(n),
+            guidance_scale=w,
+            text=self._text_to_guide(call.text),
+            negative=self._text_to_guide(negative),
+            added_cond_kwargs={k: self.to_guide(v) for k, v in call.added_cond_kwargs.items()},
+        )
+        known = None
+        if not isinstance(scale, torch.Tensor) and not torch.is_grad_enabled():
+            known = self._scheduled(inputs, call, timestep, float(scale), time)
+        self.output = self.guide(inputs, known)
+        self._due = {*self.output.residuals, *self.output.gains}
+
+    def end(self, prediction: torch.Tensor) -> None:
+        """The denoiser call is done.
+
+        Raises:
+            GuideError: the denoiser went past a layer to which the guide adds; or at a scale
+                outside its training the guide led to values that are not finite, or soon will not
+                be.
+        """
+        if self._due:
+            raise GuideError(
+                f"the denoiser went past {min(self._due)}, to which the guide adds; undo what "
+                "skips or replaces its layers"
+            )
+        if self._untrained is not None and not prediction.abs().max() <= LARGEST:
+            low, high = self.guide.guidance_scale_range
+            raise GuideError(
+                f"guidance_scale {self._untrained:g} is too far from [{low:g}, {high:g}], where "
+                "this guide was trained: the prediction overflows"
+            )
+
+    def extrapolated_text(
+        self, text: torch.Tensor, negative: TextConditions | None = None
+    ) -> torch.Tensor:
+        """``c + g (c - n)`` of the embeddings of the running call, and what else the guide adds.
+
+        Args:
+            text: (N, L, D) the embeddings c.
+            negative: n, where the denoiser has changed both on the way. Left out: as given.
+        """
+        output, call = self.output, self.call
+        if output.text_gain is not None:
+            assert call is not None
+            conditions = TextConditions(text, mask=call.text.mask)
+            against = negative or self.negative
+            kept = self._cache.get("text")
+            if kept is None or kept[0] is not text:
+                kept = text, conditions.minus(against)
+                if not torch.compiler.is_compiling():
+                    self._cache["text"] = kept
+            difference = kept[1]
+            text = self.to_denoiser(torch.addcmul(self.to_guide(text), output.text_gain,
+                                                  self.to_guide(difference)))  # fmt: skip
+        return text if output.text is None else self.to_denoiser(text + output.text)
+
+    def residual(self, name: str, entered: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        """The output of a module (N, channels, h, w) with the guide's residual."""
+        function = self.output.residuals.get(name)
+        if function is None:
+            return made
+        self._due.discard(name)
+        return self.to_denoiser(function(self.to_guide(entered), self.to_guide(made)))
+
+    def gain(self, name: str) -> torch.Tensor | None:
+        """The gain of a layer's extrapolation; None where the guide leaves the layer alone."""
+        return self.output.gains.get(name)
+
+    def extrapolate(
+        self, name: str, output: torch.Tensor, negative: torch.Tensor, gain: torch.Tensor
+    ) -> torch.Tensor:
+        """``a + g (a - a_n)``, with a gain that multiplies ``output``."""
+        self._due.discard(name)
+        return self.to_denoiser(torch.addcmul(output, gain, output - negative))
+
+    def to_guide(self, x: Any) -> Any:
+        """A tensor in the guide's precision."""
+        return x if self._denoiser_dtype is None else x.to(self.guide.dtype)
+
+    def to_denoiser(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor in the denoiser's precision."""
+        return x if self._denoiser_dtype is None else x.to(self._denoiser_dtype)
+
+    # -- what is kept for the whole call ------------------------------------------------
+
+    def cached(self, key: Any, make: Callable[[], T], parts: Iterable[nn.Module] = ()) -> T:
+        """A value made of the negative prompt by ``parts`` of the denoiser, made once a call where
+        it is sure to stay.
+
+        It is not cached while gradients are computed, nor where an adapter may be turned up or
+        down between two steps or a part was patched. A compiled graph makes it again: taken in
+        from outside, it would ask for another graph than the one that makes it."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return make()
+        if any(isinstance(part, BaseTunerLayer) or _patched(part) for part in parts):
+            return make()
+        if key not in self._cache:
+            self._cache[key] = make()
+        kept: T = self._cache[key]
+        return kept
+
+    def _scheduled(
+        self, inputs: GuideInputs, call: DenoiserCall, timestep: torch.Tensor, scale: float,
+        time: Callable[[Any], torch.Tensor],
+    ) -> Any:  # fmt: skip
+        """The guide's modulations at this step, from those of the whole schedule; None where the
+        step is not part of a known schedule."""
+        schedule = self.timesteps()
+        place = None if schedule is None else _place(timestep, schedule)
+        if schedule is None or place is None:
+            return None
+        table = self._table
+        if table is None or not table.holds(schedule, scale, call.text, len(inputs.latents)):
+            n = len(inputs.latents)
+            times = time(schedule.to(inputs.time.device))[:, None].expand(-1, n)
+            w = inputs.guidance_scale.expand_as(times)
+            made = self.guide.modulations(times, w, inputs.text, inputs.negative)
+            steps = None if made is None else made.unbind()
+            self._table = table = _Table(schedule, scale, call.text, n, steps)
+        return None if table.steps is None else table.steps[place]
+
+    def _text_to_guide(self, text: TextConditions) -> TextConditions:
+        return text if self._denoiser_dtype is None else text.to(self.guide.dtype)
+
+
+@dataclass
+class _Table:
+    """Modulations at every step of a schedule, and what they were made of."""
+
+    schedule: torch.Tensor
+    scale: float
+    text: TextConditions
+    n: int
+    steps: Any
+
+    def holds(self, schedule: torch.Tensor, scale: float, text: TextConditions, n: int) -> bool:
+        same = schedule is self.schedule and scale == self.scale and n == self.n
+        return same and text.embeds is self.text.embeds and text.pooled is self.text.pooled
+
+
+def _place(timestep: torch.Tensor, schedule: torch.Tensor) -> int | None:
+    """Which step of a schedule a timestep is: pipelines hand out views into the schedule's own
+    memory, so a view's offset tells without waiting for the device. None for any other tensor."""
+    if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
+        return None
+    place = timestep.storage_offset() - schedule.storage_offset()
+    single = timestep.numel() == 1 or set(timestep.stride()) == {0}
+    return place if single and 0 <= place < len(schedule) else None
+
+
+def _patched(module: nn.Module) -> bool:
+    """Whether a module has hooks, or another ``forward`` than that of its class."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@contextmanager
+def current_pass(guided: GuidedPass | None) -> Iterator[None]:
+    """This one, or none, is the current one inside the block, as it stands: for code that runs
+    once more, or in another thread."""
+    before, _HERE.open = _HERE.open, guided
+    try:
+        yield
+    finally:
+        _HERE.open = before

@@ -1,0 +1,124 @@
+"""PixArtTransformer2DModel: PixArt-Alpha and PixArt-Sigma.
+
+Text enters through cross-attention after a projection, padded to one length and masked. The
+denoiser predicts epsilon and, beside it, a variance that sampling leaves aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from pilotfish.backbones.base import Backbone
+from pilotfish.backbones.context import DenoiserCall, GuidedPass
+from pilotfish.backbones.extrapolation import cross_attention
+from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.tokens import patchify, to_map, to_tokens
+from pilotfish.interface import TextConditions
+
+
+class CrossAttentionDiTBackbone(Backbone):
+    """See the module."""
+
+    family = "cross-attention-dit"
+    denoisers = (PixArtTransformer2DModel,)
+    parameters = ("hidden_states", "encoder_hidden_states", "timestep")
+
+    def sites(self) -> dict[str, Any]:
+        net = self.denoiser
+        blocks = {f"transformer_blocks.{i}": b for i, b in enumerate(net.transformer_blocks)}
+        return {
+            "text_dim": net.caption_projection.linear_1.in_features,
+            "attention": {f"{name}.attn2": block.attn2.heads for name, block in blocks.items()},
+            "modulation": [],
+            "layers": dict.fromkeys(blocks, net.inner_dim),
+            "head": {
+                "module": "proj_out",
+                "features": net.proj_out.in_features,
+                "channels": net.config.patch_size**2 * net.config.in_channels,
+            },
+        }
+
+    # -- hooks ------------------------------------------------------------------------------
+
+    def place(self, hooks: Hooks) -> None:
+        net = self.denoiser
+
+        def projected(
+            guided: GuidedPass, module: Any, args: Any, output: torch.Tensor
+        ) -> torch.Tensor:
+            """The projection bends a straight line, so the text is extrapolated after it."""
+            negative = TextConditions(self._projected(guided), mask=guided.negative.mask)
+            return guided.extrapolated_text(output, negative)
+
+        def negative_states(guided: GuidedPass) -> tuple[torch.Tensor, torch.Tensor | None]:
+            mask = guided.negative.mask
+            bias = None if mask is None else (1 - mask.to(guided.negative.dtype)) * -10000.0
+            return self._projected(guided), None if bias is None else bias[:, None, None]
+
+        hooks.after(net.caption_projection, projected)
+        for name in hooks.guide.extrapolated:
+            cross_attention(hooks, name, hooks.modules[name], negative_states)
+        self.place_residuals(hooks)
+
+    def _projected(self, guided: GuidedPass) -> torch.Tensor:
+        """The negative prompt as the blocks see it."""
+        projection = self.denoiser.caption_projection
+        return guided.cached(
+            "projected", lambda: projection.forward(guided.negative.embeds), projection.children()
+        )
+
+    def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
+        assert guided.call is not None
+        if name == "proj_out":  # the channels of epsilon, without those of the variance
+            output = self._by_pixel(output)[..., : self.denoiser.config.in_channels].flatten(2)
+        return to_map(output, guided.call.latents.shape[-2:])
+
+    def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
+        tokens = to_tokens(made)
+        if name != "proj_out":
+            return tokens
+        pixels = self._by_pixel(output)
+        channels = self.denoiser.config.in_channels
+        epsilon = tokens.unflatten(2, (-1, channels))
+        return torch.cat([epsilon, pixels[..., channels:]], -1).flatten(2)
+
+    def _by_pixel(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(N, tokens, p^2 C) -> (N, tokens, p^2, C)."""
+        return tokens.unflatten(2, (self.denoiser.config.patch_size**2, -1))
+
+    # -- calls ------------------------------------------------------------------------------
+
+    def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
+        mask = given.get("encoder_attention_mask")
+        text = TextConditions(given["encoder_hidden_states"], mask=mask)
+        latents = patchify(given["hidden_states"], self.denoiser.config.patch_size)
+        return DenoiserCall(latents, given["timestep"], text)
+
+    def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {}  # the text is extrapolated after its projection
+
+    def __call__(
+        self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
+    ) -> torch.Tensor:
+        made = self.denoiser(
+            latents, encoder_hidden_states=text.embeds, timestep=self.timestep(time),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            encoder_attention_mask=text.mask, return_dict=False,
+        )[0]  # fmt: skip
+        prediction: torch.Tensor = made[:, : self.denoiser.config.in_channels]
+        return prediction
+
+    def refusal(self, pipe: Any) -> str | None:
+        if self.denoiser.config.use_additional_conditions:
+            return "its denoiser is told resolution and aspect ratio (PixArt-Alpha at 1024 pixels)"
+        return None
+
+    def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
+        prompt, mask, negative, negative_mask = encoded
+        kept = None if negative is None else TextConditions(negative, mask=negative_mask)
+        return TextConditions(prompt, mask=mask), kept
+

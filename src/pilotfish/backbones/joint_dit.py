@@ -1,0 +1,122 @@
+"""SD3Transformer2DModel: Stable Diffusion 3 and 3.5.
+
+Text is a stream of tokens beside the image's, joined with it in every attention, and pooled text
+enters the modulation. Flow matching; timesteps are 1000 sigma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+
+from pilotfish.backbones.base import Backbone
+from pilotfish.backbones.context import DenoiserCall, GuidedPass
+from pilotfish.backbones.extrapolation import JointAttention
+from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.tokens import patchify, to_map, to_tokens
+from pilotfish.interface import TextConditions
+
+
+class JointDiTBackbone(Backbone):
+    """See the module."""
+
+    family = "joint-dit"
+    denoisers = (SD3Transformer2DModel,)
+    parameters = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+
+    def sites(self) -> dict[str, Any]:
+        net = self.denoiser
+        blocks = {f"transformer_blocks.{i}": b for i, b in enumerate(net.transformer_blocks)}
+        return {
+            "text_dim": net.context_embedder.in_features,
+            "pooled_dim": net.time_text_embed.text_embedder.linear_1.in_features,
+            "attention": {f"{name}.attn": block.attn.heads for name, block in blocks.items()},
+            "modulation": [*(f"{name}.norm1.linear" for name in blocks), "norm_out.linear"],
+            "layers": dict.fromkeys(blocks, net.inner_dim),
+            "head": {
+                "module": "proj_out",
+                "features": net.proj_out.in_features,
+                "channels": net.proj_out.out_features,
+            },
+        }
+
+    # -- hooks ------------------------------------------------------------------------------
+
+    def place(self, hooks: Hooks) -> None:
+        net, names = self.denoiser, hooks.guide.extrapolated
+        attention = [name for name in self.sites()["attention"] if name in names]
+        joint = JointAttention(attention)
+
+        def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
+            """Time and the prompt's pooled text are embedded: embed the negative prompt's, and
+            begin its stream."""
+            timestep, given = args
+            n, pooled = len(output), guided.negative.pooled
+            assert pooled is not None
+            embedding = module.forward(timestep, pooled.to(given.dtype).expand(n, -1))
+            guided.scratch["negative temb"] = F.silu(embedding)
+            if attention:
+                stream = guided.cached(
+                    "stream", lambda: net.context_embedder.forward(guided.negative.embeds),
+                    [net.context_embedder],
+                )  # fmt: skip
+                joint.begin(guided, stream.expand(n, -1, -1), embedding)
+
+        if names:
+            hooks.after(net.time_text_embed, embedded)
+        for name in names:
+            if name in attention:
+                joint.place(hooks, name, hooks.modules[name.removesuffix(".attn")])
+            else:
+                hooks.after(hooks.modules[name], _modulation(name))
+        self.place_residuals(hooks)
+
+    def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
+        tokens = output if isinstance(output, torch.Tensor) else output[1]  # (text, image)
+        assert guided.call is not None
+        return to_map(tokens, guided.call.latents.shape[-2:])
+
+    def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
+        tokens = to_tokens(made)
+        return tokens if isinstance(output, torch.Tensor) else (output[0], tokens)
+
+    # -- calls ------------------------------------------------------------------------------
+
+    def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
+        text = TextConditions(given["encoder_hidden_states"], given["pooled_projections"])
+        latents = patchify(given["hidden_states"], self.denoiser.config.patch_size)
+        return DenoiserCall(latents, given["timestep"], text)
+
+    def __call__(
+        self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
+    ) -> torch.Tensor:
+        made: torch.Tensor = self.denoiser(
+            hidden_states=latents, timestep=self.timestep(time), encoder_hidden_states=text.embeds,
+            pooled_projections=text.pooled, return_dict=False,
+        )[0]  # fmt: skip
+        return made
+
+    def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
+        return {"prompt": list(texts), "prompt_2": None, "prompt_3": None}
+
+    def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
+        prompt, negative, pooled, negative_pooled = encoded
+        kept = None if negative is None else TextConditions(negative, negative_pooled)
+        return TextConditions(prompt, pooled), kept
+
+
+def _modulation(name: str) -> Callable[..., Any]:
+    """Extrapolate what a linear layer makes of the embedding of time and pooled text."""
+
+    def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> Any:
+        gain = guided.gain(name)
+        if gain is None:
+            return None
+        negative = module.forward(guided.scratch["negative temb"])
+        return guided.extrapolate(name, output, negative, gain)
+
+    return after
