@@ -18,10 +18,11 @@ from typing import Any, Self
 
 import torch
 
-from pilotfish.conditioning import NULL, encoded, some_or_one, time_ids
+from pilotfish.backbones import Backbone
+from pilotfish.conditioning import NULL, encoded, some_or_one
 from pilotfish.guides import Guide
 from pilotfish.noise import NoisePath
-from pilotfish.pipelines import check
+from pilotfish.pipelines.attach import check
 from pilotfish.pipelines.sampling import TeacherStep, cfg_trajectories
 from pilotfish.teacher import Student, Teacher
 
@@ -38,7 +39,7 @@ class GuidanceError:
     Attributes:
         mean: over w; every w counts alike, although the distances grow with (w - 1)^2.
         by_w: ratio of the sums over all times, ``{"2": ...}``.
-        by_time: mean over w at each normalised time, timestep / 1000, from noise to image:
+        by_time: mean over w at each normalised time, from noise to image:
             ``{"0.999": ...}``.
     """
 
@@ -109,17 +110,19 @@ class Trajectories:
         others = list(negative_prompts or ())
         if others and len(others) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(others)} negative prompts")
-        teacher = Teacher(pipe.unet, encoded(pipe, [*prompts, *others]), time_ids(pipe))
+        backbone = Backbone.of_pipeline(pipe)
+        denoiser = backbone.denoiser
+        teacher = Teacher(denoiser, encoded(pipe, [*prompts, *others]), backbone.sizes(pipe))
         negative = torch.full((len(prompts),), NULL)
         for i, text in enumerate(others):
             negative[i] = len(prompts) + i if text else NULL
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(prompts), *latent_shape(pipe), generator=generator)
+        noise = torch.randn(len(prompts), *backbone.latent_shape(), generator=generator)
         index, count = process
         mine = torch.arange(index, len(prompts), count)
         return cls(
             teacher, NoisePath.of(pipe.scheduler), mine, negative[mine],
-            noise[mine].to(pipe.unet.device), **settings,
+            noise[mine].to(denoiser.device), **settings,
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[float, torch.Tensor, Iterable[TeacherStep]]]:
@@ -164,8 +167,8 @@ def guidance_error(
         texts = prompts(trajectories.prompt[index]), some_or_one(prompts, negative)
         scale = torch.full((len(index),), w)
         for step in steps:
-            guided = student(step.latents, step.timestep, *texts, scale)
-            key = (w, float(step.timestep[0]) / 1000)
+            guided = student(step.latents, step.time, *texts, scale)
+            key = (w, round(float(step.time[0]), 4))
             pair = _distance(guided, step.cfg), _distance(step.conditional, step.cfg)
             sums[key] = _add(sums.get(key, (0.0, 0.0)), pair)
     total: Sums = {}
@@ -192,21 +195,15 @@ def pipeline_guidance_error(
 def _student(pipe: Any, guide: Guide) -> Iterator[Student]:
     """The denoiser with the guide, which is copied where it lies elsewhere or in another
     precision; no hook stays."""
-    unet = check(guide, pipe)
-    if (guide.device, guide.dtype) != (unet.device, unet.dtype):
-        guide = deepcopy(guide).to(unet.device, unet.dtype)
-    student = Student(guide.eval(), unet, time_ids(pipe))
+    backbone = check(guide, pipe)
+    denoiser = backbone.denoiser
+    if (guide.device, guide.dtype) != (denoiser.device, denoiser.dtype):
+        guide = deepcopy(guide).to(denoiser.device, denoiser.dtype)
+    student = Student(guide.eval(), denoiser, backbone.sizes(pipe))
     try:
         yield student
     finally:
         student.hooks.remove()
-
-
-def latent_shape(pipe: Any) -> tuple[int, int, int]:
-    """(C, h, w) of a pipeline's latents at its own size."""
-    size = pipe.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(pipe.unet.config.in_channels), int(height), int(width)
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -22,6 +22,11 @@ from pilotfish.guidance import classifier_free_guidance
 from pilotfish.interface import GuideError, GuideProtocol, TextConditions
 
 
+def plain(module: nn.Module) -> Any:
+    """The layer itself, where a LoRA has wrapped it."""
+    return getattr(module, "base_layer", module)
+
+
 class Backbone(ABC):
     """A denoiser of one family. See the module.
 
@@ -82,9 +87,10 @@ class Backbone(ABC):
         """What must agree for a guide to fit, in plain JSON: what the denoiser predicts, and every
         site by name and width, listed from the denoiser's own modules.
 
-        - ``attention``: attention layers that can be extrapolated -> heads, in running order;
-        - ``modulation``: layers that take in pooled text and can be extrapolated;
-        - ``layers``: modules that a guide adds to along the decoder -> channels;
+        - ``attention``: [name, heads] of the attention layers that can be extrapolated, in running
+          order;
+        - ``modulation``: names of the layers that take in pooled text and can be extrapolated;
+        - ``layers``: [name, channels] of the modules that a guide adds to along the decoder;
         - ``head``: the last module, its ``features``, and the ``channels`` of prediction and
           latents on its grid;
         - ``text_dim``: width of the text's embeddings.
@@ -191,6 +197,10 @@ class Backbone(ABC):
         return time * self.num_train_timesteps
 
     # -- the pipeline ---------------------------------------------------------------------
+
+    cfg_by_argument: ClassVar[bool] = False
+    """Whether the family's pipelines decide on classifier-free guidance by comparing the argument
+    ``guidance_scale`` with 1, and have no property for it."""
 
     guidance_rule: Callable[..., torch.Tensor] = staticmethod(classifier_free_guidance)
     """The teacher: what the pipeline makes of the two predictions."""

@@ -258,7 +258,7 @@ class GuidedPass:
         if table is None or not table.holds(schedule, scale, call.text, len(inputs.latents)):
             n = len(inputs.latents)
             times = time(schedule.to(inputs.time.device))[:, None].expand(-1, n)
-            w = inputs.guidance_scale.expand_as(times)
+            w = inputs.guidance_scale[None, :1]  # one for all: what depends on w alone is small
             made = self.guide.modulations(times, w, inputs.text, inputs.negative)
             steps = None if made is None else made.unbind()
             self._table = table = _Table(schedule, scale, call.text, n, steps)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from pilotfish.backbones.base import Backbone
+from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.extrapolation import cross_attention
 from pilotfish.backbones.hooks import Hooks
@@ -26,18 +26,19 @@ class CrossAttentionDiTBackbone(Backbone):
     family = "cross-attention-dit"
     denoisers = (PixArtTransformer2DModel,)
     parameters = ("hidden_states", "encoder_hidden_states", "timestep")
+    cfg_by_argument = True
 
     def sites(self) -> dict[str, Any]:
         net = self.denoiser
         blocks = {f"transformer_blocks.{i}": b for i, b in enumerate(net.transformer_blocks)}
         return {
-            "text_dim": net.caption_projection.linear_1.in_features,
-            "attention": {f"{name}.attn2": block.attn2.heads for name, block in blocks.items()},
+            "text_dim": plain(net.caption_projection.linear_1).in_features,
+            "attention": [[f"{name}.attn2", block.attn2.heads] for name, block in blocks.items()],
             "modulation": [],
-            "layers": dict.fromkeys(blocks, net.inner_dim),
+            "layers": [[name, net.inner_dim] for name in blocks],
             "head": {
                 "module": "proj_out",
-                "features": net.proj_out.in_features,
+                "features": plain(net.proj_out).in_features,
                 "channels": net.config.patch_size**2 * net.config.in_channels,
             },
         }

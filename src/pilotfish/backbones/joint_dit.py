@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 
-from pilotfish.backbones.base import Backbone
+from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.extrapolation import JointAttention
 from pilotfish.backbones.hooks import Hooks
@@ -32,15 +32,15 @@ class JointDiTBackbone(Backbone):
         net = self.denoiser
         blocks = {f"transformer_blocks.{i}": b for i, b in enumerate(net.transformer_blocks)}
         return {
-            "text_dim": net.context_embedder.in_features,
-            "pooled_dim": net.time_text_embed.text_embedder.linear_1.in_features,
-            "attention": {f"{name}.attn": block.attn.heads for name, block in blocks.items()},
+            "text_dim": plain(net.context_embedder).in_features,
+            "pooled_dim": plain(net.time_text_embed.text_embedder.linear_1).in_features,
+            "attention": [[f"{name}.attn", block.attn.heads] for name, block in blocks.items()],
             "modulation": [*(f"{name}.norm1.linear" for name in blocks), "norm_out.linear"],
-            "layers": dict.fromkeys(blocks, net.inner_dim),
+            "layers": [[name, net.inner_dim] for name in blocks],
             "head": {
                 "module": "proj_out",
-                "features": net.proj_out.in_features,
-                "channels": net.proj_out.out_features,
+                "features": plain(net.proj_out).in_features,
+                "channels": plain(net.proj_out).out_features,
             },
         }
 
@@ -48,7 +48,7 @@ class JointDiTBackbone(Backbone):
 
     def place(self, hooks: Hooks) -> None:
         net, names = self.denoiser, hooks.guide.extrapolated
-        attention = [name for name in self.sites()["attention"] if name in names]
+        attention = [name for name, _ in self.sites()["attention"] if name in names]
         joint = JointAttention(attention)
 
         def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from pilotfish.backbones.base import Backbone
+from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.extrapolation import cross_attention
 from pilotfish.backbones.hooks import Hooks
@@ -35,13 +35,13 @@ class UNetBackbone(Backbone):
         net = self.denoiser
         return {
             "text_dim": net.config.cross_attention_dim,
-            "attention": {name: layer.heads for name, layer in self._cross_attentions()},
+            "attention": [[name, layer.heads] for name, layer in self._cross_attentions()],
             "modulation": self._modulated(),
-            "layers": dict(self._decoder()),
+            "layers": list(self._decoder()),
             "head": {
                 "module": "conv_out",
-                "features": net.conv_out.in_channels,
-                "channels": net.conv_out.out_channels,
+                "features": plain(net.conv_out).in_channels,
+                "channels": plain(net.conv_out).out_channels,
             },
             "encoder": list(self._skips()),
             "middle": self._width(len(net.down_blocks) - 1),
@@ -72,20 +72,20 @@ class UNetBackbone(Backbone):
             for j in range(len(getattr(block, "resnets", ())))
         ]
 
-    def _decoder(self) -> Iterator[tuple[str, int]]:
+    def _decoder(self) -> Iterator[list[Any]]:
         """The decoder's residual and attention layers in running order, and their channels."""
         for i, block in enumerate(self.denoiser.up_blocks):
             attentions = getattr(block, "attentions", None) or ()
             for j, layer in enumerate(block.resnets):
-                yield f"up_blocks.{i}.resnets.{j}", layer.out_channels
+                yield [f"up_blocks.{i}.resnets.{j}", layer.out_channels]
                 if j < len(attentions):
-                    yield f"up_blocks.{i}.attentions.{j}", layer.out_channels
+                    yield [f"up_blocks.{i}.attentions.{j}", layer.out_channels]
 
     def _skips(self) -> Iterator[list[int]]:
         """[channels, level] of each skip feature, in the order in which the encoder makes them;
         level 0 has the latents' resolution, each next one half."""
         net = self.denoiser
-        yield [net.conv_in.out_channels, 0]
+        yield [plain(net.conv_in).out_channels, 0]
         for level, block in enumerate(net.down_blocks):
             for _ in block.resnets:
                 yield [self._width(level), level]
@@ -156,7 +156,7 @@ class UNetBackbone(Backbone):
         hooks.after(layer.time_emb_proj, projected)
 
     def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
-        channels = self.denoiser.conv_out.out_channels  # inpainting has a mask and an image beside
+        channels = plain(self.denoiser.conv_out).out_channels  # inpainting has a mask and an image beside
         added = given.get("added_cond_kwargs") or {}
         return DenoiserCall(
             given["sample"][:, :channels], given["timestep"],

@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pilotfish.backbones import heed_hooks
+from pilotfish.backbones import watch_hooks
 from pilotfish.evaluation.result import Cost, GuideSize
 from pilotfish.guides import Guide
 from pilotfish.pipelines.sampling import Attachable
@@ -78,7 +78,7 @@ def cost(
         passes[way] = sum(rows) / 2
     flops = {way: denoiser_flops(pipe, lambda way=way: call(way, 1, 1)) for way in WAYS}  # type: ignore[misc]
     if compiled:
-        heed_hooks()
+        watch_hooks()
         pipe.unet.compile()
     times = {
         batch: take_turns(

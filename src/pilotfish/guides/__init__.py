@@ -1,4 +1,4 @@
-"""Guides: small networks that stand in for the second pass. One file a network, one contract."""
+"""Guides: networks that take the place of the second pass. One file a network, one interface."""
 
 from pilotfish.guides.base import Guide
 from pilotfish.guides.external import ExternalGuide

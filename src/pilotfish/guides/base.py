@@ -1,4 +1,5 @@
-"""What every guide is: a diffusers model with a fingerprint, which plugs into a pipeline."""
+"""What every guide is: a diffusers model with the signature of its denoiser, which plugs into a
+pipeline."""
 
 from __future__ import annotations
 
@@ -6,56 +7,97 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
-from pilotfish.backbones import Origin, fingerprint
+from pilotfish.backbones import Backbone, Origin
 from pilotfish.checksums import add_checksum, load_with_checksum
 from pilotfish.errors import in_brief
 from pilotfish.guides import hub
-from pilotfish.guides.configuration import check_config
-from pilotfish.guides.files import hub_arguments, saved_in, weight_files
-from pilotfish.interface import GuideError, GuideInputs, GuideOutput
+from pilotfish.guides.saving import check_config, hub_arguments, saved_in, weight_files
+from pilotfish.interface import GuideError, GuideInputs, GuideOutput, TextConditions
 from pilotfish.pipelines import attach, attached, detach
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class NoSettings:
+    """Of a guide of which nothing can be chosen."""
+
+
 class Guide(ModelMixin, ConfigMixin):
-    """A network that stands in for the second pass of classifier-free guidance.
+    """A network that takes the place of the second pass of classifier-free guidance.
 
     Subclasses implement ``forward(inputs: GuideInputs) -> GuideOutput`` so that a fresh guide
-    injects exact zeros, and w = 1 always does. Their configuration holds
+    changes nothing, and w = 1 never does. A subclass is registered under the ``guide_type`` of
+    its class statement, with the dataclass of its ``settings``. Its configuration holds
 
-    - ``denoiser``: the fingerprint of the denoiser family it was made for
-      (:func:`pilotfish.backbones.fingerprint`);
+    - ``signature``: of the denoisers that it fits (:meth:`pilotfish.backbones.Backbone.signature`);
     - ``guidance_scale_range``: the (low, high) of w in training;
-    - ``timesteps``: of a guide distilled to few steps, those that it was trained at;
+    - ``times``: of a guide distilled to few steps, the normalised times that it was trained at;
     - ``trained_on``: name and revision of the base, where they are known;
     - ``pilotfish_version``.
     """
 
     config_name = "config.json"
-    kinds: ClassVar[dict[str, type[Guide]]] = {}
+    registry: ClassVar[dict[str, type[Guide]]] = {}
+    """Every type of guide that has been imported, by its name."""
+    guide_type: ClassVar[str]
+    settings_class: ClassVar[type] = NoSettings
+    """What can be chosen of a fresh guide: a dataclass whose fields ``__init__`` takes."""
     learning_rate: ClassVar[float] = 1e-3
-    """What suits its training, where nothing else is asked for."""
+    """A default for its training."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(
+        cls, guide_type: str | None = None, settings: type = NoSettings, **kwargs: Any
+    ) -> None:
         super().__init_subclass__(**kwargs)
-        Guide.kinds[cls.__name__] = cls
+        if guide_type is not None:
+            cls.guide_type, cls.settings_class = guide_type, settings
+            Guide.registry[guide_type] = cls
 
     @classmethod
-    def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
-        """A fresh guide for a UNet."""
-        return cls(fingerprint(unet, prediction_type), **config)  # type: ignore[call-arg]
+    def for_denoiser(cls, denoiser: Any, prediction_type: str, **config: Any) -> Self:
+        """A fresh guide for a denoiser.
 
-    def forward(self, inputs: GuideInputs) -> GuideOutput:
-        """The features to add. See :class:`GuideInputs` and :class:`GuideOutput`."""
+        Raises:
+            GuideError: the denoiser belongs to no family that takes a guide.
+        """
+        return cls(Backbone.of(denoiser).signature(prediction_type), **config)  # type: ignore[call-arg]
+
+    def modulations(
+        self, time: torch.Tensor, guidance_scale: torch.Tensor, text: TextConditions,
+        negative: TextConditions,
+    ) -> Any:  # fmt: skip
+        """What of the guide depends on time, scale and text alone, so that a pipeline computes it
+        for its whole schedule before the first step.
+
+        Args:
+            time: (..., N), for example (steps, N).
+            guidance_scale: as many dimensions, of a size that broadcasts with them.
+            text: N prompts.
+            negative: N or 1.
+
+        Returns:
+            An object whose ``unbind()`` gives one for each index of the first dimension, as
+            ``forward`` takes it; None where there is nothing of that kind.
+        """
+        return None
+
+    def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
+        """What to add to the pass.
+
+        Args:
+            modulations: what :meth:`modulations` gives for these inputs, where it is known.
+        """
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -73,9 +115,9 @@ class Guide(ModelMixin, ConfigMixin):
         return float(low), float(high)
 
     @property
-    def timesteps(self) -> tuple[int, ...] | None:
-        """Those that a guide distilled to few steps was trained at; None: any will do."""
-        given = self.config.timesteps
+    def times(self) -> tuple[float, ...] | None:
+        """Normalised times of a guide distilled to few steps; None: any will do."""
+        given = self.config.times
         return None if given is None else tuple(given)
 
     @property
@@ -90,37 +132,32 @@ class Guide(ModelMixin, ConfigMixin):
         return super().dtype if first is None else first.dtype
 
     @property
-    def touches(self) -> tuple[str, ...]:
+    def target_modules(self) -> tuple[str, ...]:
         """Names of the denoiser's modules to whose outputs the guide adds."""
         return ()
 
     @property
-    def pushes(self) -> tuple[str, ...]:
-        """Names of the layers that take in the text whose answers the guide pushes."""
+    def extrapolated(self) -> tuple[str, ...]:
+        """Names of the attention and modulation layers that the guide extrapolates."""
         return ()
 
-    def check(self, fingerprint: Mapping[str, Any], used_on: Origin | None = None) -> None:
+    def check(self, signature: Mapping[str, Any], used_on: Origin | None = None) -> None:
         """Refuse a denoiser that the guide was not made for; one that it was made for, but not
         trained on, is noted in the log.
 
         Args:
-            fingerprint: of the denoiser.
+            signature: of the denoiser.
             used_on: what the denoiser is called, where it is known.
 
         Raises:
             GuideError: naming both, and every field that differs, guide's and denoiser's value.
         """
-        mine = {k: _plain(v) for k, v in self.config.denoiser.items()}
-        theirs = {k: _plain(v) for k, v in fingerprint.items()}
-        differs = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
+        differs = differences(self.config.signature, signature)
         known = self.trained_on
         names = f"trained on {known or 'an unnamed base'}, used on {used_on or 'an unnamed one'}"
         if differs:
-            sides = "; ".join(
-                f"{k}: guide {mine.get(k)}, denoiser {theirs.get(k)}" for k in differs
-            )
-            kind = type(self).__name__
-            raise GuideError(f"this {kind} was made for another denoiser: {names} ({sides})")
+            name = type(self).__name__
+            raise GuideError(f"this {name} was made for another denoiser: {names} ({differs})")
         if known is not None and not (used_on and known.same_as(used_on)):
             logger.info("%s: %s; the shapes match", type(self).__name__, names)
 
@@ -128,13 +165,18 @@ class Guide(ModelMixin, ConfigMixin):
         """As any module; diffusers' own warns of every dtype, though nothing is to be kept."""
         return nn.Module.to(self, *args, **kwargs)  # type: ignore[return-value]
 
-    def attach(self, pipe: Any) -> None:
-        """Put the guide on a pipeline: the same call, one denoiser pass a step."""
+    def attach(self, pipe: Any) -> Self:
+        """Put the guide on a pipeline: the same call, one denoiser pass a step.
+
+        Returns:
+            The guide, so that ``guide = Guide.from_pretrained(...).attach(pipe)`` can be detached.
+        """
         attach(self, pipe)
+        return self
 
     def detach(self, pipe: Any) -> None:
         """Take the guide off; classifier-free guidance is back, bit for bit."""
-        detach(self, pipe)
+        detach(pipe, self)
 
     def attached(self, pipe: Any) -> AbstractContextManager[Any]:
         """``with guide.attached(pipe): ...`` attaches for the length of a block."""
@@ -214,11 +256,12 @@ class Guide(ModelMixin, ConfigMixin):
         try:
             config = cls.load_config(pretrained_model_name_or_path, **hub_arguments(kwargs))
             name = config.get("_class_name")
-            kind = Guide.kinds.get(name)
+            known = {found.__name__: found for found in Guide.registry.values()}
+            kind = known.get(str(name))
             if kind is None or not issubclass(kind, cls):
                 raise GuideError(
                     f"{where} holds a {name!r}, not a {cls.__name__}; "
-                    f"known guides: {', '.join(sorted(Guide.kinds))}"
+                    f"known guides: {', '.join(sorted(known))}"
                 )
             check_config(config, set(kind._get_init_keys(kind)) - {"self"}, where)
             guide, loaded = super(Guide, kind).from_pretrained(
@@ -247,8 +290,33 @@ def _config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The fields in which two signatures differ, guide's and denoiser's value; empty if in none.
+
+    Of a long list or table the first entry that differs is named.
+    """
+    return "; ".join(
+        f"{key}: guide {a}, denoiser {b}"
+        for key in mine | dict(theirs)
+        for a, b in [_first_difference(_plain(mine.get(key)), _plain(theirs.get(key)))]
+        if a != b
+    )
+
+
+def _first_difference(mine: Any, theirs: Any) -> tuple[Any, Any]:
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        mine, theirs = (sorted(map(list, table.items())) for table in (mine, theirs))
+    if isinstance(mine, list) and isinstance(theirs, list) and mine != theirs:
+        pairs = zip_longest(mine, theirs, fillvalue="nothing more")
+        place, (a, b) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        return f"{a} (entry {place + 1} of {len(mine)})", f"{b} (of {len(theirs)})"
+    return mine, theirs
+
+
 def _plain(value: Any) -> Any:
-    """Tuples and lists alike, so that a fingerprint read from JSON compares equal."""
+    """Tuples as lists, so that a signature read from JSON compares equal."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(v) for v in value]
     return value

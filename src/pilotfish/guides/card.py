@@ -30,19 +30,19 @@ def model_card(
     results: Sequence[EvalResult] = (),
     trained: str = "",
 ) -> ModelCard:
-    """The card of a guide.
+    """The model card of a guide.
 
     Args:
         guide: the guide.
         weights: the SHA-256 of each file of weights, by its name.
-        base_model: hub id of the base. Left out: the name that the guide remembers.
-        revision: the base's commit. Left out: the one that the guide remembers.
+        base_model: hub id of the base. Left out: the name in the guide's configuration.
+        revision: the base's commit. Left out: the one in the guide's configuration.
         licence: its name on the hub, such as apache-2.0.
         repo_id: the hub id under which the guide will be found.
-        grid: name of a picture beside the card.
-        measured: what was measured, in Markdown.
+        grid: name of an image beside the card.
+        measured: the measured figures, in Markdown.
         results: the same for the header.
-        trained: what it was trained with, in Markdown.
+        trained: how it was trained, in Markdown.
 
     Raises:
         ValueError: ``base_model`` or ``repo_id`` is no hub id.
@@ -79,7 +79,7 @@ def model_card(
         parameters=f"{guide.num_parameters():,}",
         low=f"{low:g}", high=f"{high:g}",
         scale=f"{min(max(4.0, low), high):g}",
-        steps=len(guide.timesteps) if guide.timesteps else None,
+        steps=len(guide.times) if guide.times else None,
         version=guide.config.pilotfish_version,
         denoiser=_shape(guide),
         grid=grid, measured=measured.strip(), trained=trained.strip(), weights=weights,
@@ -90,9 +90,10 @@ def model_card(
 
 def _shape(guide: Guide) -> str:
     """The denoisers that a guide fits, in words."""
-    made_for = guide.config.denoiser
-    widths = ", ".join(str(n) for n in made_for["block_out_channels"])
+    made_for = guide.config.signature
+    widths = sorted({channels for _, channels in made_for["layers"]})
     return (
-        f"a `{made_for['family']}` of {widths} channels over {made_for['in_channels']} latent "
-        f"ones, text of width {made_for['cross_attention_dim']}, {made_for['prediction_type']}"
+        f"a denoiser of the family `{made_for['family']}` with {len(made_for['layers'])} layers of "
+        f"{', '.join(map(str, widths))} channels, text of width {made_for['text_dim']}, "
+        f"{made_for['prediction_type']}"
     )

@@ -1,15 +1,13 @@
-"""The paper's tiny guide: a small network of its own that runs beside the base.
+"""The paper's tiny guide: a small network of its own that runs beside the base. UNets only.
 
-It answers with a correction to each skip feature and to the mid block. ``reads`` chooses
-what enters. ``("latents",)`` is the plain form that the paper describes: z_t, t, w and the
-text, and nothing of the base. With ``skips`` it reads what the base's encoder computed, which
-is free, as the single pass runs the encoder anyway.
+It adds to each skip feature and to the mid block's output, and reads the latents, time, w and the
+text, and nothing of the base.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,30 +15,37 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from pilotfish.backbones import skip_channels, skip_levels
 from pilotfish.guidance import guidance_strength, per_sample
 from pilotfish.guides.base import Guide
-from pilotfish.guides.layers import Condition, silent
+from pilotfish.guides.layers import Condition, zero_module
 from pilotfish.interface import GuideError, GuideInputs, GuideOutput
 
-READS = ("latents", "skips")
+
+@dataclass(frozen=True)
+class ExternalSettings:
+    """What can be chosen of an external guide."""
+
+    rank: int = 40
+    """Channels inside the guide."""
+    condition_dim: int = 32
+    """Width of the embedding of time, w and text."""
+    rounds: int = 1
+    """How often the levels mix."""
 
 
-class ExternalGuide(Guide):
+class ExternalGuide(Guide, guide_type="external", settings=ExternalSettings):
     """See the module.
 
     Args:
-        denoiser: the fingerprint of the denoiser.
-        reads: what enters beside t, w and text: ``latents``, ``skips`` or both.
-        rank: channels inside the guide.
-        condition: width of the embedding of t, w and text.
-        rounds: how often the levels mix.
+        signature: of the denoiser, a UNet.
         guidance_scale_range: the (low, high) of w in training.
-        timesteps: of a guide distilled to few steps, the only ones that it knows.
+        times: of a guide distilled to few steps, the only ones that it knows.
         trained_on: name and revision of the base, where they are known.
 
+    The others are those of :class:`ExternalSettings`.
+
     Raises:
-        GuideError: ``reads`` is empty or names something else.
+        GuideError: the denoiser has no skip features.
     """
 
     learning_rate = 3e-3
@@ -48,51 +53,44 @@ class ExternalGuide(Guide):
     @register_to_config
     def __init__(
         self,
-        denoiser: dict[str, Any],
-        reads: Sequence[str] = ("latents",),
+        signature: dict[str, Any],
         rank: int = 40,
-        condition: int = 32,
+        condition_dim: int = 32,
         rounds: int = 1,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        timesteps: Sequence[int] | None = None,
+        times: Sequence[float] | None = None,
         trained_on: dict[str, str] | None = None,
-        pilotfish_version: str = "0.1.0",
+        pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()
-        if not reads or set(reads) - set(READS):
-            raise GuideError(f"an external guide reads one or both of {READS}, not {tuple(reads)}")
-        channels = skip_channels(denoiser)
-        # the mid block stands at the last level, after the skips
-        self.levels = [*skip_levels(denoiser), len(denoiser["block_out_channels"]) - 1]
-        self.sizes = [*channels, channels[-1]]
-        self.depth = self.levels[-1] + 1
-        widths = [
-            sum(c for c, l in zip(self.sizes, self.levels, strict=True) if l == level)
-            for level in range(self.depth)
-        ]
-        entering = [
-            (width if "skips" in reads else 0)
-            + (denoiser["in_channels"] if "latents" in reads else 0)
-            for width in widths
-        ]
-        self.embedding = Condition(denoiser["cross_attention_dim"], condition)
-        self.inputs = nn.ModuleList([nn.Conv2d(c, rank, 1) for c in entering])
-        self.mixers = nn.ModuleList([Mixer(rank, condition) for _ in range(rounds * self.depth)])
-        self.outputs = nn.ModuleList([silent(nn.Conv2d(rank, c, 1)) for c in widths])
+        if "encoder" not in signature:
+            raise GuideError(
+                f"the external guide adds to a UNet's skip features, and {signature['family']} has "
+                "none; use the tiny guide"
+            )
+        # [channels, level] of each feature; the mid block stands at the last level, after the skips
+        skips = signature["encoder"]
+        self.features = [*skips, [signature["middle"], skips[-1][1]]]
+        self.depth = skips[-1][1] + 1
+        widths = [sum(c for c, l in self.features if l == level) for level in range(self.depth)]
+        channels = signature["head"]["channels"]
+        self.condition = Condition(signature["text_dim"], condition_dim)
+        self.inputs = nn.ModuleList([nn.Conv2d(channels, rank, 1) for _ in widths])
+        self.mixers = nn.ModuleList([Mixer(rank, condition_dim) for _ in range(rounds * len(widths))])
+        self.outputs = nn.ModuleList([zero_module(nn.Conv2d(rank, c, 1)) for c in widths])
 
-    def forward(self, inputs: GuideInputs) -> GuideOutput:
-        return GuideOutput(encoder=partial(self._answer, inputs))
-
-    def _answer(
-        self, inputs: GuideInputs, skips: tuple[torch.Tensor, ...], mid: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
         z, w = inputs.latents, inputs.guidance_scale
-        condition = self.embedding(inputs)
-        entering = self._entering(z, [*skips, mid])
-        hidden = [conv(x) for conv, x in zip(self.inputs, entering, strict=True)]
+        condition = self.condition(inputs.time, w, inputs.text, inputs.negative)
+        levels = [z]
+        for _ in range(1, self.depth):  # each of half the resolution, rounded up as the base's are
+            height, width = (-(-side // 2) for side in levels[-1].shape[-2:])
+            levels.append(F.adaptive_avg_pool2d(z, (height, width)))
+        hidden = [conv(x) for conv, x in zip(self.inputs, levels, strict=True)]
         for i in range(0, len(self.mixers), self.depth):
             for level in range(1, self.depth):  # fine to coarse
-                small = _shrink(hidden[level - 1], hidden[level])
+                height, width = hidden[level].shape[-2:]
+                small = F.adaptive_avg_pool2d(hidden[level - 1], (height, width))
                 hidden[level] = hidden[level] + small
             for level in reversed(range(self.depth)):  # coarse to fine
                 if level + 1 < self.depth:
@@ -100,32 +98,15 @@ class ExternalGuide(Guide):
                     hidden[level] = hidden[level] + large
                 hidden[level] = self.mixers[i + level](hidden[level], condition)
         strength = per_sample(torch.log1p(guidance_strength(w)), z)
-        out: list[torch.Tensor] = []
+        made: list[torch.Tensor] = []
         for level, conv in enumerate(self.outputs):
-            sizes = [c for c, l in zip(self.sizes, self.levels, strict=True) if l == level]
-            out += (strength * conv(hidden[level])).split(sizes, dim=1)
-        return tuple(out[:-1]), out[-1]
-
-    def _entering(self, latents: torch.Tensor, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What is read at each level, normalised and side by side."""
-        entering = []
-        for level in range(self.depth):
-            here = [f for f, l in zip(features, self.levels, strict=True) if l == level]
-            parts = [F.group_norm(f, 1) for f in here] if "skips" in self.config.reads else []
-            if "latents" in self.config.reads:
-                parts.append(_shrink(latents, here[0]))
-            entering.append(torch.cat(parts, 1))
-        return entering
-
-
-def _shrink(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``x`` averaged down to the height and width of ``like``."""
-    height, width = like.shape[-2:]
-    return F.adaptive_avg_pool2d(x, (height, width))
+            sizes = [c for c, l in self.features if l == level]
+            made += (strength * conv(hidden[level])).split(sizes, dim=1)
+        return GuideOutput(encoder=(tuple(made[:-1]), made[-1]))
 
 
 class Mixer(nn.Module):
-    """A depthwise 3x3 and a 1x1 convolution, modulated by the condition; a residual."""
+    """A depthwise 3x3 and a 1x1 convolution, modulated by the condition, as a residual."""
 
     def __init__(self, rank: int, condition: int) -> None:
         super().__init__()

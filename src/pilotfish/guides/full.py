@@ -1,8 +1,7 @@
-"""The paper's full guide: a copy of the base's encoder, shaped like a ControlNet.
+"""The paper's full guide: a copy of the base's encoder, shaped like a ControlNet. UNets only.
 
-*Plug-and-Play Diffusion Distillation*, section 3: the copy sees what the base sees and
-the guidance scale besides; each of its features leaves through a 1x1 convolution that
-starts at zero.
+*Plug-and-Play Diffusion Distillation*, section 3: the copy has the inputs of the base and the
+guidance scale; each of its features passes a 1x1 convolution that starts at zero.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from pilotfish.backbones import fingerprint, skip_channels
+from pilotfish.backbones import Backbone
 from pilotfish.guidance import fourier_features, guidance_strength, per_sample
 from pilotfish.guides.base import Guide
-from pilotfish.interface import GuideInputs, GuideOutput
+from pilotfish.interface import GuideError, GuideInputs, GuideOutput
 
 SCALE_FEATURES = 64
 
 
-class FullGuide(Guide):
-    """About 40 % of the base's parameters; the strongest and dearest of the guides.
+class FullGuide(Guide, guide_type="full"):
+    """The most accurate and the most expensive of the guides, about 40 % of the base's parameters.
 
     Args:
-        denoiser: the fingerprint of the denoiser.
+        signature: of the denoiser, a UNet.
         unet_config: the configuration of the UNet whose encoder is copied.
         guidance_scale_range: the (low, high) of w in training.
-        timesteps: of a guide distilled to few steps, the only ones that it knows.
+        times: of a guide distilled to few steps, the only ones that it knows.
         trained_on: name and revision of the base, where they are known.
     """
 
@@ -38,36 +37,48 @@ class FullGuide(Guide):
     @register_to_config
     def __init__(
         self,
-        denoiser: dict[str, Any],
+        signature: dict[str, Any],
         unet_config: dict[str, Any],
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        timesteps: Sequence[int] | None = None,
+        times: Sequence[float] | None = None,
         trained_on: dict[str, str] | None = None,
-        pilotfish_version: str = "0.1.0",
+        pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()
         self.encoder = UNet2DConditionModel.from_config(unet_config)
         del self.encoder.up_blocks, self.encoder.conv_out, self.encoder.conv_norm_out
         time_width = self.encoder.time_embedding.linear_2.out_features
         self.scale_embedding = nn.Linear(SCALE_FEATURES, time_width)
-        channels = skip_channels(denoiser)
+        channels = [width for width, _ in signature["encoder"]]
         self.skip_outputs = nn.ModuleList([nn.Conv2d(c, c, 1) for c in channels])
-        self.mid_output = nn.Conv2d(denoiser["block_out_channels"][-1], channels[-1], 1)
+        self.mid_output = nn.Conv2d(signature["middle"], channels[-1], 1)
         for layer in [self.scale_embedding, *self.skip_outputs, self.mid_output]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     @classmethod
-    def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
-        """A fresh guide for a UNet, its encoder copied from it."""
+    def for_denoiser(cls, denoiser: Any, prediction_type: str, **config: Any) -> Self:
+        """A fresh guide for a UNet, its encoder copied from it.
+
+        Raises:
+            GuideError: the denoiser is no UNet.
+        """
+        backbone = Backbone.of(denoiser)
+        unet = backbone.denoiser
+        if not isinstance(unet, UNet2DConditionModel) or unet.mid_block is None:
+            raise GuideError(
+                f"the full guide copies a UNet's encoder and mid block, and {type(unet).__name__} "
+                "has not both; use the tiny guide"
+            )
         plain = {k: v for k, v in unet.config.items() if not k.startswith("_")}
-        guide = cls(fingerprint(unet, prediction_type), plain, **config)
+        guide = cls(backbone.signature(prediction_type), plain, **config)
         guide.encoder.load_state_dict(unet.state_dict(), strict=False)
         return guide
 
-    def forward(self, inputs: GuideInputs) -> GuideOutput:
-        net, z, text = self.encoder, inputs.latents, inputs.encoder_hidden_states
-        embedding = net.time_embedding(net.get_time_embed(z, inputs.timestep))
+    def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
+        net, z, text = self.encoder, inputs.latents, inputs.text.embeds
+        timestep = inputs.time * 1000
+        embedding = net.time_embedding(net.get_time_embed(z, timestep))
         added = net.get_aug_embed(embedding, text, dict(inputs.added_cond_kwargs))
         scale = fourier_features(inputs.guidance_scale, SCALE_FEATURES, longest=32.0)
         embedding = embedding + self.scale_embedding(scale.to(z.dtype))
@@ -85,7 +96,7 @@ class FullGuide(Guide):
         strength = per_sample(guidance_strength(inputs.guidance_scale), z)
         skips = [strength * out(f) for out, f in zip(self.skip_outputs, features, strict=True)]
         mid = strength * self.mid_output(hidden)
-        return GuideOutput(encoder=lambda *_: (tuple(skips), mid))
+        return GuideOutput(encoder=(tuple(skips), mid))
 
 
 def _crosses(block: nn.Module) -> bool:

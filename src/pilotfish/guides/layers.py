@@ -9,50 +9,58 @@ import torch.nn.functional as F
 from torch import nn
 
 from pilotfish.guidance import fourier_features
-from pilotfish.interface import GuideInputs
+from pilotfish.interface import TextConditions
 
 FEATURES = 16
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
-def silent(layer: Layer) -> Layer:
-    """The layer, answering zero until it has learnt something."""
+def zero_module(layer: Layer) -> Layer:
+    """The layer with all parameters zero, so that it adds nothing before training."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class Condition(nn.Module):
-    """One vector of timestep, scale, and what the prompt has that the negative prompt has not.
+    """One vector of time, guidance scale, and the difference of prompt and negative prompt.
 
     Args:
-        text: width of the encoder hidden states.
+        text_dim: width of the text's embeddings.
         width: of the vector.
-        negative: whether it is told of the negative prompt itself as well. The difference to the
-            prompt says which way to go; how far that leads depends on what is left behind.
+        negative: whether it is conditioned on the negative prompt itself as well. The difference
+            to the prompt says which way to go; how far that leads depends on where it starts.
     """
 
-    def __init__(self, text: int, width: int, negative: bool = False) -> None:
+    def __init__(self, text_dim: int, width: int, negative: bool = False) -> None:
         super().__init__()
         self.embed = nn.Sequential(
             nn.Linear(2 * FEATURES, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.text = nn.Linear(text, width, bias=False)
-        self.negative = silent(nn.Linear(text, width, bias=False)) if negative else None
+        self.text = nn.Linear(text_dim, width, bias=False)
+        self.negative = zero_module(nn.Linear(text_dim, width, bias=False)) if negative else None
 
-    def forward(self, inputs: GuideInputs) -> torch.Tensor:
-        """The vectors, (N, width)."""
-        t_and_w = torch.stack([inputs.timestep.float() / 4000, inputs.guidance_scale / 32], 1)
-        embedded = fourier_features(t_and_w, FEATURES, longest=1.0).flatten(1)
-        against = inputs.negative_hidden_states
-        text = (inputs.encoder_hidden_states - against).mean(1)
-        seen = self.embed(embedded.to(text.dtype)) + self.text(text)
-        told = self.told(inputs)
-        return F.silu(seen if told is None else seen + told)
+    def forward(
+        self, time: torch.Tensor, guidance_scale: torch.Tensor, text: TextConditions,
+        negative: TextConditions,
+    ) -> torch.Tensor:  # fmt: skip
+        """The vectors, (..., N, width), of times (..., N) and scales that broadcast with them."""
+        time, scale = torch.broadcast_tensors(time.float() / 4, guidance_scale.float() / 32)
+        embedded = fourier_features(torch.stack([time, scale], -1), FEATURES, longest=1.0)
+        seen = self.embed(embedded.flatten(-2).to(text.dtype)) + self.text(_difference(text, negative))
+        of_negative = self.of_negative(negative)
+        return F.silu(seen if of_negative is None else seen + of_negative)
 
-    def told(self, inputs: GuideInputs) -> torch.Tensor | None:
-        """What is seen of the negative prompt itself, (N, width), where that is looked at."""
+    def of_negative(self, negative: TextConditions) -> torch.Tensor | None:
+        """(N or 1, width) what is seen of the negative prompt itself, if anything."""
         if self.negative is None:
             return None
-        told: torch.Tensor = self.negative(inputs.negative_hidden_states.mean(1))
-        return told
+        seen: torch.Tensor = self.negative(negative.mean())
+        return seen
+
+
+def _difference(text: TextConditions, negative: TextConditions) -> torch.Tensor:
+    """(N, D) mean over the tokens of what the prompt has and the negative prompt has not."""
+    if text.mask is None and text.embeds.shape[1] == negative.embeds.shape[1]:
+        return (text.embeds - negative.embeds).mean(1)
+    return text.mean() - negative.mean()

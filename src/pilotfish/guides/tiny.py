@@ -1,65 +1,83 @@
 """The tiny guide: it lets the base itself do most of the work.
 
-CFG adds to the conditional prediction the way from the unconditional to the conditional one
-once more, ``w - 1`` times. The guide does that in five places of the one pass:
+CFG adds to the conditional prediction its difference to the unconditional one, ``w - 1`` times.
+The guide adds in five places of the one pass:
 
-- *Text.* The prompt is pushed on, away from the negative prompt, before it enters the base:
-  ``c + g (c - n)`` with a learned gain g. To first order in g the base then goes the way of
-  equation (1) by itself, with its own weights, whichever fine-tune they are of.
-- *Attention.* The answer of each cross-attention layer of mid block and decoder is pushed
-  on, away from what the layer would answer to the negative prompt: ``a + g (a - a_n)``, for the
-  price of a few more keys and values (NAG, arXiv 2505.21179, with learned gains).
-- *Embedding.* Where the embedding of the timestep holds the text as well, what each residual
-  layer takes from it is pushed on in the same way.
-- *Layers.* What each decoder layer makes is read through a convolution of low rank,
-  modulated by w, timestep and text, and the answer is added to it.
-- *Prediction.* A small head, linear in ``w - 1`` as CFG is, does the rest; it also sees the
-  latents, and may be given a coarse picture of what the negative prompt by itself leads to.
+- *Text.* The prompt is extrapolated away from the negative prompt before it enters the base:
+  ``c + g (c - n)`` with a learned gain g. To first order in g the base then does what equation
+  (1) does, with its own weights.
+- *Attention.* The output of each layer that attends to the text is extrapolated away from what
+  it would be with the negative prompt, ``a + g (a - a_n)``, for the price of a few more keys and
+  values (NAG, arXiv 2505.21179, with learned gains).
+- *Modulation.* Where pooled text enters the embedding of the timestep, what each layer takes
+  from that embedding is extrapolated in the same way.
+- *Layers.* A convolution of low rank, modulated by w, time and text, adds to the output of each
+  decoder layer.
+- *Prediction.* A small head, linear in ``w - 1`` as CFG is, adds to the prediction. It reads the
+  latents as well, and may be given a learned unconditional template of the negative prompt.
+
+The first three act through the model's own weights, so they transfer to fine-tunes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from pilotfish.backbones import cross_attention_layers, decoder_layers, embedding_layers
-from pilotfish.guidance import guidance_strength, per_sample
+from pilotfish.guidance import guidance_strength
 from pilotfish.guides.base import Guide
-from pilotfish.guides.layers import Condition, silent
-from pilotfish.interface import GuideError, GuideInputs, GuideOutput, Residual
+from pilotfish.guides.layers import Condition, zero_module
+from pilotfish.interface import GuideError, GuideInputs, GuideOutput, ResidualFunction, TextConditions
 
-PREDICTION = "conv_out"
 SIDE = 8
-"""Pixels of the negative prompt's picture, each way; it is stretched to the latents' size."""
+"""Pixels of an unconditional template, each way; it is resized to the latents."""
 
 
-class TinyGuide(Guide):
+@dataclass(frozen=True)
+class TinySettings:
+    """What can be chosen of a tiny guide."""
+
+    text: bool = True
+    """Whether the text is extrapolated."""
+    attention: bool = True
+    """Whether the attention layers that take in the text are."""
+    modulation: bool = True
+    """Whether the layers that take pooled text from the embedding of the timestep are."""
+    condition_on_negative: bool = False
+    """Whether the guide is conditioned on the negative prompt itself, and not only on its
+    difference to the prompt. Worth its few parameters where ``--negative_prompt_prob`` is
+    large."""
+    rank: int = 28
+    """Channels of the addition to each decoder layer; 0 for none."""
+    head: int = 48
+    """Channels of the head at the prediction; 0 for none."""
+    uncond_templates: int = 0
+    """Learned unconditional templates that are mixed by the negative prompt; 0 for none. Needs
+    ``condition_on_negative`` and a head."""
+    condition_dim: int = 32
+    """Width of the embedding of time, w and text."""
+
+
+class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
     """See the module.
 
     Args:
-        denoiser: the fingerprint of the denoiser.
-        push: whether the text is pushed.
-        attention: whether the answers of the cross-attention layers are.
-        embedding: whether what the residual layers take from the embedding is.
-        negative: whether the embedding of t, w and text is told of the negative prompt itself, and
-            not only of what the prompt has that it has not.
-        rank: channels of each layer's addition; 0 leaves the layers alone.
-        head: channels of the head; 0 leaves the prediction alone.
-        picture: pictures that the negative prompt's own is mixed from; 0: it has none. Needs
-            ``negative`` and a head.
-        condition: width of the embedding of t, w and text.
+        signature: of the denoiser (:meth:`pilotfish.backbones.Backbone.signature`).
         guidance_scale_range: the (low, high) of w in training.
-        timesteps: of a guide distilled to few steps, the only ones that it knows.
+        times: of a guide distilled to few steps, the only ones that it knows.
         trained_on: name and revision of the base, where they are known.
 
+    The others are those of :class:`TinySettings`.
+
     Raises:
-        GuideError: nothing is left to add, or the picture lacks what it needs.
+        GuideError: no part is left, or the templates lack what they need.
     """
 
     learning_rate = 1e-2
@@ -67,105 +85,155 @@ class TinyGuide(Guide):
     @register_to_config
     def __init__(
         self,
-        denoiser: dict[str, Any],
-        push: bool = True,
+        signature: dict[str, Any],
+        text: bool = True,
         attention: bool = True,
-        embedding: bool = True,
-        negative: bool = False,
+        modulation: bool = True,
+        condition_on_negative: bool = False,
         rank: int = 28,
         head: int = 48,
-        picture: int = 0,
-        condition: int = 32,
+        uncond_templates: int = 0,
+        condition_dim: int = 32,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        timesteps: Sequence[int] | None = None,
+        times: Sequence[float] | None = None,
         trained_on: dict[str, str] | None = None,
-        pilotfish_version: str = "0.1.0",
+        pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()
-        if not (push or attention or embedding or rank or head):
+        if not (text or attention or modulation or rank or head):
             raise GuideError(
-                "a tiny guide needs at least one of push, attention, embedding, rank and head"
+                "a tiny guide needs at least one of text, attention, modulation, rank and head"
             )
-        if picture and not (negative and head):
-            raise GuideError(
-                "the picture of the negative prompt needs a guide that looks at that prompt "
-                "(negative), and a head"
-            )
-        self.conditioning = Condition(denoiser["cross_attention_dim"], condition, negative)
-        self.text = silent(nn.Linear(condition, 1)) if push else None
-        self.pushed = cross_attention_layers(denoiser) if attention else {}
-        self.pushed |= dict.fromkeys(embedding_layers(denoiser), 1) if embedding else {}
-        gains = sum(self.pushed.values())
-        self.gains = silent(nn.Linear(condition, gains)) if gains else None
-        layers = decoder_layers(denoiser) if rank else {}
+        if uncond_templates and not (condition_on_negative and head):
+            raise GuideError("uncond_templates needs condition_on_negative and a head")
+        self.condition = Condition(signature["text_dim"], condition_dim, condition_on_negative)
+        self.text_gain = zero_module(nn.Linear(condition_dim, 1)) if text else None
+        self.sites = dict(signature["attention"]) if attention else {}
+        self.sites |= dict.fromkeys(signature["modulation"], 1) if modulation else {}
+        gains = sum(self.sites.values())
+        self.gains = zero_module(nn.Linear(condition_dim, gains)) if gains else None
+        layers = dict(signature["layers"]) if rank else {}
         self.names = tuple(layers)
-        self.layers = nn.ModuleList([Layer(c, rank) for c in layers.values()])
-        features, latents = denoiser["block_out_channels"][0], denoiser["in_channels"]
-        self.output = Head(features, latents, head) if head else None
-        self.negative_picture = Picture(condition, latents, picture) if picture else None
+        self.layers = nn.ModuleList([LowRank(c, c, rank) for c in layers.values()])
+        self.head_name, features, channels = (
+            signature["head"][key] for key in ("module", "features", "channels")
+        )
+        self.prediction_head = LowRank(features + 2 * channels, channels, head) if head else None
+        self.templates = (
+            Templates(condition_dim, channels, uncond_templates) if uncond_templates else None
+        )
         # gain and shift of every layer and of the head, then the head's two scalings
-        self.ranks = [2 * r for r in (*[rank] * len(layers), head) if r]
-        self.scalings = 2 * latents if head else 0
-        answers = sum(self.ranks) + self.scalings
-        self.modulate = nn.Linear(condition, answers) if answers else None
+        self.widths = [2 * r for r in (*[rank] * len(layers), head) if r]
+        self.scalings = 2 * channels if head else 0
+        total = sum(self.widths) + self.scalings
+        self.modulate = nn.Linear(condition_dim, total) if total else None
         if self.modulate is not None:
-            self._begin_plainly(self.modulate)
+            self._reset(self.modulate)
 
     @property
-    def touches(self) -> tuple[str, ...]:
-        """The decoder's layers and the last convolution, those that have a part."""
-        return (*self.names, PREDICTION) if self.output is not None else self.names
+    def target_modules(self) -> tuple[str, ...]:
+        """The decoder's layers and the last module, those that have a part."""
+        return (*self.names, self.head_name) if self.prediction_head is not None else self.names
 
     @property
-    def pushes(self) -> tuple[str, ...]:
-        """Cross-attention layers of mid block and decoder, and residual layers of the whole."""
-        return tuple(self.pushed)
+    def extrapolated(self) -> tuple[str, ...]:
+        """Attention and modulation layers."""
+        return tuple(self.sites)
 
     @torch.no_grad()
-    def _begin_plainly(self, modulate: nn.Linear) -> None:
-        """Gains start around 1; the head's scalings are silent until they have learnt something."""
+    def _reset(self, modulate: nn.Linear) -> None:
+        """Gains start around 1, the head's scalings at 0."""
         start = 0
-        for size in self.ranks:
-            modulate.bias[start : start + size // 2] += 1
-            start += size
+        for width in self.widths:
+            modulate.bias[start : start + width // 2] += 1
+            start += width
         modulate.weight[start:] = 0
         modulate.bias[start:] = 0
 
-    def forward(self, inputs: GuideInputs) -> GuideOutput:
-        condition = self.conditioning(inputs)
-        text, latents = inputs.encoder_hidden_states, inputs.latents
-        strength = per_sample(guidance_strength(inputs.guidance_scale), latents)
+    def modulations(
+        self, time: torch.Tensor, guidance_scale: torch.Tensor, text: TextConditions,
+        negative: TextConditions,
+    ) -> Modulations:  # fmt: skip
+        """What depends on time, scale and text alone; see :meth:`Guide.modulations`."""
+        condition = self.condition(time, guidance_scale, text, negative)
+        strength = guidance_strength(guidance_scale).to(condition.dtype)
         # inside the network the effect of a change saturates; at the prediction it is linear
         inside = torch.log1p(strength)
-        further = None
-        if self.text is not None:
-            gain = inside[..., 0] * self.text(condition)[:, :, None]
-            further = gain * (text - inputs.negative_hidden_states)
-        pushes: dict[str, torch.Tensor] = {}
+        text_gain, gains, paths, scalings, template = None, [], [], [], None
+        if self.text_gain is not None:
+            text_gain = (inside[..., None] * self.text_gain(condition))[..., None]
         if self.gains is not None:
-            gains = inside[..., 0, 0] * self.gains(condition)
-            parts = gains.split(list(self.pushed.values()), 1)
-            pushes = dict(zip(self.pushed, parts, strict=True))
-        modules: dict[str, Residual] = {}
+            gains = (inside[..., None] * self.gains(condition)).split([*self.sites.values()], -1)
         if self.modulate is not None:
-            answers = self.modulate(condition).split([*self.ranks, self.scalings], 1)
-            modules = {
-                name: partial(layer, modulation=m, strength=inside)
-                for name, layer, m in zip(self.names, self.layers, answers, strict=False)
-            }
-            if self.output is not None:
-                picture = None
-                if self.negative_picture is not None:
-                    picture = self.negative_picture(self.conditioning.told(inputs), condition)
-                modules[PREDICTION] = partial(
-                    self.output, latents=latents, modulation=answers[-2], scalings=answers[-1],
-                    picture=picture, strength=strength,
-                )  # fmt: skip
-        return GuideOutput(text=further, pushes=pushes, modules=modules)
+            modulated = self.modulate(condition).split([*self.widths, self.scalings], -1)
+            strengths = [inside] * len(self.layers) + [strength] * (self.prediction_head is not None)
+            networks = [*self.layers, *([] if self.prediction_head is None else [self.prediction_head])]
+            for network, values, factor in zip(networks, modulated, strengths, strict=False):
+                gain, shift = values[..., None].chunk(2, -2)
+                paths.append(Path(gain, shift, factor[..., None, None] * network.up))
+            if self.prediction_head is not None:
+                scalings = (strength[..., None] * modulated[-1])[..., None, None].chunk(2, -3)
+        if self.templates is not None:
+            made = self.templates(self.condition.of_negative(negative), condition)
+            template = strength[..., None, None, None] * made
+        return Modulations(text_gain, tuple(gains), tuple(paths), tuple(scalings), template)
+
+    def forward(self, inputs: GuideInputs, modulations: Modulations | None = None) -> GuideOutput:
+        m = modulations or self.modulations(
+            inputs.time, inputs.guidance_scale, inputs.text, inputs.negative
+        )
+        residuals: dict[str, ResidualFunction] = {
+            name: partial(add_to_layer, layer, path)
+            for name, layer, path in zip(self.names, self.layers, m.paths, strict=False)
+        }
+        if self.prediction_head is not None:
+            residuals[self.head_name] = partial(
+                add_to_prediction, self.prediction_head, m.paths[-1], m.scalings, m.template, inputs.latents
+            )
+        gains = dict(zip(self.sites, m.gains, strict=True)) if m.gains else {}
+        return GuideOutput(text_gain=m.text_gain, gains=gains, residuals=residuals)
+
+
+class Path(NamedTuple):
+    """Modulation of a :class:`LowRank`: gain and shift (..., N, rank, 1), and the last matrix
+    times the strength, (..., N, leaving, rank)."""
+
+    gain: torch.Tensor
+    shift: torch.Tensor
+    up: torch.Tensor
+
+
+class Modulations(NamedTuple):
+    """What a tiny guide makes of time, scale and text; leading dimensions (..., N)."""
+
+    text_gain: torch.Tensor | None
+    gains: tuple[torch.Tensor, ...]
+    paths: tuple[Path, ...]
+    scalings: tuple[torch.Tensor, ...]
+    template: torch.Tensor | None
+
+    def unbind(self) -> list[Modulations]:
+        """Those of each step of a schedule, which is the first dimension."""
+        tensors = [self.text_gain, *self.gains, *(t for p in self.paths for t in p)]
+        tensors += [*self.scalings, self.template]
+        steps = max((len(t) for t in tensors if t is not None), default=0)
+        # what does not change along the schedule has one step there
+        apart = [
+            [None] * steps if t is None else t.expand(steps, *t.shape[1:]).unbind() for t in tensors
+        ]
+        n, k = len(self.gains), len(self.paths)
+        return [
+            Modulations(
+                step[0], step[1 : 1 + n],
+                tuple(Path(*step[i : i + 3]) for i in range(1 + n, 1 + n + 3 * k, 3)),
+                step[1 + n + 3 * k : -1], step[-1],
+            )
+            for step in zip(*apart, strict=True)
+        ]  # fmt: skip
 
 
 class LowRank(nn.Module):
-    """``strength * up silu(h + near h)`` with ``h = gain * down x + shift``, of ``rank`` channels.
+    """``up silu(h + near h)`` with ``h = gain * down x + shift``, of ``rank`` channels.
 
     ``down`` and ``up`` are 1x1 convolutions, written as matrix products: on few pixels the call
     of a convolution costs more than its arithmetic. ``near`` is a 3x3 convolution of each channel
@@ -180,85 +248,71 @@ class LowRank(nn.Module):
         nn.init.uniform_(self.down, -(entering**-0.5), entering**-0.5)
         nn.init.zeros_(self.near.weight)
 
-    def forward(
-        self, x: torch.Tensor, modulation: torch.Tensor, strength: torch.Tensor
-    ) -> torch.Tensor:
-        """(N, entering, h, w), (N, 2 rank), (N, 1, 1, 1) -> (N, leaving, h, w)."""
-        gain, shift = modulation[:, :, None].chunk(2, 1)
-        hidden = torch.baddbmm(shift, gain * self.down, x.flatten(2))
-        hidden = hidden.view(len(x), -1, *x.shape[-2:])
+    def forward(self, x: torch.Tensor, made: torch.Tensor, path: Path) -> torch.Tensor:
+        """(N, entering, h, w) and (N, leaving, h, w) -> the latter with the answer added."""
+        n = len(x)
+        down = (path.gain * self.down).expand(n, -1, -1)
+        hidden = torch.baddbmm(path.shift.expand(n, -1, -1), down, x.flatten(2))
+        hidden = hidden.view(n, -1, *x.shape[-2:])
         hidden = F.silu(hidden + self.near(hidden)).flatten(2)
-        made = torch.bmm(strength[..., 0] * self.up, hidden)
-        return made.view(len(x), -1, *x.shape[-2:])
+        added = torch.baddbmm(made.flatten(2), path.up.expand(n, -1, -1), hidden)
+        return added.view_as(made)
 
 
-class Layer(nn.Module):
-    """What is added to a layer of the decoder: a function of what the layer made."""
-
-    def __init__(self, channels: int, rank: int) -> None:
-        super().__init__()
-        self.path = LowRank(channels, channels, rank)
-
-    def forward(
-        self, entered: torch.Tensor, made: torch.Tensor, *,
-        modulation: torch.Tensor, strength: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        """(N, channels, h, w) twice, (N, 2 rank), (N, 1, 1, 1) -> (N, channels, h, w)."""
-        added: torch.Tensor = self.path(F.group_norm(made, 1), modulation, strength)
-        return added
+def add_to_layer(
+    network: LowRank, path: Path, entered: torch.Tensor, made: torch.Tensor
+) -> torch.Tensor:
+    """The output of a decoder layer, (N, channels, h, w), with a function of itself added."""
+    added: torch.Tensor = network(F.group_norm(made, 1), made, path)
+    return added
 
 
-class Head(nn.Module):
-    """Reads the last features, the prediction and the latents; answers in the prediction's shape.
+def add_to_prediction(
+    network: LowRank, path: Path, scalings: tuple[torch.Tensor, ...],
+    template: torch.Tensor | None, latents: torch.Tensor, features: torch.Tensor,
+    prediction: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The prediction (N, C, h, w) with the head's answer added.
 
-    The features come out of the denoiser's last normalisation and need none here. Beside that
-    path the head scales prediction and latents channel by channel: at high noise the
-    unconditional prediction is close to a constant, and CFG little more than that scaling; with a
-    negative prompt it is close to the picture that that prompt leads to.
-    """
-
-    def __init__(self, features: int, channels: int, width: int) -> None:
-        super().__init__()
-        self.path = LowRank(features + 2 * channels, channels, width)
-
-    def forward(
-        self, features: torch.Tensor, prediction: torch.Tensor, *, latents: torch.Tensor,
-        modulation: torch.Tensor, scalings: torch.Tensor, picture: torch.Tensor | None,
-        strength: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        """(N, features, h, w) and (N, C, h, w) -> (N, C, h, w), what is added to the latter.
-
-        ``scalings`` are (N, 2 C), first of the prediction, then of the latents; ``picture`` is
-        (N, C, SIDE, SIDE).
-        """
-        of_prediction, of_latents = scalings[:, :, None, None].chunk(2, 1)
-        made = self.path(torch.cat([features, prediction, latents], 1), modulation, strength)
-        linear = torch.addcmul(of_prediction * prediction, of_latents, latents)
-        if picture is not None:
-            linear = linear + F.interpolate(picture, prediction.shape[-2:], mode="bilinear")
-        added: torch.Tensor = torch.addcmul(made, strength, linear)
-        return added
-
-
-class Picture(nn.Module):
-    """A coarse picture of what the base predicts with the negative prompt alone.
-
-    At high noise, where the latents say nothing yet, that prediction is mostly a function of its
-    prompt. The one pass, which is the other prompt's, holds nothing of it.
+    The head reads the last features, the prediction and the latents. The features come out of the
+    denoiser's last normalisation and need none here. Beside that path the head scales prediction
+    and latents channel by channel: at high noise the unconditional prediction is close to a
+    constant, and CFG little more than that scaling; with a negative prompt it is close to the
+    image that that prompt leads to, the template.
 
     Args:
-        width: of the embedding of t, w and text, and of what it is told of the negative prompt.
+        scalings: (N, C, 1, 1) of the prediction and of the latents.
+        template: (N, C, SIDE, SIDE) or None.
+    """
+    of_prediction, of_latents = scalings
+    made: torch.Tensor = network(torch.cat([features, prediction, latents], 1), prediction, path)
+    made = torch.addcmul(made, of_prediction, prediction)
+    made = torch.addcmul(made, of_latents, latents)
+    if template is not None:
+        made = made + F.interpolate(template, prediction.shape[-2:], mode="bilinear")
+    return made
+
+
+class Templates(nn.Module):
+    """Coarse predictions of the base for the negative prompt alone, mixed by that prompt.
+
+    At high noise, where the latents say nothing yet, the unconditional prediction is mostly a
+    function of its prompt, and the pass for another prompt holds nothing of it.
+
+    Args:
+        width: of the embedding of time, w and text, and of the negative prompt's.
         channels: of the prediction.
-        mixed: pictures that it is mixed from.
+        mixed: how many there are.
     """
 
     def __init__(self, width: int, channels: int, mixed: int) -> None:
         super().__init__()
-        self.told, self.seen = nn.Linear(width, mixed), nn.Linear(width, mixed, bias=False)
-        self.pictures = silent(nn.Linear(mixed, channels * SIDE**2))
+        self.negative = nn.Linear(width, mixed)
+        self.condition = nn.Linear(width, mixed, bias=False)
+        self.templates = zero_module(nn.Linear(mixed, channels * SIDE**2))
 
-    def forward(self, told: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """(N, width) twice -> (N, channels, SIDE, SIDE)."""
-        shares = F.silu(self.told(told) + self.seen(condition))
-        made: torch.Tensor = self.pictures(shares)
-        return made.view(len(made), -1, SIDE, SIDE)
+    def forward(self, negative: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """(N, width) and (..., N, width) -> (..., N, channels, SIDE, SIDE)."""
+        shares = F.silu(self.negative(negative) + self.condition(condition))
+        made: torch.Tensor = self.templates(shares)
+        return made.unflatten(-1, (-1, SIDE, SIDE))

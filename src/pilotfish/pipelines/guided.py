@@ -1,133 +1,309 @@
-"""A pipeline with a guide on it."""
+"""A pipeline with a guide attached.
+
+A pipeline of diffusers decides on classifier-free guidance either by a property of that name,
+which is overridden here, or by comparing the argument ``guidance_scale`` with 1 inside its call,
+where that argument is replaced. In both cases ``encode_prompt`` still encodes the negative prompt,
+which is kept for the guide, and the denoiser runs once a step on a batch of N.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
-from inspect import BoundArguments
+from inspect import BoundArguments, signature
 from threading import Lock
 from typing import Any
 
-from pilotfish.backbones import GuidedPass, Hooks, is_compiled
-from pilotfish.interface import GuideError, GuideLike, TextConditions
-from pilotfish.pipelines.arguments import bind, warn_of_arguments
-from pilotfish.pipelines.callbacks import Undoubled, Watch
-from pilotfish.pipelines.fitting import ASKS, sit
+import torch
+
+from pilotfish.backbones import Backbone, GuidedPass, Hooks, Origin, is_compiled, watch_hooks
+from pilotfish.interface import GuideError, GuideProtocol, TextConditions
+from pilotfish.noise import prediction_type
+
+CFG_FLAG = "do_classifier_free_guidance"
+"""The property of a pipeline, and the argument of its methods that prepare conditions."""
+SECOND_PASS = (
+    "guidance_rescale",
+    "guess_mode",
+    "negative_original_size",
+    "negative_target_size",
+    "negative_crops_coords_top_left",
+    "negative_aesthetic_score",
+    "skip_guidance_layers",
+)
+"""Arguments of a pipeline's call that act on the second pass only."""
 
 
 class Guided:
     """Mixed in before a pipeline's own class while a guide is attached to it."""
 
-    _pilotfish_guide: GuideLike
+    _pilotfish_guide: GuideProtocol
     _pilotfish_hooks: Hooks
-    _pilotfish_drawing: Lock
-    _pilotfish_negative: TextConditions | None = None
-    _pilotfish_pictures: int = 0
-    _pilotfish_open: bool = False
+    _pilotfish_lock: Lock
+    _pilotfish_copy: GuideProtocol | None = None
+    """The guide in the precision and on the device of the pipeline, where they differ."""
+    _pilotfish_running: RunningCall | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        drawing = self._pilotfish_drawing
-        if not drawing.acquire(blocking=False):
+        lock = self._pilotfish_lock
+        if not lock.acquire(blocking=False):
             raise GuideError(
-                "this pipeline is drawing already; for another thread make one on the same weights "
-                "(pilotfish.pipelines.sibling) and attach the guide to it as well"
+                "this pipeline is running in another thread; give each thread a pipeline on the "
+                "same weights (pilotfish.pipelines.loading.share_weights) with the guide attached"
             )
         try:
-            return self._pilotfish_draw(bind(self._pilotfish_call, args, kwargs))
+            return self._pilotfish_run(bind(super().__call__, args, kwargs))  # type: ignore[misc]
         finally:
-            drawing.release()
+            lock.release()
 
-    def _pilotfish_draw(self, call: BoundArguments) -> Any:
-        guide = self._pilotfish_guide
-        sit(guide, self)
+    def _pilotfish_run(self, call: BoundArguments) -> Any:
+        from pilotfish.pipelines.callbacks import CallbackAdapter
+
+        guide = sync(self)
         warn_of_arguments(guide, call, self)
-        guided = GuidedPass(
-            guide,
-            lambda: self.guidance_scale,  # type: ignore[attr-defined]
-            self._pilotfish_negatives,
-            Watch(guide, self),
-            self._pilotfish_hooks,
-        )
+        running = RunningCall(self, guide, call)
         if call.arguments.get("callback_on_step_end"):
-            call.arguments["callback_on_step_end"] = Undoubled(call, guided)
-        self._pilotfish_open, self._pilotfish_negative, self._pilotfish_pictures = True, None, 0
+            call.arguments["callback_on_step_end"] = CallbackAdapter(call, running)
+        own = vars(self).get("encode_prompt")  # replaced on the object, to weight prompts say
+        encode = self.encode_prompt  # type: ignore[attr-defined]
+        self._pilotfish_running = running
+        self.encode_prompt = lambda *a, **k: running.encode_prompt(encode, a, k)
         try:
-            with guided.open():
+            with running.guided.open():
                 return super().__call__(*call.args, **call.kwargs)  # type: ignore[misc]
         finally:
-            self._pilotfish_open, self._pilotfish_negative = False, None
-
-    @property
-    def _pilotfish_call(self) -> Callable[..., Any]:
-        """The call of the pipeline's own class."""
-        call: Callable[..., Any] = super().__call__  # type: ignore[misc]
-        return call
-
-    def __copy__(self) -> Any:
-        """A pipeline without the guide, on the same parts: a guide is put on one pipeline."""
-        return self._pilotfish_plain(lambda part: part)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """The same on parts of its own."""
-        return self._pilotfish_plain(partial(deepcopy, memo=memo))
-
-    def _pilotfish_plain(self, part: Callable[[Any], Any]) -> Any:
-        """A pipeline of the plain class on each ``part`` of this one."""
-        kind: Any = type(self).__bases__[1]
-        made = kind.__new__(kind)
-        mine = {n: v for n, v in vars(self).items() if not n.startswith("_pilotfish_")}
-        vars(made).update({name: part(value) for name, value in mine.items()})
-        return made
+            self._pilotfish_running = None
+            del self.encode_prompt
+            if own is not None:
+                self.encode_prompt = own
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """No, while a guided call is running: the guide takes the second pass's place."""
-        return not self._pilotfish_open and super().do_classifier_free_guidance  # type: ignore[misc,no-any-return]
-
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """As the pipeline does it, and the negative prompt as well, kept for the guide. Whoever
-        encodes further texts while the call runs, such as a callback, is given what is asked."""
-        plain = super().encode_prompt  # type: ignore[misc]
-        if not self._pilotfish_guides or self._pilotfish_negative is not None:
-            return plain(*args, **kwargs)
-        call = bind(plain, args, kwargs, **{ASKS: True})
-        encoded = plain(*call.args, **call.kwargs)
-        # of SDXL: prompt, negative, and both pooled; copies, for they may be the caller's own
-        negatives = TextConditions(*(x.clone() for x in encoded[1:4:2]))
-        self._pilotfish_pictures = len(negatives)
-        self._pilotfish_push_from(negatives)
-        return encoded
-
-    def _pilotfish_push_from(self, negatives: TextConditions) -> None:
-        """Keep the negative prompts of the batch for the guide."""
-        # a graph is compiled for one negative prompt or for as many as pictures, not for both
-        compiled = is_compiled(self.unet)  # type: ignore[attr-defined]
-        self._pilotfish_negative = negatives if compiled else negatives.shared()
+        """False while a guided call runs: the guide takes the second pass's place."""
+        plain = super().do_classifier_free_guidance  # type: ignore[misc]
+        return self._pilotfish_running is None and bool(plain)
 
     def prepare_ip_adapter_image_embeds(self, *args: Any, **kwargs: Any) -> Any:
-        """Those of the pictures alone, given or made together with the negative ones, as with
-        classifier-free guidance."""
+        """The embeddings of the images alone, given or made together with the negative ones, as
+        with classifier-free guidance."""
         plain = super().prepare_ip_adapter_image_embeds  # type: ignore[misc]
-        if not self._pilotfish_guides:
+        if self._pilotfish_running is None or not self._pilotfish_running.needs_guidance:
             return plain(*args, **kwargs)
-        call = bind(plain, args, kwargs, **{ASKS: True})
-        return [both.chunk(2)[1] for both in plain(*call.args, **call.kwargs)]
+        call = bind(plain, args, kwargs, **{CFG_FLAG: True})
+        made = plain(*call.args, **call.kwargs)
+        if isinstance(made, torch.Tensor):
+            return made.chunk(2)[1]
+        return [both.chunk(2)[1] for both in made]
 
-    def _pilotfish_negatives(self) -> TextConditions:
-        """The negative prompts of the call that is running.
+    # -- copies -----------------------------------------------------------------------------
 
-        Raises:
-            GuideError: it began without guidance, and so without them.
-        """
-        if self._pilotfish_negative is None:
-            raise GuideError(
-                "this call began at a guidance scale of at most 1 and encoded no negative prompt; "
-                "begin it above 1 and lower the scale for the steps that are to go without guidance"
-            )
-        return self._pilotfish_negative
+    def __copy__(self) -> Any:
+        """A pipeline on the same components, with the guide attached as well."""
+        return _rebuild(type(self).__bases__[1], self._pilotfish_state(), self._pilotfish_guide)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The same on components of its own."""
+        state = {k: deepcopy(v, memo) for k, v in self._pilotfish_state().items()}
+        return _rebuild(type(self).__bases__[1], state, self._pilotfish_guide)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as the plain pipeline with the guide beside it."""
+        plain = type(self).__bases__[1]
+        return _rebuild, (plain, self._pilotfish_state(), self._pilotfish_guide)
+
+    def _pilotfish_state(self) -> dict[str, Any]:
+        return {n: v for n, v in vars(self).items() if not n.startswith("_pilotfish_")}
+
+
+def _rebuild(plain: type, state: dict[str, Any], guide: GuideProtocol) -> Any:
+    from pilotfish.pipelines.attach import attach
+
+    made = plain.__new__(plain)
+    vars(made).update(state)
+    attach(guide, made)
+    return made
+
+
+class RunningCall:
+    """What belongs to one call of a guided pipeline, and is gone after it.
+
+    Attributes:
+        guided: the guided pass of the call.
+        negative: the negative prompts: one for each image, or one that serves all.
+        images: how many images the call makes; 0 as long as that is not known.
+    """
+
+    def __init__(self, pipe: Any, guide: GuideProtocol, call: BoundArguments) -> None:
+        self.pipe, self.backbone = pipe, Backbone.of_pipeline(pipe)
+        self.negative: TextConditions | None = None
+        self.images = 0
+        self._times = guide.times
+        self._argument: float | None = None
+        if not hasattr(type(pipe).__bases__[1], CFG_FLAG):
+            # the pipeline compares this argument with 1 by itself
+            default = call.signature.parameters["guidance_scale"].default
+            self._argument = float(call.arguments.get("guidance_scale", default))
+            call.arguments["guidance_scale"] = 1.0
+        self.guided = GuidedPass(
+            guide,
+            lambda: self.guidance_scale,
+            self._negative,
+            timesteps=lambda: getattr(pipe.scheduler, "timesteps", None),
+            check_batch=self._check_batch,
+            hooks=pipe._pilotfish_hooks,
+        )
 
     @property
-    def _pilotfish_guides(self) -> bool:
-        """Whether a guided call is running, at a scale that needs guidance."""
-        return self._pilotfish_open and self.guidance_scale > 1  # type: ignore[attr-defined,no-any-return]
+    def guidance_scale(self) -> Any:
+        """The scale of the call; callbacks may change it between two steps."""
+        return self.pipe.guidance_scale if self._argument is None else self._argument
+
+    @property
+    def needs_guidance(self) -> bool:
+        """Whether the scale is above 1."""
+        return bool(self.guidance_scale > 1)
+
+    def encode_prompt(self, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Encode as the pipeline does, and keep the negative prompt of the first encoding. Whoever
+        encodes further texts while the call runs, such as a callback, gets what is asked for."""
+        if not self.needs_guidance or self.negative is not None:
+            return plain(*args, **kwargs)
+        named = bind(type(self.pipe).encode_prompt, (self.pipe, *args), kwargs)
+        given = dict(named.arguments)
+        given |= given.pop("kwargs", {})
+        del given["self"]
+        encoded = plain(**given | {CFG_FLAG: True})
+        _, negative = self.backbone.split_encoded(encoded)
+        if negative is None:
+            raise GuideError(
+                f"encode_prompt of this {type(self.pipe).__name__} returned no negative prompt, "
+                "which the guide needs; return it where do_classifier_free_guidance is True"
+            )
+        self.images = len(negative)
+        self.keep(negative.clone())  # they may be the caller's own
+        return encoded
+
+    def keep(self, negative: TextConditions) -> None:
+        """Keep the negative prompts of the batch for the guide."""
+        # a graph is compiled for one negative prompt or for as many as images, not for both
+        compiled = is_compiled(getattr(self.pipe, self.backbone.component))
+        self.negative = negative if compiled else negative.one_if_equal()
+
+    def _negative(self) -> TextConditions:
+        if self.negative is None:
+            raise GuideError(
+                "this call began at a guidance scale of at most 1 and encoded no negative prompt; "
+                "begin it above 1 and lower the scale for the steps without guidance"
+            )
+        return self.negative
+
+    def _check_batch(self, batch: int) -> None:
+        """Refuse a second pass of another kind; warn once a call when a guide distilled to few
+        steps runs on others."""
+        if batch != self.images:
+            raise GuideError(
+                f"{type(self.pipe).__name__} runs the denoiser on a batch of {batch} for "
+                f"{self.images} images; turn off what makes further passes, such as PAG"
+            )
+        if self._times is None:
+            return
+        known, self._times = self._times, None
+        scheduler = self.pipe.scheduler
+        asked = self.backbone.time(scheduler.timesteps).tolist()
+        # Euler's steps are those of DDIM; solvers that use earlier steps would do twice what the
+        # guide has learnt to do
+        name = type(scheduler).__name__
+        same = len(asked) == len(known) and all(
+            abs(a - k) < 1e-4 for a, k in zip(asked, known, strict=True)
+        )
+        if same and name.startswith(("DDIM", "Euler", "FlowMatchEuler")):
+            return
+        how = (
+            "sigmas that lie on an even grid" if name.startswith("FlowMatch")
+            else 'a DDIMScheduler with timestep_spacing="trailing"'
+        )  # fmt: skip
+        warnings.warn(
+            f"this guide was distilled for {len(known)} steps at the times {_listed(known)}, but "
+            f"{name} takes {len(asked)} at {_listed(asked)}; use num_inference_steps={len(known)} "
+            f"and {how}", stacklevel=2,
+        )  # fmt: skip
+
+
+def sync(pipe: Any) -> GuideProtocol:
+    """Before a step: the guide on the pipeline's device and in its precision, and its hooks on the
+    denoiser as it is now.
+
+    Returns:
+        The guide that the pipeline works with.
+
+    Raises:
+        GuideError: the guide does not fit the denoiser or scheduler that the pipeline has now.
+    """
+    backbone = Backbone.of_pipeline(pipe)
+    denoiser, guide = backbone.denoiser, pipe._pilotfish_guide
+    predicted = prediction_type(pipe.scheduler)
+    if predicted != guide.config.signature["prediction_type"]:
+        raise GuideError(
+            f"this guide was trained on a denoiser that predicts "
+            f"{guide.config.signature['prediction_type']}, and the pipeline's scheduler takes its "
+            f"prediction for {predicted}; set prediction_type in the scheduler's configuration"
+        )
+    place, dtype = pipe._execution_device, denoiser.dtype
+    if (guide.device, guide.dtype) != (place, dtype):
+        copied = pipe._pilotfish_copy
+        if copied is None or (copied.device, copied.dtype) != (place, dtype):
+            pipe._pilotfish_copy = deepcopy(guide).to(place, dtype)
+        guide = pipe._pilotfish_copy
+    else:
+        pipe._pilotfish_copy = None
+    hooks = pipe._pilotfish_hooks
+    if hooks.guide is not guide or not hooks.fit(denoiser):
+        guide.check(backbone.signature(predicted), Origin.of(denoiser))
+        fresh = backbone.install(guide)
+        hooks.remove()
+        pipe._pilotfish_hooks = fresh
+    if is_compiled(getattr(pipe, backbone.component)):
+        watch_hooks(len(guide.extrapolated) + len(guide.target_modules))
+    working: GuideProtocol = guide
+    return working
+
+
+def bind(
+    method: Callable[..., Any], args: Any, kwargs: Any, **changes: Any
+) -> BoundArguments:
+    """The arguments of a method by their names, some of them changed."""
+    call = signature(method).bind(*args, **kwargs)
+    call.arguments |= changes
+    return call
+
+
+def warn_of_arguments(guide: GuideProtocol, call: BoundArguments, pipe: Any) -> None:
+    """Warn of what a call asks for that a guide cannot give.
+
+    Raises:
+        GuideError: a guidance scale that is no finite number.
+    """
+    usual = {name: p.default for name, p in call.signature.parameters.items()}
+    given = usual | call.arguments
+    if "guess_mode" in given:  # some ControlNets ask for it themselves
+        nets = getattr(pipe.controlnet, "nets", [pipe.controlnet])
+        given["guess_mode"] |= any(n.config.get("global_pool_conditions") for n in nets)
+    scale = given["guidance_scale"]
+    if not abs(scale) <= torch.finfo(torch.float32).max:  # nor is what is not a number
+        raise GuideError(f"guidance_scale must be a finite number in single precision, not {scale}")
+    if scale <= 1:
+        return
+    low, high = guide.guidance_scale_range
+    if not low <= scale <= high:
+        warnings.warn(
+            f"guidance_scale {scale} lies outside [{low}, {high}], where this guide was trained",
+            stacklevel=4,
+        )
+    for name in SECOND_PASS:
+        if name in given and given[name] != usual[name]:
+            warnings.warn(f"{name} acts on the second pass, and a guide makes none", stacklevel=4)
+
+
+def _listed(times: Any) -> str:
+    return ", ".join(f"{time:.4g}" for time in times)

@@ -1,4 +1,4 @@
-"""Pipelines from a folder or hub id, whole and in one precision."""
+"""Pipelines from a folder or hub id, whole and in one precision; the weights of fine-tunes."""
 
 from __future__ import annotations
 
@@ -7,57 +7,86 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from pilotfish.backbones import Backbone
 from pilotfish.errors import in_brief
+from pilotfish.noise import deterministic_scheduler
 
 
 class PipelineError(ValueError):
     """A pipeline cannot be loaded; the message names it."""
 
 
-def load_pipeline(pretrained_model_name_or_path: str | Path) -> Any:
-    """A pipeline in float32, from safetensors only, without a progress bar.
+def load_pipeline(
+    pretrained_model_name_or_path: str | Path, *, variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:  # fmt: skip
+    """A pipeline in one precision, from safetensors only, without a progress bar.
+
+    Args:
+        variant: of the weight files, such as ``fp16``.
+        dtype: of every network.
 
     Raises:
-        PipelineError: there is none, or it cannot be read.
+        PipelineError: there is none, or it cannot be read; it names the variants that are there.
     """
+    where = Path(pretrained_model_name_or_path)
+    if where.is_file():
+        raise PipelineError(
+            f"{where} is a single file; make a folder of it once, with its pipeline's class: "
+            f"StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+        )
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            pretrained_model_name_or_path, use_safetensors=True
+            pretrained_model_name_or_path, use_safetensors=True, variant=variant
         )
     except (OSError, ValueError) as error:
+        there = _variants(where)
+        hint = f"; it holds the variant {there[0]}: pass it as variant" if there else ""
         raise PipelineError(
-            f"no pipeline could be loaded from {pretrained_model_name_or_path}: {in_brief(error)}"
+            f"no pipeline could be loaded from {pretrained_model_name_or_path}: "
+            f"{in_brief(error)}{hint}"
         ) from error
     for part in pipe.components.values():
         # left alone, transformers loads what was saved in half precision as halves, diffusers
         # as whole numbers, and the first pass fails
-        if isinstance(part, PreTrainedModel):
-            part.float()
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def take_ddim_steps(pipe: Any) -> None:
-    """Give a pipeline, in place of whatever scheduler it came with, the steps of stage 2: DDIM
-    on an even grid that ends at the clean picture."""
-    # DDIM's own default clips, which is for pixels; a solver without that setting has none to give
-    given = {"clip_sample": False, **pipe.scheduler.config}
-    pipe.scheduler = DDIMScheduler.from_config(given, timestep_spacing="trailing")
+def _variants(folder: Path) -> list[str]:
+    """Variants of the weight files in a pipeline's folder."""
+    stems = {path.name.removesuffix(".safetensors") for path in folder.glob("*/*.safetensors")}
+    return sorted({stem.rpartition(".")[2] for stem in stems if "." in stem})
 
 
-def sibling(pipe: Any) -> Any:
+def use_deterministic_scheduler(pipe: Any) -> None:
+    """Replace a pipeline's scheduler with the deterministic one of its noise path, whose steps
+    guides for few steps are distilled to: see :func:`pilotfish.noise.deterministic_scheduler`."""
+    pipe.scheduler = deterministic_scheduler(pipe.scheduler)
+
+
+def share_weights(pipe: Any) -> Any:
     """A pipeline on the same weights, for another thread.
 
     What a call or a guide changes is its own: the scheduler, the tokenizers (which keep how they
-    last padded) and the denoiser's modules, where hooks sit. Weights take memory once.
+    last padded) and the denoiser's modules, where hooks are. Weights take memory once. A guide on
+    ``pipe`` is attached to the other as well.
     """
-    shared = {id(tensor): tensor for tensor in (*pipe.unet.parameters(), *pipe.unet.buffers())}
-    own = {"scheduler": deepcopy(pipe.scheduler), "unet": deepcopy(pipe.unet, shared)}
+    backbone = Backbone.of_pipeline(pipe)
+    denoiser = backbone.denoiser
+    shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
+    own = {
+        "scheduler": deepcopy(pipe.scheduler),
+        backbone.component: deepcopy(denoiser, shared),
+    }
     for name, part in pipe.components.items():
         if isinstance(part, PreTrainedTokenizerBase):
             own[name] = deepcopy(part)
@@ -68,32 +97,32 @@ def sibling(pipe: Any) -> Any:
 
 
 def fine_tuned_weights(
-    base: UNet2DConditionModel, pretrained_model_name_or_path: str | Path
+    base: Any, pretrained_model_name_or_path: str | Path
 ) -> dict[str, torch.Tensor]:
-    """The weights of a fine-tune of ``base``, by the base's own names.
+    """The weights of a fine-tune of a denoiser, by the base's own names.
 
     Args:
-        pretrained_model_name_or_path: folder or hub id of a pipeline or a UNet, or folder of a
-            LoRA in diffusers' format.
+        base: the denoiser.
+        pretrained_model_name_or_path: folder or hub id of a pipeline or a denoiser, or folder of
+            a LoRA in diffusers' format.
 
     Raises:
         PipelineError: there is none, or it is no fine-tune of this base.
     """
-    where = pretrained_model_name_or_path
+    where, component = pretrained_model_name_or_path, Backbone.of(base).component
     try:
         if (Path(where) / LORA_WEIGHT_NAME_SAFE).is_file():
             tuned = deepcopy(base)
             tuned.load_lora_adapter(
-                str(where), prefix="unet", weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True
-            )
+                str(where), prefix=component, weight_name=LORA_WEIGHT_NAME_SAFE,
+                use_safetensors=True,
+            )  # fmt: skip
             tuned.fuse_lora()
             tuned.unload_lora()
-        elif (Path(where) / "config.json").is_file():
-            tuned = UNet2DConditionModel.from_pretrained(where, use_safetensors=True)
         else:
-            tuned = UNet2DConditionModel.from_pretrained(
-                where, subfolder="unet", use_safetensors=True
-            )
+            alone = (Path(where) / "config.json").is_file()
+            subfolder = {} if alone else {"subfolder": component}
+            tuned = type(base).from_pretrained(where, use_safetensors=True, **subfolder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise PipelineError(
             f"no fine-tune could be loaded from {where}: {in_brief(error)}"

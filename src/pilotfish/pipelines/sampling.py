@@ -1,8 +1,8 @@
 """Sampling as an iterable that everything else consumes.
 
-:func:`sample` calls a pipeline as its user would and yields one :class:`Sample` a picture;
-grids, metrics and the command line all read from it. :func:`cfg_trajectories` walks
-the teacher's own sampling step by step, for the guidance error.
+:func:`sample` calls a pipeline as its user would and yields one :class:`Sample` for each
+image; grids, metrics and the command line all read from it. :func:`cfg_trajectories` gives the
+teacher's own sampling step by step, for the guidance error.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pilotfish.guidance import classifier_free_guidance
-from pilotfish.noise import NoisePath, sampling_timesteps
+from pilotfish.noise import NoisePath
 from pilotfish.teacher import Teacher
 
 
@@ -30,14 +29,14 @@ class Attachable(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture.
+    """One image.
 
     Attributes:
         prompt: its text.
         seed: the seed of its first latents; the same seed starts from the same noise
-            under every way of guidance.
+            in every guidance mode.
         latents: (C, h, w) final latents, as the sampler left them.
-        image: (3, H, W) decoded picture in [-1, 1].
+        image: (3, H, W) decoded image in [-1, 1].
     """
 
     prompt: str
@@ -58,7 +57,7 @@ def sample(
     batch_size: int = 32,
     **call: Any,
 ) -> Iterator[Sample]:
-    """Pictures of ``prompts``, one seed each, in order.
+    """Images of ``prompts``, one seed each, in order.
 
     Args:
         pipe: a text-to-image pipeline.
@@ -69,8 +68,8 @@ def sample(
         call: further arguments of the pipeline's call.
 
     Raises:
-        ValueError: prompts, seeds or negative prompts differ in number; no step, or no picture
-            at once. Before anything is drawn.
+        ValueError: prompts, seeds or negative prompts differ in number; no step, or an empty
+            batch. Raised before sampling.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
@@ -108,18 +107,31 @@ def _drawn(
 
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
-    """(N, C, h, w) latents to (N, 3, H, W) pictures in [-1, 1], by the pipeline's VAE."""
-    vae = pipe.vae
+    """(N, C, h, w) latents to (N, 3, H, W) images in [-1, 1], as the pipeline decodes them."""
+    vae, config = pipe.vae, pipe.vae.config
+    overflows = vae.dtype == torch.float16 and config.get("force_upcast", False)
+    if overflows:
+        vae.to(torch.float32)
     height, width = (side * int(pipe.vae_scale_factor) for side in latents.shape[2:])
-    parts = [
-        vae.decode(part.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        for part in latents.split(at_once(height, width))
-    ]
+    latents = latents / config.scaling_factor
+    mean, std = (config.get(f"latents_{name}") for name in ("mean", "std"))
+    if mean is not None and std is not None:  # one for each channel
+        shift, scale = (torch.tensor(x).to(latents).view(1, -1, 1, 1) for x in (mean, std))
+        latents = latents * scale + shift
+    latents = latents + (config.get("shift_factor") or 0)
+    try:
+        parts = [
+            vae.decode(part.to(vae.dtype), return_dict=False)[0]
+            for part in latents.split(at_once(height, width))
+        ]
+    finally:
+        if overflows:
+            vae.to(torch.float16)
     return torch.cat(parts).float().clamp(-1, 1)
 
 
 def at_once(height: int, width: int) -> int:
-    """Pictures of so many pixels that a VAE takes in one call: as many as have the pixels of one
+    """How many images of so many pixels a VAE takes in one call: as many as have the pixels of one
     of SDXL's, whose activations alone are gigabytes."""
     return max(1, 1024 * 1024 // (height * width))
 
@@ -130,7 +142,7 @@ class TeacherStep:
 
     Attributes:
         latents: (N, C, h, w).
-        timestep: (N,) all the same.
+        time: (N,) all the same.
         prompt: (N,) index of the prompt.
         negative: (N,) index of the null or negative prompt.
         conditional: (N, C, h, w).
@@ -138,7 +150,7 @@ class TeacherStep:
     """
 
     latents: torch.Tensor
-    timestep: torch.Tensor
+    time: torch.Tensor
     prompt: torch.Tensor
     negative: torch.Tensor
     conditional: torch.Tensor
@@ -147,19 +159,18 @@ class TeacherStep:
 
 def cfg_trajectories(
     teacher: Teacher,
-    schedule: NoisePath,
+    path: NoisePath,
     prompt: torch.Tensor,
     negative: torch.Tensor,
     latents: torch.Tensor,
     guidance_scale: float,
     num_inference_steps: int = 25,
 ) -> Iterator[TeacherStep]:
-    """Walk from noise ``latents`` (N, C, h, w) to pictures by the teacher's CFG with DDIM, with
-    the texts of indices ``prompt`` and ``negative`` (N,)."""
-    t_all = sampling_timesteps(num_inference_steps, len(schedule.alphas_cumprod))
-    for t, to in pairwise(t_all):
+    """Sample from noise ``latents`` (N, C, h, w) by the teacher's CFG in deterministic
+    steps, with the texts of indices ``prompt`` and ``negative`` (N,)."""
+    for t, to in pairwise(path.grid(num_inference_steps)):
         here, there = t.expand(len(latents)), to.expand(len(latents))
         unconditional, conditional = teacher(latents, here, prompt, negative)
-        cfg = classifier_free_guidance(unconditional, conditional, guidance_scale)
+        cfg = teacher.guided(unconditional, conditional, guidance_scale)
         yield TeacherStep(latents, here, prompt, negative, conditional, cfg)
-        latents = schedule.ddim_step(latents, cfg, here, there)
+        latents = path.step(latents, cfg, here, there)

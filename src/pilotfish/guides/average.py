@@ -1,8 +1,8 @@
-"""One guide of several: the mean of their weights.
+"""The average of several guides: the mean of their weights.
 
-Guides that were trained apart from one beginning, in other orders or on other hosts, lie around
-one minimum, each with errors of its own, and their mean is often better than any of them (model
-soups, arXiv 2203.05482). Not always: measure it. It costs nothing when it is used.
+Guides that were trained from one initialisation in other orders or on other fine-tunes lie around
+one minimum, and their mean is often better than any of them (model soups, arXiv 2203.05482). It is
+not always better, so measure it. It costs nothing at inference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ G = TypeVar("G", bound=Guide)
 
 
 @torch.no_grad()
-def mean_guide(guides: Sequence[G]) -> G:
+def average_guides(guides: Sequence[G]) -> G:
     """The mean of guides of one kind, settings and base.
 
     Args:
@@ -30,11 +30,10 @@ def mean_guide(guides: Sequence[G]) -> G:
         A guide in float32, all of them counting alike.
 
     Raises:
-        GuideError: there is none, or two differ in what they were made with; it names the
-            settings.
+        GuideError: there is none, or two differ in their settings; it names those.
     """
     if not guides:
-        raise GuideError("the mean needs at least one guide")
+        raise GuideError("an average needs at least one guide")
     first = guides[0]
     for i, other in enumerate(guides[1:], 2):
         mine, theirs = _made_with(first), _made_with(other)
@@ -51,4 +50,4 @@ def mean_guide(guides: Sequence[G]) -> G:
 
 def _made_with(guide: Guide) -> dict[str, object]:
     """All in which guides of one mean must agree."""
-    return {"kind": type(guide).__name__, "base": guide.trained_on, **guide.settings()}
+    return {"type": type(guide).__name__, "base": guide.trained_on, **guide.settings()}
