@@ -121,8 +121,10 @@ class JointAttention:
             q, k, v = (guided.scratch.pop((name, part)) for part in "qkv")
             stream = guided.scratch["stream", name]
             embedding = guided.scratch["negative embedding"]
-            modulated = block.norm1_context.forward(stream, embedding)
-            x, *rest = (modulated,) if block.context_pre_only else modulated
+            if block.context_pre_only:
+                x, rest = block.norm1_context.forward(stream, embedding), ()
+            else:
+                x, *rest = block.norm1_context.forward(stream, emb=embedding)
             q_n, k_n = heads(layer.add_q_proj(x)), heads(layer.add_k_proj(x))
             q_n = q_n if layer.norm_added_q is None else layer.norm_added_q(q_n)
             k_n = k_n if layer.norm_added_k is None else layer.norm_added_k(k_n)
