@@ -14,23 +14,39 @@ does not ask them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from baselines.sites import cross_attentions, dotless
-from pilotfish.backbones import fingerprint
+from pilotfish.backbones import Backbone
 from pilotfish.guidance import fourier_features
 from pilotfish.guides.base import Guide
-from pilotfish.guides.layers import silent
+from pilotfish.guides.layers import zero_module
 from pilotfish.interface import GuideInputs, GuideOutput
 
 FEATURES = 32
+
+
+@dataclass(frozen=True)
+class AGDSettings:
+    """What can be chosen of the additive kind."""
+
+    width: int = 96
+    """Channels inside an adapter."""
+
+
+@dataclass(frozen=True)
+class AGDAttentionSettings:
+    """What can be chosen of the cross-attention kind."""
+
+    width: int = 64
+    """Channels inside an adapter."""
 
 
 class ScalarEmbedding(nn.Module):
@@ -54,16 +70,16 @@ class _Adapters(Guide):
     """What both kinds share: an adapter for every cross-attention.
 
     Args:
-        denoiser: the fingerprint of the denoiser.
+        signature: of the denoiser.
         sites: the cross-attentions, name -> channels.
         width: channels inside an adapter.
         guidance_scale_range: the (low, high) of w in training.
     """
 
-    def _build(self, denoiser: Mapping[str, Any], sites: Mapping[str, int], width: int) -> None:
+    def _build(self, signature: Mapping[str, Any], sites: Mapping[str, int], width: int) -> None:
         self.scale = ScalarEmbedding(width, longest=32.0)
-        self.time = ScalarEmbedding(width, longest=4000.0)
-        self.text = nn.Linear(denoiser["cross_attention_dim"], width)
+        self.time = ScalarEmbedding(width, longest=4.0)
+        self.text = nn.Linear(signature["text_dim"], width)
         self.adapters = nn.ModuleDict(
             {dotless(name): self._adapter(c, width) for name, c in sites.items()}
         )
@@ -71,24 +87,26 @@ class _Adapters(Guide):
     def _adapter(self, channels: int, width: int) -> nn.Module:
         raise NotImplementedError
 
-    def _knowledge(self, inputs: GuideInputs) -> torch.Tensor:
+    def _known(self, inputs: GuideInputs) -> torch.Tensor:
         """What every adapter is shown of w, t and prompt."""
         raise NotImplementedError
 
     @classmethod
-    def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
+    def for_denoiser(cls, denoiser: Any, prediction_type: str, **config: Any) -> Self:
         """A fresh guide for a UNet."""
-        return cls(fingerprint(unet, prediction_type), cross_attentions(unet), **config)
+        return cls(
+            Backbone.of(denoiser).signature(prediction_type), cross_attentions(denoiser), **config
+        )
 
     @property
-    def touches(self) -> tuple[str, ...]:
+    def target_modules(self) -> tuple[str, ...]:
         """Every cross-attention."""
         return tuple(self.config.sites)
 
-    def forward(self, inputs: GuideInputs) -> GuideOutput:
-        known = self._knowledge(inputs)
+    def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
+        known = self._known(inputs)
         return GuideOutput(
-            modules={
+            residuals={
                 name: partial(self._add, self.adapters[dotless(name)], known)
                 for name in self.config.sites
             }
@@ -98,33 +116,33 @@ class _Adapters(Guide):
     def _add(
         adapter: nn.Module, known: torch.Tensor, entered: torch.Tensor, made: torch.Tensor
     ) -> torch.Tensor:
-        added: torch.Tensor = adapter(entered, known)
-        return added.expand_as(made)
+        changed: torch.Tensor = made + adapter(entered, known)
+        return changed
 
 
-class AdditiveAdapters(_Adapters):
+class AdditiveAdapters(_Adapters, guide_type="agd", settings=AGDSettings):
     """The additive kind. See the module and :class:`_Adapters`."""
 
     @register_to_config
     def __init__(
         self,
-        denoiser: dict[str, Any],
+        signature: dict[str, Any],
         sites: dict[str, int],
         width: int = 96,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        timesteps: Sequence[int] | None = None,
+        times: Sequence[float] | None = None,
         trained_on: dict[str, str] | None = None,
-        pilotfish_version: str = "0.1.0",
+        pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()
-        self._build(denoiser, sites, width)
+        self._build(signature, sites, width)
 
     def _adapter(self, channels: int, width: int) -> nn.Module:
         return Additive(channels, width)
 
-    def _knowledge(self, inputs: GuideInputs) -> torch.Tensor:
-        text = self.text(inputs.encoder_hidden_states.mean(1))
-        known: torch.Tensor = self.scale(inputs.guidance_scale) + self.time(inputs.timestep) + text
+    def _known(self, inputs: GuideInputs) -> torch.Tensor:
+        text = self.text(inputs.text.embeds.mean(1))
+        known: torch.Tensor = self.scale(inputs.guidance_scale) + self.time(inputs.time) + text
         return known[:, None]
 
 
@@ -135,7 +153,7 @@ class Additive(nn.Module):
         super().__init__()
         self.net = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(), nn.LayerNorm(width),
-            silent(nn.Linear(width, channels)),
+            zero_module(nn.Linear(width, channels)),
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
@@ -144,29 +162,29 @@ class Additive(nn.Module):
         return added
 
 
-class CrossAttentionAdapters(_Adapters):
+class CrossAttentionAdapters(_Adapters, guide_type="agd-attention", settings=AGDAttentionSettings):
     """The cross-attention kind. See the module and :class:`_Adapters`."""
 
     @register_to_config
     def __init__(
         self,
-        denoiser: dict[str, Any],
+        signature: dict[str, Any],
         sites: dict[str, int],
         width: int = 64,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        timesteps: Sequence[int] | None = None,
+        times: Sequence[float] | None = None,
         trained_on: dict[str, str] | None = None,
-        pilotfish_version: str = "0.1.0",
+        pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()
-        self._build(denoiser, sites, width)
+        self._build(signature, sites, width)
 
     def _adapter(self, channels: int, width: int) -> nn.Module:
         return Asking(channels, width)
 
-    def _knowledge(self, inputs: GuideInputs) -> torch.Tensor:
-        scale, time = self.scale(inputs.guidance_scale), self.time(inputs.timestep)
-        text = self.text(inputs.encoder_hidden_states)
+    def _known(self, inputs: GuideInputs) -> torch.Tensor:
+        scale, time = self.scale(inputs.guidance_scale), self.time(inputs.time)
+        text = self.text(inputs.text.embeds)
         return torch.cat([scale[:, None], time[:, None], text], 1)
 
 
@@ -177,7 +195,7 @@ class Asking(nn.Module):
         super().__init__()
         self.ask = nn.Linear(channels, width, bias=False)
         self.keys_values = nn.Linear(width, 2 * width, bias=False)
-        self.outputs = silent(nn.Linear(width, channels))
+        self.outputs = zero_module(nn.Linear(width, channels))
 
     def forward(self, x: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         """(N, L, C) and (N, K, width) -> (N, L, C)."""

@@ -9,6 +9,7 @@ and 0 for none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,15 +19,27 @@ from torch import nn
 
 from pilotfish.guidance import guidance_strength
 from pilotfish.guides.base import Guide
-from pilotfish.guides.layers import silent
+from pilotfish.guides.layers import zero_module
 from pilotfish.interface import GuideError, GuideInputs, GuideOutput
 
 
-class TextSharpener(Guide):
+@dataclass(frozen=True)
+class DICESettings:
+    """What can be chosen of the sharpener."""
+
+    width: int = 96
+    """Channels inside the sharpener."""
+    heads: int = 4
+    """Heads of its attention."""
+    trained_scale: float = 4.0
+    """w0."""
+
+
+class TextSharpener(Guide, guide_type="dice", settings=DICESettings):
     """See the module.
 
     Args:
-        denoiser: the fingerprint of the denoiser.
+        signature: of the denoiser.
         width: channels inside the sharpener.
         heads: of its attention.
         trained_scale: w0.
@@ -41,27 +54,27 @@ class TextSharpener(Guide):
     @register_to_config
     def __init__(
         self,
-        denoiser: dict[str, Any],
+        signature: dict[str, Any],
         width: int = 96,
         heads: int = 4,
         trained_scale: float = 4.0,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        timesteps: Sequence[int] | None = None,
+        times: Sequence[float] | None = None,
         trained_on: dict[str, str] | None = None,
-        pilotfish_version: str = "0.1.0",
+        pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()
         if trained_scale <= 1:
             raise GuideError(f"trained_scale must be above 1, not {trained_scale}")
 
-        text = denoiser["cross_attention_dim"]
+        text = signature["text_dim"]
         self.inputs = nn.Linear(text, width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.outputs = silent(nn.Linear(width, text))
+        self.outputs = zero_module(nn.Linear(width, text))
 
-    def forward(self, inputs: GuideInputs) -> GuideOutput:
-        prompt = F.relu(self.inputs(inputs.encoder_hidden_states))
-        negative = F.relu(self.inputs(inputs.negative_hidden_states))
+    def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
+        prompt = F.relu(self.inputs(inputs.text.embeds))
+        negative = F.relu(self.inputs(inputs.negative.expand(len(inputs.text)).embeds))
         heard, _ = self.attention(prompt, negative, negative, need_weights=False)
         dial = guidance_strength(inputs.guidance_scale) / (self.config.trained_scale - 1)
         sharper: torch.Tensor = self.outputs(F.relu(heard))

@@ -9,29 +9,39 @@ sample of a batch may have its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from baselines.sites import dotless, weights
-from pilotfish.backbones import fingerprint
+from pilotfish.backbones import Backbone
 from pilotfish.guidance import guidance_strength, per_sample
 from pilotfish.guides.base import Guide
-from pilotfish.guides.layers import silent
+from pilotfish.guides.layers import zero_module
 from pilotfish.interface import GuideError, GuideInputs, GuideOutput
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-class GuidanceLoRA(Guide):
+@dataclass(frozen=True)
+class GuidanceLoRASettings:
+    """What can be chosen of the LoRA."""
+
+    rank: int = 4
+    """Of every pair of matrices."""
+    trained_scale: float = 4.0
+    """w0."""
+
+
+class GuidanceLoRA(Guide, guide_type="cfg-lora", settings=GuidanceLoRASettings):
     """See the module.
 
     Args:
-        denoiser: the fingerprint of the denoiser.
+        signature: of the denoiser.
         sites: the linear layers, name -> [out, in].
         rank: of every pair of matrices.
         trained_scale: w0.
@@ -46,14 +56,14 @@ class GuidanceLoRA(Guide):
     @register_to_config
     def __init__(
         self,
-        denoiser: dict[str, Any],
+        signature: dict[str, Any],
         sites: dict[str, list[int]],
         rank: int = 4,
         trained_scale: float = 4.0,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        timesteps: Sequence[int] | None = None,
+        times: Sequence[float] | None = None,
         trained_on: dict[str, str] | None = None,
-        pilotfish_version: str = "0.1.0",
+        pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()
         if trained_scale <= 1:
@@ -63,26 +73,28 @@ class GuidanceLoRA(Guide):
             {
                 dotless(name): nn.Sequential(
                     nn.Linear(entering, rank, bias=False),
-                    silent(nn.Linear(rank, leaving, bias=False)),
+                    zero_module(nn.Linear(rank, leaving, bias=False)),
                 )
                 for name, (leaving, entering) in sites.items()
             }
         )
 
     @classmethod
-    def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
+    def for_denoiser(cls, denoiser: Any, prediction_type: str, **config: Any) -> Self:
         """A fresh guide for a UNet, on the projections of all its attentions."""
-        return cls(fingerprint(unet, prediction_type), weights(unet, ATTENTION), **config)
+        return cls(
+            Backbone.of(denoiser).signature(prediction_type), weights(denoiser, ATTENTION), **config
+        )
 
     @property
-    def touches(self) -> tuple[str, ...]:
+    def target_modules(self) -> tuple[str, ...]:
         """Every layer that has a pair of matrices."""
         return tuple(self.config.sites)
 
-    def forward(self, inputs: GuideInputs) -> GuideOutput:
+    def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
         dial = guidance_strength(inputs.guidance_scale) / (self.config.trained_scale - 1)
         return GuideOutput(
-            modules={
+            residuals={
                 name: partial(self._add, self.pairs[dotless(name)], dial)
                 for name in self.config.sites
             }
@@ -93,4 +105,4 @@ class GuidanceLoRA(Guide):
         pair: nn.Module, dial: torch.Tensor, entered: torch.Tensor, made: torch.Tensor
     ) -> torch.Tensor:
         added: torch.Tensor = pair(entered)
-        return per_sample(dial, added) * added
+        return made + per_sample(dial, added) * added

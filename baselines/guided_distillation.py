@@ -16,26 +16,25 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from baselines.sites import dotless, weights
-from pilotfish.backbones import fingerprint
+from pilotfish.backbones import Backbone
 from pilotfish.guidance import fourier_features
 from pilotfish.guides.base import Guide
-from pilotfish.guides.layers import silent
-from pilotfish.interface import GuideInputs, GuideOutput, Residual
+from pilotfish.guides.layers import zero_module
+from pilotfish.interface import GuideInputs, GuideOutput, ResidualFunction
 
 FEATURES = 64
 TIME = "time_embedding"
 
 
-class WholeDenoiser(Guide):
+class WholeDenoiser(Guide, guide_type="guided-distillation"):
     """See the module.
 
     Args:
-        denoiser: the fingerprint of the denoiser.
+        signature: of the denoiser.
         sites: its layers, name -> shape (:func:`baselines.sites.weights`).
         time_width: width of its time embedding, to which the embedding of w is added.
         guidance_scale_range: the (low, high) of w in training.
@@ -46,13 +45,13 @@ class WholeDenoiser(Guide):
     @register_to_config
     def __init__(
         self,
-        denoiser: dict[str, Any],
+        signature: dict[str, Any],
         sites: dict[str, list[int]],
         time_width: int,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        timesteps: Sequence[int] | None = None,
+        times: Sequence[float] | None = None,
         trained_on: dict[str, str] | None = None,
-        pilotfish_version: str = "0.1.0",
+        pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()
         self.changes, self.biases = nn.ParameterDict(), nn.ParameterDict()
@@ -60,36 +59,38 @@ class WholeDenoiser(Guide):
             self.changes[dotless(name)] = nn.Parameter(torch.zeros(shape[:4]))
             self.biases[dotless(name)] = nn.Parameter(torch.zeros(shape[0]))
         self.scale = nn.Sequential(
-            nn.Linear(FEATURES, time_width), nn.SiLU(), silent(nn.Linear(time_width, time_width))
+            nn.Linear(FEATURES, time_width),
+            nn.SiLU(),
+            zero_module(nn.Linear(time_width, time_width)),
         )
 
     @classmethod
-    def for_denoiser(cls, unet: UNet2DConditionModel, prediction_type: str, **config: Any) -> Self:
+    def for_denoiser(cls, denoiser: Any, prediction_type: str, **config: Any) -> Self:
         """A fresh guide for a UNet: it changes nothing yet."""
-        width = unet.time_embedding.linear_2.out_features
+        width = denoiser.time_embedding.linear_2.out_features
         # what the time embedding itself is made of stays, and w is added to what it makes
-        sites = {k: v for k, v in weights(unet).items() if not k.startswith(TIME)}
-        return cls(fingerprint(unet, prediction_type), sites, width, **config)
+        sites = {k: v for k, v in weights(denoiser).items() if not k.startswith(TIME)}
+        return cls(Backbone.of(denoiser).signature(prediction_type), sites, width, **config)
 
     @property
-    def touches(self) -> tuple[str, ...]:
+    def target_modules(self) -> tuple[str, ...]:
         """Every layer with weights, and the time embedding."""
         return (*self.config.sites, TIME)
 
-    def forward(self, inputs: GuideInputs) -> GuideOutput:
+    def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
         seen = fourier_features(inputs.guidance_scale, FEATURES, longest=32.0)
-        embedded = self.scale(seen.to(inputs.encoder_hidden_states.dtype))
-        modules: dict[str, Residual] = {
+        embedded = self.scale(seen.to(inputs.text.dtype))
+        residuals: dict[str, ResidualFunction] = {
             name: partial(self._add, dotless(name), tuple(shape[4:]))
             for name, shape in self.config.sites.items()
         }
-        return GuideOutput(modules=modules | {TIME: lambda entered, made: embedded})
+        return GuideOutput(residuals=residuals | {TIME: lambda entered, made: made + embedded})
 
     def _add(
         self, key: str, geometry: tuple[int, ...], entered: torch.Tensor, made: torch.Tensor
     ) -> torch.Tensor:
         change, bias = self.changes[key], self.biases[key]
         if not geometry:
-            return F.linear(entered, change, bias)
+            return made + F.linear(entered, change, bias)
         stride, padding = geometry
-        return F.conv2d(entered, change, bias, stride, padding)
+        return made + F.conv2d(entered, change, bias, stride, padding)

@@ -87,9 +87,7 @@ class NoisePath:
                 "scheduler; use one of the DDPM family or FlowMatchEulerDiscreteScheduler"
             )
         ddim = deterministic_scheduler(scheduler)
-        return cls(
-            prediction, ddim.alphas_cumprod.float(), float(ddim.final_alpha_cumprod), ddim
-        )
+        return cls(prediction, ddim.alphas_cumprod.float(), float(ddim.final_alpha_cumprod), ddim)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -100,6 +98,7 @@ class NoisePath:
         """(N,) times -> (N,) alpha and sigma."""
         if self.alphas_cumprod is None:
             return 1 - time, time
+        time = time if time.is_floating_point() else time / 1000  # OLD: whole timesteps
         table = self.alphas_cumprod.to(time.device)
         index = (time * len(table)).round().long()
         product = torch.where(index >= 0, table[index.clamp(min=0)], self.final_alpha_cumprod)
@@ -120,7 +119,7 @@ class NoisePath:
         return alpha if self.prediction_type == "epsilon" else 1.0
 
     def add_noise(self, x: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """z of clean latents x (N, ...) at times (N,)."""
+        """Z of clean latents x (N, ...) at times (N,)."""
         alpha, sigma, _, _ = self._coefficients(time, x)
         noisy: torch.Tensor = alpha * x + sigma * noise
         return noisy
@@ -144,6 +143,8 @@ class NoisePath:
         alpha, sigma, _, _ = self._coefficients(to, z)
         stepped: torch.Tensor = alpha * x + sigma * eps
         return stepped
+
+    ddim_step = step  # OLD NAME
 
     def prediction_between(
         self, z: torch.Tensor, goal: torch.Tensor, time: torch.Tensor, to: torch.Tensor
@@ -175,3 +176,14 @@ class NoisePath:
         scheduler.set_timesteps(steps)
         grid = torch.cat([scheduler.timesteps.float(), torch.tensor([-1.0])])
         return grid / self.num_train_timesteps
+
+
+# -- until every caller speaks of normalised time -------------------------------------------------
+
+
+def sampling_timesteps(steps: int, train_timesteps: int = 1000) -> torch.Tensor:
+    """OLD NAME. The grid as whole timesteps, closed by -1."""
+    import numpy as np
+
+    grid = np.arange(train_timesteps, 0, -train_timesteps / steps)[:steps].round().astype(np.int64)
+    return torch.from_numpy(np.append(grid - 1, -1))

@@ -122,4 +122,3 @@ class CrossAttentionDiTBackbone(Backbone):
         prompt, mask, negative, negative_mask = encoded
         kept = None if negative is None else TextConditions(negative, mask=negative_mask)
         return TextConditions(prompt, mask=mask), kept
-

@@ -140,9 +140,7 @@ class JointAttention:
                 stream = stream + gate_ff * block.ff_context(hidden)
                 guided.scratch["stream", following] = stream
             output = args[0].unflatten(-1, (layer.heads, -1))
-            changed = guided.extrapolate(
-                name, output, joined[:, :image], gain[:, None, :, None]
-            )
+            changed = guided.extrapolate(name, output, joined[:, :image], gain[:, None, :, None])
             return (changed.flatten(2), *args[1:]), kwargs
 
         for part, norm, projection in (

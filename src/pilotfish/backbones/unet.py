@@ -6,7 +6,7 @@ well, which the residual layers take scale and shift from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -156,7 +156,9 @@ class UNetBackbone(Backbone):
         hooks.after(layer.time_emb_proj, projected)
 
     def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
-        channels = plain(self.denoiser.conv_out).out_channels  # inpainting has a mask and an image beside
+        channels = plain(
+            self.denoiser.conv_out
+        ).out_channels  # inpainting has a mask and an image beside
         added = given.get("added_cond_kwargs") or {}
         return DenoiserCall(
             given["sample"][:, :channels], given["timestep"],

@@ -76,7 +76,9 @@ class ExternalGuide(Guide, guide_type="external", settings=ExternalSettings):
         channels = signature["head"]["channels"]
         self.condition = Condition(signature["text_dim"], condition_dim)
         self.inputs = nn.ModuleList([nn.Conv2d(channels, rank, 1) for _ in widths])
-        self.mixers = nn.ModuleList([Mixer(rank, condition_dim) for _ in range(rounds * len(widths))])
+        self.mixers = nn.ModuleList(
+            [Mixer(rank, condition_dim) for _ in range(rounds * len(widths))]
+        )
         self.outputs = nn.ModuleList([zero_module(nn.Conv2d(rank, c, 1)) for c in widths])
 
     def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:

@@ -47,7 +47,9 @@ class Condition(nn.Module):
         """The vectors, (..., N, width), of times (..., N) and scales that broadcast with them."""
         time, scale = torch.broadcast_tensors(time.float() / 4, guidance_scale.float() / 32)
         embedded = fourier_features(torch.stack([time, scale], -1), FEATURES, longest=1.0)
-        seen = self.embed(embedded.flatten(-2).to(text.dtype)) + self.text(_difference(text, negative))
+        seen = self.embed(embedded.flatten(-2).to(text.dtype)) + self.text(
+            _difference(text, negative)
+        )
         of_negative = self.of_negative(negative)
         return F.silu(seen if of_negative is None else seen + of_negative)
 
@@ -64,3 +66,6 @@ def _difference(text: TextConditions, negative: TextConditions) -> torch.Tensor:
     if text.mask is None and text.embeds.shape[1] == negative.embeds.shape[1]:
         return (text.embeds - negative.embeds).mean(1)
     return text.mean() - negative.mean()
+
+
+silent = zero_module  # OLD NAME

@@ -92,7 +92,7 @@ def _falling(times: Any) -> bool:
     """Whether these are numbers in [0, 1] from high to low, none twice."""
     if not isinstance(times, Sequence) or any(type(t) not in (int, float) for t in times):
         return False
-    inside = len(times) > 0 and 0 <= times[-1] and times[0] <= 1
+    inside = len(times) > 0 and times[-1] >= 0 and times[0] <= 1
     return inside and all(a > b for a, b in pairwise(times))
 
 

@@ -34,7 +34,13 @@ from torch import nn
 from pilotfish.guidance import guidance_strength
 from pilotfish.guides.base import Guide
 from pilotfish.guides.layers import Condition, zero_module
-from pilotfish.interface import GuideError, GuideInputs, GuideOutput, ResidualFunction, TextConditions
+from pilotfish.interface import (
+    GuideError,
+    GuideInputs,
+    GuideOutput,
+    ResidualFunction,
+    TextConditions,
+)
 
 SIDE = 8
 """Pixels of an unconditional template, each way; it is resized to the latents."""
@@ -166,8 +172,13 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
             gains = (inside[..., None] * self.gains(condition)).split([*self.sites.values()], -1)
         if self.modulate is not None:
             modulated = self.modulate(condition).split([*self.widths, self.scalings], -1)
-            strengths = [inside] * len(self.layers) + [strength] * (self.prediction_head is not None)
-            networks = [*self.layers, *([] if self.prediction_head is None else [self.prediction_head])]
+            strengths = [inside] * len(self.layers) + [strength] * (
+                self.prediction_head is not None
+            )
+            networks = [
+                *self.layers,
+                *([] if self.prediction_head is None else [self.prediction_head]),
+            ]
             for network, values, factor in zip(networks, modulated, strengths, strict=False):
                 gain, shift = values[..., None].chunk(2, -2)
                 paths.append(Path(gain, shift, factor[..., None, None] * network.up))
@@ -188,7 +199,12 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         }
         if self.prediction_head is not None:
             residuals[self.head_name] = partial(
-                add_to_prediction, self.prediction_head, m.paths[-1], m.scalings, m.template, inputs.latents
+                add_to_prediction,
+                self.prediction_head,
+                m.paths[-1],
+                m.scalings,
+                m.template,
+                inputs.latents,
             )
         gains = dict(zip(self.sites, m.gains, strict=True)) if m.gains else {}
         return GuideOutput(text_gain=m.text_gain, gains=gains, residuals=residuals)

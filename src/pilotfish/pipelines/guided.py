@@ -269,9 +269,7 @@ def sync(pipe: Any) -> GuideProtocol:
     return working
 
 
-def bind(
-    method: Callable[..., Any], args: Any, kwargs: Any, **changes: Any
-) -> BoundArguments:
+def bind(method: Callable[..., Any], args: Any, kwargs: Any, **changes: Any) -> BoundArguments:
     """The arguments of a method by their names, some of them changed."""
     call = signature(method).bind(*args, **kwargs)
     call.arguments |= changes

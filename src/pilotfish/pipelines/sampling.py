@@ -156,6 +156,11 @@ class TeacherStep:
     conditional: torch.Tensor
     cfg: torch.Tensor
 
+    @property
+    def timestep(self) -> torch.Tensor:
+        """OLD NAME."""
+        return (self.time * 1000).round().long()
+
 
 def cfg_trajectories(
     teacher: Teacher,

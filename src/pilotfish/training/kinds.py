@@ -31,6 +31,8 @@ KINDS: dict[str, type[Guide]] = {
 
 PARTS = ("push", "attention", "embedding", "negative", "rank", "head", "picture")
 """What a configuration says of a tiny guide."""
+PARTS_NOW = dict(zip(PARTS, ("text", "attention", "modulation", "condition_on_negative", "rank",
+                             "head", "uncond_templates"), strict=True))  # fmt: skip
 
 
 def new_guide(config: DistillConfig, material: Material) -> Guide:
@@ -39,10 +41,8 @@ def new_guide(config: DistillConfig, material: Material) -> Guide:
     settings: dict[str, Any] = {
         "guidance_scale_range": (config.guidance_scale_min, config.guidance_scale_max)
     }
-    if config.guide == "external":
-        settings["reads"] = config.reads
-    elif config.guide == "tiny":
-        settings |= {name: getattr(config, name) for name in PARTS}
+    if config.guide == "tiny":
+        settings |= {PARTS_NOW[name]: getattr(config, name) for name in PARTS}
     elif config.guide in ("dice", "cfg-lora"):  # a dial around the one scale
         settings = {"trained_scale": config.guidance_scale_max}
     prediction = material.schedule.prediction_type
@@ -63,9 +63,7 @@ def asking_for(guide: Guide, config: DistillConfig) -> DistillConfig:
         low = high = guide.config["trained_scale"]
     like: dict[str, Any] = {"guidance_scale_min": low, "guidance_scale_max": high}
     if isinstance(guide, TinyGuide):
-        like |= {part: guide.config[part] for part in PARTS}
-    elif isinstance(guide, ExternalGuide):
-        like["reads"] = tuple(guide.config["reads"])
+        like |= {part: guide.config[PARTS_NOW[part]] for part in PARTS}
     unsaid = {field.name: field.default for field in fields(config)}
     asked = {k: getattr(config, k) for k in ("guide", *like) if getattr(config, k) != unsaid[k]}
     if "guide" in asked:
