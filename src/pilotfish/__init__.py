@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
     from pilotfish.interface import GuideError, GuideInputs, GuideOutput
+    from pilotfish.pipelines import detach
 
 __all__ = [
     "ExternalGuide",
@@ -17,10 +18,14 @@ __all__ = [
     "GuideInputs",
     "GuideOutput",
     "TinyGuide",
+    "detach",
 ]
 __version__ = "0.2.0"
 
-_OF_INTERFACE = {"GuideError", "GuideInputs", "GuideOutput"}
+_HOMES = {
+    "GuideError": "interface", "GuideInputs": "interface", "GuideOutput": "interface",
+    "detach": "pipelines",
+}  # fmt: skip
 
 if not TYPE_CHECKING:
 
@@ -29,8 +34,7 @@ if not TYPE_CHECKING:
         take seconds, and the command line's help needs none of them (PEP 562)."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        home = "interface" if name in _OF_INTERFACE else "guides"
-        return getattr(import_module(f"pilotfish.{home}"), name)
+        return getattr(import_module(f"pilotfish.{_HOMES.get(name, 'guides')}"), name)
 
 
 def __dir__() -> list[str]:
