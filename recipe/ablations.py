@@ -66,11 +66,10 @@ class AblationsStage:
 def run_ablations(work: Path, stage: AblationsStage) -> None:
     """Train each, measure its guidance error on every model, write JSON, print the table."""
     run = {k: v for k, v in asdict(stage).items() if k not in ("names", "output")}
-    rows = finished(stage.output, run)
+    run |= {"command": "python -m recipe ablations", "machine": machine(), "versions": versions()}
+    rows: dict[str, Any] = {}
     held_out = bundled.prompts("held_out")[: stage.prompts]
     for name in stage.names:
-        if name in rows:
-            continue
         folder = work / "ablations" / name
         settings = dict(ABLATIONS[name])
         if "prompts" in settings:
@@ -86,33 +85,9 @@ def run_ablations(work: Path, stage: AblationsStage) -> None:
             )
         )  # fmt: skip
         rows[name] = measure(guide, held_out, stage)
-        how = {
-            "command": "python -m recipe ablations",
-            "machine": machine(),
-            "versions": versions(),
-        }
         stage.output.parent.mkdir(parents=True, exist_ok=True)
-        stage.output.write_text(json.dumps({"ablations": rows, "run": run | how}, indent=2) + "\n")
+        stage.output.write_text(json.dumps({"ablations": rows, "run": run}, indent=2) + "\n")
     print(table(rows))
-
-
-def finished(output: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """The rows of an earlier run to continue, if there are any.
-
-    Raises:
-        ValueError: their settings differ.
-    """
-    if not output.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(output.read_text())
-    if differs := [k for k, v in run.items() if found["run"].get(k) != v]:
-        key = differs[0]
-        raise ValueError(
-            f"Cannot continue {output}: {key} is {found['run'].get(key)} there, {run[key]} in the "
-            "configuration; move the file away to begin anew"
-        )
-    rows: dict[str, Any] = found["ablations"]
-    return rows
 
 
 def measure(guide: Guide, held_out: list[str], stage: AblationsStage) -> dict[str, Any]:
