@@ -7,6 +7,10 @@ class MissingPackageError(RuntimeError):
     """A required package is not installed; the message says how to install it."""
 
 
+class Interrupted(RuntimeError):
+    """Work was asked to stop and has saved its state; the message says how to go on."""
+
+
 def in_brief(error: BaseException) -> str:
     """The first line of an error's message; its type if the message is empty."""
     if isinstance(error, KeyError):

@@ -1,1 +1,1 @@
-"""The web app: what it draws (:mod:`drawing`), how that is shown, and the page itself."""
+"""The web app: what it draws (:mod:`session`), and the page (:mod:`page`)."""

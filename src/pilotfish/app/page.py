@@ -1,92 +1,93 @@
 """The page of the app, made with gradio. It loads nothing from elsewhere and reports nothing.
 
-Over ``gradio_client`` the endpoints are ``/draw`` and ``/strip``; docs/app.md says what they take.
+Over ``gradio_client`` the endpoint is ``/draw``; docs/app.md says what it takes.
 """
 
 from __future__ import annotations
 
+import logging
 import random
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from html import escape
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from pilotfish.app.answers import Answers
-from pilotfish.app.drawing import Studio
-from pilotfish.evaluation.ways import TITLES, WAYS
+from pilotfish.app.session import IMAGES, MODES, Batch, Request, RequestError, Session
 
-EXAMPLES = (
-    ("panda", 0), ("smiling face with sunglasses", 3), ("rocket", 3), ("penguin", 4),
-    ("birthday cake", 1), ("two hump camel", 3), ("tiger face", 3), ("owl", 1),
-)  # fmt: skip
-"""Prompts and seeds of the gallery, drawn on the first host with the first guide."""
-SCALES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
-"""What the strip shows first, as far as the guide goes."""
-STEPS, SCALE = 25, 4.0
-INTRODUCTION = """# Pilotfish
-Classifier-free guidance (CFG) runs the denoiser twice a step. A small guide, distilled once, does
-the same in one pass, on fine-tunes as well. The same prompt and noise, drawn in three ways:"""
+SEED_RANGE = 2**32 - IMAGES
+HOUR, WAITING = 3600, 32
+SIDE = 256
+"""Smaller images are enlarged to so many pixels."""
+INTRODUCTION = f"""# Pilotfish
+Classifier-free guidance (CFG) runs the denoiser twice a step. A guide, distilled once, takes the
+place of the second pass, on fine-tunes too. {IMAGES} images of each mode, from the same noise:"""
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
-HOUR = 3600
+CSS = ".gradio-container { max-width: 1240px !important; margin: 0 auto !important; }"
+
+PROGRESS = gr.Progress()
 
 
-def build(studio: Studio, *, concurrency: int = 1, waiting: int = 32) -> gr.Blocks:
-    """The page. Its first pictures are drawn here, so that nobody meets an empty one.
-
-    Args:
-        concurrency: drawings that run at the same time; further ones wait.
-        waiting: how many may wait; the next is asked to come again.
-    """
-    answers, first = Answers(studio), _first(studio)
+def build(session: Session) -> gr.Blocks:
+    """The page. One request is drawn at a time; of those that wait, the first come first."""
     with gr.Blocks(title="Pilotfish", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
-        gr.Markdown(INTRODUCTION, elem_id="introduction")
+        gr.Markdown(INTRODUCTION)
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
-                controls, draw, another = _controls(studio, first)
+                inputs = _inputs(session)
+                seed = gr.Button("New seed", size="sm", elem_id="new-seed")
+                draw = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=3, min_width=320):
-                with gr.Tabs():
-                    with gr.Tab("Three ways"):
-                        pictures = _three_ways(answers.draw(**first))
-                    with gr.Tab("By guidance scale"):
-                        scales, strip_button, strip, strip_file = _by_scale(studio)
-                gr.Markdown("#### Examples: click one to draw it")
-                gallery = gr.Gallery(
-                    answers.examples(
-                        [studio.request(**first | {"prompt": p, "seed": s}) for p, s in EXAMPLES]
-                    ),
-                    show_label=False, columns=len(EXAMPLES), object_fit="contain", height="auto",
-                    allow_preview=False, buttons=[], elem_id="gallery",
-                )  # fmt: skip
-
-        # one queue for all drawings, and values as they came: the studio says what is wrong
-        queued: dict[str, Any] = {
-            "concurrency_id": "drawing", "concurrency_limit": concurrency, "preprocess": False,
-        }  # fmt: skip
-        drawing = queued | {
-            "fn": answers.draw, "inputs": list(controls.values()), "outputs": pictures,
-            "show_progress_on": pictures[: len(WAYS)],
-        }  # fmt: skip
+                outputs = _outputs()
         gr.on(
-            [draw.click, controls["prompt"].submit, controls["negative_prompt"].submit],
-            api_name="draw", **drawing,
+            [draw.click, inputs["prompt"].submit, inputs["negative_prompt"].submit],
+            handler(session), list(inputs.values()), outputs, api_name="draw",
+            # the values as they came: the session says what is wrong with one
+            concurrency_limit=1, preprocess=False, show_progress_on=outputs[0],
         )  # fmt: skip
-        but_w = [c for name, c in controls.items() if name != "guidance_scale"]
         quiet: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-        gr.on(
-            [strip_button.click, scales.submit], answers.strip, [*but_w, scales],
-            [strip, strip_file], api_name="strip", show_progress_on=strip, **queued,
-        ).success(lambda: gr.update(interactive=True), None, strip_file, **quiet)  # fmt: skip
-        another.click(
-            lambda: random.randint(0, studio.limits.seed), None, controls["seed"], **quiet
-        )
-        controls["guide"].change(
-            partial(_steps_of, studio), controls["guide"], controls["num_inference_steps"], **quiet
-        )
-        chosen = gallery.select(_chosen, None, [controls["prompt"], controls["seed"]], **quiet)
-        chosen.then(api_visibility="private", **drawing)
-    return page.queue(max_size=waiting)
+        seed.click(lambda: random.randrange(SEED_RANGE), None, inputs["seed"], **quiet)
+        inputs["guide"].change(
+            lambda guide: session.steps(guide) or gr.skip(),
+            inputs["guide"], inputs["num_inference_steps"], **quiet,
+        )  # fmt: skip
+    return page.queue(max_size=WAITING)
+
+
+def handler(session: Session) -> Callable[..., list[Any]]:
+    """The function behind the page: values as they came in; images and sentences out."""
+
+    def draw(
+        model: Any, guide: Any, prompt: Any, negative_prompt: Any, guidance_scale: Any,
+        num_inference_steps: Any, seed: Any, progress: gr.Progress = PROGRESS,
+    ) -> list[Any]:  # fmt: skip
+        try:
+            request = Request.of(
+                model=model, guide=guide, prompt=prompt, negative_prompt=negative_prompt, seed=seed,
+                guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
+            )  # fmt: skip
+            batches = session.draw(request, lambda what, i, n: progress((i, n), desc=what))
+        except RequestError as error:
+            raise _error(escape(str(error), quote=False)) from None
+        except Exception as error:
+            logging.getLogger(__name__).exception("a request failed")
+            raise _error("Drawing failed; the log of the server says why.") from error
+        galleries = [[enlarged(image) for image in b.images] for b in batches.values()]
+        return [*galleries, speed(batches)]
+
+    return draw
+
+
+def speed(batches: Mapping[str, Batch]) -> str:
+    """The seconds of each mode as a Markdown table, and how much faster than CFG it was."""
+    cfg = batches["cfg"].seconds
+    rows = [
+        f"| {MODES[mode]} | {batch.seconds:.2f} | {cfg / batch.seconds:.2f}× |"
+        for mode, batch in batches.items()
+    ]
+    return "\n".join([f"| | seconds, {IMAGES} images | speed |", "|---|---:|---:|", *rows])
 
 
 def serve(
@@ -99,19 +100,17 @@ def serve(
         port: None takes the first that is free from 7860 on.
 
     Returns:
-        Where the page is.
+        The address of the page.
 
     Raises:
         OSError: the port is taken.
     """
-    theme = gr.themes.Default(
-        primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO
-    ).set(body_text_color_subdued="*neutral_500")
+    theme = gr.themes.Default(font=FONTS, font_mono=MONO)
     try:
         _, url, _ = page.launch(
             server_name=host, server_port=port, prevent_thread_lock=True, share=False, quiet=True,
             ssr_mode=False, run_history=False, footer_links=[], enable_monitoring=False, pwa=False,
-            max_file_size="1kb", theme=theme, css_paths=Path(__file__).with_name("page.css"),
+            max_file_size="1kb", theme=theme, css=CSS,
         )  # fmt: skip
     except OSError as error:
         taken = f"port {port} of {host} is" if port else f"every port from 7860 on of {host} is"
@@ -122,104 +121,54 @@ def serve(
     return url
 
 
-def _first(studio: Studio) -> dict[str, Any]:
-    """What the page shows when it opens."""
-    guide = next(iter(studio.guides))
-    known, (_, high) = studio.guides[guide].timesteps, studio.scale_range(guide)
-    prompt, seed = EXAMPLES[0]
-    return {
-        "host": studio.hosts[0], "guide": guide, "prompt": prompt, "negative_prompt": "",
-        "seed": seed, "num_inference_steps": len(known) if known else STEPS,
-        "guidance_scale": min(SCALE, high),
-    }  # fmt: skip
-
-
-def _controls(studio: Studio, first: dict[str, Any]) -> tuple[dict[str, Any], gr.Button, gr.Button]:
-    """The column at the left: inputs in the order of the API, the button that draws, the one that
-    throws the dice."""
-    most = studio.limits.characters
-    prompt = gr.Textbox(
-        first["prompt"], label="Prompt", placeholder="empty: anything", max_length=most,
-        elem_id="prompt",
-    )  # fmt: skip
-    negative = gr.Textbox(
-        "", label="Negative prompt", placeholder="none", max_length=most, elem_id="negative"
-    )
-    with gr.Row():
-        host = gr.Dropdown(
-            studio.hosts, value=first["host"], label="Model", min_width=110,
-            elem_id="host",
-        )  # fmt: skip
-        guide = gr.Dropdown(
-            list(studio.guides), value=first["guide"], label="Guide", min_width=110,
-            elem_id="guide",
-        )  # fmt: skip
-    scale = gr.Slider(
-        1, studio.widest, first["guidance_scale"], step=0.1, label="Guidance scale w",
-        elem_id="scale",
-    )  # fmt: skip
-    steps = gr.Slider(
-        1, studio.limits.steps, first["num_inference_steps"], step=1, label="Steps",
-        elem_id="steps",
-    )  # fmt: skip
-    with gr.Row(elem_id="seeds"):
-        seed = gr.Number(first["seed"], label="Seed", precision=0, min_width=120, elem_id="seed")
-        another = gr.Button("New seed", size="md", min_width=110, scale=0, elem_id="another")
-    draw = gr.Button("Draw", variant="primary", elem_id="draw")
-    inputs = {
-        "host": host, "guide": guide, "prompt": prompt, "negative_prompt": negative, "seed": seed,
-        "num_inference_steps": steps, "guidance_scale": scale,
-    }  # fmt: skip
-    return inputs, draw, another
-
-
-def _three_ways(drawn: list[str]) -> list[Any]:
-    """Three pictures, what each took beneath it, and a button for the file of all three."""
-    *both, file = drawn
-    images, took = [], []
-    with gr.Row(elem_id="ways"):
-        for i, way in enumerate(WAYS):
-            title = TITLES[way][0].upper() + TITLES[way][1:]
-            with gr.Column(min_width=100):
-                images.append(
-                    gr.Image(
-                        both[i], label=title, format="png", interactive=False,
-                        buttons=["download"], elem_id=f"way-{way}",
-                    )
-                )  # fmt: skip
-                took.append(
-                    gr.HTML(both[len(WAYS) + i], label=f"{title} took", elem_id=f"took-{way}")
-                )
-    return [*images, *took, _download("grid", file)]
-
-
-def _by_scale(studio: Studio) -> tuple[gr.Textbox, gr.Button, gr.HTML, gr.DownloadButton]:
-    """The list of w, the button that draws the strip, the strip and its file."""
-    _, high = studio.scale_range(next(iter(studio.guides)))
-    with gr.Row(elem_id="scales-row"):
-        scales = gr.Textbox(
-            ", ".join(f"{w:g}" for w in SCALES if w <= high), scale=3, elem_id="scales",
-            label=f"Values of w, at most {studio.limits.scales}",
-        )  # fmt: skip
-        button = gr.Button(
-            "Draw the strip", variant="primary", scale=0, min_width=170, elem_id="draw-strip"
+def _inputs(session: Session) -> dict[str, Any]:
+    """The controls, in the order of the endpoint's arguments."""
+    models, guides = list(session.models), list(session.guides)
+    scale = max(guide.guidance_scale_range[1] for guide in session.guides.values())
+    prompt, negative = (
+        gr.Textbox(value, label=label, max_length=400, elem_id=name, render=False)
+        for name, label, value in (
+            ("prompt", "Prompt", "owl"), ("negative-prompt", "Negative prompt", "")
         )
-    hint = "The same prompt and seed at several w: CFG above, guided below."
-    strip = gr.HTML(f'<p class="hint">{hint}</p>', label="Strip", elem_id="strip")
-    return scales, button, strip, _download("strip-grid", None)
-
-
-def _download(name: str, file: str | None) -> gr.DownloadButton:
-    return gr.DownloadButton(
-        "Download as PNG", value=file, size="sm", elem_id=name, interactive=file is not None
+    )  # fmt: skip
+    prompt.render()
+    negative.render()
+    with gr.Row():
+        model = gr.Dropdown(models, value=models[0], label="Model", min_width=110, elem_id="model")
+        guide = gr.Dropdown(guides, value=guides[0], label="Guide", min_width=110, elem_id="guide")
+    w = gr.Slider(
+        1, scale, min(4.0, scale), step=0.1, label="Guidance scale", elem_id="guidance-scale"
     )
+    steps = gr.Slider(
+        1, 100, session.steps(guides[0]) or 25, step=1, label="Steps", elem_id="steps"
+    )
+    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+    return {
+        "model": model, "guide": guide, "prompt": prompt, "negative_prompt": negative,
+        "guidance_scale": w, "num_inference_steps": steps, "seed": seed,
+    }  # fmt: skip
 
 
-def _steps_of(studio: Studio, guide: str) -> Any:
-    """A guide that was distilled to few steps comes with their number; with any other, it stays."""
-    known = studio.guides[guide].timesteps
-    return len(known) if known else gr.skip()
+def _outputs() -> list[Any]:
+    """A gallery for each mode, and the table of seconds."""
+    with gr.Row():
+        galleries = [
+            gr.Gallery(
+                label=title, columns=2, height="auto", object_fit="contain", format="png",
+                interactive=False, min_width=160, elem_id=f"mode-{mode}",
+            )
+            for mode, title in MODES.items()
+        ]  # fmt: skip
+    return [*galleries, gr.Markdown(elem_id="speed")]
 
 
-def _chosen(event: gr.SelectData) -> tuple[str, int]:
-    return EXAMPLES[event.index]
+def _error(message: str) -> gr.Error:
+    text = message[0].upper() + message[1:]
+    return gr.Error(text, title="Not drawn", print_exception=False)
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """An image whose longer side has at least :data:`SIDE` pixels."""
+    times = -(-SIDE // max(image.size))
+    width, height = (times * n for n in image.size)
+    return image if times == 1 else image.resize((width, height), Image.Resampling.LANCZOS)

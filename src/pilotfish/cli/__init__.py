@@ -1,31 +1,41 @@
-"""The command line: a plain table, command -> function."""
+"""The command line: a plain table, command -> module with a function ``main``."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from safetensors import SafetensorError
 
+from pilotfish.errors import Interrupted
+
 COMMANDS = {
-    "demo": "distil a guide in minutes, plug it in, write a report with pictures",
-    "distill": "train a guide for a base pipeline",
-    "distill-steps": "teach a guide to do with half the steps, round after round",
-    "average": "make one guide of several: the mean of their weights",
-    "app": "draw in a browser: no guidance, CFG and guided side by side",
-    "sample": "make pictures with a guide (or with CFG, or with no guidance)",
-    "evaluate": "measure a guide on a base and its fine-tunes",
-    "compare": "train and measure every method that does without the second pass",
-    "steps": "measure quality against the number of sampling steps",
-    "negatives": "measure whether negative prompts still do what they do under CFG",
-    "sweep": "measure what CFG alone does, by guidance scale",
-    "scales": "draw the same seeds at several guidance scales, CFG above guided",
-    "inspect": "show what a guide adds, and where, from noise to picture",
-    "card": "write a model card beside a guide",
-    "push": "put a guide and its card on the Hugging Face hub",
-    "benchmark": "time CFG, a plain pass and a guided pass side by side",
+    "demo": ("all", "pilotfish.cli.demo", "distil a short guide and compare it: a page of images"),
+    "sample": ("training", "pilotfish.cli.sample", "sample images guided, with CFG or without"),
+    "app": ("app", "pilotfish.cli.app", "compare the guidance modes in a browser"),
+    "distill": ("training", "pilotfish.cli.distill", "train a guide for a base model"),
+    "distill-steps": ("training", "pilotfish.cli.distill_steps", "halve the steps of a guide"),
+    "average": ("training", "pilotfish.cli.average", "average the weights of several guides"),
+    "evaluate": ("evaluation", "pilotfish.cli.evaluate", "measure a guide on base and fine-tunes"),
+    "inspect": ("evaluation", "pilotfish.cli.inspect", "show what a guide adds, step by step"),
+    "steps": ("evaluation", "pilotfish.cli.steps", "measure quality by the number of steps"),
+    "negatives": ("evaluation", "pilotfish.cli.negatives", "measure negative prompts"),
+    "sweep": ("evaluation", "pilotfish.cli.sweep", "measure CFG by guidance scale"),
+    "scales": ("evaluation", "pilotfish.cli.scales", "sample the same seeds at several scales"),
+    "push": ("evaluation", "pilotfish.cli.push", "upload a guide and its card"),
+    "card": ("evaluation", "pilotfish.cli.card", "write a guide's model card; upload both"),
+    "compare": ("all", "baselines.command", "train and measure all methods on equal terms"),
+    "benchmark": ("evaluation", "benchmarks.command", "time CFG, a single and a guided pass"),
 }
+"""Command -> the extra that it needs, its module, what it does."""
+
+CLONE_ONLY = ("baselines", "benchmarks")
+"""Packages beside the library in its repository."""
+OPTIONAL = {"bitsandbytes": "8bit", "datasets": "datasets", "torch_fidelity": "inception"}
+"""Packages that some options need -> their extras."""
 
 USAGE = "\n".join(
     [
@@ -33,30 +43,23 @@ USAGE = "\n".join(
         "",
         "Classifier-free guidance in one pass.",
         "",
-        *(f"  {name:<14} {what}" for name, what in COMMANDS.items()),
+        *(f"  {name:<14} {what}" for name, (_, _, what) in COMMANDS.items()),
+        "",
+        "compare and benchmark need a clone of the repository.",
     ]
 )
 
 
-def command(name: str) -> Callable[[Sequence[str]], None]:
-    """The function of a command, imported only when it is asked for: help stays quick."""
-    # libraries below have much to say on loading that a user can do nothing about
-    chatter = [import_module(f"{x}.utils.logging") for x in ("diffusers", "transformers")]
-    levels = [logging.get_verbosity() for logging in chatter]
-    for logging in chatter:
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()  # what they have to say on being imported, no user can mend
-    import_module("baselines")  # so that every command can read their guides
-    beside = {"compare": "baselines.command", "benchmark": "benchmarks.command"}
-    module = import_module(beside.get(name, "pilotfish.cli." + name.replace("-", "_")))
-    for logging, level in zip(chatter, levels, strict=True):
-        logging.set_verbosity(level)
-    run: Callable[[Sequence[str]], None] = module.main
-    return run
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. What a person can mend is said in one sentence, with exit code 1."""
+    """Run a command.
+
+    Returns:
+        0; 1 after an error that the user can mend, which is printed as one sentence; 2 for an
+        unknown command; 130 after an interruption.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may lack some of the characters
+            stream.reconfigure(errors="replace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -70,9 +73,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"pilotfish {name}: interrupted; what was saved is kept", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        print(f"pilotfish {name}: {_how_to_install(error, name)}", file=sys.stderr)
+        return 1
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        from pilotfish.training.loop import Interrupted
-
         print(f"pilotfish {name}: {error}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 1
     return 0
+
+
+def command(name: str) -> Callable[[Sequence[str]], None]:
+    """The function of a command. Its module is imported here, so that the usage stays quick."""
+    with _quiet_libraries():
+        try:
+            import_module("baselines")  # registers their guides, for every command
+        except ModuleNotFoundError as error:
+            if error.name != "baselines":
+                raise
+        run: Callable[[Sequence[str]], None] = import_module(COMMANDS[name][1]).main
+    return run
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Without what diffusers and transformers log on import, and without their progress bars."""
+    loggers: list[Any] = [
+        import_module(f"{x}.utils.logging") for x in ("diffusers", "transformers")
+    ]
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.disable_progress_bar()
+        logger.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+
+
+def _how_to_install(error: ModuleNotFoundError, command: str) -> str:
+    """How to install a package that is missing.
+
+    Raises:
+        ModuleNotFoundError: it is one of the library itself.
+    """
+    missing = (error.name or "").partition(".")[0]
+    if missing in ("", "pilotfish"):
+        raise error
+    if missing in CLONE_ONLY:
+        return (
+            f"this command is in the package {missing}, which is not installed with the library: "
+            "clone the repository and run pip install -e . there"
+        )
+    extra = OPTIONAL.get(missing, COMMANDS[command][0])
+    return (
+        f"{missing} is not installed: run pip install 'pilotfish[{extra}]', or in a clone "
+        f"pip install -e '.[{extra}]'"
+    )

@@ -1,49 +1,55 @@
-"""``pilotfish sample``: pictures, guided in one pass."""
+"""``pilotfish sample``: images with a guide, with CFG or without guidance."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from tqdm import tqdm
 
-from pilotfish.cli.names import guide, measured, steps
-from pilotfish.data.images import to_pixels
+from pilotfish.cli.names import guide, host, steps, usable
 from pilotfish.data.prompts import load_prompts
-from pilotfish.evaluation.grids import contact_sheet
 from pilotfish.pipelines.sampling import sample
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What to draw."""
+    """Sample images and save each as a PNG file, and all together as grid.png."""
 
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ()
     """One or more prompts."""
     prompts: str | None = None
     """Text file, one prompt a line."""
-    pretrained_model_name_or_path: str = "base"
-    """Pipeline: base, fluent, twemoji, emojione, or a folder or hub id of your own."""
+    models: tuple[str, ...] = ("base",)
+    """Pipelines: base, fluent, twemoji, emojione, or folders or hub ids. With more than one, each
+    has a folder of its own in --output."""
     guide: str = "tiny"
     """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
-    guidance: Literal["guided", "cfg", "none"] = "guided"
+    mode: Literal["none", "cfg", "guided"] = "guided"
     """guided: one pass with the guide. cfg: two passes. none: one pass, no guidance."""
     negative_prompt: str | None = None
     guidance_scale: float = 4.0
     num_inference_steps: int | None = None
-    """Left out: 25, or those that the guide was distilled to."""
+    """Left out: 25, or those that the guide was distilled for."""
     num_images_per_prompt: int = 1
     seed: int = 0
+    """Of the first image; each further image has the next seed."""
     batch_size: int = 16
-    output_dir: str = "runs/samples"
-    sheet: str | None = None
-    """PNG file: all pictures on one sheet, numbered, without their prompts."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    device: str | None = None
+    """Left out: an accelerator if there is one."""
+    output: str = "runs/samples"
+    """Folder of the images."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,36 +57,53 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         SampleConfig, args=list(arguments), prog="pilotfish sample", use_underscores=True
     )
-    texts = list(config.prompt) + (load_prompts(config.prompts) if config.prompts else [])
-    if not texts:
-        raise ValueError("nothing to draw: give --prompt TEXT or --prompts FILE")
+    prompts = list(config.prompt) + (load_prompts(config.prompts) if config.prompts else [])
+    if not prompts:
+        raise ValueError("no prompt: give --prompt TEXT or --prompts FILE")
     if config.num_images_per_prompt < 1:
         raise ValueError(
             f"--num_images_per_prompt must be at least 1, not {config.num_images_per_prompt}"
         )
-    texts = [text for text in texts for _ in range(config.num_images_per_prompt)]
-    pipe = measured(config.pretrained_model_name_or_path)
-    network = guide(config.guide) if config.guidance == "guided" else None
-    made = sample(
+    device = usable(config.device or get_device())
+    for model in config.models:
+        folder = Path(config.output)
+        if len(config.models) > 1:
+            folder /= Path(model).name
+        sample_model(host(model).to(device, DTYPES[config.dtype]), prompts, folder, config)
+
+
+def sample_model(pipe: Any, prompts: Sequence[str], folder: Path, config: SampleConfig) -> None:
+    """Sample every prompt with one pipeline; save the images and their grid in ``folder``."""
+    texts = [text for text in prompts for _ in range(config.num_images_per_prompt)]
+    network = guide(config.guide) if config.mode == "guided" else None
+    samples = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
-        guidance_scale=1.0 if config.guidance == "none" else config.guidance_scale,
+        guidance_scale=1.0 if config.mode == "none" else config.guidance_scale,
         num_inference_steps=steps(pipe, network, config.num_inference_steps),
-        batch_size=config.batch_size,
-        guide=network,
+        batch_size=config.batch_size, guide=network,
         negative_prompts=(
             None if config.negative_prompt is None else [config.negative_prompt] * len(texts)
         ),
     )  # fmt: skip
-    folder, images = Path(config.output_dir), []
     folder.mkdir(parents=True, exist_ok=True)
-    for one in tqdm(made, total=len(texts), desc="sample"):
-        if config.sheet:
-            images.append(one.image.cpu())
-        name = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower()).strip("-")[:60] or "picture"
-        pixels = to_pixels(one.image).permute(1, 2, 0).cpu().numpy()
-        Image.fromarray(pixels).save(folder / f"{name}-{one.seed}.png")
-    print(f"{len(texts)} pictures in {folder}")
-    if config.sheet:
-        Path(config.sheet).parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(torch.stack(images)).save(config.sheet)
-        print(f"saved {config.sheet}")
+    images = []
+    for one in tqdm(samples, total=len(texts), desc="sample"):
+        (image,) = pipe.image_processor.postprocess(one.image[None], output_type="pil")
+        name = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower()).strip("-")[:60] or "image"
+        image.save(folder / f"{name}-{one.seed}.png")
+        images.append(image)
+    columns = config.num_images_per_prompt
+    image_grid(images, columns if columns > 1 else math.ceil(math.sqrt(len(images)))).save(
+        folder / "grid.png"
+    )
+    print(f"{len(images)} images and grid.png in {folder}")
+
+
+def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of one size, row by row."""
+    width, height = images[0].size
+    columns = min(columns, len(images))
+    grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * width, i // columns * height))
+    return grid

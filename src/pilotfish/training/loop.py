@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from pilotfish.backbones import Origin
 from pilotfish.conditioning import some_or_one
+from pilotfish.errors import Interrupted
 from pilotfish.guidance import draw_guidance_scales
 from pilotfish.guides import Guide
 from pilotfish.interface import TextConditions
@@ -55,10 +56,6 @@ PATIENCE = timedelta(hours=6)
 
 class DistillError(RuntimeError):
     """Training cannot go on; the message says why and what is left on disk."""
-
-
-class Interrupted(DistillError):
-    """Training was asked to stop and has saved its state."""
 
 
 class Distillation:
