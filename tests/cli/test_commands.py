@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
+from PIL import Image
 
 from pilotfish import cli
 from pilotfish.cli import demo
@@ -84,7 +88,8 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         "--prompts is needed with a base of your own",
     ),
     (
-        ("distill", "--output_dir", "{out}", "--practice", "{none}"),
+        ("distill", "--output_dir", "{out}", "--pretrained_model_name_or_path", "{base}",
+         "--prompts", "{prompts}", "--practice", "{none}"),
         "no fine-tune could be loaded",
     ),
     (("distill", "--output_dir", "{out}", "--begin_with", "{none}"), "no guide could be read"),
@@ -97,7 +102,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         ", 2 is asked for",
     ),
     (("distill-steps", "--output_dir", "{out}", "--guide", "{none}"), "no guide could be read"),
-    (("sample",), "nothing to draw"),
+    (("sample",), "no prompt: give --prompt TEXT or --prompts FILE"),
     (("sample", "-p", "owl", "--guide", "{none}"), "no guide could be read"),
     (("sample", "-p", "owl", "--guide", "{broken}"), "no guide could be read"),
     (
@@ -107,6 +112,10 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("sample", "-p", "owl", "--num_inference_steps", "0"), "num_inference_steps must be at"),
     (("sample", "-p", "owl", "--batch_size", "-1"), "batch_size must be at least 1"),
     (("sample", "-p", "owl", "--num_images_per_prompt", "0"), "must be at least 1, not 0"),
+    (("sample", "-p", "owl", "--models", "{none}"), "no pipeline could be loaded from"),
+    (("sample", "-p", "owl", "--device", "nowhere"), "--device nowhere cannot be used"),
+    (("app", "--models", "{base}", "--guide", "tiny"), "no guide fits the model"),
+    (("app", "--models", "{base}", "--guide", "{none}"), "no guide could be read"),
     (("evaluate", "--samples", "1"), "at least two samples"),
     (("evaluate", "--batch_size", "0"), "batch_size must be at least 1"),
     (("evaluate", "--guidance_scale", "1"), "nothing to keep of CFG at w = 1"),
@@ -125,8 +134,9 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES)
 def test_a_mistake_is_one_sentence(
-    say: Say, arguments: tuple[str, ...], sentence: str, base: str, guide: str, tmp_path: Path
-) -> None:
+    say: Say, arguments: tuple[str, ...], sentence: str, base: str, guide: str, prompts: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "wrong.json").write_text(json.dumps({"output_dir": "x", "guide": "tyni"}))
     (tmp_path / "half.json").write_text(json.dumps({"output_dir": "x", "rank": 1.5}))
@@ -140,7 +150,7 @@ def test_a_mistake_is_one_sentence(
         "out": tmp_path / "out", "none": tmp_path / "none.txt", "empty": tmp_path / "empty.txt",
         "unknown": tmp_path / "unknown.json", "base": base, "guide": guide,
         "broken": tmp_path / "broken", "wrong": tmp_path / "wrong.json",
-        "half": tmp_path / "half.json", "used": tmp_path / "used",
+        "half": tmp_path / "half.json", "used": tmp_path / "used", "prompts": prompts,
     }  # fmt: skip
     code, error = say(*(a.format(**places) for a in arguments))
     (line,) = error.strip().splitlines()
@@ -152,7 +162,7 @@ def test_a_mistake_is_one_sentence(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("sample", "-p", "owl", "--output_dir", "{out}", "--pretrained_model_name_or_path"),
+        ("sample", "-p", "owl", "--output", "{out}", "--models"),
         ("scales", "--output", "{out}", "--hosts"),
         ("benchmark", "--pretrained_model_name_or_path"),
     ],
@@ -172,9 +182,32 @@ def test_a_pipeline_that_takes_no_guide_is_refused_before_anything_is_drawn(
     assert not out.exists()
 
 
-def test_a_prompt_without_letters_names_its_picture(say: Say, tmp_path: Path) -> None:
-    code, _ = say("sample", "-p", "🦉", "--num_inference_steps", "1", "--output_dir", str(tmp_path))
-    assert (code, [p.name for p in tmp_path.iterdir()]) == (0, ["picture-0.png"])
+def test_samples_are_saved_with_their_grid(
+    say: Say, base: str, guide: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    flags = (
+        "--models", base, "--guide", guide, "--num_inference_steps", "2", "--output", str(folder),
+        "--num_images_per_prompt", "2", "--seed", "7",
+    )  # fmt: skip
+    code, _ = say("sample", "-p", "A cat!", "🦉", *flags)
+    names = ["a-cat-7.png", "a-cat-8.png", "grid.png", "image-10.png", "image-9.png"]
+    assert (code, sorted(p.name for p in folder.iterdir())) == (0, names)
+    image, grid = (Image.open(folder / name).convert("RGB") for name in ("image-9.png", names[2]))
+    assert grid.size == (2 * image.width, 2 * image.height)
+    assert grid.crop((0, image.height, image.width, 2 * image.height)) == image
+    half = tmp_path / "half"
+    code, _ = say("sample", "-p", "A cat!", *flags[:7], str(half), "--dtype", "bf16")
+    assert (code, len([*half.iterdir()])) == (0, 2)
+
+
+def test_each_of_several_models_has_a_folder(say: Say, base: str, tmp_path: Path) -> None:
+    (tmp_path / "other").symlink_to(base)
+    flags = ("--mode", "none", "--num_inference_steps", "1", "--output", str(tmp_path / "out"))
+    code, _ = say("sample", "-p", "cat", "--models", base, str(tmp_path / "other"), *flags)
+    assert (code, sorted(p.name for p in tmp_path.glob("out/*"))) == (0, ["base", "other"])
+    code, error = say("sample", "-p", "cat", "--models", base, "base", *flags)
+    assert (code, "two models are called base" in error) == (1, True)
 
 
 def test_a_pickle_is_refused(say: Say, guide: str) -> None:
@@ -213,9 +246,9 @@ def test_a_scale_outside_the_trained_range_warns(
 ) -> None:
     with pytest.warns(UserWarning, match=r"guidance_scale 9\.0 lies outside \[1\.0, 8\.0\]"):
         code, _ = say(
-            "sample", "-p", "cat", "--pretrained_model_name_or_path", base, "--guide", guide,
+            "sample", "-p", "cat", "--models", base, "--guide", guide,
             "--guidance_scale", "9", "--num_inference_steps", "2",
-            "--output_dir", str(tmp_path / "out"),
+            "--output", str(tmp_path / "out"),
         )  # fmt: skip
     assert code == 0
 
@@ -234,3 +267,45 @@ def test_a_demo_that_begins_anew_deletes_its_own_training_alone(
     assert [folder.exists() for folder in folders] == [True, True]
     assert cli.main(["demo", "--output_dir", str(tmp_path)]) == 130
     assert [folder.exists() for folder in folders] == [True, False]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251"])
+def test_a_terminal_that_is_not_utf8_shows_what_it_can(encoding: str, tmp_path: Path) -> None:
+    script = "import sys; from pilotfish import cli\n"
+    script += "cli.command = lambda name: lambda arguments: print('2.07× 猫', flush=True)\n"
+    script += "sys.exit(cli.main(['demo']) or cli.main(['猫', '--flag']))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=False, cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, b"2.07? ?\n")
+    assert b"no command '?'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "sentence"),
+    [
+        ("app", "gradio", "gradio is not installed: run pip install 'pilotfish[app]', or in a"),
+        ("sample", "tqdm", "tqdm is not installed: run pip install 'pilotfish[training]'"),
+        ("compare", "baselines", "clone the repository and run pip install -e . there"),
+        ("benchmark", "benchmarks", "clone the repository and run pip install -e . there"),
+    ],
+)
+def test_a_missing_package_is_one_sentence(
+    say: Say, monkeypatch: pytest.MonkeyPatch, command: str, missing: str, sentence: str
+) -> None:
+    for name in [m for m in sys.modules if m.partition(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in (cli.COMMANDS[command][1], "pilotfish.app.page"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, error = say(command)
+    (line,) = error.strip().splitlines()
+    assert code == 1
+    assert sentence in line
+
+
+def test_a_missing_module_of_the_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "demo", ("all", "pilotfish.cli.none", ""))
+    with pytest.raises(ModuleNotFoundError, match=r"pilotfish\.cli\.none"):
+        cli.main(["demo"])

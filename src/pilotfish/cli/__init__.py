@@ -34,8 +34,6 @@ COMMANDS = {
 
 CLONE_ONLY = ("baselines", "benchmarks")
 """Packages beside the library in its repository."""
-OPTIONAL = {"bitsandbytes": "8bit", "datasets": "datasets", "torch_fidelity": "inception"}
-"""Packages that some options need -> their extras."""
 
 USAGE = "\n".join(
     [
@@ -125,7 +123,7 @@ def _how_to_install(error: ModuleNotFoundError, command: str) -> str:
             f"this command is in the package {missing}, which is not installed with the library: "
             "clone the repository and run pip install -e . there"
         )
-    extra = OPTIONAL.get(missing, COMMANDS[command][0])
+    extra = COMMANDS[command][0]
     return (
         f"{missing} is not installed: run pip install 'pilotfish[{extra}]', or in a clone "
         f"pip install -e '.[{extra}]'"

@@ -34,6 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     from pilotfish.app import page  # after --help, which needs no gradio
     from pilotfish.app.session import Session
 
+    guides = {name: guide(name) for name in config.guide}
     models = {name: host(name).to(config.device) for name in config.models}
-    session = Session(models, {name: guide(name) for name in config.guide})
+    session = Session(models, guides)
     page.serve(page.build(session), config.host, config.port)

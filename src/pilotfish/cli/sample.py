@@ -13,6 +13,7 @@ import torch
 import tyro
 from diffusers.utils.torch_utils import get_device
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from pilotfish.cli.names import guide, host, steps, usable
@@ -64,12 +65,17 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(
             f"--num_images_per_prompt must be at least 1, not {config.num_images_per_prompt}"
         )
+    names = [Path(model).name for model in config.models]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two models are called {twice[0]}; rename one of the folders")
     device = usable(config.device or get_device())
-    for model in config.models:
-        folder = Path(config.output)
-        if len(config.models) > 1:
-            folder /= Path(model).name
-        sample_model(host(model).to(device, DTYPES[config.dtype]), prompts, folder, config)
+    for model, name in zip(config.models, names, strict=True):
+        folder = Path(config.output) / (name if len(names) > 1 else "")
+        pipe = host(model).to(device)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):  # diffusers' own method logs a warning
+                nn.Module.to(part, dtype=DTYPES[config.dtype])
+        sample_model(pipe, prompts, folder, config)
 
 
 def sample_model(pipe: Any, prompts: Sequence[str], folder: Path, config: SampleConfig) -> None:
