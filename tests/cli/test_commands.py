@@ -88,8 +88,17 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         "--prompts is needed with a base of your own",
     ),
     (
-        ("distill", "--output_dir", "{out}", "--pretrained_model_name_or_path", "{base}",
-         "--prompts", "{prompts}", "--practice", "{none}"),
+        (
+            "distill",
+            "--output_dir",
+            "{out}",
+            "--pretrained_model_name_or_path",
+            "{base}",
+            "--prompts",
+            "{prompts}",
+            "--practice",
+            "{none}",
+        ),
         "no fine-tune could be loaded",
     ),
     (("distill", "--output_dir", "{out}", "--begin_with", "{none}"), "no guide could be read"),
@@ -182,9 +191,7 @@ def test_a_pipeline_that_takes_no_guide_is_refused_before_anything_is_drawn(
     assert not out.exists()
 
 
-def test_samples_are_saved_with_their_grid(
-    say: Say, base: str, guide: str, tmp_path: Path
-) -> None:
+def test_samples_are_saved_with_their_grid(say: Say, base: str, guide: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     flags = (
         "--models", base, "--guide", guide, "--num_inference_steps", "2", "--output", str(folder),

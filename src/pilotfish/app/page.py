@@ -25,7 +25,10 @@ Classifier-free guidance (CFG) runs the denoiser twice a step. A guide, distille
 place of the second pass, on fine-tunes too. {IMAGES} images of each mode, from the same noise:"""
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
-CSS = ".gradio-container { max-width: 1240px !important; margin: 0 auto !important; }"
+CSS = """
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
+"""
 
 PROGRESS = gr.Progress()
 
@@ -151,14 +154,17 @@ def _inputs(session: Session) -> dict[str, Any]:
 
 def _outputs() -> list[Any]:
     """A gallery for each mode, and the table of seconds."""
+    galleries = []
     with gr.Row():
-        galleries = [
-            gr.Gallery(
-                label=title, columns=2, height="auto", object_fit="contain", format="png",
-                interactive=False, min_width=160, elem_id=f"mode-{mode}",
-            )
-            for mode, title in MODES.items()
-        ]  # fmt: skip
+        for mode, title in MODES.items():
+            with gr.Column(min_width=160):
+                gr.Markdown(f"### {title}")
+                galleries.append(
+                    gr.Gallery(
+                        label=title, show_label=False, columns=2, height="auto", format="png",
+                        object_fit="contain", interactive=False, elem_id=f"mode-{mode}",
+                    )
+                )  # fmt: skip
     return [*galleries, gr.Markdown(elem_id="speed")]
 
 
