@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pilotfish.guides import Guide
-from pilotfish.guides.mean import mean_guide
+from pilotfish.guides.average import average_guides
 from pilotfish.training.config import DistillConfig, StepsConfig
 from pilotfish.training.stages import distill, distill_steps
 from recipe.finetunes import DISTANT, TRAIN_FINETUNES, finetune_folder
@@ -74,7 +74,7 @@ def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
         guides, last = [train(settings, folder, last)], folder
     for i, settings in enumerate(BRANCHES.get(name, ())):
         guides.append(train(settings, work / f"guide-{name}-branch-{i}", last))
-    mean_guide(guides).half().save_pretrained(target / "guides" / name)
+    average_guides(guides).half().save_pretrained(target / "guides" / name)
 
 
 def make_step_guides(work: Path, target: Path, stage: StepGuidesStage, *, bf16: bool) -> None:
