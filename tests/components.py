@@ -1,17 +1,49 @@
-"""Tiny seeded components in Stable Diffusion's own format."""
+"""Tiny random components of Stable Diffusion, Stable Diffusion 3 and PixArt-Sigma."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
+
+from pilotfish.interface import TextConditions
 
 WIDTH = 16
 TOKENS = 8
+POOLED = 2 * WIDTH
+M = TypeVar("M", bound=nn.Module)
+
+
+def randomise(module: M, seed: int = 4, by: float = 0.1) -> M:
+    """Change every parameter of a module, so that none is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
 
 
 def unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
@@ -31,6 +63,28 @@ def unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
     }
     torch.manual_seed(seed)
     return UNet2DConditionModel(**{**plain, **config}).eval()
+
+
+def sd3_transformer(seed: int = 0, **config: Any) -> SD3Transformer2DModel:
+    small: dict[str, Any] = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
+        "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 2 * WIDTH,
+        "caption_projection_dim": WIDTH, "pooled_projection_dim": POOLED, "pos_embed_max_size": 8,
+        "qk_norm": "rms_norm", "dual_attention_layers": (0,),
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(SD3Transformer2DModel(**small | config))
+
+
+def pixart_transformer(seed: int = 0, **config: Any) -> PixArtTransformer2DModel:
+    small: dict[str, Any] = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+        "attention_head_dim": 8, "num_attention_heads": 2, "cross_attention_dim": WIDTH,
+        "caption_channels": WIDTH, "norm_type": "ada_norm_single",
+        "use_additional_conditions": False,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(PixArtTransformer2DModel(**small | config))
 
 
 def scheduler(prediction_type: str) -> DDIMScheduler:
@@ -80,7 +134,7 @@ def text_encoder(
     return kind(config).eval()
 
 
-def autoencoder() -> AutoencoderKL:
+def autoencoder(**config: Any) -> AutoencoderKL:
     torch.manual_seed(2)
     return AutoencoderKL(
         block_out_channels=(4, 8),
@@ -92,4 +146,94 @@ def autoencoder() -> AutoencoderKL:
         sample_size=16,
         scaling_factor=0.5,
         force_upcast=False,
+        **config,
     ).eval()
+
+
+def sd3_pipeline(**config: Any) -> StableDiffusion3Pipeline:
+    """Without its third text encoder, as it may be used; ``config`` is the transformer's."""
+    words = tokenizer()
+    encoders = [text_encoder(words, 2, CLIPTextModelWithProjection) for _ in range(2)]
+    pipe = StableDiffusion3Pipeline(
+        transformer=sd3_transformer(**config),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(shift_factor=0.1),
+        text_encoder=encoders[0],
+        tokenizer=words,
+        text_encoder_2=encoders[1],
+        tokenizer_2=deepcopy(words),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pixart_pipeline(**config: Any) -> PixArtSigmaPipeline:
+    """``config`` is the transformer's."""
+    words = tokenizer()
+    torch.manual_seed(3)
+    t5 = T5Config(
+        vocab_size=len(words), d_model=WIDTH, d_kv=8, d_ff=2 * WIDTH, num_layers=1, num_heads=2
+    )
+    pipe = PixArtSigmaPipeline(
+        transformer=pixart_transformer(**config),
+        scheduler=scheduler("epsilon"),
+        vae=autoencoder(),
+        text_encoder=T5EncoderModel(t5).eval(),
+        tokenizer=words,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of denoisers in tests.
+
+    Attributes:
+        denoiser: makes one, of a seed and of changes to its configuration.
+        prediction_type: what it predicts.
+        text_dim: width of the text's embeddings.
+        pooled: width of the pooled text, 0 for none.
+        masked: whether text has a mask.
+        others: configurations of other shapes.
+    """
+
+    denoiser: Callable[..., Any]
+    prediction_type: str
+    text_dim: int
+    pooled: int = 0
+    masked: bool = False
+    others: tuple[dict[str, Any], ...] = ()
+
+    def text(self, n: int, length: int = TOKENS, seed: int = 6) -> TextConditions:
+        """``n`` random prompts; of a masked one the last tokens do not count."""
+        generator = torch.Generator().manual_seed(seed)
+        embeds = torch.randn(n, length, self.text_dim, generator=generator)
+        pooled = torch.randn(n, self.pooled, generator=generator) if self.pooled else None
+        mask = torch.ones(n, length) if self.masked else None
+        if mask is not None:
+            for i in range(n):
+                mask[i, length - 1 - i % 2 :] = 0
+        return TextConditions(embeds, pooled, mask)
+
+    def latents(self, n: int, seed: int = 5) -> torch.Tensor:
+        """(n, 4, 8, 8)"""
+        return torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+FAMILIES = {
+    "unet": Family(
+        unet, "epsilon", WIDTH,
+        others=({"block_out_channels": (8, 32)}, {"layers_per_block": 2}),
+    ),
+    "pixart": Family(
+        pixart_transformer, "epsilon", WIDTH, masked=True,
+        others=({"num_layers": 3}, {"caption_channels": 24}),
+    ),
+    "sd3": Family(
+        sd3_transformer, "flow", 2 * WIDTH, POOLED,
+        others=({"num_layers": 2}, {"pooled_projection_dim": 24}),
+    ),
+}  # fmt: skip

@@ -37,9 +37,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 settings.register_profile("pilotfish", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("pilotfish")
 
-KINDS = {"tiny": TinyGuide, "external": ExternalGuide, "full": FullGuide}
-WHOLE: dict[type[Guide], dict[str, Any]] = {TinyGuide: {"negative": True, "picture": 3}}
-"""What a kind needs to have all of its parts."""
+GUIDES: dict[str, type[Guide]] = {
+    "tiny": TinyGuide, "external": ExternalGuide, "full": FullGuide,
+}  # fmt: skip
+ALL_PARTS: dict[type[Guide], dict[str, Any]] = {
+    TinyGuide: {"condition_on_negative": True, "uncond_templates": 3}
+}
+"""The settings with which a guide has all of its parts."""
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +66,7 @@ def prediction_type(request: pytest.FixtureRequest) -> str:
 def make_pipe(
     _pipelines: dict[str, StableDiffusionPipeline],
 ) -> Callable[[str], StableDiffusionPipeline]:
-    """A function that makes a whole text-to-image pipeline; every one stands alone."""
+    """A function that makes a Stable Diffusion pipeline; no two share a denoiser."""
 
     def make(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
         if prediction_type not in _pipelines:
@@ -96,7 +100,7 @@ def make_pipe(
 
 @pytest.fixture
 def pipe(make_pipe: Callable[[str], StableDiffusionPipeline]) -> StableDiffusionPipeline:
-    """A pipeline that predicts epsilon."""
+    """A Stable Diffusion pipeline that predicts epsilon."""
     return make_pipe("epsilon")
 
 
@@ -107,46 +111,44 @@ def unet(pipe: StableDiffusionPipeline) -> UNet2DConditionModel:
 
 @pytest.fixture
 def schedule(prediction_type: str) -> NoisePath:
-    """The noise schedule of the pipelines, for epsilon and for v prediction."""
+    """OLD NAME: NoisePath.of(components.scheduler(prediction_type)) where it is needed."""
     return NoisePath.of(components.scheduler(prediction_type))
 
 
-@pytest.fixture(params=sorted(KINDS))
-def kind(request: pytest.FixtureRequest) -> type[Guide]:
-    """Every kind of guide."""
-    return KINDS[request.param]
+@pytest.fixture(params=sorted(components.FAMILIES))
+def family(request: pytest.FixtureRequest) -> components.Family:
+    """Every family of denoisers."""
+    return components.FAMILIES[request.param]
+
+
+@pytest.fixture(params=sorted(GUIDES))
+def guide_class(request: pytest.FixtureRequest) -> type[Guide]:
+    """Every type of guide."""
+    return GUIDES[request.param]
 
 
 @pytest.fixture
-def fresh(kind: type[Guide], unet: UNet2DConditionModel) -> Guide:
-    """A guide with all of its parts, as it is before training."""
+def fresh(guide_class: type[Guide], unet: UNet2DConditionModel) -> Guide:
+    """A guide of a UNet with all of its parts, before training."""
     torch.manual_seed(3)
-    return kind.for_denoiser(unet, "epsilon", **WHOLE.get(kind, {})).eval()
+    return guide_class.for_denoiser(unet, "epsilon", **ALL_PARTS.get(guide_class, {})).eval()
 
 
 @pytest.fixture
 def randomise() -> Callable[[Guide], Guide]:
-    """A function that gives every parameter of a guide a value, as training would."""
-
-    def change(guide: Guide, seed: int = 4) -> Guide:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in guide.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return guide.eval()
-
-    return change
+    """A function that changes every parameter of a guide, as training would."""
+    return components.randomise
 
 
 @pytest.fixture
 def trained(fresh: Guide, randomise: Callable[[Guide], Guide]) -> Guide:
-    """A guide whose every parameter has moved."""
+    """A guide of a UNet whose every parameter has changed."""
     return randomise(fresh)
 
 
 @pytest.fixture
 def draw() -> Callable[..., torch.Tensor]:
-    """A function that runs a pipeline from fixed noise and gives the final latents."""
+    """A function that runs a pipeline from fixed noise and returns the final latents."""
 
     def run(
         pipe: Any, prompt: str | Sequence[str] = "cat", guidance_scale: float = 4.0, **call: Any
@@ -166,17 +168,18 @@ def draw() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
-def batches() -> Callable[[UNet2DConditionModel], Any]:
-    """``with batches(unet) as sizes``: the batch size of every call of the denoiser."""
+def batches() -> Callable[[Any], Any]:
+    """``with batches(denoiser) as sizes``: the batch size of every call of the denoiser."""
 
     @contextmanager
-    def record(unet: UNet2DConditionModel) -> Iterator[list[int]]:
+    def record(denoiser: Any) -> Iterator[list[int]]:
         sizes: list[int] = []
 
         def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            sizes.append(len(args[0] if args else kwargs["sample"]))
+            first = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+            sizes.append(len(first))
 
-        handle = unet.register_forward_pre_hook(note, with_kwargs=True)
+        handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
         try:
             yield sizes
         finally:
@@ -204,7 +207,7 @@ def names() -> list[str]:
 
 @pytest.fixture
 def clip(pipe: Any) -> tuple[CLIPModel, CLIPProcessor]:
-    """A random CLIP over 16x16 pictures, with the pipeline's tokenizer."""
+    """A random CLIP over 16x16 images, with the pipeline's tokenizer."""
     tokenizer = pipe.tokenizer
     shared = {
         "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,

@@ -205,8 +205,8 @@ def test_a_run_whose_base_has_moved_goes_on(folder: Path, tmp_path: Path) -> Non
     assert Guide.from_pretrained(tmp_path / "run" / "guide").trained_on == Origin("moved")
 
 
-def test_every_kind_remembers(kind: type[Guide], unet: Any, tmp_path: Path) -> None:
-    guide = kind.for_denoiser(unet, "epsilon", trained_on={"name": "base"})
+def test_every_kind_remembers(guide_class: type[Guide], unet: Any, tmp_path: Path) -> None:
+    guide = guide_class.for_denoiser(unet, "epsilon", trained_on={"name": "base"})
     guide.save_pretrained(tmp_path)
     assert Guide.from_pretrained(tmp_path).trained_on == Origin("base")
     guide.check(fingerprint(unet, "epsilon"))
