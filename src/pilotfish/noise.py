@@ -100,8 +100,9 @@ class NoisePath:
             return 1 - time, time
         time = time if time.is_floating_point() else time / 1000  # OLD: whole timesteps
         table = self.alphas_cumprod.to(time.device)
+        last = len(table) - 1
         index = (time * len(table)).round().long()
-        product = torch.where(index >= 0, table[index.clamp(min=0)], self.final_alpha_cumprod)
+        product = torch.where(index >= 0, table[index.clamp(0, last)], self.final_alpha_cumprod)
         return product.sqrt(), (1 - product).sqrt()
 
     def _coefficients(self, time: torch.Tensor, like: torch.Tensor) -> tuple[Any, Any, Any, Any]:
@@ -161,7 +162,8 @@ class NoisePath:
 
     def grid(self, steps: int) -> torch.Tensor:
         """(steps + 1,) times of a sampling of so many steps, from noise down; step i goes from
-        ``grid[i]`` to ``grid[i + 1]``. The grid of n steps is every second time of that of 2 n.
+        ``grid[i]`` to ``grid[i + 1]``. The grid of n steps is every second time of that of 2 n,
+        up to the rounding to whole timesteps.
 
         Raises:
             ValueError: not 1 <= steps <= num_train_timesteps.
@@ -174,7 +176,8 @@ class NoisePath:
             scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
             return scheduler.sigmas.float().clone()
         scheduler.set_timesteps(steps)
-        grid = torch.cat([scheduler.timesteps.float(), torch.tensor([-1.0])])
+        timesteps = scheduler.timesteps[:steps]  # diffusers may append a -1 by rounding
+        grid = torch.cat([timesteps.float(), torch.tensor([-1.0])])
         return grid / self.num_train_timesteps
 
 
