@@ -1,9 +1,13 @@
-"""Equation (1), the draw of w and its embedding."""
+"""Equation (1), the rules of other teachers, the draw of w and its embedding."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +17,8 @@ from pilotfish.guidance import (
     fourier_features,
     guidance_strength,
     per_sample,
+    renormalised_guidance,
+    rescaled_guidance,
 )
 
 scales = st.floats(0, 20)
@@ -24,14 +30,52 @@ def predictions(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return n, c
 
 
-def test_scale_one_is_the_conditional_prediction() -> None:
-    n, c = predictions()
-    torch.testing.assert_close(classifier_free_guidance(n, c, 1.0), c)
-
-
 def test_scale_zero_is_the_unconditional_prediction() -> None:
     n, c = predictions()
     assert torch.equal(classifier_free_guidance(n, c, 0.0), n)
+
+
+RULES = [
+    classifier_free_guidance,
+    partial(renormalised_guidance, dim=1),
+    partial(rescaled_guidance, rescale=0.7),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["plain", "renormalised", "rescaled"])
+def test_each_rule_at_scale_one_is_the_conditional_prediction(rule: Any) -> None:
+    n, c = predictions()
+    torch.testing.assert_close(rule(n, c, 1.0), c)
+    w = torch.tensor([1.0, 1.0, 4.0], dtype=torch.float64)
+    torch.testing.assert_close(rule(n, c, w)[:2], c[:2])
+    torch.testing.assert_close(rule(n, c, w)[2:], rule(n[2:], c[2:], 4.0))
+
+
+@given(st.floats(1, 20), st.sampled_from([-1, 1]))
+def test_renormalised_guidance_keeps_the_conditional_norm(w: float, dim: int) -> None:
+    n, c = predictions()
+    guided = renormalised_guidance(n, c, w, dim)
+    torch.testing.assert_close(guided.norm(dim=dim), c.norm(dim=dim))
+    plain = classifier_free_guidance(n, c, w)
+    cosine = torch.nn.functional.cosine_similarity(guided, plain, dim)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+
+
+@given(st.floats(1, 20), st.floats(0, 1))
+def test_rescaled_guidance_mixes_two_standard_deviations(w: float, rescale: float) -> None:
+    n, c = predictions()
+    plain = classifier_free_guidance(n, c, w)
+    assert torch.equal(rescaled_guidance(n, c, w, 0.0), plain)
+    dims = (1, 2, 3)
+    torch.testing.assert_close(rescaled_guidance(n, c, w, 1.0).std(dims), c.std(dims))
+    between = (1 - rescale) * plain.std(dims) + rescale * c.std(dims)
+    torch.testing.assert_close(rescaled_guidance(n, c, w, rescale).std(dims), between)
+
+
+def test_rescaled_guidance_equals_that_of_diffusers() -> None:
+    n, c = predictions()
+    plain = classifier_free_guidance(n, c, 5.0)
+    torch.testing.assert_close(rescaled_guidance(n, c, 5.0, 0.7), rescale_noise_cfg(plain, c, 0.7))
 
 
 @given(scales, scales)
@@ -50,14 +94,6 @@ def test_linear_in_the_predictions(w: float, a: float, b: float) -> None:
     mixed = classifier_free_guidance(a * n1 + b * n2, a * c1 + b * c2, w)
     apart = a * classifier_free_guidance(n1, c1, w) + b * classifier_free_guidance(n2, c2, w)
     torch.testing.assert_close(mixed, apart)
-
-
-def test_one_scale_for_each_sample() -> None:
-    n, c = predictions()
-    w = torch.tensor([1.0, 2.5, 7.0], dtype=torch.float64)
-    together = classifier_free_guidance(n, c, w)
-    for i, one in enumerate(w.tolist()):
-        torch.testing.assert_close(together[i], classifier_free_guidance(n[i], c[i], one))
 
 
 def test_per_sample_broadcasts_over_all_other_dimensions() -> None:
@@ -90,7 +126,7 @@ def test_a_wrong_range_is_refused(low: float, high: float) -> None:
 
 
 @given(st.floats(1, 15), st.floats(0.05, 1))
-def test_fourier_features_tell_near_scales_apart(w: float, apart: float) -> None:
+def test_fourier_features_of_close_scales_differ(w: float, apart: float) -> None:
     pair = fourier_features(torch.tensor([w, w + apart]), 16, longest=32.0)
     assert pair.shape == (2, 16)
     assert (pair[0] - pair[1]).abs().max() > 1e-3
@@ -98,7 +134,7 @@ def test_fourier_features_tell_near_scales_apart(w: float, apart: float) -> None
     torch.testing.assert_close(pair.pow(2).sum(1), torch.full((2,), 8.0))
 
 
-def test_the_slowest_fourier_feature_has_the_longest_period() -> None:
+def test_the_lowest_frequency_has_the_longest_period() -> None:
     one = fourier_features(torch.tensor([3.0]), 16, longest=32.0)
     later = fourier_features(torch.tensor([35.0]), 16, longest=32.0)
     torch.testing.assert_close(one[0, [0, 8]], later[0, [0, 8]])

@@ -1,142 +1,233 @@
-"""The noise schedule against itself and against diffusers."""
+"""The noise path: identities of its equations, and agreement with diffusers."""
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilotfish.noise import NoisePath, sampling_timesteps
+from pilotfish.guidance import per_sample
+from pilotfish.noise import PREDICTION_TYPES, NoisePath, prediction_type
+from tests import components
 
-TIMES = torch.tensor([0, 1, 250, 600, 998])
-
-
-def latents(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    x, eps = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return x, eps
+TIME = torch.tensor([0.0, 0.001, 0.25, 0.6, 0.998])
 
 
-def truth(schedule: NoisePath, x: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """What a perfect denoiser would say."""
-    if schedule.prediction_type == "epsilon":
-        return eps
-    a = schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-    return a.sqrt() * eps - (1 - a).sqrt() * x
+def flow_scheduler(**config: Any) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | config)
 
 
-def test_split_recovers_what_add_noise_mixed(schedule: NoisePath) -> None:
-    x, eps = latents()
-    z = schedule.add_noise(x, eps, TIMES)
-    again, noise = schedule.split(z, truth(schedule, x, eps, TIMES), TIMES)
-    torch.testing.assert_close(again, x, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(noise, eps, atol=1e-4, rtol=1e-4)
+@pytest.fixture(params=PREDICTION_TYPES)
+def path(request: pytest.FixtureRequest) -> NoisePath:
+    """The path of a scheduler for every prediction type."""
+    if request.param == "flow":
+        return NoisePath.of(flow_scheduler())
+    return NoisePath.of(components.scheduler(request.param))
 
 
-def test_a_true_prediction_steps_along_the_forward_process(schedule: NoisePath) -> None:
-    x, eps = latents()
-    to = torch.tensor([999, 0, 750, 10, 500])
-    z = schedule.add_noise(x, eps, TIMES)
-    stepped = schedule.ddim_step(z, truth(schedule, x, eps, TIMES), TIMES, to)
-    expected = schedule.add_noise(x, eps, to)
-    torch.testing.assert_close(stepped, expected, atol=1e-3, rtol=1e-3)
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_step_and_its_reverse_cancel(schedule: NoisePath) -> None:
-    x, eps = latents()
-    to = torch.full((5,), 400)
-    z = schedule.add_noise(x, eps, TIMES)
-    there = schedule.ddim_step(z, truth(schedule, x, eps, TIMES), TIMES, to)
-    back = schedule.ddim_step(there, truth(schedule, x, eps, to), to, TIMES)
-    torch.testing.assert_close(back, z, atol=1e-3, rtol=1e-3)
+@pytest.fixture
+def eps() -> torch.Tensor:
+    return torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_prediction_between_two_points_leads_from_one_to_the_other(schedule: NoisePath) -> None:
-    z, prediction = (x[2:] for x in latents())
-    here = TIMES[2:]
-    for to in (here // 2, torch.full_like(here, -1)):
-        goal = schedule.ddim_step(z, prediction, here, to)
-        found = schedule.prediction_between(z, goal, here, to)
-        torch.testing.assert_close(found, prediction, atol=1e-3, rtol=1e-3)
+def exact(path: NoisePath, x: torch.Tensor, eps: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """The prediction that stands for x and eps, by its definition."""
+    alpha, sigma = (per_sample(value, x) for value in path.alpha_sigma(time))
+    return {"epsilon": eps, "v_prediction": alpha * eps - sigma * x, "flow": eps - x}[
+        path.prediction_type
+    ]
 
 
-def test_add_noise_is_that_of_diffusers(schedule: NoisePath) -> None:
-    x, eps = latents()
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    expected = scheduler.add_noise(x, eps, TIMES)
-    torch.testing.assert_close(schedule.add_noise(x, eps, TIMES), expected)
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-3) -> None:
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("ends_clean", [True, False])
-@pytest.mark.parametrize("index", [0, 2, 4])
-def test_the_step_is_that_of_diffusers(prediction_type: str, ends_clean: bool, index: int) -> None:
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=ends_clean,
-        prediction_type=prediction_type,
-        timestep_spacing="trailing",
+def test_split_inverts_add_noise(path: NoisePath, x: torch.Tensor, eps: torch.Tensor) -> None:
+    z = path.add_noise(x, eps, TIME)
+    x_again, eps_again = path.split(z, exact(path, x, eps, TIME), TIME)
+    close(x_again, x)
+    close(eps_again, eps, 1e-4)
+
+
+def test_the_exact_prediction_steps_along_the_forward_process(
+    path: NoisePath, x: torch.Tensor, eps: torch.Tensor
+) -> None:
+    to = torch.tensor([0.999, 0.0, 0.75, 0.01, 0.5])
+    z = path.add_noise(x, eps, TIME)
+    close(path.step(z, exact(path, x, eps, TIME), TIME, to), path.add_noise(x, eps, to))
+
+
+def test_a_step_to_the_same_time_is_the_identity(
+    path: NoisePath, x: torch.Tensor, eps: torch.Tensor
+) -> None:
+    torch.testing.assert_close(path.step(x, eps, TIME, TIME), x, atol=1e-5, rtol=1e-5)
+
+
+def test_prediction_between_solves_step(
+    path: NoisePath, x: torch.Tensor, eps: torch.Tensor
+) -> None:
+    time = TIME[2:]
+    past_the_end = -0.001 if path.prediction_type != "flow" else 0.0
+    for to in (time / 2, torch.full_like(time, past_the_end)):
+        goal = path.step(x[2:], eps[2:], time, to)
+        close(path.prediction_between(x[2:], goal, time, to), eps[2:])
+
+
+def test_each_sample_steps_at_its_own_time(
+    path: NoisePath, x: torch.Tensor, eps: torch.Tensor
+) -> None:
+    to = torch.tensor([-0.001, 0.0, 0.1, 0.599, 0.9]).clamp(
+        min=-1 * (path.prediction_type != "flow")
     )
-    scheduler.set_timesteps(5)
-    grid = sampling_timesteps(5)
-    z, prediction = latents()
-    expected = scheduler.step(prediction, scheduler.timesteps[index], z).prev_sample
-    here, there = grid[index].expand(5), grid[index + 1].expand(5)
-    stepped = NoisePath.of(scheduler).ddim_step(z, prediction, here, there)
-    torch.testing.assert_close(stepped, expected)
-
-
-def test_every_latent_steps_at_its_own_time(schedule: NoisePath) -> None:
-    z, prediction = latents()
-    to = torch.tensor([-1, 0, 100, 599, 900])
-    together = schedule.ddim_step(z, prediction, TIMES, to)
+    time = TIME.clamp(min=0.002)
+    together = path.step(x, eps, time, to)
     for i in range(5):
         one = slice(i, i + 1)
-        alone = schedule.ddim_step(z[one], prediction[one], TIMES[one], to[one])
-        torch.testing.assert_close(together[one], alone)
+        torch.testing.assert_close(together[one], path.step(x[one], eps[one], time[one], to[one]))
 
 
-def test_sampling_timesteps_are_those_of_diffusers() -> None:
-    scheduler = DDIMScheduler(timestep_spacing="trailing")
-    for steps in [*range(1, 130), 144, 250, 333, 500, 1000]:
-        scheduler.set_timesteps(steps)
-        expected = scheduler.timesteps[:steps]  # diffusers may add a -1 by rounding
-        assert torch.equal(sampling_timesteps(steps)[:-1], expected), steps
+def test_add_noise_equals_that_of_diffusers(x: torch.Tensor, eps: torch.Tensor) -> None:
+    ddpm = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    timesteps = (TIME * 1000).round().long()
+    torch.testing.assert_close(
+        NoisePath.of(ddpm).add_noise(x, eps, TIME), ddpm.add_noise(x, eps, timesteps)
+    )
+    euler = flow_scheduler(shift=1.0)
+    timesteps = euler.timesteps[[0, 100, 500, 900, 999]]
+    torch.testing.assert_close(
+        NoisePath.of(euler).add_noise(x, eps, timesteps / 1000),
+        euler.scale_noise(x, timesteps, eps),
+    )
 
 
-@given(st.data())
-def test_sampling_timesteps_fall_from_last_to_minus_one(data: st.DataObject) -> None:
-    total = data.draw(st.integers(1, 1000))
-    steps = data.draw(st.integers(1, total))
-    t = sampling_timesteps(steps, total)
-    assert t.shape == (steps + 1,)
-    assert t.dtype == torch.int64
-    assert t[0] == total - 1
-    assert t[-1] == -1
-    assert (t.diff() < 0).all()
+@pytest.mark.parametrize("final", [True, False], ids=["to a clean image", "to the first time"])
+@pytest.mark.parametrize("predicted", ["epsilon", "v_prediction"])
+def test_steps_equal_those_of_the_ddim_scheduler(
+    predicted: str, final: bool, x: torch.Tensor
+) -> None:
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=final, prediction_type=predicted, timestep_spacing="trailing",
+    )  # fmt: skip
+    path, grid = NoisePath.of(scheduler), NoisePath.of(scheduler).grid(5)
+    scheduler.set_timesteps(5)
+    mine = theirs = x
+    for (time, to), timestep in zip(pairwise(grid), scheduler.timesteps, strict=True):
+        assert round(float(time) * 1000) == timestep
+        theirs = scheduler.step(theirs.cos(), timestep, theirs).prev_sample
+        mine = path.step(mine, mine.cos(), time.expand(5), to.expand(5))
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_steps_equal_those_of_the_euler_scheduler_for_flow(shift: float, x: torch.Tensor) -> None:
+    scheduler = flow_scheduler(shift=shift)
+    path = NoisePath.of(scheduler)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 5, 5).tolist())
+    torch.testing.assert_close(path.grid(5), scheduler.sigmas)
+    mine = theirs = x
+    for (time, to), timestep in zip(pairwise(path.grid(5)), scheduler.timesteps, strict=True):
+        assert float(time) * 1000 == pytest.approx(float(timestep))
+        theirs = scheduler.step(theirs.cos(), timestep, theirs).prev_sample
+        mine = path.step(mine, mine.cos(), time.expand(5), to.expand(5))
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+# -- grids -------------------------------------------------------------------------------------
+
+
+def test_grids_fall_from_noise_and_are_nested(path: NoisePath) -> None:
+    first, last = (1.0, 0.0) if path.prediction_type == "flow" else (0.999, -0.001)
+    for steps in [*range(1, 131), 144, 250, 333, 499, 500]:
+        grid = path.grid(steps)
+        assert grid.shape == (steps + 1,), steps
+        assert grid.dtype == torch.float32
+        assert (grid.diff() < 0).all()
+        assert [float(grid[0]), float(grid[-1])] == pytest.approx([first, last])
+        rounding = 1e-6 if path.prediction_type == "flow" else 1.001e-3  # to whole timesteps
+        assert torch.allclose(grid, path.grid(2 * steps)[::2], atol=rounding, rtol=0), steps
+
+
+def test_grids_of_powers_of_two_steps_are_nested_exactly(path: NoisePath) -> None:
+    for steps in (1, 2, 4, 8, 16, 32):
+        assert torch.allclose(path.grid(steps), path.grid(2 * steps)[::2], atol=1e-6), steps
+
+
+def test_a_grid_of_every_timestep(path: NoisePath) -> None:
+    assert path.grid(1000).shape == (1001,)
+
+
+def test_the_grid_does_not_change_the_scheduler() -> None:
+    scheduler = components.scheduler("epsilon")
+    scheduler.set_timesteps(7)
+    NoisePath.of(scheduler).grid(3)
+    assert len(scheduler.timesteps) == 7
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_wrong_steps_are_refused(steps: int) -> None:
+def test_a_wrong_number_of_steps_is_refused(path: NoisePath, steps: int) -> None:
     with pytest.raises(ValueError, match=r"\[1, 1000\]"):
-        sampling_timesteps(steps)
+        path.grid(steps)
+
+
+# -- schedulers --------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(["epsilon", "v_prediction"]), st.integers(0, 999))
+def test_the_path_is_that_of_the_pipeline_whatever_its_scheduler(predicted: str, t: int) -> None:
+    ddim = components.scheduler(predicted)
+    time = torch.tensor([t / 1000])
+    for other in (DPMSolverMultistepScheduler, EulerDiscreteScheduler):
+        path = NoisePath.of(other.from_config(ddim.config))
+        assert path.prediction_type == predicted
+        assert torch.equal(path.alpha_sigma(time)[0], NoisePath.of(ddim).alpha_sigma(time)[0])
+
+
+@given(st.floats(0, 1))
+def test_alpha_and_sigma_lie_on_the_path(t: float) -> None:
+    time = torch.tensor([t])
+    alpha, sigma = NoisePath.of(components.scheduler("epsilon")).alpha_sigma(time)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1))
+    alpha, sigma = NoisePath.of(flow_scheduler()).alpha_sigma(time)
+    torch.testing.assert_close(alpha + sigma, torch.ones(1))
 
 
 def test_a_negative_time_is_past_the_last_step() -> None:
-    schedule = NoisePath(torch.linspace(0.99, 0.01, 10), "epsilon", final_alpha_cumprod=0.995)
-    found = schedule.alpha(torch.tensor([0, 9, -1]))
-    torch.testing.assert_close(found, torch.tensor([0.99, 0.01, 0.995]))
+    path = NoisePath("epsilon", torch.linspace(0.99, 0.01, 10), final_alpha_cumprod=0.995)
+    alpha, _ = path.alpha_sigma(torch.tensor([0.0, 0.9, -0.1]))
+    torch.testing.assert_close(alpha**2, torch.tensor([0.99, 0.01, 0.995]))
 
 
-def test_an_unknown_prediction_type_is_refused() -> None:
+def test_what_a_scheduler_predicts() -> None:
+    assert prediction_type(components.scheduler("v_prediction")) == "v_prediction"
+    assert prediction_type(flow_scheduler()) == "flow"
+    solver = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    assert prediction_type(solver) == "flow"
+
+
+def test_a_scheduler_without_a_known_path_is_refused() -> None:
     with pytest.raises(ValueError, match="'sample'"):
         NoisePath.of(DDIMScheduler(prediction_type="sample"))
-
-
-def test_a_scheduler_without_alphas_is_refused() -> None:
+    scheduler = components.scheduler("epsilon")
+    del scheduler.alphas_cumprod
     with pytest.raises(ValueError, match="no alphas_cumprod"):
-        NoisePath.of(np.zeros(3))
+        NoisePath.of(scheduler)
