@@ -88,7 +88,9 @@ class JointDiTBackbone(Backbone):
 
     def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
         text = TextConditions(given["encoder_hidden_states"], given["pooled_projections"])
-        latents = patchify(given["hidden_states"], self.denoiser.config.patch_size)
+        # inpainting has a mask and an image beside the latents
+        latents = given["hidden_states"][:, : self.denoiser.out_channels]
+        latents = patchify(latents, self.denoiser.config.patch_size)
         return DenoiserCall(latents, given["timestep"], text)
 
     def __call__(
