@@ -138,8 +138,11 @@ class UNetBackbone(Backbone):
     def _place_modulation(self, hooks: Hooks, name: str, layer: Any) -> None:
         def embedding(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> None:
             scratch = guided.scratch
-            if guided.gain(name) is not None and "negative temb" not in scratch:
-                # all residual layers are given one embedding and apply one function to it
+            if guided.gain(name) is None:
+                return
+            # all residual layers are given one embedding and apply one function to it; with
+            # gradients each applies it anew, since checkpointing runs single layers again
+            if torch.is_grad_enabled() or "negative temb" not in scratch:
                 temb = args[1] + scratch["to negative"]
                 scratch["negative temb"] = layer.nonlinearity(temb)
 

@@ -106,17 +106,19 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()
-        if not (text or attention or modulation or rank or head):
+        sites = dict(signature["attention"]) if attention else {}
+        sites |= dict.fromkeys(signature["modulation"], 1) if modulation else {}
+        if not (text or sites or rank or head):
             raise GuideError(
-                "a tiny guide needs at least one of text, attention, modulation, rank and head"
+                "a tiny guide needs at least one of text, attention, modulation, rank and head "
+                "(a denoiser without pooled text has no modulation)"
             )
         if uncond_templates and not (condition_on_negative and head):
             raise GuideError("uncond_templates needs condition_on_negative and a head")
         self.condition = Condition(signature["text_dim"], condition_dim, condition_on_negative)
         self.text_gain = zero_module(nn.Linear(condition_dim, 1)) if text else None
-        self.sites = dict(signature["attention"]) if attention else {}
-        self.sites |= dict.fromkeys(signature["modulation"], 1) if modulation else {}
-        gains = sum(self.sites.values())
+        self.sites = sites
+        gains = sum(sites.values())
         self.gains = zero_module(nn.Linear(condition_dim, gains)) if gains else None
         layers = dict(signature["layers"]) if rank else {}
         self.names = tuple(layers)
