@@ -1,0 +1,74 @@
+"""Guides with a fixed answer, and one guided call of a denoiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pilotfish.backbones import Backbone, GuidedPass
+from pilotfish.interface import GuideInputs, GuideOutput, TextConditions
+
+TIME = torch.tensor([0.9, 0.1])
+
+
+class FixedGuide:
+    """A guide that answers the same to every call and keeps what it was given."""
+
+    guidance_scale_range = (1.0, 8.0)
+    dtype = torch.float32
+
+    def __init__(self, output: GuideOutput | None = None) -> None:
+        self.output = output or GuideOutput()
+        self.inputs: list[GuideInputs] = []
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        return tuple(self.output.residuals)
+
+    @property
+    def extrapolated(self) -> tuple[str, ...]:
+        return tuple(self.output.gains)
+
+    def modulations(self, *_: Any) -> None:
+        return None
+
+    def __call__(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
+        self.inputs.append(inputs)
+        return self.output
+
+
+def equal_gains(denoiser: nn.Module, gain: float, n: int = 2) -> dict[str, torch.Tensor]:
+    """One gain for every layer that can be extrapolated."""
+    sites = Backbone.of(denoiser).sites()
+    widths = {**dict(sites["attention"]), **dict.fromkeys(sites["modulation"], 1)}
+    return {name: torch.full((n, width), gain) for name, width in widths.items()}
+
+
+@torch.no_grad()
+def guided(
+    denoiser: nn.Module, guide: Any, latents: torch.Tensor, text: TextConditions,
+    negative: TextConditions, *, time: torch.Tensor = TIME, scale: Any = 4.0, sizes: Any = None,
+) -> torch.Tensor:  # fmt: skip
+    """One guided call; no hook stays."""
+    backbone = Backbone.of(denoiser)
+    hooks = backbone.install(guide)
+    try:
+        with GuidedPass(guide, lambda: scale, lambda: negative, hooks=hooks).open():
+            return backbone(latents, time, text, sizes)
+    finally:
+        hooks.remove()
+
+
+@torch.no_grad()
+def plain(
+    denoiser: nn.Module, latents: torch.Tensor, text: TextConditions, *,
+    time: torch.Tensor = TIME, sizes: Any = None,
+) -> torch.Tensor:  # fmt: skip
+    """One call without a guide."""
+    return Backbone.of(denoiser)(latents, time, text, sizes)
+
+
+def count_hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
