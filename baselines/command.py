@@ -18,11 +18,10 @@ from baselines.comparison.plan import Plan
 from baselines.comparison.plots import pareto
 from baselines.comparison.table import comparison_table
 from pilotfish import bundled
-from pilotfish.cli.evaluate import choose_hosts
-from pilotfish.cli.names import judge
+from pilotfish.cli.names import model_sources, open_scorer
 from pilotfish.data.prompts import load_prompts
 from pilotfish.evaluation.plots import save
-from pilotfish.evaluation.spread import is_main
+from pilotfish.evaluation.processes import is_main
 from pilotfish.training.loop import Interrupted
 
 QUICK: dict[str, Any] = {
@@ -86,8 +85,8 @@ def main(arguments: Sequence[str]) -> None:
     elif config.hosts[0] != "base":
         raise ValueError(f"{config.hosts[0]} is a fine-tune; the first host is the base")
     comparing = Comparing(
-        config, choose_hosts(config.hosts, config.pictures), how,
-        judge(config.judge, config.hosts), folder, training=training,
+        config, model_sources(config.hosts, config.pictures), how,
+        open_scorer(config.judge, config.hosts), folder, training=training,
         command=shlex.join(["pilotfish", "compare", *arguments]),
     )  # fmt: skip
     try:

@@ -18,10 +18,10 @@ from benchmarks.measure import ShapeResult, ShapesResult, measure_shape, result_
 from benchmarks.memory import largest_batches, pipeline_parts, training_memory
 from benchmarks.operators import OperatorCount, count_operators, narrow_pipeline
 from benchmarks.shapes import GUIDES, SHAPES
-from pilotfish.cli.names import guide, host, usable
-from pilotfish.evaluation.cost import cost, guide_size
-from pilotfish.evaluation.machine import machine
-from pilotfish.evaluation.table import cost_table, number
+from pilotfish.cli.names import open_guide, open_model, usable_device
+from pilotfish.evaluation.results import GuideSize, machine
+from pilotfish.evaluation.speed import measure_cost
+from pilotfish.evaluation.tables import cost_table, number
 from pilotfish.guides import Guide
 from pilotfish.pipelines import check
 from pilotfish.training.kinds import KINDS
@@ -104,14 +104,14 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         BenchmarkConfig, args=list(arguments), prog="pilotfish benchmark", use_underscores=True
     )
-    usable(config.device)
+    usable_device(config.device)
     if config.shape:
         freezing = [f"{FREEZING}=1"] if config.compile and os.environ.get(FREEZING) == "1" else []
         _shapes(config, shlex.join([*freezing, "pilotfish", "benchmark", *arguments]))
         return
     counts: dict[tuple[str, str], OperatorCount] = {}
     for model in config.models:
-        pipe = host(model)
+        pipe = open_model(model)
         network, name = _guide(config, pipe)
         check(network, pipe)
         if config.operators:
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str]) -> None:
 def _guide(config: BenchmarkConfig, pipe: Any) -> tuple[Guide, str]:
     """The guide and its name."""
     if not config.guide_type:
-        return guide(config.guide), config.guide
+        return open_guide(config.guide), config.guide
     (name,) = config.guide_type
     fresh = KINDS[name].for_denoiser(pipe.unet, pipe.scheduler.config.prediction_type)
     return fresh.eval(), f"fresh {name}"
@@ -133,8 +133,8 @@ def _guide(config: BenchmarkConfig, pipe: Any) -> tuple[Guide, str]:
 
 def _time(config: BenchmarkConfig, model: str, pipe: Any, network: Guide, name: str) -> None:
     pipe.to(config.device, getattr(torch, config.precision))
-    size = guide_size(network, pipe, name)
-    found = cost(
+    size = GuideSize.of(network, pipe, name)
+    found = measure_cost(
         pipe, network, batch_sizes=config.batch_sizes, rounds=config.rounds,
         guidance_scale=config.guidance_scale, num_inference_steps=config.num_inference_steps,
         compiled=config.compile,

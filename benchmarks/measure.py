@@ -12,10 +12,8 @@ import torch
 from benchmarks.memory import TrainingMemory, peak_bytes
 from benchmarks.operators import OperatorCount
 from benchmarks.shapes import GUIDES, SamplingStep, Shape
-from pilotfish.evaluation.cost import speed_up, take_turns
-from pilotfish.evaluation.machine import machine, versions
-from pilotfish.evaluation.result import GuideSize
-from pilotfish.evaluation.saved import Saved
+from pilotfish.evaluation.results import GuideSize, Saved, machine, versions
+from pilotfish.evaluation.speed import speed_up, take_turns
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.shapes import GUIDES, SamplingStep, Shape
-from pilotfish.evaluation.machine import machine, versions
+from pilotfish.evaluation.results import machine, versions
 from pilotfish.guidance import classifier_free_guidance
 from pilotfish.teacher import Student, checkpoint_in_pass
 

@@ -18,8 +18,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pilotfish.backbones import heed_hooks
-from pilotfish.evaluation.cost import denoiser_flops, guide_size
-from pilotfish.evaluation.result import GuideSize
+from pilotfish.evaluation.results import GuideSize
+from pilotfish.evaluation.speed import denoiser_flops
 from pilotfish.guides import FullGuide, Guide, TinyGuide
 from pilotfish.interface import TextConditions
 from pilotfish.teacher import Conditioned, Student
@@ -108,7 +108,7 @@ class SamplingStep:
 
     def guide_sizes(self) -> dict[str, GuideSize]:
         """Parameters of each guide, and their share of the denoiser's."""
-        return {name: guide_size(guide, self, name) for name, guide in self.guides.items()}
+        return {name: GuideSize.of(guide, self, name) for name, guide in self.guides.items()}
 
     @contextmanager
     def prepared(self, mode: str, batch: int) -> Iterator[Callable[[], object]]:

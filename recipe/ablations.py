@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pilotfish import bundled
-from pilotfish.evaluation.machine import machine, versions
+from pilotfish.evaluation.results import machine, versions
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
 from pilotfish.training.config import DistillConfig

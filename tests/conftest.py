@@ -23,7 +23,7 @@ from hypothesis import settings
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from pilotfish.evaluation.features import Judge
+from pilotfish.evaluation.clip import Scorer
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 from pilotfish.noise import NoisePath
 from tests import components
@@ -229,8 +229,8 @@ def clip(pipe: Any) -> tuple[CLIPModel, CLIPProcessor]:
 
 
 @pytest.fixture
-def judge(clip: tuple[CLIPModel, CLIPProcessor]) -> Judge:
-    return Judge(*clip)
+def scorer(clip: tuple[CLIPModel, CLIPProcessor]) -> Scorer:
+    return Scorer(*clip)
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from baselines.comparison.result import (
     MethodRun,
     Training,
 )
-from pilotfish.evaluation.negative import NegativeResult
-from pilotfish.evaluation.result import GuideSize, Interval, Run, Scores
-from pilotfish.evaluation.steps import StepScores, StepsResult
+from pilotfish.evaluation.curves import StepScores, StepsResult
+from pilotfish.evaluation.negatives import NegativeResult
+from pilotfish.evaluation.results import GuideSize, Interval, Run, Scores
 from recipe.pages import (
     aims,
     compare_page,

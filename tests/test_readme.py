@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pilotfish.evaluation.result import Result
-from pilotfish.evaluation.table import markdown_table
+from pilotfish.evaluation.results import Result
+from pilotfish.evaluation.tables import markdown_table
 from recipe.pages import readme_text as measured
 
 ROOT = Path(__file__).parent.parent

@@ -23,12 +23,11 @@ from baselines.comparison.result import (
     MethodRun,
     Training,
 )
-from pilotfish.evaluation.cost import denoiser_flops, speed_up, take_turns, timed_call
-from pilotfish.evaluation.features import Judge
-from pilotfish.evaluation.hosts import Host
-from pilotfish.evaluation.machine import machine, versions
-from pilotfish.evaluation.result import Run
-from pilotfish.evaluation.spread import is_main, on_main
+from pilotfish.evaluation.clip import Scorer
+from pilotfish.evaluation.images import ModelSource
+from pilotfish.evaluation.processes import is_main, on_main
+from pilotfish.evaluation.results import Run, machine, versions
+from pilotfish.evaluation.speed import denoiser_flops, speed_up, take_turns, timed_call
 from pilotfish.guides import Guide
 from pilotfish.pipelines.sampling import Attachable
 from pilotfish.training.config import ConfigError, DistillConfig
@@ -47,7 +46,7 @@ class Comparing:
         plan: what is compared.
         hosts: by name, first the base on which all methods are trained.
         how: how each is measured.
-        judge: the judge.
+        scorer: the scorer.
         folder: the trainings and ``compare.json``.
         training: settings that every training shares, such as another base and its prompts.
         command: the command line that repeats it.
@@ -59,10 +58,10 @@ class Comparing:
     """
 
     def __init__(
-        self, plan: Plan, hosts: Mapping[str, Host], how: Measurement, judge: Judge, folder: Path,
+        self, plan: Plan, hosts: Mapping[str, ModelSource], how: Measurement, scorer: Scorer, folder: Path,
         *, training: Mapping[str, Any], command: str, notice: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
-        self.plan, self.hosts, self.how, self.judge = plan, hosts, how, judge
+        self.plan, self.hosts, self.how, self.scorer = plan, hosts, how, scorer
         self.folder, self.training = folder, training
         self.notice = notice if is_main() else lambda line: None
         self.file = folder / "compare.json"
@@ -187,7 +186,7 @@ class Comparing:
         if not missing and host in self.found.references:
             return
         self.notice(f"{host}: drawn without guidance and with CFG")
-        bench = Bench(self.hosts[host], self.how, self.judge)
+        bench = Bench(self.hosts[host], self.how, self.scorer)
         self.found.references[host] = {"none": bench.none.scores, "cfg": bench.cfg.scores}
         for name, key in missing:
             if (twin := self._twin(name, key)) is not None:

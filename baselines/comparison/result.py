@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
-from pilotfish.evaluation.result import Interval, Run, Scores
-from pilotfish.evaluation.saved import Saved
+from pilotfish.evaluation.results import Interval, Run, Saved, Scores
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class HostScores:
     Attributes:
         guidance_error: mean over w; not a number for a method without a network.
         latent_mse_ratio: MSE(method, cfg) / MSE(unguided, cfg) of final latents.
-        gain_kept: (method - none) / (cfg - none) in prompt score.
+        gain_kept: (method - none) / (cfg - none) in top-1 accuracy.
         gain_kept_interval: its 95 % interval, over the choice of pictures.
         gain_kept_cosine: the same in mean cosine.
         passes: of the denoiser for one picture.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.table import Table
 
 from baselines.comparison.result import Comparison
-from pilotfish.evaluation.table import markdown, number, percent, terminal
+from pilotfish.evaluation.tables import markdown, number, percent, terminal
 
 HEADINGS = ("method", "parameters", "FLOPs", "speed", "kept, base", "kept, fine-tunes",
-            "error, base", "error, fine-tunes", "fd_judge, base")  # fmt: skip
+            "error, base", "error, fine-tunes", "fd_clip, base")  # fmt: skip
 
 
 def cells(found: Comparison, budget: str) -> list[tuple[str, ...]]:
@@ -32,7 +32,7 @@ def cells(found: Comparison, budget: str) -> list[tuple[str, ...]]:
             percent(found.kept(name, found.base, budget)),
             percent(found.kept_on_fine_tunes(name, budget)),
             number(error(found.base)), number(error(*found.fine_tunes)),
-            number(found.mean(name, budget, lambda run: run.hosts[found.base].scores.fd_judge), 1),
+            number(found.mean(name, budget, lambda run: run.hosts[found.base].scores.fd_clip), 1),
         ))  # fmt: skip
     return rows
 

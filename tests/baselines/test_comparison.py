@@ -20,8 +20,8 @@ from baselines.comparison.plots import pareto
 from baselines.comparison.result import Comparison
 from baselines.comparison.table import HEADINGS, comparison_markdown, comparison_table, ranked
 from baselines.training_free import GuidanceInterval
-from pilotfish.evaluation.features import Judge
-from pilotfish.evaluation.hosts import Host
+from pilotfish.evaluation.clip import Scorer
+from pilotfish.evaluation.images import ModelSource
 from pilotfish.evaluation.plots import png
 from pilotfish.guides import TinyGuide
 from pilotfish.training.config import ConfigError
@@ -40,7 +40,7 @@ def how(names: list[str]) -> Measurement:
 
 @pytest.fixture
 def start(
-    make_pipe: Callable[[str], Any], how: Measurement, judge: Judge, names: list[str],
+    make_pipe: Callable[[str], Any], how: Measurement, scorer: Scorer, names: list[str],
     real: Path, tmp_path: Path,
 ) -> Callable[..., Comparing]:  # fmt: skip
     """A comparison in a folder, on a base and a fine-tune that is not one."""
@@ -53,11 +53,11 @@ def start(
         "pool": 8, "replay_capacity": 8,
         "trajectory_steps_min": 2, "trajectory_steps_max": 4,
     }  # fmt: skip
-    hosts = {"base": Host(lambda: make_pipe("epsilon"), real), "other": Host(lambda: make_pipe())}
+    hosts = {"base": ModelSource(lambda: make_pipe("epsilon"), real), "other": ModelSource(lambda: make_pipe())}
 
     def make(folder: str = "run", plan: Plan = PLAN) -> Comparing:
         return Comparing(
-            plan, hosts, how, judge, tmp_path / folder, training=training,
+            plan, hosts, how, scorer, tmp_path / folder, training=training,
             command="pilotfish compare", notice=lambda line: None,
         )  # fmt: skip
 
@@ -65,9 +65,9 @@ def start(
 
 
 def test_what_is_cfg_keeps_all_of_it(
-    make_pipe: Callable[[str], Any], how: Measurement, judge: Judge, real: Path
+    make_pipe: Callable[[str], Any], how: Measurement, scorer: Scorer, real: Path
 ) -> None:
-    bench = Bench(Host(lambda: make_pipe("epsilon"), real), how, judge)
+    bench = Bench(ModelSource(lambda: make_pipe("epsilon"), real), how, scorer)
     found = bench.measure(GuidanceInterval(0, 1000))
     assert found.latent_mse_ratio == 0
     assert found.scores == bench.cfg.scores
@@ -77,9 +77,9 @@ def test_what_is_cfg_keeps_all_of_it(
 
 
 def test_a_fresh_guide_keeps_nothing(
-    make_pipe: Callable[[str], Any], how: Measurement, judge: Judge, real: Path
+    make_pipe: Callable[[str], Any], how: Measurement, scorer: Scorer, real: Path
 ) -> None:
-    bench = Bench(Host(lambda: make_pipe("epsilon"), real), how, judge)
+    bench = Bench(ModelSource(lambda: make_pipe("epsilon"), real), how, scorer)
     found = bench.measure(TinyGuide.for_denoiser(bench.pipe.unet, "epsilon"))
     assert found.latent_mse_ratio == pytest.approx(1, abs=1e-3)
     assert found.guidance_error == pytest.approx(1, abs=1e-3)

@@ -10,7 +10,7 @@ import torch
 from diffusers import PNDMScheduler
 
 from baselines.training_free import AdaptiveGuidance, GuidanceInterval, PartialGuidance
-from pilotfish.evaluation.cost import counted_rows
+from pilotfish.evaluation.speed import counted_rows
 from tests.pipelines import hosts
 from tests.pipelines.test_conditions import WIDTH, load_ip_adapter
 

@@ -19,8 +19,8 @@ from PIL import Image
 
 from pilotfish import cli
 from pilotfish.cli.settings import parse
-from pilotfish.evaluation.result import Result
-from pilotfish.evaluation.table import markdown_table
+from pilotfish.evaluation.results import Result
+from pilotfish.evaluation.tables import markdown_table
 from pilotfish.guides import TinyGuide
 from pilotfish.guides.hub import published
 from pilotfish.training.config import DistillConfig, StepsConfig

@@ -32,21 +32,21 @@ def look(pipe: Any, guide: Guide, scales: tuple[float, ...] = (2.0, 6.0)) -> lis
     return inspect(pipe, guide, ["a cat"], guidance_scales=scales, num_inference_steps=STEPS)
 
 
-def test_every_place_is_seen_in_every_step(pipe: Any, guide: Guide) -> None:
+def test_every_site_is_seen_in_every_step(pipe: Any, guide: Guide) -> None:
     found = look(pipe, guide)
-    places = {"text", *guide.touches}
-    assert {a.place for a in found} == places
-    assert len(found) == 2 * STEPS * len(places)
+    sites = {"text", *guide.touches}
+    assert {a.site for a in found} == sites
+    assert len(found) == 2 * STEPS * len(sites)
     assert {a.guidance_scale for a in found} == {2.0, 6.0}
-    maps = [a.map for a in found if a.place == "conv_out"]
+    maps = [a.map for a in found if a.site == "conv_out"]
     assert all(m is not None and m.shape == (8, 8) for m in maps)
 
 
-def test_skips_and_mid_block_are_places_too(pipe: Any, randomise: Any) -> None:
+def test_skips_and_mid_block_are_sites_too(pipe: Any, randomise: Any) -> None:
     guide = randomise(ExternalGuide.for_denoiser(pipe.unet, "epsilon"))
-    places = {a.place for a in look(pipe, guide)}
-    assert "mid block" in places
-    assert "skip 0" in places
+    sites = {a.site for a in look(pipe, guide)}
+    assert "mid block" in sites
+    assert "skip 0" in sites
 
 
 def test_a_fresh_guide_adds_nothing(pipe: Any) -> None:
@@ -55,7 +55,7 @@ def test_a_fresh_guide_adds_nothing(pipe: Any) -> None:
 
 
 def test_more_is_added_at_a_larger_scale(pipe: Any, guide: Guide) -> None:
-    found = [a for a in look(pipe, guide) if a.place == "text"]
+    found = [a for a in look(pipe, guide) if a.site == "text"]
     first = {a.guidance_scale: a.strength for a in found if a.timestep == found[0].timestep}
     assert first[6.0] > first[2.0] > 0
 
@@ -76,10 +76,10 @@ def test_the_command_draws_maps_and_strength(pipe: Any, guide: Guide, tmp_path: 
     pipe.save_pretrained(tmp_path / "base")
     guide.save_pretrained(tmp_path / "guide")
     flags = (
-        "--guide", str(tmp_path / "guide"), "--pretrained_model_name_or_path",
+        "--guide", str(tmp_path / "guide"), "--models",
         str(tmp_path / "base"), "--num_inference_steps", "3", "-p", "a cat",
     )  # fmt: skip
     assert cli.main(["inspect", *flags, "--output_dir", str(tmp_path / "out")]) == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"maps.png", "strength.png"}
-    wrong = ("--place", "attic", "--output_dir", str(tmp_path / "none"))
+    wrong = ("--site", "attic", "--output_dir", str(tmp_path / "none"))
     assert cli.main(["inspect", *flags, *wrong]) == 1

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.training.runs import PROMPTS
 
 from pilotfish.training.config import DistillConfig
 from pilotfish.training.material import Material
+from tests.training.runs import PROMPTS
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.runs import same, train
 
 from pilotfish.guides import Guide, TinyGuide
 from pilotfish.interface import TextConditions
@@ -26,6 +25,7 @@ from pilotfish.training.material import Material
 from pilotfish.training.precision import slowed_by
 from pilotfish.training.stages import distill
 from pilotfish.training.trained import settings
+from tests.training.runs import same, train
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])

@@ -17,7 +17,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tests.training.runs import PROMPTS, same, train
 
 from pilotfish.guides import Guide, TinyGuide
 from pilotfish.training import guidance_stage
@@ -27,6 +26,7 @@ from pilotfish.training.guidance_stage import GuidanceDistillation
 from pilotfish.training.loop import Interrupted
 from pilotfish.training.material import Material
 from pilotfish.training.validation import GuidanceValidation
+from tests.training.runs import PROMPTS, same, train
 
 
 @pytest.mark.parametrize("states", ["noised", "trajectory", "student"])

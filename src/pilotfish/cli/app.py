@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import tyro
 
 from pilotfish import bundled
-from pilotfish.cli.names import guide, host
+from pilotfish.cli.names import open_guide, open_model
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     from pilotfish.app import page  # after --help, which needs no gradio
     from pilotfish.app.session import Session
 
-    guides = {name: guide(name) for name in config.guide}
-    models = {name: host(name).to(config.device) for name in config.models}
+    guides = {name: open_guide(name) for name in config.guide}
+    models = {name: open_model(name).to(config.device) for name in config.models}
     session = Session(models, guides)
     page.serve(page.build(session), config.host, config.port)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from pilotfish.cli.names import guide
+from pilotfish.cli.names import open_guide
 from pilotfish.guides.mean import mean_guide
 
 
@@ -34,6 +34,6 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(config.output_dir)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; another --output_dir keeps what is there")
-    made = mean_guide([guide(name) for name in config.guides])
+    made = mean_guide([open_guide(name) for name in config.guides])
     (made.half() if config.half else made).save_pretrained(folder)
     print(f"saved {folder}")

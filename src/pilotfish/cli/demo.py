@@ -14,15 +14,14 @@ import tyro
 from rich.console import Console
 
 from pilotfish import bundled
-from pilotfish.cli.progress import shown
+from pilotfish.cli.progress import progress_bars
 from pilotfish.evaluation import plots, report
-from pilotfish.evaluation.evaluation import evaluate
-from pilotfish.evaluation.features import Judge
-from pilotfish.evaluation.grids import draw_hosts, host_grid, wide_grid
-from pilotfish.evaluation.hosts import embedded_hosts
-from pilotfish.evaluation.result import Result
-from pilotfish.evaluation.table import result_table
-from pilotfish.evaluation.ways import Drawn
+from pilotfish.evaluation.clip import Scorer
+from pilotfish.evaluation.grids import draw_models, model_grid, wide_grid
+from pilotfish.evaluation.images import ImageBatch, bundled_models
+from pilotfish.evaluation.results import Result
+from pilotfish.evaluation.run import evaluate
+from pilotfish.evaluation.tables import result_table
 from pilotfish.guides import Guide
 from pilotfish.training.config import DistillConfig
 from pilotfish.training.stages import distill
@@ -63,31 +62,31 @@ def main(arguments: Sequence[str]) -> None:
             pool=512, replay_capacity=2048, lr_warmup_steps=30,
         )
     )  # fmt: skip
-    hosts, judge, names = embedded_hosts(), Judge.embedded(), bundled.prompts("captions")
+    models, scorer, names = bundled_models(), Scorer.bundled(), bundled.prompts("captions")
     sampling: dict[str, Any] = {
         "guidance_scale": config.guidance_scale,
         "num_inference_steps": config.num_inference_steps,
         "seed": config.seed,
     }
     results: dict[str, Result] = {}
-    known: dict[str, list[dict[str, Drawn]]] = {}
+    cache: dict[str, list[dict[str, ImageBatch]]] = {}
     guides: dict[str, Guide] = {"shipped": bundled.load_guide(), "fresh": fresh}
     for label, guide in guides.items():
-        with shown() as progress:
+        with progress_bars() as progress:
             results[label] = evaluate(
-                hosts, guide, guide_name=f"tiny, {label}", command=command, prompts=names,
-                names=names, held_out=bundled.prompts("held_out")[:16], judge=judge,
+                models, guide, guide_name=f"tiny, {label}", command=command, prompts=names,
+                names=names, validation_prompts=bundled.prompts("held_out")[:16], scorer=scorer,
                 samples=config.samples, rounds=7, unfinished=folder / f"{label}.unfinished",
-                known=known, progress=progress, **sampling,
+                cache=cache, progress=progress, **sampling,
             )  # fmt: skip
         results[label].save(folder / f"{label}.json")
         (folder / f"{label}.unfinished").unlink(missing_ok=True)
-    with shown() as progress:
-        drawn = draw_hosts(hosts, guides["shipped"], bundled.GRID_PROMPTS, progress, **sampling)
+    with progress_bars() as progress:
+        drawn = draw_models(models, guides["shipped"], bundled.GRID_PROMPTS, progress, **sampling)
     grids = {"Base and fine-tunes, the shipped guide": wide_grid(bundled.GRID_PROMPTS, drawn)}
-    grids["Base, the guide distilled just now"] = host_grid(
+    grids["Base, the guide distilled just now"] = model_grid(
         bundled.GRID_PROMPTS,
-        draw_hosts({"base": hosts["base"]}, fresh, bundled.GRID_PROMPTS, **sampling)["base"],
+        draw_models({"base": models["base"]}, fresh, bundled.GRID_PROMPTS, **sampling)["base"],
     )
     for name, image in zip(("grid", "grid-fresh"), grids.values(), strict=True):
         image.save(folder / f"{name}.png")

@@ -5,46 +5,74 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
 
 from pilotfish import bundled
-from pilotfish.cli.names import guide, judge, measured
-from pilotfish.cli.progress import shown
+from pilotfish.cli.names import (
+    Dtype,
+    model_sources,
+    named_methods,
+    open_guide,
+    open_scorer,
+    split_name,
+)
+from pilotfish.cli.progress import progress_bars
 from pilotfish.data.prompts import load_prompts
-from pilotfish.evaluation.evaluation import evaluate
-from pilotfish.evaluation.grids import draw_hosts, wide_grid
-from pilotfish.evaluation.hosts import Host
-from pilotfish.evaluation.spread import is_main
-from pilotfish.evaluation.table import result_table
+from pilotfish.evaluation import plots, tables
+from pilotfish.evaluation.curves import score_guidance_scales, score_steps
+from pilotfish.evaluation.grids import draw_models, wide_grid
+from pilotfish.evaluation.negatives import evaluate_negatives
+from pilotfish.evaluation.processes import is_main
+from pilotfish.evaluation.results import CurveResult, NegativeResult, Result
+from pilotfish.evaluation.run import evaluate
+
+Measured = Result | CurveResult | NegativeResult
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What to measure. Left alone, it measures the embedded guide on the embedded hosts."""
+    """Measure a guide against each model's own CFG: guidance error, scores, agreement, cost. Or,
+    with --steps, --guidance_scales or --negative_prompts, one of these alone. Without any option
+    the bundled guide is measured on the bundled models. The same command resumes an evaluation
+    that was stopped."""
 
-    guide: str = "tiny"
-    """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub id."""
-    hosts: tuple[str, ...] = tuple(bundled.MODELS)
+    guide: tuple[str, ...] = ("tiny",)
+    """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub id. With
+    --steps and --guidance_scales several, also guidance-interval and adaptive-guidance in a
+    clone. NAME=GUIDE gives it a name in the result; guides for different numbers of steps that
+    have one name make one line."""
+    models: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, or folders or hub ids."""
-    pictures: tuple[str, ...] = ()
-    """Folders of real pictures (metadata.jsonl), one for each host that is not bundled."""
+    reference_images: tuple[str, ...] = ()
+    """Folders of real images (metadata.jsonl), one for each model that is not bundled."""
     prompts: str | None = None
-    """Text file of what is drawn; the judge must find each among all of them. Left out: the
-    embedded captions."""
-    held_out_prompts: str | None = None
-    """Text file of prompts for the guidance error. Left out: the embedded ones."""
-    judge: str | None = None
-    """Folder of a CLIP that judges. Left out: the embedded judge."""
+    """Text file, the prompts of the images; the scorer must find each among all of them. Left
+    out: the bundled captions."""
+    validation_prompts: str | None = None
+    """Text file of held-out prompts, for the guidance error and for --negative_prompts. Left
+    out: the bundled ones."""
+    scorer: str | None = None
+    """Folder of a CLIP that scores the images. Left out: the bundled one."""
+    steps: tuple[int, ...] = ()
+    """Scores by number of sampling steps, such as 4 8 16, all with DDIM. A guide that was
+    distilled to few steps takes its own alone."""
+    guidance_scales: tuple[float, ...] = ()
+    """Scores by guidance scale, such as 1 2 4 7."""
+    negative_prompts: bool = False
+    """Agreement with CFG where both have a negative prompt: each held-out prompt has another one
+    as its negative prompt."""
     samples: int = 1000
-    """Pictures for each host and way of guidance."""
+    """Images for each model and guidance mode."""
     seed: int = 0
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
     batch_size: int = 32
+    dtype: Dtype = "float32"
+    """Precision of the models."""
     rounds: int = 15
     """Rounds of the side-by-side timing."""
     inception_weights: str | None = None
@@ -52,31 +80,9 @@ class EvaluateConfig:
     clip: str | None = None
     """Folder of a CLIP: adds CLIP score."""
     output: str = "runs/evaluation.json"
-    """JSON file of the result. Until all is measured, the finished hosts are kept beside it, and
-    the same command goes on from there."""
+    """JSON file of the result; plots of --steps and --guidance_scales go beside it."""
     grid: str | None = None
-    """PNG file: without guidance, CFG and guided, side by side on every host."""
-
-
-def choose_hosts(names: Sequence[str], pictures: Sequence[str]) -> dict[str, Host]:
-    """Hosts by name; pictures go to those that are not embedded, in order.
-
-    Raises:
-        ValueError: more folders than such hosts, or two hosts of one name.
-    """
-    folders, hosts = list(pictures), dict[str, Host]()
-    for name in names:
-        called = name if name in bundled.MODELS else Path(name).name
-        if called in hosts:
-            raise ValueError(f"two hosts are called {called}; rename one of the folders")
-        if name in bundled.MODELS:
-            pictures_folder: Path | None = bundled.images(name)
-        else:
-            pictures_folder = Path(folders.pop(0)) if folders else None
-        hosts[called] = Host(partial(measured, name), pictures_folder)
-    if folders:
-        raise ValueError(f"--pictures {folders[0]} belongs to no host")
-    return hosts
+    """PNG file: without guidance, CFG and guided, side by side on every model."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -84,39 +90,104 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         EvaluateConfig, args=list(arguments), prog="pilotfish evaluate", use_underscores=True
     )
-    names = load_prompts(config.prompts) if config.prompts else bundled.prompts("captions")
-    held_out = (
-        load_prompts(config.held_out_prompts)
-        if config.held_out_prompts
-        else bundled.prompts("held_out")
-    )
-    hosts, chosen = choose_hosts(config.hosts, config.pictures), guide(config.guide)
+    _check(config)
     unfinished = Path(f"{config.output}.unfinished")
-    with shown() as progress:
-        result = evaluate(
-            hosts, chosen,
-            guide_name=config.guide, command=shlex.join(["pilotfish", "evaluate", *arguments]),
-            prompts=names, names=names, held_out=held_out, judge=judge(config.judge, config.hosts),
-            samples=config.samples,
-            seed=config.seed, guidance_scale=config.guidance_scale, rounds=config.rounds,
-            num_inference_steps=config.num_inference_steps, batch_size=config.batch_size,
-            inception_weights=config.inception_weights, clip=config.clip,
-            unfinished=unfinished, progress=progress,
+    models = model_sources(config.models, config.reference_images, config.dtype)
+    with progress_bars() as progress:
+        found = _measure(
+            config, models=models, scorer=open_scorer(config.scorer, config.models),
+            command=shlex.join(["pilotfish", "evaluate", *arguments]), seed=config.seed,
+            batch_size=config.batch_size, unfinished=unfinished, progress=progress,
         )  # fmt: skip
     if is_main():
-        result.save(config.output)
+        found.save(config.output)
         unfinished.unlink(missing_ok=True)
-        Console().print(result_table(result))
+        _show(found, Path(config.output))
         print(f"saved {config.output}")
     if config.grid:
-        rows = names[:8] if config.prompts else bundled.GRID_PROMPTS
-        with shown() as progress:
-            drawn = draw_hosts(
-                hosts, chosen, rows, progress, seed=config.seed,
-                guidance_scale=config.guidance_scale,
+        prompts = bundled.GRID_PROMPTS if config.prompts is None else _prompts(config)[:8]
+        with progress_bars() as progress:
+            drawn = draw_models(
+                models, open_guide(split_name(config.guide[0])[1]), prompts, progress,
+                seed=config.seed, guidance_scale=config.guidance_scale,
                 num_inference_steps=config.num_inference_steps,
             )  # fmt: skip
         if is_main():
             Path(config.grid).parent.mkdir(parents=True, exist_ok=True)
-            wide_grid(rows, drawn).save(config.grid)
+            wide_grid(prompts, drawn).save(config.grid)
             print(f"saved {config.grid}")
+
+
+def _check(config: EvaluateConfig) -> None:
+    """Refuse options that exclude one another.
+
+    Raises:
+        ValueError: naming them.
+    """
+    given = {
+        "--steps": config.steps, "--guidance_scales": config.guidance_scales,
+        "--negative_prompts": config.negative_prompts,
+    }  # fmt: skip
+    chosen = [flag for flag, value in given.items() if value]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} cannot be combined; run evaluate for each")
+    curve = bool(config.steps or config.guidance_scales)
+    if len(config.guide) != 1 and not curve:
+        raise ValueError(
+            f"{len(config.guide)} guides, but without --steps or --guidance_scales one is measured"
+        )
+    for flag in ("grid", "clip", "inception_weights"):
+        if chosen and getattr(config, flag) is not None:
+            raise ValueError(f"--{flag} has no effect with {chosen[0]}")
+
+
+def _measure(config: EvaluateConfig, models: Any, **same: Any) -> Measured:
+    if config.steps or config.guidance_scales:
+        same |= {"names": _prompts(config), "samples": config.samples}
+        methods = named_methods(config.guide)
+        if config.steps:
+            return score_steps(
+                models, methods, config.steps, guidance_scale=config.guidance_scale,
+                rounds=config.rounds, **same,
+            )  # fmt: skip
+        return score_guidance_scales(
+            models, methods, config.guidance_scales,
+            num_inference_steps=config.num_inference_steps, **same,
+        )  # fmt: skip
+    name, path = split_name(config.guide[0])
+    held_out = (
+        load_prompts(config.validation_prompts)
+        if config.validation_prompts
+        else bundled.prompts("held_out")
+    )
+    same |= {
+        "guide_name": name if config.guide[0] != path else path,
+        "guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps,
+    }  # fmt: skip
+    if config.negative_prompts:
+        return evaluate_negatives(models, open_guide(path), held_out, **same)
+    names = _prompts(config)
+    return evaluate(
+        models, open_guide(path), prompts=names, names=names, validation_prompts=held_out,
+        samples=config.samples, rounds=config.rounds, clip=config.clip,
+        inception_weights=config.inception_weights, **same,
+    )  # fmt: skip
+
+
+def _prompts(config: EvaluateConfig) -> list[str]:
+    return load_prompts(config.prompts) if config.prompts else bundled.prompts("captions")
+
+
+def _show(found: Measured, output: Path) -> None:
+    """Tables on the terminal, plots beside the file."""
+    console = Console(width=120)
+    if isinstance(found, Result):
+        console.print(tables.result_table(found))
+    elif isinstance(found, NegativeResult):
+        console.print(tables.negatives_table(found))
+    else:
+        for model in found.models:
+            console.print(tables.curve_table(found, model))
+            plot = output.with_name(f"{output.stem}-{model}.png")
+            plots.save(plots.curve(found, model), plot)
+            print(f"saved {plot}")

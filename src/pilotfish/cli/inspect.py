@@ -1,4 +1,4 @@
-"""``pilotfish inspect``: what a guide adds, and where, from noise to picture."""
+"""``pilotfish inspect``: what a guide adds, and where, from noise to image."""
 
 from __future__ import annotations
 
@@ -9,25 +9,34 @@ from typing import Annotated
 
 import tyro
 
-from pilotfish.cli.names import guide, measured, steps
+from pilotfish.cli.names import model_on_device, open_guide, sampling_steps
+from pilotfish.cli.progress import progress_bars
 from pilotfish.evaluation import plots
-from pilotfish.evaluation.inspection import inspect
+from pilotfish.evaluation.grids import draw_scales, scales_grid
+from pilotfish.evaluation.inspection import added_maps, added_strength, inspect
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """What to look at."""
+    """Draw what a guide adds at one of its sites, for several guidance scales: maps.png and
+    strength.png. With --scales, draw the images at each guidance scale in their place, CFG above
+    guided."""
 
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ("owl",)
-    """One or more prompts; several are averaged."""
+    """One or more prompts, prompt i from seed ``seed + i``. Maps are the mean over them."""
     guide: str = "tiny"
     """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
-    pretrained_model_name_or_path: str = "base"
-    """Pipeline: base, fluent, twemoji, emojione, or a folder or hub id."""
-    place: str | None = None
-    """Where the maps are from: the name of a module. Left out: the last place before the
-    prediction that has a map."""
+    models: tuple[str, ...] = ("base",)
+    """Pipelines: base, fluent, twemoji, emojione, or folders or hub ids. Several with --scales,
+    side by side."""
+    site: str | None = None
+    """Site of the maps: the name of a module. Left out: the last site before the prediction
+    that has a map."""
     guidance_scales: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
+    scales: str | None = None
+    """PNG or JPEG file: the images at each guidance scale, CFG above guided."""
+    enlarge: int = 2
+    """Factor by which the images of --scales are enlarged."""
     num_inference_steps: int | None = None
     """Left out: 25, or those that the guide was distilled to."""
     seed: int = 0
@@ -39,21 +48,41 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         InspectConfig, args=list(arguments), prog="pilotfish inspect", use_underscores=True
     )
-    pipe, network = measured(config.pretrained_model_name_or_path), guide(config.guide)
+    if config.scales is not None:
+        _draw_scales(config, Path(config.scales))
+        return
+    if len(config.models) != 1:
+        raise ValueError(f"{len(config.models)} models, but maps are of one; add --scales")
+    pipe, guide = model_on_device(config.models[0]), open_guide(config.guide)
     found = inspect(
-        pipe, network, config.prompt, seed=config.seed, guidance_scales=config.guidance_scales,
-        num_inference_steps=steps(pipe, network, config.num_inference_steps),
+        pipe, guide, config.prompt, seed=config.seed, guidance_scales=config.guidance_scales,
+        num_inference_steps=sampling_steps(pipe, guide, config.num_inference_steps),
     )  # fmt: skip
-    places = list(dict.fromkeys(a.place for a in found if a.map is not None))
-    if not places:
+    sites = list(dict.fromkeys(a.site for a in found if a.map is not None))
+    if not sites:
         raise ValueError(f"{config.guide} adds nothing that has a map")
-    inner = [p for p in places if p != "conv_out"]
-    place = config.place or (inner or places)[-1]
-    if place not in places:
-        raise ValueError(f"nothing is added at {place}; there are {', '.join(places)}")
+    inner = [site for site in sites if site != "conv_out"]
+    site = config.site or (inner or sites)[-1]
+    if site not in sites:
+        raise ValueError(f"nothing is added at {site}; there are {', '.join(sites)}")
     folder = Path(config.output_dir)
     for name, figure in (
-        ("maps", plots.added_maps(found, place)), ("strength", plots.added_strength(found, place)),
+        ("maps", added_maps(found, site)), ("strength", added_strength(found, site)),
     ):  # fmt: skip
         plots.save(figure, folder / f"{name}.png")
         print(f"saved {folder / f'{name}.png'}")
+
+
+def _draw_scales(config: InspectConfig, file: Path) -> None:
+    guide, drawn = open_guide(config.guide), {}
+    with progress_bars() as progress:
+        for i, name in enumerate(config.models):
+            pipe = model_on_device(name)
+            drawn[name] = draw_scales(
+                pipe, guide, config.prompt, config.guidance_scales, seed=config.seed,
+                num_inference_steps=sampling_steps(pipe, guide, config.num_inference_steps),
+            )  # fmt: skip
+            progress("models", i + 1, len(config.models))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scales_grid(config.guidance_scales, drawn, config.enlarge).save(file)
+    print(f"saved {file}")

@@ -1,77 +1,132 @@
-"""Names on the command line -> pipelines, guides, prompts: embedded ones or the user's own."""
+"""Names on the command line -> pipelines, guides, devices: bundled ones or the user's own."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from pilotfish import bundled
 from pilotfish.errors import in_brief
-from pilotfish.evaluation.features import Judge
-from pilotfish.evaluation.spread import device
+from pilotfish.evaluation.clip import Scorer
+from pilotfish.evaluation.images import ModelSource
+from pilotfish.evaluation.processes import device
 from pilotfish.guides import Guide
 from pilotfish.pipelines import check
 from pilotfish.pipelines.loading import load_pipeline, take_ddim_steps
+from pilotfish.pipelines.sampling import Attachable
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def host(name: str) -> Any:
-    """An embedded host (base, fluent, twemoji, emojione) or a pipeline's folder or hub id."""
-    if name in bundled.MODELS:
-        return bundled.load_model(name)
-    return load_pipeline(name)
+def open_model(name: str) -> Any:
+    """A bundled model (base, fluent, twemoji, emojione) or a pipeline's folder or hub id."""
+    return bundled.load_model(name) if name in bundled.MODELS else load_pipeline(name)
 
 
-def guide(name: str) -> Guide:
-    """An embedded guide (tiny, or tiny-16, tiny-8, tiny-4 for so many steps) or a guide's folder
+def model_on_device(name: str, dtype: Dtype = "float32") -> Any:
+    """A model on the device of this process."""
+    pipe = open_model(name).to(device())
+    return pipe if dtype == "float32" else pipe.to(getattr(torch, dtype))
+
+
+def model_sources(
+    names: Sequence[str], reference_images: Sequence[str], dtype: Dtype = "float32"
+) -> dict[str, ModelSource]:
+    """Models by name. The folders of reference images belong to those that are not bundled, in
+    order.
+
+    Raises:
+        ValueError: more folders than such models, or two models of one name.
+    """
+    folders, models = list(reference_images), dict[str, ModelSource]()
+    for name in names:
+        is_bundled = name in bundled.MODELS
+        called = name if is_bundled else Path(name).name
+        if called in models:
+            raise ValueError(f"two models are called {called}; rename one of the folders")
+        if is_bundled:
+            folder: Path | None = bundled.images(name)
+        else:
+            folder = Path(folders.pop(0)) if folders else None
+        models[called] = ModelSource(partial(model_on_device, name, dtype), folder)
+    if folders:
+        raise ValueError(f"--reference_images {folders[0]} belongs to no model")
+    return models
+
+
+def open_guide(name: str) -> Guide:
+    """A bundled guide (tiny, or tiny-16, tiny-8, tiny-4 for so many steps) or a guide's folder
     or hub id."""
     return bundled.open_guide(name)
 
 
-def steps(pipe: Any, network: Guide | None, wanted: int | None) -> int:
-    """Sampling steps where ``wanted`` may be left out: 25, or those that a guide was distilled
-    to. Such a guide also gets the scheduler that takes them.
+def named_methods(texts: Sequence[str]) -> dict[str, list[Attachable]]:
+    """Guides, and rules of ``baselines`` in a clone, by name: ``NAME=GUIDE``, or by the last part
+    of their path. A path may hold a ``=`` of its own.
+    """
+    rules: dict[str, Any] = {}
+    if find_spec("baselines") is not None:
+        rules = import_module("baselines").RULES
+    found: dict[str, list[Attachable]] = {}
+    for text in texts:
+        name, given = split_name(text)
+        rule = rules.get(given)
+        found.setdefault(name, []).append(rule() if rule else open_guide(given))
+    return found
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """``few=runs/x`` -> (few, runs/x); ``runs/lr=3/guide`` -> (guide, runs/lr=3/guide)."""
+    name, joined, given = text.partition("=")
+    if joined and "/" not in name and "\\" not in name and not Path(text).exists():
+        return name, given
+    return Path(text).name, text
+
+
+def sampling_steps(pipe: Any, guide: Guide | None, wanted: int | None) -> int:
+    """The number of sampling steps; left out, 25, or those that a guide was distilled to. Such a
+    guide also gets the scheduler that takes them.
 
     Raises:
         GuideError: the pipeline cannot take the guide.
     """
-    if network is not None:
-        check(network, pipe)
-    known = network and network.timesteps
-    if not known:
+    if guide is not None:
+        check(guide, pipe)
+    timesteps = guide and guide.timesteps
+    if not timesteps:
         return 25 if wanted is None else wanted
     take_ddim_steps(pipe)
-    return len(known) if wanted is None else wanted
+    return len(timesteps) if wanted is None else wanted
 
 
-def usable(device: str) -> str:
-    """The device that ``--device`` names.
+def usable_device(name: str) -> str:
+    """The device of ``--device``.
 
     Raises:
-        ValueError: this machine has none such, or this torch cannot use it.
+        ValueError: this machine has no such device, or this torch cannot use it.
     """
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=name)
     except (AssertionError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"--device {device} cannot be used: {in_brief(error)}") from error
-    return device
+        raise ValueError(f"--device {name} cannot be used: {in_brief(error)}") from error
+    return name
 
 
-def measured(name: str) -> Any:
-    """A host where this process measures it."""
-    return host(name).to(device())
-
-
-def judge(folder: str | None, hosts: Sequence[str]) -> Judge:
-    """The embedded judge or one of the user's, where this process measures. The embedded one
-    knows small pictures of emoji alone, and warns of hosts that may draw anything else."""
-    if folder is None and (others := [name for name in hosts if name not in bundled.MODELS]):
+def open_scorer(folder: str | None, models: Sequence[str]) -> Scorer:
+    """The bundled scorer or one of the user's, on the device of this process. The bundled one
+    was trained on small images of emoji, and warns of other models."""
+    if folder is None and (others := [name for name in models if name not in bundled.MODELS]):
         warnings.warn(
-            f"{others[0]} is judged by the embedded judge, which knows 64x64 pictures of emoji "
-            "alone; --judge FOLDER names a CLIP of yours", stacklevel=2,
+            f"{others[0]} is scored by the bundled CLIP, which was trained on 64x64 images of "
+            "emoji alone; --scorer FOLDER names another", stacklevel=2,
         )  # fmt: skip
-    found = Judge.from_folder(folder) if folder else Judge.embedded()
+    found = Scorer.from_folder(folder) if folder else Scorer.bundled()
     found.model.to(device())
     return found

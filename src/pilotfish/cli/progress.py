@@ -1,29 +1,32 @@
-"""One progress bar for long measurements."""
+"""Progress bars of long measurements."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
-from pilotfish.evaluation.scores import Progress as Report
-from pilotfish.evaluation.spread import is_main
+from pilotfish.evaluation.images import Progress
+from pilotfish.evaluation.processes import is_main
 
 
 @contextmanager
-def shown() -> Iterator[Report]:
-    """A function ``(what, done, total)`` that moves a bar; each ``what`` is a line of its own. Of
-    several processes the first shows it."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, disable=not is_main()) as progress:
-        tasks = {}
+def progress_bars() -> Iterator[Progress]:
+    """A function ``(what, done, total)`` that moves the bar of ``what``, one bar below another.
+    Of several processes the first shows them."""
+    bars: dict[str, tqdm[Any]] = {}
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done)
+    def report(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            for bar in bars.values():
+                bar.close()
+            bars[what] = tqdm(total=total, desc=what, disable=not is_main())
+        bars[what].update(done - bars[what].n)
 
+    try:
         yield report
+    finally:
+        for bar in bars.values():
+            bar.close()

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from pilotfish.cli.names import guide, host, steps, usable
+from pilotfish.cli.names import open_guide, open_model, sampling_steps, usable_device
 from pilotfish.data.prompts import load_prompts
 from pilotfish.pipelines.sampling import sample
 
@@ -68,10 +68,10 @@ def main(arguments: Sequence[str]) -> None:
     names = [Path(model).name for model in config.models]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two models are called {twice[0]}; rename one of the folders")
-    device = usable(config.device or get_device())
+    device = usable_device(config.device or get_device())
     for model, name in zip(config.models, names, strict=True):
         folder = Path(config.output) / (name if len(names) > 1 else "")
-        pipe = host(model).to(device)
+        pipe = open_model(model).to(device)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):  # diffusers' own method logs a warning
                 nn.Module.to(part, dtype=DTYPES[config.dtype])
@@ -81,11 +81,11 @@ def main(arguments: Sequence[str]) -> None:
 def sample_model(pipe: Any, prompts: Sequence[str], folder: Path, config: SampleConfig) -> None:
     """Sample every prompt with one pipeline; save the images and their grid in ``folder``."""
     texts = [text for text in prompts for _ in range(config.num_images_per_prompt)]
-    network = guide(config.guide) if config.mode == "guided" else None
+    network = open_guide(config.guide) if config.mode == "guided" else None
     samples = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if config.mode == "none" else config.guidance_scale,
-        num_inference_steps=steps(pipe, network, config.num_inference_steps),
+        num_inference_steps=sampling_steps(pipe, network, config.num_inference_steps),
         batch_size=config.batch_size, guide=network,
         negative_prompts=(
             None if config.negative_prompt is None else [config.negative_prompt] * len(texts)

@@ -1,1 +1,1 @@
-"""Measuring a guide: features, metrics, cost, and the one result that feeds every view of it."""
+"""Measuring a guide against its model's own CFG: quality, guidance error, cost."""

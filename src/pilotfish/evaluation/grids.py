@@ -1,4 +1,4 @@
-"""Grids of pictures: prompts by ways to sample, and by guidance scale; hosts side by side."""
+"""Grids of images: prompts by guidance mode, or by guidance scale; models side by side."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from pilotfish.data.images import to_pixels
-from pilotfish.evaluation.hosts import Host
-from pilotfish.evaluation.ways import TITLES, WAYS, draw, three_ways
+from pilotfish.evaluation.images import TITLES, ModelSource, draw, draw_modes
+from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
 
 INK, FAINT, GROUND = "#26323d", "#6b7884", "white"
 GAP, LABEL, LINE, LETTERS = 8, 132, 18, 14
 
-# way -> (N, 3, H, W) pictures in [-1, 1], one a prompt
+# mode -> (N, 3, H, W) images in [-1, 1], one a prompt
 Columns = Mapping[str, torch.Tensor]
 
 
-def draw_host(
+def draw_model(
     pipe: Any,
     guide: Guide,
     prompts: Sequence[str],
@@ -30,104 +30,105 @@ def draw_host(
     num_inference_steps: int = 25,
     batch_size: int = 16,
 ) -> dict[str, torch.Tensor]:
-    """Pictures of every prompt in the three ways, prompt i from seed ``seed + i``."""
+    """Images of every prompt in the three guidance modes, prompt i from seed ``seed + i``."""
     seeds = [seed + i for i in range(len(prompts))]
     batches = list(
-        three_ways(
+        draw_modes(
             pipe, guide, prompts, seeds, guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps, batch_size=batch_size,
         )
     )  # fmt: skip
-    return {way: torch.cat([b[way].images for b in batches]) for way in WAYS}
+    return {mode.value: torch.cat([b[mode].images for b in batches]) for mode in GuidanceMode}
 
 
 def draw_scales(
     pipe: Any, guide: Guide, prompts: Sequence[str], guidance_scales: Sequence[float], *,
     seed: int = 0, num_inference_steps: int = 25,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Pictures of every prompt by CFG and guided, at several w from the same noise.
+    """Images of every prompt by CFG and guided, at several w from the same noise.
 
     Returns:
         "<prompt>, CFG" and "<prompt>, guided" -> (N, 3, H, W) in [-1, 1], one a w.
     """
     rows: dict[str, list[torch.Tensor]] = {
-        f"{prompt}, {TITLES[way]}": [] for prompt in prompts for way in ("cfg", "guided")
+        f"{prompt}, {TITLES[mode]}": [] for prompt in prompts for mode in ("cfg", "guided")
     }
     seeds = [seed + i for i in range(len(prompts))]
     for w in guidance_scales:
-        for way, network in (("cfg", None), ("guided", guide)):
+        for mode, network in (("cfg", None), ("guided", guide)):
             made = draw(
                 pipe, prompts, seeds, guidance_scale=w, guide=network,
                 num_inference_steps=num_inference_steps,
             )  # fmt: skip
             for prompt, image in zip(prompts, made.images, strict=True):
-                rows[f"{prompt}, {TITLES[way]}"].append(image)
-    return {title: torch.stack(pictures) for title, pictures in rows.items()}
+                rows[f"{prompt}, {TITLES[mode]}"].append(image)
+    return {title: torch.stack(images) for title, images in rows.items()}
 
 
-def host_grid(prompts: Sequence[str], columns: Columns, scale: int = 2) -> Image.Image:
-    """One host: three columns."""
+def model_grid(prompts: Sequence[str], columns: Columns, scale: int = 2) -> Image.Image:
+    """One model: three columns."""
     return wide_grid(prompts, {"": columns}, scale)
 
 
-def wide_grid(prompts: Sequence[str], hosts: Mapping[str, Columns], scale: int = 2) -> Image.Image:
-    """Several hosts side by side, three columns each. See :func:`sheet`."""
-    ways = {name: {TITLES[way]: columns[way] for way in WAYS} for name, columns in hosts.items()}
-    return sheet(prompts, ways, scale)
+def wide_grid(prompts: Sequence[str], models: Mapping[str, Columns], scale: int = 2) -> Image.Image:
+    """Several models side by side, three columns each. See :func:`sheet`."""
+    groups = {
+        name: {TITLES[mode]: columns[mode] for mode in GuidanceMode}
+        for name, columns in models.items()
+    }
+    return sheet(prompts, groups, scale)
 
 
 def scales_grid(
-    scales: Sequence[float], hosts: Mapping[str, Mapping[str, torch.Tensor]], scale: int = 2
+    scales: Sequence[float], models: Mapping[str, Mapping[str, torch.Tensor]], scale: int = 2
 ) -> Image.Image:
-    """The same rows at several guidance scales, one or more hosts side by side.
+    """The same rows at several guidance scales, one or more models side by side.
 
     Args:
         scales: w of the columns.
-        hosts: name -> title of a row -> (N, 3, H, W) pictures in [-1, 1], one a w; every host
+        models: name -> title of a row -> (N, 3, H, W) images in [-1, 1], one a w; every model
             has the same rows.
 
     Raises:
-        ValueError: a row that has not as many pictures as there are w; and what :func:`sheet`
+        ValueError: a row that has not as many images as there are w; and what :func:`sheet`
             raises.
     """
-    for rows in hosts.values():
-        for title, pictures in rows.items():
-            if len(pictures) != len(scales):
-                raise ValueError(
-                    f"{title}: {len(pictures)} pictures of {len(scales)} guidance scales"
-                )
+    for rows in models.values():
+        for title, images in rows.items():
+            if len(images) != len(scales):
+                raise ValueError(f"{title}: {len(images)} images of {len(scales)} guidance scales")
     groups = {
         name: {
-            f"w = {w:g}": torch.stack([pictures[i] for pictures in rows.values()])
+            f"w = {w:g}": torch.stack([images[i] for images in rows.values()])
             for i, w in enumerate(scales)
         }
-        for name, rows in hosts.items()
+        for name, rows in models.items()
         if rows
     }
-    return sheet(list(next(iter(hosts.values()), ())), groups, scale)
+    return sheet(list(next(iter(models.values()), ())), groups, scale)
 
 
 def sheet(
     rows: Sequence[str], groups: Mapping[str, Mapping[str, torch.Tensor]], scale: int = 2
 ) -> Image.Image:
-    """Pictures in rows and in groups of columns.
+    """Images in rows and in groups of columns.
 
     Args:
         rows: their names.
-        groups: name -> title of a column -> (N, 3, H, W) pictures in [-1, 1], one a row; a group
+        groups: name -> title of a column -> (N, 3, H, W) images in [-1, 1], one a row; a group
             whose name is empty gets no line of its own.
-        scale: pictures are enlarged by it (Lanczos), so that small art is seen.
+        scale: images are enlarged by it (Lanczos), so that small art is seen.
 
     Raises:
-        ValueError: no row, no column, or a column that has not a picture for every row.
+        ValueError: no row, no column, or a column that has not a image for every row.
     """
     if not rows or not groups or not all(groups.values()):
         raise ValueError("a grid needs at least one row and one column")
     for name, columns in groups.items():
-        for title, pictures in columns.items():
-            if len(pictures) != len(rows):
+        for title, images in columns.items():
+            if len(images) != len(rows):
                 where = f"{name}, {title}" if name else title
-                raise ValueError(f"{where}: {len(pictures)} pictures of {len(rows)} rows")
+                raise ValueError(f"{where}: {len(images)} images of {len(rows)} rows")
     first = next(iter(groups.values()))
     height, width = (scale * n for n in next(iter(first.values())).shape[2:])
     named = any(groups)
@@ -141,11 +142,11 @@ def sheet(
         if name:
             middle = x + (len(columns) * (width + GAP) - GAP) / 2
             pen.text((middle, GAP + LINE / 2), name, INK, _font(LETTERS + 2), anchor="mm")
-        for title, pictures in columns.items():
+        for title, images in columns.items():
             at = (x + width / 2, GAP + LINE * (named + 0.5))
             pen.text(at, title, FAINT, _narrow(title, width, pen), anchor="mm")
-            for r, picture in enumerate(pictures):
-                paper.paste(enlarged(picture, scale), (x, top + r * (height + GAP)))
+            for r, image in enumerate(images):
+                paper.paste(enlarged(image, scale), (x, top + r * (height + GAP)))
             x += width + GAP
         x += GAP
     room = max(1, height // LINE)
@@ -158,37 +159,37 @@ def sheet(
 
 
 def contact_sheet(images: torch.Tensor, columns: int = 5, scale: int = 2) -> Image.Image:
-    """(N, 3, H, W) pictures in [-1, 1] row by row, numbered from 1 and without their names,
+    """(N, 3, H, W) images in [-1, 1] row by row, numbered from 1 and without their names,
     so that somebody can be asked what they are.
 
     Raises:
-        ValueError: no picture.
+        ValueError: no image.
     """
     if not len(images):
-        raise ValueError("a sheet needs at least one picture")
+        raise ValueError("a sheet needs at least one image")
     height, width = (scale * n for n in images.shape[2:])
     rows = -(-len(images) // columns)
     cell, row = width + GAP, height + LINE + GAP
     paper = Image.new("RGB", (GAP + columns * cell, GAP + rows * row), GROUND)
     pen = ImageDraw.Draw(paper)
-    for i, picture in enumerate(images):
+    for i, image in enumerate(images):
         x, y = GAP + i % columns * cell, GAP + i // columns * row
-        paper.paste(enlarged(picture, scale), (x, y))
+        paper.paste(enlarged(image, scale), (x, y))
         at = (x + width / 2, y + height + LINE / 2)
         pen.text(at, str(i + 1), FAINT, _font(LETTERS - 1), anchor="mm")
     return paper
 
 
-def draw_hosts(
-    hosts: Mapping[str, Host], guide: Guide, prompts: Sequence[str],
+def draw_models(
+    sources: Mapping[str, ModelSource], guide: Guide, prompts: Sequence[str],
     progress: Callable[[str, int, int], None] | None = None, **settings: Any,
 ) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
-    """:func:`draw_host` of every host, one loaded at a time."""
+    """:func:`draw_model` of every model, one loaded at a time."""
     drawn = {}
-    for i, (name, host) in enumerate(hosts.items()):
-        drawn[name] = draw_host(host.load(), guide, prompts, **settings)
+    for i, (name, source) in enumerate(sources.items()):
+        drawn[name] = draw_model(source.load(), guide, prompts, **settings)
         if progress:
-            progress("grids", i + 1, len(hosts))
+            progress("grids", i + 1, len(sources))
     return drawn
 
 

@@ -1,7 +1,8 @@
-"""What a guide adds, place by place, on its way from noise to a picture.
+"""What a guide adds at each of its sites, from noise to image, as figures and as plots.
 
-The paper shows such maps for several scales: strong and coarse early, along the layout of the
-picture in the middle, weak and fine late, and growing with w.
+*Plug-and-Play Diffusion Distillation* (arXiv 2406.01954) shows such maps for several scales:
+strong and coarse early, along the layout of the image in the middle, weak and fine late, and
+growing with w.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
+from pilotfish.evaluation.plots import LIGHT, Theme, figure_and_axes, legend, line_style
 from pilotfish.guides import Guide
 from pilotfish.interface import EncoderResidual, GuideInputs, GuideOutput, Residual
 from pilotfish.pipelines.sampling import sample
@@ -20,17 +23,17 @@ from pilotfish.pipelines.sampling import sample
 
 @dataclass(frozen=True)
 class Added:
-    """What was added at one place in one step.
+    """What was added at one site in one step.
 
     Attributes:
-        place: the name of a module, ``text``, ``skip <i>`` or ``mid block``.
+        site: the name of a module, ``text``, ``skip <i>`` or ``mid block``.
         timestep: in [0, 1000).
         guidance_scale: w.
         strength: root mean square over batch, channels and pixels.
         map: (h, w) root mean square over batch and channels; None where there are no pixels.
     """
 
-    place: str
+    site: str
     timestep: int
     guidance_scale: float
     strength: float
@@ -46,10 +49,10 @@ def inspect(
     guidance_scales: Sequence[float] = (2.0, 4.0, 6.0, 8.0),
     num_inference_steps: int = 25,
 ) -> list[Added]:
-    """Sample the prompts at every scale, from the same noise, and note all that is added."""
+    """Sample the prompts at every scale, from the same noise, and record all that is added."""
     found: list[Added] = []
     for w in guidance_scales:
-        with _noting(guide, w, found):
+        with _recording(guide, w, found):
             for _ in sample(
                 pipe, prompts, seeds=range(seed, seed + len(prompts)), guidance_scale=w,
                 num_inference_steps=num_inference_steps, batch_size=len(prompts), guide=guide,
@@ -58,43 +61,85 @@ def inspect(
     return found
 
 
-@contextmanager
-def _noting(guide: Guide, w: float, found: list[Added]) -> Iterator[None]:
-    """Every answer of the guide is noted as it is added."""
+def added_maps(found: Sequence[Added], site: str, columns: int = 8, theme: Theme = LIGHT) -> Figure:
+    """What a guide adds at one site: a row for each w, noise on the left; one scale of
+    brightness for all."""
+    maps = {
+        (a.guidance_scale, a.timestep): a.map.numpy()
+        for a in found
+        if a.site == site and a.map is not None
+    }
+    steps = sorted({t for _, t in maps}, reverse=True)
+    columns = min(columns, len(steps))
+    shown = [steps[round(i * (len(steps) - 1) / max(columns - 1, 1))] for i in range(columns)]
+    scales = sorted({w for w, _ in maps})
+    top = max(float(m.max()) for m in maps.values())
+    figure = Figure(figsize=(1.0 * columns + 0.8, 1.0 * len(scales) + 0.8), layout="constrained")
+    grid = figure.subplots(len(scales), columns, squeeze=False)
+    for row, w in zip(grid, scales, strict=True):
+        row[0].set_ylabel(f"w = {w:g}", color=theme.ink)
+        for axes, t in zip(row, shown, strict=True):
+            axes.imshow(maps[w, t], vmin=0, vmax=top, cmap="magma")
+            axes.set_xticks([])
+            axes.set_yticks([])
+    for axes, t in zip(grid[0], shown, strict=True):
+        axes.set_title(f"t = {t}", fontsize=8.5, color=theme.ink)
+    figure.suptitle(f"Added at {site}", x=0.01, ha="left", fontsize=11, color=theme.ink)
+    return figure
 
-    def note(place: str, timestep: int, added: torch.Tensor | None) -> torch.Tensor | None:
+
+def added_strength(found: Sequence[Added], site: str, theme: Theme = LIGHT) -> Figure:
+    """How strong it is at one site over the timesteps, a line for each w."""
+    figure, axes = figure_and_axes(f"Strength at {site}", "timestep (noise → image)", theme)
+    scales = sorted({a.guidance_scale for a in found})
+    for i, w in enumerate(scales):
+        here = [a for a in found if a.site == site and a.guidance_scale == w]
+        points = sorted((a.timestep, a.strength) for a in here)
+        axes.plot(*zip(*points, strict=True), **line_style(theme, i, size=3), label=f"w = {w:g}")
+    axes.invert_xaxis()
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("root mean square")
+    legend(axes, theme)
+    return figure
+
+
+@contextmanager
+def _recording(guide: Guide, w: float, found: list[Added]) -> Iterator[None]:
+    """Every output of the guide is recorded."""
+
+    def record(site: str, timestep: int, added: torch.Tensor | None) -> torch.Tensor | None:
         if added is not None:
             power = added.detach().float().pow(2)
             maps = power.mean((0, 1)).sqrt().cpu() if added.ndim == 4 else None
-            found.append(Added(place, timestep, w, float(power.mean().sqrt()), maps))
+            found.append(Added(site, timestep, w, float(power.mean().sqrt()), maps))
         return added
 
-    def at_module(place: str, timestep: int, addition: Residual) -> Residual:
-        def noted(entered: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-            added = addition(entered, made)
-            note(place, timestep, added)
+    def at_module(site: str, timestep: int, residual: Residual) -> Residual:
+        def recorded(entered: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+            added = residual(entered, made)
+            record(site, timestep, added)
             return added
 
-        return noted
+        return recorded
 
-    def at_encoder(timestep: int, addition: EncoderResidual) -> EncoderResidual:
-        def noted(skips: tuple[torch.Tensor, ...], mid: torch.Tensor) -> Any:
-            of_skips, of_mid = addition(skips, mid)
+    def at_encoder(timestep: int, residual: EncoderResidual) -> EncoderResidual:
+        def recorded(skips: tuple[torch.Tensor, ...], mid: torch.Tensor) -> Any:
+            of_skips, of_mid = residual(skips, mid)
             for i, added in enumerate(of_skips):
-                note(f"skip {i}", timestep, added)
-            note("mid block", timestep, of_mid)
+                record(f"skip {i}", timestep, added)
+            record("mid block", timestep, of_mid)
             return of_skips, of_mid
 
-        return noted
+        return recorded
 
-    def answered(module: Guide, args: tuple[GuideInputs], injection: GuideOutput) -> GuideOutput:
+    def on_output(module: Guide, args: tuple[GuideInputs], output: GuideOutput) -> GuideOutput:
         timestep = int(args[0].timestep[0])
-        note("text", timestep, injection.text)
-        modules = {p: at_module(p, timestep, a) for p, a in injection.modules.items()}
-        encoder = injection.encoder and at_encoder(timestep, injection.encoder)
-        return replace(injection, modules=modules, encoder=encoder)
+        record("text", timestep, output.text)
+        modules = {s: at_module(s, timestep, a) for s, a in output.modules.items()}
+        encoder = output.encoder and at_encoder(timestep, output.encoder)
+        return replace(output, modules=modules, encoder=encoder)
 
-    handle = guide.register_forward_hook(answered)
+    handle = guide.register_forward_hook(on_output)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""One HTML file that shows it all: nothing in it comes from anywhere else."""
+"""A report: one HTML file that needs no other."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pilotfish.evaluation import plots
-from pilotfish.evaluation.result import HostResult, Result
-from pilotfish.evaluation.table import cost_rows, kept, number, percent, score_cells
-from pilotfish.evaluation.ways import TITLES, WAYS
+from pilotfish.evaluation.results import Result
+from pilotfish.evaluation.tables import (
+    AGREEMENT,
+    agreement_rows,
+    cost_rows,
+    number,
+    percent,
+    score_rows,
+)
+from pilotfish.guidance import GuidanceMode
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot on a light and on a dark ground, as data addresses."""
+    """A plot on a light and on a dark background, as data URIs."""
 
     title: str
     light: str
@@ -41,9 +48,9 @@ def render(
     """The report as HTML.
 
     Args:
-        result: of the guide that is shown first, such as the shipped one.
+        result: of the guide that is shown first, such as the bundled one.
         fresh: of a guide that has just been distilled, shown beside it.
-        grids: pictures by caption.
+        grids: images by caption.
         training: rows of the training curve; see :func:`pilotfish.evaluation.plots.training_curve`.
     """
     figures: dict[str, Callable[[plots.Theme], Figure]] = {
@@ -51,17 +58,18 @@ def render(
             lambda theme: plots.guidance_error_over_scale(result, theme),
         "Guidance error along the trajectory":
             lambda theme: plots.guidance_error_over_time(result, theme),
-        "Cost of the three ways": lambda theme: plots.cost_bars(result.cost, theme),
+        "Cost of the guidance modes": lambda theme: plots.cost_bars(result.cost, theme),
     }  # fmt: skip
     if training:
         figures["Training"] = lambda theme: plots.training_curve(training, theme)
-    guides = {"": result} if fresh is None else {"shipped": result, "fresh": fresh}
+    guides = {"": result} if fresh is None else {"bundled": result, "fresh": fresh}
     page: str = _template().render(
         title=title,
         result=result,
         fresh=fresh,
         tiles=_tiles(result),
-        summary=_summary(guides),
+        headings=AGREEMENT,
+        agreement=_agreement(guides),
         scores=_scores(result),
         grids=[(name, _address(_image(image))) for name, image in (grids or {}).items()],
         plots=[_plot(name, draw) for name, draw in figures.items()],
@@ -78,21 +86,21 @@ def write(path: str | Path, result: Result, **parts: Any) -> None:
 
 
 def _template() -> Any:
-    room = Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    return room.get_template(TEMPLATE.name)
+    return environment.get_template(TEMPLATE.name)
 
 
 def _tiles(result: Result) -> list[tuple[str, str]]:
     """The few figures at the top: value, what it is."""
-    base, cost = next(iter(result.hosts.values())), result.cost
+    base, cost = next(iter(result.models.values())), result.cost
     tiles = [
         (f"{cost.passes['guided']:g} / {cost.passes['cfg']:g}", "denoiser passes, guided / CFG"),
         (f"{100 * result.guide.share:.2f} %", "of the denoiser's parameters"),
-        (percent(base.gain_kept), "of CFG's gain in prompt score kept"),
-        (number(base.guidance_error.mean), "guidance error (0 perfect, 1 no guide)"),
+        (percent(base.gain_kept), "of CFG's gain in top-1 retained"),
+        (number(base.guidance_error.mean), "guidance error (0 is CFG, 1 no guide)"),
     ]
     if cost.cfg_over_guided:
         batch, ratio = list(cost.cfg_over_guided.items())[-1]
@@ -100,33 +108,22 @@ def _tiles(result: Result) -> list[tuple[str, str]]:
     return tiles
 
 
-def _summary(guides: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """One row for each host and guide."""
-    hosts = list(dict.fromkeys(name for result in guides.values() for name in result.hosts))
-    rows = []
-    for host in hosts:
-        having = [(name, r.hosts[host]) for name, r in guides.items() if host in r.hosts]
-        rows += [
-            {"host": "" if i else host, "guide": guide, "cells": _figures(found)}
-            for i, (guide, found) in enumerate(having)
-        ]
-    return rows
-
-
-def _figures(host: HostResult) -> list[str]:
-    agreement = host.agreement["guided"]
+def _agreement(guides: Mapping[str, Result]) -> list[dict[str, Any]]:
+    """One row for each model and guide."""
+    rows = {name: {row[0]: row[1:] for row in agreement_rows(r)} for name, r in guides.items()}
+    models = dict.fromkeys(model for of_guide in rows.values() for model in of_guide)
     return [
-        number(host.guidance_error.mean, 3), number(host.latent_mse_ratio, 3),
-        kept(host), percent(host.gain_kept_cosine),
-        number(agreement.psnr, 1), number(agreement.ssim), number(agreement.cosine),
-    ]  # fmt: skip
+        {"model": "" if i else model, "guide": guide, "cells": rows[guide][model]}
+        for model in models
+        for i, guide in enumerate(g for g in guides if model in rows[g])
+    ]
 
 
 def _scores(result: Result) -> list[dict[str, Any]]:
+    modes = len(GuidanceMode)
     return [
-        {"host": "" if i else name, "way": TITLES[way], "cells": score_cells(getattr(host, way))}
-        for name, host in result.hosts.items()
-        for i, way in enumerate(WAYS)
+        {"model": "" if i % modes else model, "mode": mode, "cells": cells}
+        for i, (model, mode, cells) in enumerate(score_rows(result))
     ]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.stress.runs.memory import hooks, resident, tensors_alive, weights
 from tests.stress.runs.result import Figures, Progress, require
-from pilotfish.evaluation.parts import modules
+from pilotfish.evaluation.results import modules
 from pilotfish.guides import Guide
 
 WARM_UP = 20

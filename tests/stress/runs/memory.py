@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import nn
 
-from pilotfish.evaluation.parts import modules
+from pilotfish.evaluation.results import modules
 from pilotfish.teacher import checksum
 
 MIB = 2**20

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pilotfish.evaluation.machine import machine, versions
-from pilotfish.evaluation.saved import Saved
+from pilotfish.evaluation.results import machine, versions
+from pilotfish.evaluation.results import Saved
 
 Figures = dict[str, float]
 # (what, done, total): moves a progress bar

@@ -1,4 +1,4 @@
-"""What guidance costs: denoiser passes, FLOPs, wall clock side by side, parameters."""
+"""The cost of guidance: denoiser passes, FLOPs, wall clock side by side."""
 
 from __future__ import annotations
 
@@ -14,22 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pilotfish.backbones import watch_hooks
-from pilotfish.evaluation.result import Cost, GuideSize
+from pilotfish.evaluation.results import Cost
+from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
 from pilotfish.pipelines.sampling import Attachable
 
 K = TypeVar("K")
-WAYS = ("plain", "cfg", "guided")
-
-
-def guide_size(guide: Guide, pipe: Any, name: str) -> GuideSize:
-    """The guide's parameters, and their share of the denoiser's."""
-    mine, base = (sum(p.numel() for p in m.parameters()) for m in (guide, pipe.unet))
-    return GuideSize(name, mine, mine / base)
 
 
 @torch.no_grad()
-def cost(
+def measure_cost(
     pipe: Any,
     guide: Guide,
     *,
@@ -41,22 +35,22 @@ def cost(
     compiled: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """Measure one pipeline in the three ways.
+    """The cost of one pipeline in the three guidance modes.
 
-    Times are of whole calls up to the final latents, prompt included. The ways take turns,
-    round after round in one run, so that whatever else the machine does strikes all alike;
-    a ratio is the median over the ratios of single rounds.
+    Times are of whole calls up to the final latents, prompt included. The modes take turns,
+    round after round in one run, so that other load on the machine affects all alike; a ratio
+    is the median over the ratios of single rounds.
 
     Args:
-        prompt: what is drawn; the cost does not depend on it.
-        batch_sizes: pictures at once.
-        rounds: timed rounds, after one that warms up.
-        compiled: compile the denoiser before they are timed, with ``torch.compile``, for all three
-            ways; it stays so.
+        prompt: of the images; the cost does not depend on it.
+        batch_sizes: images in one call.
+        rounds: timed rounds, after a first one that is not timed.
+        compiled: compile the denoiser with ``torch.compile`` before the timing, in all modes; it
+            stays compiled.
         clock: seconds, rising.
 
     Raises:
-        ValueError: w of at most 1, where CFG takes one pass too; no round, no step, no picture.
+        ValueError: w of at most 1, where CFG takes one pass too; no round, no step, no image.
     """
     if guidance_scale <= 1:
         raise ValueError(f"CFG costs a second pass only for w above 1, not {guidance_scale}")
@@ -64,35 +58,36 @@ def cost(
         raise ValueError("the cost needs at least one round and one batch size")
     if min(num_inference_steps, *batch_sizes) < 1:
         raise ValueError("the cost needs at least one step, and batch sizes of at least 1")
-    scales = {"plain": 1.0, "cfg": guidance_scale, "guided": guidance_scale}
+    scales = dict.fromkeys(GuidanceMode, guidance_scale) | {GuidanceMode.NONE: 1.0}
+    modes = [mode.value for mode in GuidanceMode]
 
-    def call(way: str, batch: int, steps: int) -> float:
-        return timed_call(
-            pipe, guide if way == "guided" else None, scales[way], steps, batch, prompt, clock
-        )
+    def call(mode: str, batch: int, steps: int) -> float:
+        with_guide = guide if mode == GuidanceMode.GUIDED else None
+        w = scales[GuidanceMode(mode)]
+        return timed_call(pipe, with_guide, w, steps, batch, prompt, clock)
 
     passes = {}
-    for way in WAYS:
+    for mode in modes:
         with counted_rows(pipe.unet) as rows:
-            call(way, 2, num_inference_steps)
-        passes[way] = sum(rows) / 2
-    flops = {way: denoiser_flops(pipe, lambda way=way: call(way, 1, 1)) for way in WAYS}  # type: ignore[misc]
+            call(mode, 2, num_inference_steps)
+        passes[mode] = sum(rows) / 2
+    flops = {mode: denoiser_flops(pipe, partial(call, mode, 1, 1)) for mode in modes}
     if compiled:
         watch_hooks()
         pipe.unet.compile()
     times = {
         batch: take_turns(
-            {way: partial(call, way, batch, num_inference_steps) for way in WAYS}, rounds
+            {mode: partial(call, mode, batch, num_inference_steps) for mode in modes}, rounds
         )
         for batch in batch_sizes
     }
     return Cost(
         cfg_over_guided={str(b): speed_up(t, "guided") for b, t in times.items()},
-        cfg_over_plain={str(b): speed_up(t, "plain") for b, t in times.items()},
+        cfg_over_none={str(b): speed_up(t, "none") for b, t in times.items()},
         flops=flops,
         passes=passes,
         seconds={
-            str(b): {way: statistics.median(r[way] for r in t) for way in WAYS}
+            str(b): {mode: statistics.median(r[mode] for r in t) for mode in modes}
             for b, t in times.items()
         },
     )
@@ -100,14 +95,14 @@ def cost(
 
 @contextmanager
 def counted_rows(denoiser: torch.nn.Module) -> Iterator[list[int]]:
-    """The batch size of every call of a denoiser inside the block; a doubled batch is two
-    passes for each picture, however it is called."""
+    """The batch size of every call of a denoiser inside the block. Each row is one pass of one
+    image, so CFG counts as two in a doubled batch as well as in two calls."""
     rows: list[int] = []
 
-    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         rows.append(len(args[0] if args else kwargs["sample"]))
 
-    handle = denoiser.register_forward_hook(note, with_kwargs=True)
+    handle = denoiser.register_forward_hook(count, with_kwargs=True)
     try:
         yield rows
     finally:
@@ -134,18 +129,18 @@ def timed_call(
 
 
 def take_turns(calls: Mapping[K, Callable[[], float]], rounds: int) -> list[dict[K, float]]:
-    """What each call gives, round after round, after one that warms up."""
-    return [{way: call() for way, call in calls.items()} for _ in range(rounds + 1)][1:]
+    """The value of each call, round after round, without that of a first round."""
+    return [{name: call() for name, call in calls.items()} for _ in range(rounds + 1)][1:]
 
 
-def speed_up(rounds: Sequence[dict[str, float]], way: str) -> float:
-    """How much faster a way is than ``cfg``: the median over the ratios of single rounds."""
-    return statistics.median(r["cfg"] / r[way] for r in rounds)
+def speed_up(rounds: Sequence[Mapping[str, float]], name: str) -> float:
+    """How much faster than ``cfg`` a mode is: the median over the ratios of single rounds."""
+    return statistics.median(r["cfg"] / r[name] for r in rounds)
 
 
 def denoiser_flops(pipe: Any, call: Callable[[], object]) -> int:
-    """FLOPs inside the denoiser during ``call``, what a guide adds in its hooks included."""
-    # Torch's counter knows no fused attention on the CPU; the plain form is counted in full.
+    """FLOPs inside the denoiser during ``call``, those of a guide in its hooks included."""
+    # torch's counter knows no fused attention on the CPU; the plain form is counted in full
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return int(sum(counter.get_flop_counts()[type(pipe.unet).__name__].values()))

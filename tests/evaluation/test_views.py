@@ -1,4 +1,4 @@
-"""Plots, grids and the report: what can be told of pictures without looking."""
+"""Plots, grids and the report: their numbers, sizes and pixels."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pilotfish import cli
 from pilotfish.evaluation import plots
 from pilotfish.evaluation.grids import (
     contact_sheet,
-    draw_host,
-    draw_hosts,
+    draw_model,
+    draw_models,
     draw_scales,
-    host_grid,
+    model_grid,
     scales_grid,
     wide_grid,
 )
-from pilotfish.evaluation.hosts import Host
+from pilotfish.evaluation.images import ModelSource
 from pilotfish.evaluation.report import render, write
-from pilotfish.evaluation.result import Result
+from pilotfish.evaluation.results import Result
 from pilotfish.guides import Guide
 
 ROWS = [{"step": 0, "loss": 1.0}, {"step": 10, "loss": 0.5, "guidance_error": 0.6}]
@@ -31,19 +31,19 @@ ROWS = [{"step": 0, "loss": 1.0}, {"step": 10, "loss": 0.5, "guidance_error": 0.
 
 def columns(n: int) -> dict[str, torch.Tensor]:
     shades = {"none": -1.0, "cfg": 0.0, "guided": 1.0}
-    return {way: torch.full((n, 3, 16, 16), shade) for way, shade in shades.items()}
+    return {mode: torch.full((n, 3, 16, 16), shade) for mode, shade in shades.items()}
 
 
-def test_a_contact_sheet_holds_every_picture_and_no_name() -> None:
+def test_a_contact_sheet_holds_every_image_and_no_prompt() -> None:
     sheet = contact_sheet(torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 0.0, 1.0)]), 2)
     colours = {colour for _, colour in sheet.getcolors(10_000)}
     assert {(0, 0, 0), (255, 255, 255)} < colours
     assert sheet.width < sheet.height
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         contact_sheet(torch.empty(0, 3, 8, 8))
 
 
-def test_a_line_a_host_and_one_for_no_guide(result: Result) -> None:
+def test_a_line_for_each_model_and_one_for_no_guide(result: Result) -> None:
     for draw in (plots.guidance_error_over_scale, plots.guidance_error_over_time):
         (axes,) = draw(result).axes
         assert [line.get_label() for line in axes.lines] == ["base", "watercolour", "no guide"]
@@ -51,7 +51,7 @@ def test_a_line_a_host_and_one_for_no_guide(result: Result) -> None:
     assert axes.lines[0].get_xydata().tolist() == [[2.0, 0.2], [7.0, 0.4]]
 
 
-def test_time_runs_from_noise_to_picture(result: Result) -> None:
+def test_time_runs_from_noise_to_image(result: Result) -> None:
     left, right = plots.guidance_error_over_time(result).axes[0].get_xlim()
     assert left > right
 
@@ -74,8 +74,8 @@ def test_the_training_curve_takes_rows_with_gaps(tmp_path: Path) -> None:
         plots.training_curve([{"step": 1}])
 
 
-def test_a_grid_shows_every_picture_in_its_place() -> None:
-    grid = host_grid(["cat", "a very long prompt of many words indeed"], columns(2))
+def test_a_grid_shows_every_image_in_its_place() -> None:
+    grid = model_grid(["cat", "a very long prompt of many words indeed"], columns(2))
     shades = {-1: (0, 0, 0), 0: (128, 128, 128), 1: (255, 255, 255)}
     right = grid.width - 8 - 16
     for row in (0, 1):
@@ -84,23 +84,23 @@ def test_a_grid_shows_every_picture_in_its_place() -> None:
         assert found == [shades[-1], shades[0], shades[1]]
 
 
-def test_pictures_are_enlarged() -> None:
-    small, large = (host_grid(["cat"], columns(1), scale=n) for n in (2, 3))
+def test_images_are_enlarged() -> None:
+    small, large = (model_grid(["cat"], columns(1), scale=n) for n in (2, 3))
     assert (large.width - small.width, large.height - small.height) == (3 * 16, 16)
 
 
-def test_a_grid_by_guidance_scale_shows_every_picture_in_its_place() -> None:
+def test_a_grid_by_guidance_scale_shows_every_image_in_its_place() -> None:
     shades = torch.tensor([[-1.0, -0.5], [0.0, 0.5]])[..., None, None, None]
     rows = dict(zip(("CFG", "guided"), shades.expand(2, 2, 3, 16, 16), strict=True))
     grid = scales_grid([1.0, 4.0], {"": rows})
     right, bottom = grid.width - 8 - 16, grid.height - 8 - 16
     found = [[grid.getpixel((right - x, bottom - y))[0] for x in (40, 0)] for y in (40, 0)]
     assert found == [[0, 64], [128, 191]]
-    with pytest.raises(ValueError, match="CFG: 2 pictures of 3 guidance scales"):
+    with pytest.raises(ValueError, match="CFG: 2 images of 3 guidance scales"):
         scales_grid([1.0, 2.0, 3.0], {"": rows})
-    for hosts in ({}, {"": {}}):
+    for models in ({}, {"": {}}):
         with pytest.raises(ValueError, match="at least one row and one column"):
-            scales_grid([], hosts)
+            scales_grid([], models)
     two = scales_grid([1.0, 4.0], {"base": rows, "fine-tune": rows})
     assert two.width - grid.width == 2 * (32 + 8) + 8
 
@@ -111,21 +111,23 @@ def test_a_wide_grid_is_the_grids_side_by_side() -> None:
     assert two.width - one.width == 3 * (32 + 8) + 8
 
 
-def test_a_grid_needs_a_picture_for_every_prompt() -> None:
-    with pytest.raises(ValueError, match="no guidance: 1 pictures of 2 rows"):
-        host_grid(["cat", "a"], columns(1))
+def test_a_grid_needs_an_image_for_every_prompt() -> None:
+    with pytest.raises(ValueError, match="no guidance: 1 images of 2 rows"):
+        model_grid(["cat", "a"], columns(1))
     with pytest.raises(ValueError, match="at least one row"):
-        host_grid([], columns(0))
+        model_grid([], columns(0))
 
 
-def test_hosts_are_drawn_in_three_columns(pipe: Any, moved: Guide, hosts: dict[str, Host]) -> None:
+def test_models_are_drawn_in_three_columns(
+    pipe: Any, moved: Guide, models: dict[str, ModelSource]
+) -> None:
     settings = {"num_inference_steps": 2, "seed": 3}
-    drawn = draw_hosts(hosts, moved, ["cat", "a", "b"], batch_size=2, **settings)
-    assert set(drawn) == set(hosts)
-    alone = draw_host(pipe, moved, ["cat", "a", "b"], batch_size=3, **settings)
-    for way, images in drawn["base"].items():
+    drawn = draw_models(models, moved, ["cat", "a", "b"], batch_size=2, **settings)
+    assert set(drawn) == set(models)
+    alone = draw_model(pipe, moved, ["cat", "a", "b"], batch_size=3, **settings)
+    for mode, images in drawn["base"].items():
         assert images.shape == (3, 3, 16, 16)
-        assert torch.allclose(images, alone[way], atol=1e-3)
+        assert torch.allclose(images, alone[mode], atol=1e-3)
 
 
 def test_the_command_draws_cfg_above_guided(pipe: Any, moved: Guide, tmp_path: Path) -> None:
@@ -133,16 +135,16 @@ def test_the_command_draws_cfg_above_guided(pipe: Any, moved: Guide, tmp_path: P
     moved.save_pretrained(tmp_path / "guide")
     scales = [2.0, 4.0]
     flags = (
-        "--guide", str(tmp_path / "guide"), "--hosts", str(tmp_path / "base"),
+        "--guide", str(tmp_path / "guide"), "--models", str(tmp_path / "base"),
         "--guidance_scales", "2", "4", "--num_inference_steps", "2", "--seed", "5", "-p", "cat",
-        "--output", str(tmp_path / "out" / "scales.png"),
+        "--scales", str(tmp_path / "out" / "scales.png"),
     )  # fmt: skip
-    assert cli.main(["scales", *flags]) == 0
+    assert cli.main(["inspect", *flags]) == 0
     rows = draw_scales(pipe, moved, ["cat"], scales, seed=5, num_inference_steps=2)
     assert list(rows) == ["cat, CFG", "cat, guided"]
     for i, w in enumerate(scales):
         settings = {"seed": 5, "guidance_scale": w, "num_inference_steps": 2}
-        alone = draw_host(pipe, moved, ["cat"], **settings)
+        alone = draw_model(pipe, moved, ["cat"], **settings)
         assert torch.allclose(rows["cat, CFG"][i], alone["cfg"][0], atol=1e-3)
         assert torch.allclose(rows["cat, guided"][i], alone["guided"][0], atol=1e-3)
     made = Image.open(tmp_path / "out" / "scales.png")
@@ -151,7 +153,7 @@ def test_the_command_draws_cfg_above_guided(pipe: Any, moved: Guide, tmp_path: P
 
 @pytest.fixture(scope="module")
 def page(result: Result) -> str:
-    grids = {"base": host_grid(["cat"], columns(1))}
+    grids = {"base": model_grid(["cat"], columns(1))}
     return render(result, fresh=result, grids=grids, training=ROWS)
 
 
@@ -163,19 +165,19 @@ def test_the_report_stands_alone(page: str) -> None:
     assert all(a.startswith("data:image/png;base64,") for a in addresses)
 
 
-def test_the_report_has_every_host_and_how_to_repeat_it(page: str, result: Result) -> None:
-    for word in (*result.hosts, "shipped", "fresh", result.run.command, "a processor", "torch 2"):
+def test_the_report_has_every_model_and_how_to_repeat_it(page: str, result: Result) -> None:
+    for word in (*result.models, "bundled", "fresh", result.run.command, "a processor", "torch 2"):
         assert word in page
 
 
-def test_without_a_fresh_guide_there_is_one_row_a_host(result: Result) -> None:
+def test_without_a_fresh_guide_there_is_one_row_for_each_model(result: Result) -> None:
     page = render(result)
     assert "fresh" not in page
-    assert page.count('<td class="text host">base</td>') == 2  # agreement and scores
+    assert page.count('<td class="text model">base</td>') == 2  # agreement and scores
 
 
 def test_what_a_user_names_is_text_and_not_markup(result: Result, tmp_path: Path) -> None:
-    odd = Result({"<b>x</b>": result.hosts["base"]}, result.guide, result.cost, result.run)
+    odd = Result({"<b>x</b>": result.models["base"]}, result.guide, result.cost, result.run)
     write(tmp_path / "deep" / "report.html", odd)
     text = (tmp_path / "deep" / "report.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;x" in text

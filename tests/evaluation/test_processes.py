@@ -15,38 +15,39 @@ from typing import Any
 import pytest
 import torch
 
-from pilotfish.evaluation import spread
-from pilotfish.evaluation.features import Judge
-from pilotfish.evaluation.spread import gathered, is_main, on_main, share, total, whole_batch
+from pilotfish.evaluation import processes as processes_module
+from pilotfish.evaluation.clip import Scorer
+from pilotfish.evaluation.processes import (
+    gather_objects,
+    gather_shares,
+    is_main,
+    on_main,
+    process,
+    share,
+    total_batch_size,
+)
 from pilotfish.guides import Guide
 
 SEVEN = ("--samples", "7", "--num_inference_steps", "3", "--seed", "2")
+PROMPTS = ("--prompts", "names.txt", "--validation_prompts", "names.txt", "--scorer", "scorer")
+MODEL = ("--models", "./base", "--reference_images", "real")
 COMMANDS = {
-    "evaluate": (
-        "--guide", "guide", "--hosts", "base", "--pictures", "real",
-        "--held_out_prompts", "names.txt", *SEVEN, "--batch_size", "2", "--rounds", "1",
-        "--grid", "grid.png",
+    "evaluate": (*MODEL, *SEVEN, "--batch_size", "2", "--rounds", "1", "--grid", "grid.png"),
+    "evaluate --negative_prompts": (
+        "--negative_prompts", *MODEL, "--num_inference_steps", "3", "--batch_size", "2",
     ),
-    "negatives": (
-        "--guide", "guide", "--hosts", "base", "--num_inference_steps", "3", "--batch_size", "2",
-    ),
-    "steps": (
-        "--guides", "guide", "guidance-interval", "--hosts", "base", "--pictures", "real",
-        "--samples", "7", "--batch_size", "2", "--steps", "2", "3", "--rounds", "1",
-    ),
-    "compare": (
-        "--hosts", "base", "--methods", "guidance-interval", "--no_equal_seconds", "--rounds", "1",
-        "--held_out_prompts", "names.txt", *SEVEN, "--output_dir", "runs",
+    "evaluate --steps": (
+        "--steps", "2", "3", "--guide", "guide", "guidance-interval", *MODEL, *SEVEN,
+        "--batch_size", "2", "--rounds", "1",
     ),
 }  # fmt: skip
-TIMES = ("cost", "wall_clock", "command", "cfg_over_method")
+TIMES = ("cost", "wall_clock", "command")
 
 
 def run(folder: Path, processes: int, name: str, *arguments: str) -> Any:
     """The command on so many processes; what it wrote."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    texts = "--held_out_prompts" if name == "negatives" else "--prompts"
-    given = (*arguments, texts, "names.txt", "--judge", "judge")
+    given = (*PROMPTS, *(() if "--guide" in arguments else ("--guide", "guide")), *arguments)
     command = [*(launcher if processes > 1 else []), "-m", "pilotfish", name, *given]
     done = subprocess.run(
         [sys.executable, *command, "--output", f"{processes}.json"], cwd=folder, check=False,
@@ -68,14 +69,14 @@ def flat(value: Any, where: str = "") -> dict[str, Any]:
 
 @pytest.fixture
 def folder(
-    make_pipe: Callable[[str], Any], moved: Guide, judge: Judge, clip: Any, names: list[str],
+    make_pipe: Callable[[str], Any], moved: Guide, scorer: Scorer, clip: Any, names: list[str],
     real: Path, tmp_path: Path,
 ) -> Path:  # fmt: skip
     """All that the commands name."""
     make_pipe("epsilon").save_pretrained(tmp_path / "base")
     moved.save_pretrained(tmp_path / "guide")
     for part in clip:
-        part.save_pretrained(tmp_path / "judge")
+        part.save_pretrained(tmp_path / "scorer")
     (tmp_path / "names.txt").write_text("\n".join(names))
     return tmp_path
 
@@ -83,13 +84,7 @@ def folder(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_two_processes_measure_what_one_measures(name: str, folder: Path) -> None:
-    # `base` is a host of its own; a path says that this one is meant
-    given = [f"./{a}" if a == "base" else a for a in COMMANDS[name]]
-    if name == "compare":
-        given += ["--train_prompts", "names.txt"]
-    one = flat(run(folder, 1, name, *given))
-    (folder / "runs").rename(folder / "before") if (folder / "runs").exists() else None
-    two = flat(run(folder, 2, name, *given))
+    one, two = (flat(run(folder, n, name.split()[0], *COMMANDS[name])) for n in (1, 2))
     assert one.keys() == two.keys()
     figures = [place for place, figure in one.items() if isinstance(figure, float)]
     assert len(figures) > 8
@@ -101,20 +96,6 @@ def test_two_processes_measure_what_one_measures(name: str, folder: Path) -> Non
     assert not list(folder.glob("*.unfinished"))
 
 
-@pytest.mark.slow
-def test_a_guide_is_trained_and_compared_by_two_processes(folder: Path) -> None:
-    given = (
-        "--hosts", "./base", "--methods", "tiny", "guidance-interval", "--rounds", "1",
-        "--held_out_prompts", "names.txt", "--train_prompts", "names.txt", *SEVEN,
-        "--max_train_steps", "2", "--train_batch_size", "4", "--output_dir", "runs",
-    )  # fmt: skip
-    found = run(folder, 2, "compare", *given)
-    runs = found["methods"]["tiny"]["runs"]
-    assert set(runs) == {"samples-0", "seconds-0"}
-    assert runs["samples-0"]["training"]["samples"] == 2 * 4 * 2  # steps, batch, processes
-    assert found["methods"]["guidance-interval"]["cost"]["passes"] > 3
-
-
 @pytest.mark.parametrize(("count", "processes"), [(1, 3), (7, 2), (8, 4), (5, 4)])
 def test_the_shares_one_after_another_are_all_there_is(
     count: int, processes: int, monkeypatch: pytest.MonkeyPatch
@@ -122,7 +103,7 @@ def test_the_shares_one_after_another_are_all_there_is(
     shares = []
     for i in range(processes):
         state = SimpleNamespace(num_processes=processes, process_index=i)
-        monkeypatch.setattr(spread, "_state", lambda state=state: state)
+        monkeypatch.setattr(processes_module, "_state", lambda state=state: state)
         shares.append(share(count))
     assert len({len(one) for one in shares}) == 1
     assert len(shares[0]) < count / processes + 1
@@ -131,8 +112,9 @@ def test_the_shares_one_after_another_are_all_there_is(
 
 def test_one_process_does_all_of_it() -> None:
     assert is_main()
-    assert (whole_batch(4), share(3), total(5)) == (4, [0, 1, 2], 5)
-    assert on_main(lambda: "told") == "told"
+    assert process() == (0, 1)
+    assert (total_batch_size(4), share(3), gather_objects(5)) == (4, [0, 1, 2], [5])
+    assert on_main(lambda: "read") == "read"
     some = torch.rand(2, 3)
-    (one,) = gathered(2, some)
+    (one,) = gather_shares(2, some)
     assert one is some

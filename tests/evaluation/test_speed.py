@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from pilotfish.evaluation.cost import cost, counted_rows, guide_size
-from pilotfish.evaluation.result import Cost
+from pilotfish.evaluation.results import Cost, GuideSize
+from pilotfish.evaluation.speed import counted_rows, denoiser_flops, measure_cost
 from pilotfish.guides import Guide
 
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "rounds": 1, "batch_sizes": (1,)}
@@ -15,23 +15,22 @@ SMALL: dict[str, Any] = {"num_inference_steps": 2, "rounds": 1, "batch_sizes": (
 
 @pytest.fixture
 def spent(pipe: Any, guide: Guide) -> Cost:
-    return cost(pipe, guide, **SMALL)
+    return measure_cost(pipe, guide, **SMALL)
 
 
 def test_cfg_takes_two_passes_a_step_and_the_guide_one(spent: Cost) -> None:
-    assert spent.passes == {"plain": 2.0, "cfg": 4.0, "guided": 2.0}
+    assert spent.passes == {"none": 2.0, "cfg": 4.0, "guided": 2.0}
 
 
 def test_cfg_is_two_plain_passes_and_the_guide_little_more_than_one(spent: Cost) -> None:
     flops = spent.flops
-    assert flops["plain"] > 0
-    assert flops["cfg"] == 2 * flops["plain"]
-    assert flops["plain"] < flops["guided"] < flops["cfg"]
+    assert flops["none"] > 0
+    assert flops["cfg"] == 2 * flops["none"]
+    assert flops["none"] < flops["guided"] < flops["cfg"]
 
 
 def test_the_count_of_operations_is_right(pipe: Any) -> None:
     """One convolution of known size, counted through the same door."""
-    from pilotfish.evaluation import cost as room
 
     class UNet(torch.nn.Module):
         def __init__(self) -> None:
@@ -45,12 +44,12 @@ def test_the_count_of_operations_is_right(pipe: Any) -> None:
         unet = UNet()
 
     x = torch.zeros(1, 4, 5, 5)
-    flops = room.denoiser_flops(Pipe, lambda: (Pipe.unet(x), x.flatten(2) @ x.flatten(2).mT))
+    flops = denoiser_flops(Pipe, lambda: (Pipe.unet(x), x.flatten(2) @ x.flatten(2).mT))
     assert flops == 2 * 4 * 8 * 9 * 25  # and the product outside the denoiser is not counted
 
 
 def test_ratios_are_of_the_median_round(pipe: Any, guide: Guide) -> None:
-    """A clock of one's own: rounds of plain 1 s, CFG 2, 4 or 9 s, guided 1 s."""
+    """A clock of one's own: rounds of none 1 s, CFG 2, 4 or 9 s, guided 1 s."""
 
     def readings() -> Iterator[float]:
         now = 0.0
@@ -61,16 +60,16 @@ def test_ratios_are_of_the_median_round(pipe: Any, guide: Guide) -> None:
             yield now
 
     clock = readings()
-    found = cost(pipe, guide, num_inference_steps=1, rounds=3, batch_sizes=(2,),
+    found = measure_cost(pipe, guide, num_inference_steps=1, rounds=3, batch_sizes=(2,),
                  clock=lambda: next(clock))  # fmt: skip
-    assert found.cfg_over_guided == found.cfg_over_plain == {"2": 4.0}
-    assert found.seconds == {"2": {"plain": 1.0, "cfg": 4.0, "guided": 1.0}}
+    assert found.cfg_over_guided == found.cfg_over_none == {"2": 4.0}
+    assert found.seconds == {"2": {"none": 1.0, "cfg": 4.0, "guided": 1.0}}
     assert next(clock, None) is None
 
 
 def test_the_pipeline_is_left_as_it_was(pipe: Any, guide: Guide) -> None:
     kind = type(pipe)
-    cost(pipe, guide, **SMALL)
+    measure_cost(pipe, guide, **SMALL)
     assert type(pipe) is kind
     assert not pipe.unet._forward_hooks
 
@@ -89,7 +88,7 @@ def test_rows_are_counted_whether_named_or_not() -> None:
 
 
 def test_the_share_is_of_the_denoisers_parameters(pipe: Any, guide: Guide) -> None:
-    size = guide_size(guide, pipe, "tiny")
+    size = GuideSize.of(guide, pipe, "tiny")
     assert size.parameters == sum(p.numel() for p in guide.parameters())
     assert size.share * sum(p.numel() for p in pipe.unet.parameters()) == pytest.approx(
         size.parameters
@@ -103,4 +102,4 @@ def test_the_share_is_of_the_denoisers_parameters(pipe: Any, guide: Guide) -> No
 )  # fmt: skip
 def test_bad_input_is_named(pipe: Any, guide: Guide, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cost(pipe, guide, **change)
+        measure_cost(pipe, guide, **change)

@@ -1,0 +1,230 @@
+"""Images of one model in several guidance modes, from the same noise, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pilotfish import bundled
+from pilotfish.data.images import from_pixels, load_images
+from pilotfish.evaluation.clip import Scorer
+from pilotfish.evaluation.metrics import ScoreMeter, indices
+from pilotfish.evaluation.processes import (
+    gather_objects,
+    gather_shares,
+    share,
+    total_batch_size,
+)
+from pilotfish.evaluation.results import Scores
+from pilotfish.evaluation.speed import counted_rows
+from pilotfish.guidance import GuidanceMode
+from pilotfish.guidance_error import latent_shape
+from pilotfish.guides import Guide
+from pilotfish.pipelines.sampling import Attachable, Sample, sample
+
+TITLES = {"none": "no guidance", "cfg": "CFG", "guided": "guided"}
+
+# (what is being measured, done, of how many)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from. It is loaded when its turn comes and released after it.
+
+    Attributes:
+        load: returns the pipeline.
+        reference_images: folder of real images in its style; None: no Fréchet distance.
+    """
+
+    load: Callable[[], Any]
+    reference_images: Path | None = None
+
+
+def bundled_models() -> dict[str, ModelSource]:
+    """The bundled base and its fine-tunes."""
+    return {
+        name: ModelSource(partial(bundled.load_model, name), bundled.images(name))
+        for name in bundled.MODELS
+    }
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images of one guidance mode.
+
+    Attributes:
+        prompts: N texts.
+        latents: (N, C, h, w) final latents.
+        images: (N, 3, H, W) in [-1, 1].
+    """
+
+    prompts: list[str]
+    latents: torch.Tensor
+    images: torch.Tensor
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> ImageBatch:
+        """The samples as one batch."""
+        return cls(
+            [s.prompt for s in samples],
+            torch.stack([s.latents for s in samples]),
+            torch.stack([s.image for s in samples]),
+        )
+
+
+def spread_prompts(prompts: Sequence[str], samples: int, seed: int) -> tuple[list[str], list[int]]:
+    """``samples`` prompts, each with its own seed. Fewer samples than prompts are spread evenly
+    over the list, which may be sorted by category; with more, the prompts are repeated.
+
+    Raises:
+        ValueError: no prompt, or fewer samples than one.
+    """
+    if not prompts or samples < 1:
+        raise ValueError(f"{samples} samples of {len(prompts)} prompts: at least one of each")
+    stride = max(1, len(prompts) // samples)
+    texts = [prompts[i * stride % len(prompts)] for i in range(samples)]
+    return texts, list(range(seed, seed + samples))
+
+
+def draw(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, guidance_scale: float,
+    num_inference_steps: int, guide: Attachable | None = None,
+    negative_prompts: Sequence[str] | None = None,
+) -> ImageBatch:  # fmt: skip
+    """One batch in one mode; every process samples its share of it."""
+    mine = share(len(prompts))
+    batch = ImageBatch.of(
+        list(
+            sample(
+                pipe, [prompts[i] for i in mine], seeds=[seeds[i] for i in mine],
+                guidance_scale=guidance_scale, guide=guide,
+                num_inference_steps=num_inference_steps, batch_size=len(mine),
+                negative_prompts=negative_prompts and [negative_prompts[i] for i in mine],
+            )
+        )
+    )  # fmt: skip
+    return ImageBatch(list(prompts), *gather_shares(len(prompts), batch.latents, batch.images))
+
+
+def draw_modes(
+    pipe: Any, guide: Guide, prompts: Sequence[str], seeds: Sequence[int], *,
+    guidance_scale: float, num_inference_steps: int, batch_size: int,
+    cache: list[dict[str, ImageBatch]] | None = None,
+) -> Iterator[dict[str, ImageBatch]]:  # fmt: skip
+    """Batch after batch, each in every guidance mode. The guide is attached during its own mode
+    alone.
+
+    Args:
+        batch_size: of each process.
+        cache: the batches of ``none`` and ``cfg``, which do not depend on the guide: used where
+            they are there, and added where they are not.
+    """
+    modes: dict[str, tuple[float, Guide | None]] = {
+        GuidanceMode.NONE: (1.0, None),
+        GuidanceMode.CFG: (guidance_scale, None),
+        GuidanceMode.GUIDED: (guidance_scale, guide),
+    }
+    batch_size = total_batch_size(batch_size)
+    for number, i in enumerate(range(0, len(prompts), batch_size)):
+        part = slice(i, i + batch_size)
+        batches = dict(cache[number]) if cache and number < len(cache) else {}
+        for mode, (w, with_guide) in modes.items():
+            if mode not in batches:
+                batches[mode] = draw(
+                    pipe, prompts[part], seeds[part], guidance_scale=w, guide=with_guide,
+                    num_inference_steps=num_inference_steps,
+                )  # fmt: skip
+        if cache is not None and number == len(cache):
+            cache.append({mode: batches[mode] for mode in ("none", "cfg")})
+        yield batches
+
+
+def load_reference(pipe: Any, folder: str | Path | None) -> torch.Tensor | None:
+    """(M, 3, H, W) reference images in [-1, 1], as large as the pipeline's own."""
+    if folder is None:
+        return None
+    size = latent_shape(pipe)[1] * int(pipe.vae_scale_factor)
+    return from_pixels(load_images(folder, size).pixels)
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """The images of one mode, as far as they are needed further on.
+
+    Attributes:
+        hits: (N,) 1 where the prompt was the first of all names.
+        latents: (N, C, h, w) final latents.
+        passes: of the denoiser for one image.
+    """
+
+    scores: Scores
+    hits: torch.Tensor
+    latents: torch.Tensor
+    passes: float
+
+
+class ModelScorer:
+    """The scores of one model, mode after mode, from the same prompts and noise.
+
+    Args:
+        prompts: prompts of the images; they are among the names.
+        names: the names among which the scorer must find the prompt.
+        reference_images: folder, the reference of ``fd_clip``.
+        samples: images in each mode.
+        seed: of the first image; the others follow.
+        batch_size: of each process.
+
+    Raises:
+        ValueError: a prompt that is no name, or fewer than two samples.
+    """
+
+    def __init__(
+        self, pipe: Any, scorer: Scorer, *, prompts: Sequence[str], names: Sequence[str],
+        reference_images: str | Path | None, samples: int, seed: int, batch_size: int = 32,
+    ) -> None:  # fmt: skip
+        if samples < 2:
+            raise ValueError(f"at least two samples are needed, not {samples}")
+        self.pipe, self.scorer, self.batch_size = pipe, scorer, total_batch_size(batch_size)
+        self.texts, self.seeds = spread_prompts(prompts, samples, seed)
+        self.prompt = indices(self.texts, names)
+        self.names = scorer.texts(list(names))
+        self.reference = load_reference(pipe, reference_images)
+
+    def meter(self) -> ScoreMeter:
+        """An empty one."""
+        return ScoreMeter(self.scorer, self.names, self.reference)
+
+    def score(
+        self, guidance_scale: float, num_inference_steps: int, method: Attachable | None = None,
+        progress: Progress | None = None, title: str = "images",
+    ) -> ScoredImages:  # fmt: skip
+        """All images of one mode: with a method at w, or with the pipeline's own CFG."""
+        meter, latents, samples, drawn = self.meter(), [], len(self.texts), 0
+        with counted_rows(self.pipe.unet) as rows:
+            for i in range(0, samples, self.batch_size):
+                part = slice(i, i + self.batch_size)
+                batch = draw(
+                    self.pipe, self.texts[part], self.seeds[part], guidance_scale=guidance_scale,
+                    num_inference_steps=num_inference_steps, guide=method,
+                )  # fmt: skip
+                drawn += len(share(len(batch.prompts)))
+                meter.update(batch.images, self.scorer.images(batch.images), self.prompt[part])
+                latents.append(batch.latents)
+                if progress:
+                    progress(title, min(i + self.batch_size, samples), samples)
+        passes = sum(gather_objects(sum(rows))) / sum(gather_objects(drawn))
+        return ScoredImages(meter.compute(), meter.retrieval.hits(), torch.cat(latents), passes)
+
+
+def named_progress(progress: Progress | None, name: str) -> Progress:
+    """The same progress, with the name of a model before what is measured."""
+    if progress is None:
+        return lambda what, done, total: None
+    report = progress
+    return lambda what, done, total: report(f"{name}: {what}", done, total)

@@ -1,0 +1,142 @@
+"""Negative prompts with a guide, against those with CFG.
+
+Held-out prompts are paired with negative prompts. A guide is measured against CFG with the same
+pair: once conditioned on the negative prompt and once on the null prompt, as a guide that
+ignores it. The guidance error with the null prompt stands beside both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pilotfish.evaluation.clip import Scorer
+from pilotfish.evaluation.images import ModelSource, Progress, draw, named_progress
+from pilotfish.evaluation.metrics import AgreementMeter, LatentMeter
+from pilotfish.evaluation.processes import gather_objects, process, total_batch_size
+from pilotfish.evaluation.results import (
+    GuideSize,
+    NegativeModel,
+    NegativeResult,
+    PartialResults,
+    Run,
+    cache_key,
+    machine,
+    modules,
+    versions,
+)
+from pilotfish.evaluation.run import dtype_name
+from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
+from pilotfish.guides import Guide
+from pilotfish.teacher import checksum
+
+CONDITIONS = ("conditioned", "ignoring")
+
+
+def pairs(prompts: Sequence[str]) -> list[str]:
+    """A negative prompt for each prompt: the one half the list further on.
+
+    Raises:
+        ValueError: fewer than two prompts, or one that would be its own negative prompt.
+    """
+    half = len(prompts) // 2
+    found = [*prompts[half:], *prompts[:half]]
+    if len(prompts) < 2 or any(p == n for p, n in zip(prompts, found, strict=True)):
+        raise ValueError("negative prompts are taken from the prompts: two that differ are needed")
+    return found
+
+
+def evaluate_negatives_of_model(
+    pipe: Any, guide: Guide, prompts: Sequence[str], negative_prompts: Sequence[str],
+    scorer: Scorer, *, seed: int = 0, guidance_scale: float = 4.0, num_inference_steps: int = 25,
+    batch_size: int = 32, progress: Progress | None = None,
+) -> NegativeModel:  # fmt: skip
+    """Measure one pipeline.
+
+    Args:
+        prompts: held out of training; one image each, with a seed of its own.
+        negative_prompts: one for each.
+        seed: of the first image; the others follow.
+        batch_size: of each process.
+        progress: called after every batch.
+
+    Raises:
+        ValueError: as :class:`Trajectories`.
+        GuideError: the guide does not fit the pipeline.
+    """
+    report = progress or (lambda what, done, total: None)
+    trajectories = partial(
+        Trajectories.of_pipeline, pipe, prompts, seed=seed, batch_size=batch_size,
+        num_inference_steps=num_inference_steps, process=process(),
+    )  # fmt: skip
+    error = partial(pipeline_guidance_error, pipe, guide, gather=gather_objects)
+    null = error(trajectories())
+    cfg_walk = trajectories(negative_prompts=negative_prompts, cache=True)
+    conditioned, ignoring = error(cfg_walk), error(cfg_walk, with_negative=False)
+    report("guidance error", 1, 1)
+    latents, agreement = LatentMeter(), {name: AgreementMeter() for name in CONDITIONS}
+    batch_size = total_batch_size(batch_size)
+    for i in range(0, len(prompts), batch_size):
+        part = slice(i, i + batch_size)
+        texts, negative = list(prompts[part]), list(negative_prompts[part])
+        sampled = partial(
+            draw, pipe, texts, range(seed + i, seed + i + len(texts)),
+            guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
+        )  # fmt: skip
+        cfg = sampled(negative_prompts=negative)
+        made = {
+            "conditioned": sampled(guide=guide, negative_prompts=negative),
+            "ignoring": sampled(guide=guide),
+        }
+        features = scorer.images(cfg.images)
+        for name, meter in agreement.items():
+            images = made[name].images
+            meter.update(images, cfg.images, scorer.images(images), features)
+        latents.update(made["conditioned"].latents, made["ignoring"].latents, cfg.latents)
+        report("images", i + len(texts), len(prompts))
+    return NegativeModel(
+        null, conditioned, ignoring, conditioned.mean / null.mean, ignoring.mean / null.mean,
+        latents.compute(), {name: meter.compute() for name, meter in agreement.items()},
+    )  # fmt: skip
+
+
+def evaluate_negatives(
+    models: Mapping[str, ModelSource], guide: Guide, prompts: Sequence[str], *, guide_name: str,
+    command: str, scorer: Scorer | None = None, seed: int = 0, guidance_scale: float = 4.0,
+    num_inference_steps: int = 25, batch_size: int = 32, unfinished: str | Path | None = None,
+    progress: Progress | None = None,
+) -> NegativeResult:  # fmt: skip
+    """Measure a guide on every model, each prompt with the negative prompt of :func:`pairs`.
+
+    Args:
+        unfinished: file of the models that are finished; the same call resumes from it. To be
+            deleted when the result is saved.
+
+    Raises:
+        ValueError: no model, prompts that make no pairs, a w of at most 1.
+    """
+    if not models:
+        raise ValueError("there is no model to evaluate on")
+    if guidance_scale <= 1:
+        raise ValueError(f"a negative prompt has no effect at w = {guidance_scale:g}")
+    scorer, negative_prompts = scorer or Scorer.bundled(), pairs(prompts)
+    parts, results, size, dtype = PartialResults(unfinished), {}, None, "float32"
+    same: dict[str, Any] = {
+        "seed": seed, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps
+    }  # fmt: skip
+    facts = same | {"prompts": list(prompts), "guide": checksum(guide)}
+    for name, source in models.items():
+        pipe = source.load()
+        size, dtype = size or GuideSize.of(guide, pipe, guide_name), dtype_name(pipe)
+        measure = partial(
+            evaluate_negatives_of_model, pipe, guide, prompts, negative_prompts, scorer,
+            batch_size=batch_size, progress=named_progress(progress, name), **same,
+        )  # fmt: skip
+        key = partial(cache_key, {**modules(pipe), "scorer": scorer.model}, facts)
+        results[name] = parts.get(NegativeModel, key, measure)
+    assert size is not None
+    run = Run(command, samples=len(prompts), machine=machine(), versions=versions(),
+              dtype=dtype, **same)  # fmt: skip
+    return NegativeResult(results, size, run)

@@ -1,0 +1,243 @@
+"""The evaluation: a guide on a base and, unchanged, on its fine-tunes.
+
+Each model is measured against its own CFG, from the same noise in all guidance modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pilotfish.evaluation.clip import Scorer
+from pilotfish.evaluation.images import (
+    ImageBatch,
+    ModelScorer,
+    ModelSource,
+    Progress,
+    draw_modes,
+    named_progress,
+)
+from pilotfish.evaluation.metrics import (
+    AgreementMeter,
+    ClipScore,
+    InceptionFID,
+    LatentMeter,
+    gain_kept,
+    gain_kept_interval,
+)
+from pilotfish.evaluation.processes import gather_objects, on_main, process, total_batch_size
+from pilotfish.evaluation.results import (
+    Cost,
+    GuideSize,
+    ModelResult,
+    PartialResults,
+    Result,
+    Run,
+    cache_key,
+    machine,
+    modules,
+    versions,
+)
+from pilotfish.evaluation.speed import measure_cost
+from pilotfish.guidance import GuidanceMode
+from pilotfish.guidance_error import SCALES, Trajectories, pipeline_guidance_error
+from pilotfish.guides import Guide
+from pilotfish.teacher import checksum
+
+
+def evaluate_model(
+    pipe: Any,
+    guide: Guide,
+    *,
+    prompts: Sequence[str],
+    names: Sequence[str],
+    reference_images: str | Path | None,
+    validation_prompts: Sequence[str],
+    samples: int = 1000,
+    seed: int = 0,
+    guidance_scale: float = 4.0,
+    num_inference_steps: int = 25,
+    batch_size: int = 32,
+    scorer: Scorer | None = None,
+    guidance_scales: Sequence[float] = SCALES,
+    inception_weights: str | Path | None = None,
+    clip: str | Path | None = None,
+    cache: list[dict[str, ImageBatch]] | None = None,
+    progress: Progress | None = None,
+) -> ModelResult:
+    """Measure one pipeline.
+
+    Args:
+        prompts: prompts of the images; they are among the names.
+        names: the names among which the scorer must find the prompt.
+        reference_images: folder of real images in the model's style, the reference of
+            ``fd_clip``.
+        validation_prompts: held out of the guide's training, for the guidance error.
+        samples: images in each mode; the prompts are repeated, each time with new seeds.
+        seed: of the first image; the others follow.
+        batch_size: of each process.
+        scorer: left out: the bundled one.
+        guidance_scales: each w of the guidance error.
+        inception_weights: if given, Inception FID as well.
+        clip: folder of a CLIP; if given, CLIP score as well.
+        cache: images without guidance and with CFG, of an earlier guide in the same settings; an
+            empty list is filled with them.
+        progress: called after every batch.
+
+    Raises:
+        ValueError: a prompt that is no name, fewer than two samples, a wrong path.
+        GuideError: the guide does not fit the pipeline.
+    """
+    _check(samples, guidance_scale)
+    model = ModelScorer(
+        pipe, scorer or Scorer.bundled(), prompts=prompts, names=names, samples=samples,
+        reference_images=reference_images, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    modes = [mode.value for mode in GuidanceMode]
+    scores = {mode: model.meter() for mode in modes}
+    further = _further_meters(inception_weights, clip, model.reference)
+    agreement = {mode: AgreementMeter() for mode in ("guided", "none")}
+    latents = LatentMeter()
+    report = progress or (lambda what, done, total: None)
+    report("guidance error", 0, 1)
+    trajectories = Trajectories.of_pipeline(
+        pipe, validation_prompts, guidance_scales=guidance_scales, seed=seed,
+        num_inference_steps=num_inference_steps, batch_size=batch_size, process=process(),
+    )  # fmt: skip
+    error = pipeline_guidance_error(pipe, guide, trajectories, gather=gather_objects)
+    report("guidance error", 1, 1)
+    done = 0
+    for batches in draw_modes(
+        pipe, guide, model.texts, model.seeds, guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps, batch_size=batch_size, cache=cache,
+    ):  # fmt: skip
+        features = {mode: model.scorer.images(batch.images) for mode, batch in batches.items()}
+        for mode, batch in batches.items():
+            part = model.prompt[done : done + len(batch.prompts)]
+            scores[mode].update(batch.images, features[mode], part)
+            for meters in further.values():
+                meters[mode].update(batch.images, batch.prompts)
+        cfg = batches["cfg"]
+        for mode, meter in agreement.items():
+            meter.update(batches[mode].images, cfg.images, features[mode], features["cfg"])
+        latents.update(batches["guided"].latents, batches["none"].latents, cfg.latents)
+        done += len(cfg.prompts)
+        report("images", done, samples)
+    found = {mode: meter.compute() for mode, meter in scores.items()}
+    hits = [scores[mode].retrieval.hits() for mode in modes]
+    return ModelResult(
+        guidance_error=error,
+        latent_mse_ratio=latents.compute(),
+        gain_kept=gain_kept(*(found[mode].top1 for mode in modes)),
+        gain_kept_interval=gain_kept_interval(*hits, prompt=model.prompt),
+        gain_kept_cosine=gain_kept(*(found[mode].cosine for mode in modes)),
+        scores=found,
+        agreement={mode: meter.compute() for mode, meter in agreement.items()},
+        more={name: {m: x.compute() for m, x in by.items()} for name, by in further.items()},
+    )
+
+
+def evaluate(
+    models: Mapping[str, ModelSource],
+    guide: Guide,
+    *,
+    guide_name: str,
+    command: str,
+    samples: int = 1000,
+    seed: int = 0,
+    guidance_scale: float = 4.0,
+    num_inference_steps: int = 25,
+    batch_sizes: Sequence[int] = (1, 8),
+    rounds: int = 15,
+    scorer: Scorer | None = None,
+    unfinished: str | Path | None = None,
+    cache: dict[str, list[dict[str, ImageBatch]]] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Result:
+    """Measure a guide on every model, and its cost on the first.
+
+    Args:
+        models: by name, the base first.
+        guide_name: its name in the result.
+        command: the command line that repeats the run.
+        batch_sizes: of the wall clock.
+        rounds: of the wall clock.
+        unfinished: file of the models that are finished; the same call resumes from it. To be
+            deleted when the result is saved.
+        cache: by model, see :func:`evaluate_model`; an empty dict is filled.
+        settings: further ones of :func:`evaluate_model`.
+
+    Raises:
+        ValueError: no model; and as :func:`evaluate_model`.
+    """
+    if not models:
+        raise ValueError("there is no model to evaluate on")
+    _check(samples, guidance_scale)
+    total_batch_size(settings.get("batch_size", 1))  # or it would only be refused after the timing
+    scorer = scorer or Scorer.bundled()
+    parts = PartialResults(unfinished)
+    weights = checksum(guide)
+    results: dict[str, ModelResult] = {}
+    cost, size = None, None
+    same: dict[str, Any] = {
+        "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps
+    }  # fmt: skip
+    for name, source in models.items():
+        pipe = source.load()
+        facts = same | settings | {"samples": samples, "seed": seed, "guide": weights}
+        key = partial(
+            cache_key, {**modules(pipe), "scorer": scorer.model},
+            facts | {"reference_images": source.reference_images},
+        )  # fmt: skip
+        if cost is None or size is None:
+            size = GuideSize.of(guide, pipe, guide_name)
+            measure = partial(
+                measure_cost, pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same
+            )
+            timed = partial(
+                cache_key, modules(pipe), facts | {"rounds": rounds, "sizes": list(batch_sizes)}
+            )
+            cost = parts.get(Cost, timed, partial(on_main, measure))
+            run = Run(
+                command, seed, samples, machine=machine(), versions=versions(),
+                dtype=dtype_name(pipe), **same,
+            )  # fmt: skip
+        model = partial(
+            evaluate_model, pipe, guide, reference_images=source.reference_images,
+            samples=samples, seed=seed, scorer=scorer, progress=named_progress(progress, name),
+            cache=None if cache is None else cache.setdefault(name, []), **same, **settings,
+        )  # fmt: skip
+        results[name] = parts.get(ModelResult, key, model)
+    assert cost is not None and size is not None
+    return Result(results, size, cost, run)
+
+
+def dtype_name(pipe: Any) -> str:
+    """The precision of a pipeline's denoiser, such as ``float32``."""
+    return str(pipe.unet.dtype).removeprefix("torch.")
+
+
+def _check(samples: int, guidance_scale: float) -> None:
+    if guidance_scale <= 1:
+        raise ValueError(f"CFG gains nothing at w = {guidance_scale:g}; use a larger one")
+    if samples < 2:
+        raise ValueError(f"at least two samples are needed, not {samples}")
+
+
+def _further_meters(
+    weights: str | Path | None, clip: str | Path | None, reference: torch.Tensor | None
+) -> dict[str, dict[str, InceptionFID | ClipScore]]:
+    meters: dict[str, dict[str, InceptionFID | ClipScore]] = {}
+    if weights is not None:
+        if reference is None:
+            raise ValueError("Inception FID needs a folder of reference images")
+        meters["fid"] = {mode: InceptionFID(weights, reference) for mode in GuidanceMode}
+    if clip is not None:
+        scorer = Scorer.from_folder(clip)
+        meters["clip_score"] = {mode: ClipScore(scorer) for mode in GuidanceMode}
+    return meters
