@@ -20,7 +20,6 @@ RULES = {
 """Those that need no training, by name."""
 
 __all__ = [
-    "RULES",
     "AdaptiveGuidance",
     "AdditiveAdapters",
     "CrossAttentionAdapters",

@@ -119,8 +119,8 @@ def compare_page(found: Comparison, docs: Path) -> str:
     for budget in found.budgets:
         image = f"images/compare/{budget}.png"
         save(pareto(found, budget), docs / image)
-        parts += [f"### Equal {budget}", f"![CFG gain retained against cost, equal {budget}]({image})",
-                  comparison_markdown(found, budget)]  # fmt: skip
+        plot = f"![CFG gain retained against cost, equal {budget}]({image})"
+        parts += [f"### Equal {budget}", plot, comparison_markdown(found, budget)]
     return "\n\n".join(part.rstrip() for part in parts)
 
 

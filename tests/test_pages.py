@@ -14,14 +14,20 @@ from baselines.comparison.result import (
     MethodRun,
     Training,
 )
-from pilotfish.evaluation.curves import StepScores, StepsResult
-from pilotfish.evaluation.negatives import NegativeResult
-from pilotfish.evaluation.results import GuideSize, Interval, Run, Scores
+from pilotfish.evaluation.results import (
+    CurveResult,
+    GuideSize,
+    Interval,
+    NegativeResult,
+    Point,
+    Run,
+    Scores,
+)
 from recipe.pages import (
-    aims,
     compare_page,
     negatives_text,
     steps_page,
+    targets,
     write_measured,
     write_pages,
 )
@@ -30,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 RUN = Run("pilotfish something", 3, 200, 4.0, 25, "a machine", {})
 MADE = {
     "docs/steps.md": (
-        "results/steps.json", lambda file, to: steps_page(StepsResult.load(file), to),
+        "results/steps.json", lambda file, to: steps_page(CurveResult.load(file), to),
     ),
     "docs/compare.md": (
         "results/compare.json", lambda file, to: compare_page(Comparison.load(file), to),
@@ -41,11 +47,13 @@ MADE = {
 }  # fmt: skip
 
 
-def steps() -> StepsResult:
-    cells = {str(n): StepScores(n, Scores(0.5 + n / 100, 0.7, 0.6, 4.0)) for n in (4, 8)}
-    ways = {"none": cells, "cfg": cells, "mine": cells}
-    clock = {way: {"4": 0.5, "8": 1.0} for way in ways}
-    return StepsResult({"base": ways, "other": ways}, clock, {"mine": GuideSize("m", 9, 0.01)}, RUN)
+def steps() -> CurveResult:
+    points = {str(n): Point(n, Scores(0.5 + n / 100, 0.7, 0.6, 4.0)) for n in (4, 8)}
+    methods = {"none": points, "cfg": points, "mine": points}
+    clock = {method: {"4": 0.5, "8": 1.0} for method in methods}
+    sizes = {"mine": GuideSize("m", 9, 0.01)}
+    models = {"base": methods, "other": methods}
+    return CurveResult("num_inference_steps", models, clock, sizes, RUN)
 
 
 def comparison() -> Comparison:
@@ -59,11 +67,11 @@ def comparison() -> Comparison:
     return Comparison("ours", {"ours": method}, references, plan, RUN)
 
 
-def test_what_was_aimed_at_is_told_of_the_hosts_that_were_measured() -> None:
-    _, _, base, other = aims(steps(), "mine").splitlines()
+def test_targets_are_of_the_models_that_were_measured() -> None:
+    _, _, base, other = targets(steps(), "mine").splitlines()
     assert base == "| base, 8 steps | 8 | 100 % | 95 % | 1.00 | 1.05 |"
     assert other == "| other, 8 steps | 8 | 100 % | 90 % | 1.00 | 1.15 |"
-    assert len(aims(steps(), "few").splitlines()) == 2
+    assert len(targets(steps(), "few").splitlines()) == 2
 
 
 def test_pages_are_written_from_results(tmp_path: Path) -> None:
@@ -78,7 +86,7 @@ def test_pages_are_written_from_results(tmp_path: Path) -> None:
     assert text.endswith("after\n")
     assert "old" not in text
     assert "pilotfish something" in text
-    assert "a machine, seed 3, 200 pictures" in text
+    assert "a machine, seed 3, 200 images" in text
     for host in ("base", "other"):
         assert f"### {host}" in text
         assert (docs / "images" / "steps" / f"{host}.png").is_file()

@@ -53,7 +53,10 @@ def start(
         "pool": 8, "replay_capacity": 8,
         "trajectory_steps_min": 2, "trajectory_steps_max": 4,
     }  # fmt: skip
-    hosts = {"base": ModelSource(lambda: make_pipe("epsilon"), real), "other": ModelSource(lambda: make_pipe())}
+    hosts = {
+        "base": ModelSource(lambda: make_pipe("epsilon"), real),
+        "other": ModelSource(lambda: make_pipe()),
+    }
 
     def make(folder: str = "run", plan: Plan = PLAN) -> Comparing:
         return Comparing(

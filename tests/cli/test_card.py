@@ -55,7 +55,7 @@ def result(guide: Path, tmp_path: Path) -> Result:
     """The committed figures, as if they were of this guide, measured with absolute paths."""
     found = Result.load(ROOT / "results" / "guide.json")
     size = TinyGuide.from_pretrained(guide).num_parameters()
-    line = f"pilotfish evaluate --guide {guide} --hosts base --output={tmp_path}/result.json"
+    line = f"pilotfish evaluate --guide {guide} --models base --output={tmp_path}/result.json"
     return dataclasses.replace(
         found,
         guide=dataclasses.replace(found.guide, name=str(guide), parameters=size),
@@ -82,7 +82,7 @@ def whole(write: Write, result: Result, guide: Path, tmp_path: Path) -> ModelCar
     Image.new("RGB", (4, 4)).save(tmp_path / "drawn.png")
     return write(
         "--result", str(tmp_path / "measured.json"), "--grid", str(tmp_path / "drawn.png"),
-        "--licence", "apache-2.0", "--repo_id", "me/base-guide",
+        "--license", "apache-2.0", "--push_to_hub", "me/base-guide", "--dry_run",
     )  # fmt: skip
 
 
@@ -94,11 +94,11 @@ def test_the_header_is_what_the_hub_reads(whole: ModelCard, result: Result) -> N
     assert {"pilotfish", "diffusers"} <= set(data.tags)
     assert data.model_name == "base-guide"
     figures = {(e.dataset_type, e.metric_type): e.metric_value for e in data.eval_results}
-    for name, host in result.hosts.items():
-        assert figures[name, "guidance_error"] == pytest.approx(host.guidance_error.mean, abs=1e-4)
-        assert figures[name, "gain_kept"] == pytest.approx(host.gain_kept, abs=1e-4)
-        assert figures[name, "prompt_score"] == pytest.approx(host.guided.prompt_score, abs=1e-4)
-    assert len(figures) == 3 * len(result.hosts)
+    for name, model in result.models.items():
+        assert figures[name, "guidance_error"] == pytest.approx(model.guidance_error.mean, abs=1e-4)
+        assert figures[name, "gain_kept"] == pytest.approx(model.gain_kept, abs=1e-4)
+        assert figures[name, "top1"] == pytest.approx(model.scores["guided"].top1, abs=1e-4)
+    assert len(figures) == 3 * len(result.models)
 
 
 def test_the_text_has_base_figures_picture_and_digest(
@@ -113,7 +113,7 @@ def test_the_text_has_base_figures_picture_and_digest(
     weights = "diffusion_pytorch_model.safetensors"
     assert sha256((guide / weights).read_bytes()).hexdigest() in text
     assert "2,000 steps, 128,000 samples, 90 minutes." in text
-    assert Result.load(guide / "result.json").hosts == result.hosts
+    assert Result.load(guide / "result.json").models == result.models
 
 
 def test_no_folder_of_this_machine_is_told(whole: ModelCard, guide: Path, tmp_path: Path) -> None:
@@ -121,14 +121,14 @@ def test_no_folder_of_this_machine_is_told(whole: ModelCard, guide: Path, tmp_pa
         content = (guide / name).read_bytes()
         assert str(tmp_path).encode() not in content, name
         assert str(Path.home()).encode() + b"/" not in content, name
-    assert "`pilotfish evaluate --guide guide --hosts base --output=result.json`" in whole.text
+    assert "`pilotfish evaluate --guide guide --models base --output=result.json`" in whole.text
 
 
 def test_its_lines_of_use_run(
     write: Write, make_pipe: Callable[[str], Any], guide: Path, tmp_path: Path
 ) -> None:
     make_pipe("epsilon").save_pretrained(tmp_path / "base")
-    text = write("--repo_id", "me/guide").text
+    text = write("--push_to_hub", "me/guide", "--dry_run").text
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len([line for line in block.splitlines() if line]) == 5
     here = {
@@ -190,20 +190,20 @@ def test_a_base_that_is_no_hub_id_stays_out_of_the_header(
 def test_what_is_not_a_number_stays_out_of_the_header(
     write: Write, result: Result, tmp_path: Path
 ) -> None:
-    name, host = next(iter(result.hosts.items()))
-    hosts = {name: dataclasses.replace(host, gain_kept=math.nan)}
-    dataclasses.replace(result, hosts=hosts).save(tmp_path / "r.json")
+    name, model = next(iter(result.models.items()))
+    models = {name: dataclasses.replace(model, gain_kept=math.nan)}
+    dataclasses.replace(result, models=models).save(tmp_path / "r.json")
     card = write("--result", str(tmp_path / "r.json"))
     kinds = [e.metric_type for e in card.data.eval_results]
-    assert kinds == ["guidance_error", "prompt_score"]
+    assert kinds == ["guidance_error", "top1"]
 
 
 def test_where_cfg_gains_nothing_none_of_it_is_kept(
     write: Write, result: Result, tmp_path: Path
 ) -> None:
-    name, host = next(iter(result.hosts.items()))
-    hosts = {name: dataclasses.replace(host, cfg=host.none)}
-    dataclasses.replace(result, hosts=hosts).save(tmp_path / "r.json")
+    name, model = next(iter(result.models.items()))
+    models = {name: dataclasses.replace(model, scores=model.scores | {"cfg": model.scores["none"]})}
+    dataclasses.replace(result, models=models).save(tmp_path / "r.json")
     figures = write("--result", str(tmp_path / "r.json")).data.eval_results
     assert "gain_kept" not in {e.metric_type for e in figures}
 
@@ -227,6 +227,12 @@ def test_a_mistake_is_one_sentence_and_writes_no_card(
     assert cli.main(["card", "--guide", str(guide), *(f.format(**places) for f in flags)]) == 1
     assert sentence in capsys.readouterr().err
     assert not (guide / "README.md").exists()
+
+
+def test_a_card_that_is_there_is_uploaded_as_it_is(write: Write, guide: Path) -> None:
+    write("--license", "apache-2.0")
+    assert write("--push_to_hub", "me/guide", "--dry_run").data.license == "apache-2.0"
+    assert write("--push_to_hub", "me/guide", "--dry_run", "--license", "mit").data.license == "mit"
 
 
 def test_a_card_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:

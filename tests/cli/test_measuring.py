@@ -3,38 +3,117 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from pilotfish.cli.names import judge
+from pilotfish.cli.names import named_methods, open_scorer, split_name
+from pilotfish.guides import Guide
 from tests.cli.conftest import Say
 
 
-def test_the_embedded_judge_says_that_it_knows_emoji_alone() -> None:
-    with pytest.warns(UserWarning, match="sd15 is judged by the embedded judge"):
-        judge(None, ["base", "sd15"])
+def test_the_bundled_scorer_warns_of_other_models() -> None:
+    with pytest.warns(UserWarning, match="sd15 is scored by the bundled CLIP"):
+        open_scorer(None, ["base", "sd15"])
 
 
-def test_a_sweep_of_ones_own_base_draws_a_plot(
-    base: str, clip: tuple[Any, Any], names: list[str], say: Say, tmp_path: Path
+@pytest.mark.parametrize(
+    ("text", "name", "guide"),
+    [
+        ("tiny", "tiny", "tiny"), ("few=tiny-8", "few", "tiny-8"),
+        ("runs/lr=3/guide", "guide", "runs/lr=3/guide"),
+        ("few=runs/lr=3/guide", "few", "runs/lr=3/guide"),
+        ("owner/guide", "guide", "owner/guide"), ("few=owner/guide", "few", "owner/guide"),
+        (r"runs\lr=3\guide", r"runs\lr=3\guide", r"runs\lr=3\guide"),
+    ],
+)  # fmt: skip
+def test_a_name_stands_before_the_first_equals_sign(text: str, name: str, guide: str) -> None:
+    assert split_name(text) == (name, guide)
+
+
+def test_a_folder_with_an_equals_sign_is_one(
+    guide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for folder in ("lr=3", "runs/lr=3/guide"):
+        Guide.from_pretrained(guide).save_pretrained(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    assert list(named_methods(["lr=3", "runs/lr=3/guide"])) == ["lr=3", "guide"]
+    methods = named_methods(["few=lr=3", "few=runs/lr=3/guide", "guidance-interval"])
+    assert {name: len(guides) for name, guides in methods.items()} == {
+        "few": 2, "guidance-interval": 1,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def own(
+    base: str, guide: str, clip: tuple[Any, Any], names: list[str], tmp_path: Path
+) -> list[str]:
+    """Flags for a base, guide, scorer and prompts of one's own."""
     for part in clip:
-        part.save_pretrained(tmp_path / "judge")
+        part.save_pretrained(tmp_path / "scorer")
     (tmp_path / "names.txt").write_text("\n".join(names))
-    code, error = say(
-        "sweep", "--hosts", base, "--judge", str(tmp_path / "judge"), "--samples", "2",
-        "--prompts", str(tmp_path / "names.txt"), "--num_inference_steps", "2",
-        "--guidance_scales", "1", "4", "--output", str(tmp_path / "out" / "it is.json"),
-    )  # fmt: skip
+    file = str(tmp_path / "names.txt")
+    return ["evaluate", "--models", base, "--guide", guide, "--prompts", file, "--scorer",
+            str(tmp_path / "scorer"), "--validation_prompts", file, "--samples", "2",
+            "--num_inference_steps", "2", "--rounds", "1"]  # fmt: skip
+
+
+def test_by_guidance_scale_and_by_steps_a_plot_is_drawn(
+    own: list[str], say: Say, tmp_path: Path
+) -> None:
+    output = tmp_path / "out" / "it is.json"
+    code, error = say(*own, "--guidance_scales", "1", "4", "--output", str(output))
     assert code == 0, error
-    found = json.loads((tmp_path / "out" / "it is.json").read_text())
-    assert list(found["hosts"]["base"]) == ["1", "4"]
-    assert shlex.split(found["run"]["command"])[-1] == str(tmp_path / "out" / "it is.json")
+    found = json.loads(output.read_text())
+    assert {m: list(points) for m, points in found["models"]["base"].items()} == {
+        "none": ["1"], "cfg": ["1", "4"], "guide": ["1", "4"],
+    }  # fmt: skip
+    assert shlex.split(found["run"]["command"])[-1] == str(output)
     assert Image.open(tmp_path / "out" / "it is-base.png").width > 300
+    code, error = say(*own, "--steps", "2", "--output", str(tmp_path / "steps.json"))
+    assert code == 0, error
+    assert list(json.loads((tmp_path / "steps.json").read_text())["wall_clock"]["cfg"]) == ["2"]
+
+
+def test_a_result_is_saved_whatever_the_terminal_can_show(
+    own: list[str], tmp_path: Path
+) -> None:
+    """Tables hold characters that ASCII and cp1251 have not."""
+    for encoding in ("ascii", "cp1251"):
+        output = tmp_path / f"{encoding}.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "pilotfish", *own, "--output", str(output), "--dtype",
+             "bfloat16"],
+            check=False, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+        assert json.loads(output.read_text())["run"]["dtype"] == "bfloat16"
+        assert b"latent MSE" in done.stdout
+        assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--steps", "4", "--negative_prompts"), "--steps and --negative_prompts cannot be combi"),
+        (("--guide", "tiny", "tiny-8"), "2 guides, but without --steps"),
+        (("--steps", "4", "--grid", "x.png"), "--grid has no effect with --steps"),
+        (("--steps", "4", "--rounds", "0"), "at least one round is needed, not 0"),
+        (("--guidance_scales", "1", "--samples", "0"), "at least two samples"),
+    ],
+)
+def test_options_that_exclude_one_another(
+    flags: tuple[str, ...], sentence: str, say: Say
+) -> None:
+    code, error = say("evaluate", *flags)
+    assert code == 1
+    assert sentence in " ".join(error.split())
 
 
 def test_a_comparison_writes_figures_and_a_plot_and_is_not_done_twice(
@@ -42,11 +121,11 @@ def test_a_comparison_writes_figures_and_a_plot_and_is_not_done_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     for part in clip:
-        part.save_pretrained(tmp_path / "judge")
+        part.save_pretrained(tmp_path / "scorer")
     (tmp_path / "names.txt").write_text("\n".join(names))
     flags = [
         "compare", "--quick", "--methods", "tiny", "guidance-interval", "--hosts", base,
-        "--judge", str(tmp_path / "judge"), "--output_dir", str(tmp_path / "out"),
+        "--judge", str(tmp_path / "scorer"), "--output_dir", str(tmp_path / "out"),
     ]  # fmt: skip
     for file in ("train_prompts", "prompts", "held_out_prompts"):
         flags += [f"--{file}", str(tmp_path / "names.txt")]

@@ -73,7 +73,7 @@ def folder(guide: TinyGuide, tmp_path: Path) -> Path:
     """A guide with its card, and with what has no business on the hub."""
     folder = tmp_path / "guide"
     guide.save_pretrained(folder)
-    assert cli.main(["card", "--guide", str(folder), "--licence", "mit"]) == 0
+    assert cli.main(["card", "--guide", str(folder), "--license", "mit"]) == 0
     (folder / "notes.txt").write_text("mine")
     (folder / "token").write_text("secret")
     (folder / "checkpoint-2").mkdir()
@@ -183,7 +183,7 @@ def test_saving_can_push(guide: TinyGuide, tmp_path: Path, hub: Hub) -> None:
 
 def test_the_command_says_where(folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--guide", str(folder), "--private", "--commit_message", "First"]
-    assert cli.main(["push", "me/guide", *flags]) == 0
+    assert cli.main(["card", "--push_to_hub", "me/guide", *flags]) == 0
     assert "pushed to https://hub/me/guide" in capsys.readouterr().out
     assert hub.made[0][1]["private"] is True
     assert hub.commits[0]["commit_message"] == "First"
@@ -193,7 +193,7 @@ def test_a_dry_run_lists_and_touches_nothing(
     folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert cli.main(["push", "me/guide", "--guide", str(folder), "--dry_run"]) == 0
+    assert cli.main(["card", "--push_to_hub", "me/guide", "--guide", str(folder), "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == published(folder)
     assert not hub.made
@@ -203,15 +203,15 @@ def test_a_broken_guide_is_not_published(
     folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50])
-    assert cli.main(["push", "me/guide", "--guide", str(folder)]) == 1
+    assert cli.main(["card", "--push_to_hub", "me/guide", "--guide", str(folder)]) == 1
     assert "no guide could be read" in capsys.readouterr().err
     assert not hub.made
 
 
 def test_offline_is_said_in_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["push", "me/guide", "--guide", str(folder)]) == 1
+    assert cli.main(["card", "--push_to_hub", "me/guide", "--guide", str(folder)]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("pilotfish push: ")
+    assert line.startswith("pilotfish card: ")
 
 
 def test_a_hub_that_cannot_be_reached_is_said_in_one_sentence(
@@ -224,6 +224,6 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_sentence(
         raise ConnectError("connection refused")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    assert cli.main(["push", "me/guide", "--guide", str(folder)]) == 1
+    assert cli.main(["card", "--push_to_hub", "me/guide", "--guide", str(folder)]) == 1
     said = capsys.readouterr().err.strip()
-    assert said == "pilotfish push: the hub cannot be reached: connection refused"
+    assert said == "pilotfish card: the hub cannot be reached: connection refused"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from pilotfish import bundled
 from pilotfish.errors import in_brief
@@ -33,7 +34,10 @@ def open_model(name: str) -> Any:
 def model_on_device(name: str, dtype: Dtype = "float32") -> Any:
     """A model on the device of this process."""
     pipe = open_model(name).to(device())
-    return pipe if dtype == "float32" else pipe.to(getattr(torch, dtype))
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):  # diffusers' own method logs a warning
+            nn.Module.to(part, dtype=getattr(torch, dtype))
+    return pipe
 
 
 def model_sources(
