@@ -98,7 +98,7 @@ def test_negative_prompts_reach_teacher_and_student(pipe: Any, with_negative: Gu
 @pytest.fixture
 def with_negative(pipe: Any, randomise: Callable[[Guide], Guide]) -> Guide:
     """A guide that is conditioned on negative prompts."""
-    return randomise(TinyGuide.for_denoiser(pipe.unet, "epsilon", negative=True))
+    return randomise(TinyGuide.for_denoiser(pipe.unet, "epsilon", condition_on_negative=True))
 
 
 def test_no_hook_stays_and_the_guide_keeps_its_precision(

@@ -59,7 +59,8 @@ class Comparing:
 
     def __init__(
         self, plan: Plan, hosts: Mapping[str, ModelSource], how: Measurement, scorer: Scorer,
-        folder: Path, *, training: Mapping[str, Any], command: str, notice: Callable[[str], None] = print,
+        folder: Path, *, training: Mapping[str, Any], command: str,
+        notice: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self.plan, self.hosts, self.how, self.scorer = plan, hosts, how, scorer
         self.folder, self.training = folder, training

@@ -17,13 +17,13 @@ from pilotfish.evaluation.results import CurveResult
 from pilotfish.evaluation.run import evaluate_model
 from pilotfish.evaluation.tables import curve_markdown, curve_rows, curve_table
 from pilotfish.guides import Guide
-from pilotfish.pipelines.loading import take_ddim_steps
+from pilotfish.pipelines.loading import use_deterministic_scheduler
 
 
 def few(guide: Guide, steps: int) -> Guide:
     """As if it had been distilled to so many steps."""
     other = deepcopy(guide)
-    other.register_to_config(timesteps=[900 // steps * (k + 1) for k in range(steps)][::-1])
+    other.register_to_config(times=[0.9 / steps * (k + 1) for k in range(steps)][::-1])
     return other
 
 
@@ -98,10 +98,10 @@ def test_steps_are_those_of_ddim_whatever_the_scheduler(
 def test_a_solver_without_a_clipping_setting_gets_none(pipe: Any) -> None:
     """DDIM clips clean latents to [-1, 1] by default, and theirs are wider."""
     pipe.scheduler = EulerDiscreteScheduler()
-    take_ddim_steps(pipe)
+    use_deterministic_scheduler(pipe)
     assert not pipe.scheduler.config.clip_sample
     pipe.scheduler = DDIMScheduler(clip_sample=True)  # asked for, it stays
-    take_ddim_steps(pipe)
+    use_deterministic_scheduler(pipe)
     assert pipe.scheduler.config.clip_sample
 
 

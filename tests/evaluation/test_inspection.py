@@ -34,7 +34,7 @@ def look(pipe: Any, guide: Guide, scales: tuple[float, ...] = (2.0, 6.0)) -> lis
 
 def test_every_site_is_seen_in_every_step(pipe: Any, guide: Guide) -> None:
     found = look(pipe, guide)
-    sites = {"text", *guide.touches}
+    sites = {"text", *guide.target_modules}
     assert {a.site for a in found} == sites
     assert len(found) == 2 * STEPS * len(sites)
     assert {a.guidance_scale for a in found} == {2.0, 6.0}
@@ -56,7 +56,7 @@ def test_a_fresh_guide_adds_nothing(pipe: Any) -> None:
 
 def test_more_is_added_at_a_larger_scale(pipe: Any, guide: Guide) -> None:
     found = [a for a in look(pipe, guide) if a.site == "text"]
-    first = {a.guidance_scale: a.strength for a in found if a.timestep == found[0].timestep}
+    first = {a.guidance_scale: a.strength for a in found if a.time == found[0].time}
     assert first[6.0] > first[2.0] > 0
 
 

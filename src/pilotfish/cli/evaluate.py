@@ -58,7 +58,8 @@ class EvaluateConfig:
     scorer: str | None = None
     """Folder of a CLIP that scores the images. Left out: the bundled one."""
     steps: tuple[int, ...] = ()
-    """Scores by number of sampling steps, such as 4 8 16, all with DDIM. A guide that was
+    """Scores by number of sampling steps, such as 4 8 16, with the
+    deterministic scheduler (DDIM or Euler). A guide that was
     distilled to few steps takes its own alone."""
     guidance_scales: tuple[float, ...] = ()
     """Scores by guidance scale, such as 1 2 4 7."""

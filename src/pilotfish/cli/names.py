@@ -19,8 +19,8 @@ from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import ModelSource
 from pilotfish.evaluation.processes import device
 from pilotfish.guides import Guide
-from pilotfish.pipelines import check
-from pilotfish.pipelines.loading import load_pipeline, take_ddim_steps
+from pilotfish.pipelines.attach import check
+from pilotfish.pipelines.loading import load_pipeline, use_deterministic_scheduler
 from pilotfish.pipelines.sampling import Attachable
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -103,11 +103,11 @@ def sampling_steps(pipe: Any, guide: Guide | None, wanted: int | None) -> int:
     """
     if guide is not None:
         check(guide, pipe)
-    timesteps = guide and guide.timesteps
-    if not timesteps:
+    times = guide and guide.times
+    if not times:
         return 25 if wanted is None else wanted
-    take_ddim_steps(pipe)
-    return len(timesteps) if wanted is None else wanted
+    use_deterministic_scheduler(pipe)
+    return len(times) if wanted is None else wanted
 
 
 def usable_device(name: str) -> str:

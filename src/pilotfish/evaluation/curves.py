@@ -31,7 +31,7 @@ from pilotfish.evaluation.results import (
 from pilotfish.evaluation.run import dtype_name
 from pilotfish.evaluation.speed import take_turns, timed_call
 from pilotfish.guides import Guide
-from pilotfish.pipelines.loading import take_ddim_steps
+from pilotfish.pipelines.loading import use_deterministic_scheduler
 from pilotfish.pipelines.sampling import Attachable
 from pilotfish.teacher import checksum
 
@@ -56,8 +56,8 @@ class Method:
         """
         found: dict[int | None, Attachable | None] = {}
         for guide in guides:
-            timesteps = guide.timesteps if isinstance(guide, Guide) else None
-            steps = None if timesteps is None else len(timesteps)
+            times = guide.times if isinstance(guide, Guide) else None
+            steps = None if times is None else len(times)
             if steps in found:
                 raise ValueError(f"two guides of one name for {steps or 'any number of'} steps")
             found[steps] = guide
@@ -85,8 +85,8 @@ def score_steps(
     models: Mapping[str, ModelSource], methods: Mapping[str, Sequence[Attachable]],
     steps: Sequence[int], *, guidance_scale: float = 4.0, rounds: int = 3, **given: Any,
 ) -> CurveResult:  # fmt: skip
-    """Scores of every method with every number of steps, on every model. All of them take
-    DDIM's steps, whatever scheduler a model comes with.
+    """Scores of every method with every number of steps, on every model. All of them use
+    the deterministic scheduler (DDIM or Euler), whatever scheduler a model comes with.
 
     Args:
         models: by name, the base first.
@@ -219,7 +219,7 @@ def _of_method(method: Method, settings: Sequence[Setting], setting: str) -> lis
 def _load(source: ModelSource, setting: str) -> Any:
     pipe = source.load()
     if setting == "num_inference_steps":
-        take_ddim_steps(pipe)
+        use_deterministic_scheduler(pipe)
     return pipe
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pilotfish import bundled
+from pilotfish.backbones import Backbone
 from pilotfish.data.images import from_pixels, load_images
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.metrics import ScoreMeter, indices
@@ -23,7 +24,6 @@ from pilotfish.evaluation.processes import (
 from pilotfish.evaluation.results import Scores
 from pilotfish.evaluation.speed import counted_rows
 from pilotfish.guidance import GuidanceMode
-from pilotfish.guidance_error import latent_shape
 from pilotfish.guides import Guide
 from pilotfish.pipelines.sampling import Attachable, Sample, sample
 
@@ -149,7 +149,7 @@ def load_reference(pipe: Any, folder: str | Path | None) -> torch.Tensor | None:
     """(M, 3, H, W) reference images in [-1, 1], as large as the pipeline's own."""
     if folder is None:
         return None
-    size = latent_shape(pipe)[1] * int(pipe.vae_scale_factor)
+    size = Backbone.of_pipeline(pipe).latent_shape()[1] * int(pipe.vae_scale_factor)
     return from_pixels(load_images(folder, size).pixels)
 
 
@@ -206,7 +206,7 @@ class ModelScorer:
     ) -> ScoredImages:  # fmt: skip
         """All images of one mode: with a method at w, or with the pipeline's own CFG."""
         meter, latents, samples, drawn = self.meter(), [], len(self.texts), 0
-        with counted_rows(self.pipe.unet) as rows:
+        with counted_rows(Backbone.of_pipeline(self.pipe).denoiser) as rows:
             for i in range(0, samples, self.batch_size):
                 part = slice(i, i + self.batch_size)
                 batch = draw(

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from pilotfish.evaluation.plots import LIGHT, Theme, figure_and_axes, legend, line_style
 from pilotfish.guides import Guide
-from pilotfish.interface import EncoderResidual, GuideInputs, GuideOutput, Residual
+from pilotfish.interface import GuideInputs, GuideOutput, ResidualFunction
 from pilotfish.pipelines.sampling import sample
 
 
@@ -27,14 +27,14 @@ class Added:
 
     Attributes:
         site: the name of a module, ``text``, ``skip <i>`` or ``mid block``.
-        timestep: in [0, 1000).
+        time: normalised, in [0, 1]; 1 is noise.
         guidance_scale: w.
         strength: root mean square over batch, channels and pixels.
         map: (h, w) root mean square over batch and channels; None where there are no pixels.
     """
 
     site: str
-    timestep: int
+    time: float
     guidance_scale: float
     strength: float
     map: torch.Tensor | None
@@ -65,7 +65,7 @@ def added_maps(found: Sequence[Added], site: str, columns: int = 8, theme: Theme
     """What a guide adds at one site: a row for each w, noise on the left; one scale of
     brightness for all."""
     maps = {
-        (a.guidance_scale, a.timestep): a.map.numpy()
+        (a.guidance_scale, a.time): a.map.numpy()
         for a in found
         if a.site == site and a.map is not None
     }
@@ -83,18 +83,18 @@ def added_maps(found: Sequence[Added], site: str, columns: int = 8, theme: Theme
             axes.set_xticks([])
             axes.set_yticks([])
     for axes, t in zip(grid[0], shown, strict=True):
-        axes.set_title(f"t = {t}", fontsize=8.5, color=theme.ink)
+        axes.set_title(f"t = {t:.2f}", fontsize=8.5, color=theme.ink)
     figure.suptitle(f"Added at {site}", x=0.01, ha="left", fontsize=11, color=theme.ink)
     return figure
 
 
 def added_strength(found: Sequence[Added], site: str, theme: Theme = LIGHT) -> Figure:
-    """How strong it is at one site over the timesteps, a line for each w."""
-    figure, axes = figure_and_axes(f"Strength at {site}", "timestep (noise → image)", theme)
+    """How strong it is at one site over time, a line for each w."""
+    figure, axes = figure_and_axes(f"Strength at {site}", "time (noise → image)", theme)
     scales = sorted({a.guidance_scale for a in found})
     for i, w in enumerate(scales):
         here = [a for a in found if a.site == site and a.guidance_scale == w]
-        points = sorted((a.timestep, a.strength) for a in here)
+        points = sorted((a.time, a.strength) for a in here)
         axes.plot(*zip(*points, strict=True), **line_style(theme, i, size=3), label=f"w = {w:g}")
     axes.invert_xaxis()
     axes.set_ylim(bottom=0)
@@ -107,37 +107,30 @@ def added_strength(found: Sequence[Added], site: str, theme: Theme = LIGHT) -> F
 def _recording(guide: Guide, w: float, found: list[Added]) -> Iterator[None]:
     """Every output of the guide is recorded."""
 
-    def record(site: str, timestep: int, added: torch.Tensor | None) -> torch.Tensor | None:
+    def record(site: str, time: float, added: torch.Tensor | None) -> None:
         if added is not None:
             power = added.detach().float().pow(2)
             maps = power.mean((0, 1)).sqrt().cpu() if added.ndim == 4 else None
-            found.append(Added(site, timestep, w, float(power.mean().sqrt()), maps))
-        return added
+            found.append(Added(site, time, w, float(power.mean().sqrt()), maps))
 
-    def at_module(site: str, timestep: int, residual: Residual) -> Residual:
+    def at_module(site: str, time: float, residual: ResidualFunction) -> ResidualFunction:
         def recorded(entered: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-            added = residual(entered, made)
-            record(site, timestep, added)
-            return added
+            changed = residual(entered, made)
+            record(site, time, changed - made)
+            return changed
 
         return recorded
 
-    def at_encoder(timestep: int, residual: EncoderResidual) -> EncoderResidual:
-        def recorded(skips: tuple[torch.Tensor, ...], mid: torch.Tensor) -> Any:
-            of_skips, of_mid = residual(skips, mid)
-            for i, added in enumerate(of_skips):
-                record(f"skip {i}", timestep, added)
-            record("mid block", timestep, of_mid)
-            return of_skips, of_mid
-
-        return recorded
-
-    def on_output(module: Guide, args: tuple[GuideInputs], output: GuideOutput) -> GuideOutput:
-        timestep = int(args[0].timestep[0])
-        record("text", timestep, output.text)
-        modules = {s: at_module(s, timestep, a) for s, a in output.modules.items()}
-        encoder = output.encoder and at_encoder(timestep, output.encoder)
-        return replace(output, modules=modules, encoder=encoder)
+    def on_output(module: Guide, args: tuple[GuideInputs, ...], output: GuideOutput) -> GuideOutput:
+        time = round(float(args[0].time[0]), 4)
+        record("text", time, output.text)
+        if output.encoder is not None:
+            skips, mid = output.encoder
+            for i, added in enumerate(skips):
+                record(f"skip {i}", time, added)
+            record("mid block", time, mid)
+        residuals = {s: at_module(s, time, r) for s, r in output.residuals.items()}
+        return replace(output, residuals=residuals)
 
     handle = guide.register_forward_hook(on_output)
     try:

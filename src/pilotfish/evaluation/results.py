@@ -23,6 +23,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
+from pilotfish.backbones import Backbone
 from pilotfish.evaluation.processes import is_main, on_main
 from pilotfish.guidance_error import GuidanceError
 from pilotfish.teacher import checksum
@@ -143,8 +144,9 @@ class GuideSize:
     @classmethod
     def of(cls, guide: nn.Module, pipe: Any, name: str) -> Self:
         """The size of a guide beside the denoiser of a pipeline."""
-        own, denoiser = (sum(p.numel() for p in m.parameters()) for m in (guide, pipe.unet))
-        return cls(name, own, own / denoiser)
+        denoiser = Backbone.of_pipeline(pipe).denoiser
+        own, whole = (sum(p.numel() for p in m.parameters()) for m in (guide, denoiser))
+        return cls(name, own, own / whole)
 
 
 @dataclass(frozen=True)

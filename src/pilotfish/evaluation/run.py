@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pilotfish.backbones import Backbone
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import (
     ImageBatch,
@@ -219,7 +220,7 @@ def evaluate(
 
 def dtype_name(pipe: Any) -> str:
     """The precision of a pipeline's denoiser, such as ``float32``."""
-    return str(pipe.unet.dtype).removeprefix("torch.")
+    return str(Backbone.of_pipeline(pipe).denoiser.dtype).removeprefix("torch.")
 
 
 def _check(samples: int, guidance_scale: float) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pilotfish.backbones import watch_hooks
+from pilotfish.backbones import Backbone, watch_hooks
 from pilotfish.evaluation.results import Cost
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
@@ -66,15 +66,16 @@ def measure_cost(
         w = scales[GuidanceMode(mode)]
         return timed_call(pipe, with_guide, w, steps, batch, prompt, clock)
 
+    denoiser = Backbone.of_pipeline(pipe).denoiser
     passes = {}
     for mode in modes:
-        with counted_rows(pipe.unet) as rows:
+        with counted_rows(denoiser) as rows:
             call(mode, 2, num_inference_steps)
         passes[mode] = sum(rows) / 2
     flops = {mode: denoiser_flops(pipe, partial(call, mode, 1, 1)) for mode in modes}
     if compiled:
         watch_hooks()
-        pipe.unet.compile()
+        denoiser.compile()
     times = {
         batch: take_turns(
             {mode: partial(call, mode, batch, num_inference_steps) for mode in modes}, rounds
@@ -100,7 +101,8 @@ def counted_rows(denoiser: torch.nn.Module) -> Iterator[list[int]]:
     rows: list[int] = []
 
     def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        rows.append(len(args[0] if args else kwargs["sample"]))
+        latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        rows.append(len(latents))
 
     handle = denoiser.register_forward_hook(count, with_kwargs=True)
     try:
@@ -114,8 +116,6 @@ def timed_call(
     prompt: str = "", clock: Callable[[], float] = time.perf_counter,
 ) -> float:  # fmt: skip
     """Seconds of one call of the pipeline, up to the final latents."""
-    if isinstance(method, Guide):
-        method.to(pipe.unet.device, pipe.unet.dtype)
     pipe.set_progress_bar_config(disable=True)
     with method.attached(pipe) if method else nullcontext():
         start = clock()
@@ -123,7 +123,7 @@ def timed_call(
             [prompt] * batch, guidance_scale=guidance_scale, num_inference_steps=steps,
             output_type="latent", generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
-        if pipe.unet.device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         return clock() - start
 
@@ -143,4 +143,5 @@ def denoiser_flops(pipe: Any, call: Callable[[], object]) -> int:
     # torch's counter knows no fused attention on the CPU; the plain form is counted in full
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
-    return int(sum(counter.get_flop_counts()[type(pipe.unet).__name__].values()))
+    name = type(Backbone.of_pipeline(pipe).denoiser).__name__
+    return int(sum(counter.get_flop_counts()[name].values()))
