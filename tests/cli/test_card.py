@@ -152,7 +152,7 @@ def save_again(folder: Path, **fields: Any) -> None:
 
 
 def test_a_guide_for_few_steps_brings_its_scheduler(write: Write, guide: Path) -> None:
-    save_again(guide, timesteps=[999, 749, 499, 249])
+    save_again(guide, times=[0.999, 0.749, 0.499, 0.249])
     text = write().text
     assert "4 sampling steps" in text
     assert "num_inference_steps=4" in text
@@ -161,7 +161,7 @@ def test_a_guide_for_few_steps_brings_its_scheduler(write: Write, guide: Path) -
 
 def test_without_figures_it_says_so(write: Write, guide: Path) -> None:
     card = write()
-    assert "Nothing was measured of this guide." in card.text
+    assert "No measurements are recorded." in card.text
     assert card.data.eval_results is None
     assert card.data.license is None
     assert "Not stated." in card.text

@@ -161,7 +161,7 @@ def test_changed_it_goes_up_with_a_card_of_its_own(folder: Path, hub: Hub) -> No
     card = hub.files["README.md"].decode()
     assert hub.files[WEIGHTS] != (folder / WEIGHTS).read_bytes()
     assert sha256(hub.files[WEIGHTS]).hexdigest() in card
-    assert "Nothing was measured of this guide." in card
+    assert "No measurements are recorded." in card
     assert str(folder) not in hub.files["config.json"].decode()
 
 

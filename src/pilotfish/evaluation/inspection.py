@@ -122,8 +122,11 @@ def _recording(guide: Guide, w: float, found: list[Added]) -> Iterator[None]:
         return recorded
 
     def on_output(module: Guide, args: tuple[GuideInputs, ...], output: GuideOutput) -> GuideOutput:
-        time = round(float(args[0].time[0]), 4)
+        inputs = args[0]
+        time = round(float(inputs.time[0]), 4)
         record("text", time, output.text)
+        if output.text_gain is not None:
+            record("text", time, output.text_gain * inputs.text.minus(inputs.negative))
         if output.encoder is not None:
             skips, mid = output.encoder
             for i, added in enumerate(skips):

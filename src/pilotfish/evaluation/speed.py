@@ -101,7 +101,7 @@ def counted_rows(denoiser: torch.nn.Module) -> Iterator[list[int]]:
     rows: list[int] = []
 
     def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        latents = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
         rows.append(len(latents))
 
     handle = denoiser.register_forward_hook(count, with_kwargs=True)
