@@ -83,7 +83,7 @@ class GuidedPass:
         self.active = False
         self.call: DenoiserCall | None = None
         self.negative: TextConditions = TextConditions(torch.empty(0))
-        self.scratch: dict[str, Any] = {}
+        self.scratch: dict[Any, Any] = {}
         """What hooks of one denoiser call hand to one another."""
         self._denoiser_dtype: torch.dtype | None = None
         self._untrained: float | None = None
@@ -280,7 +280,10 @@ class _Table:
 
     def holds(self, schedule: torch.Tensor, scale: float, text: TextConditions, n: int) -> bool:
         same = schedule is self.schedule and scale == self.scale and n == self.n
-        return same and text.embeds is self.text.embeds and text.pooled is self.text.pooled
+        mine = self.text
+        return same and all(
+            getattr(text, name) is getattr(mine, name) for name in ("embeds", "pooled", "mask")
+        )
 
 
 def _place(timestep: torch.Tensor, schedule: torch.Tensor) -> int | None:
@@ -288,9 +291,10 @@ def _place(timestep: torch.Tensor, schedule: torch.Tensor) -> int | None:
     memory, so a view's offset tells without waiting for the device. None for any other tensor."""
     if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
         return None
-    place = timestep.storage_offset() - schedule.storage_offset()
+    place = int(timestep.storage_offset() - schedule.storage_offset())
     single = timestep.numel() == 1 or set(timestep.stride()) == {0}
-    return place if single and 0 <= place < len(schedule) else None
+    dense = schedule.stride() == (1,) and schedule.dtype == timestep.dtype
+    return place if single and dense and 0 <= place < len(schedule) else None
 
 
 def _patched(module: nn.Module) -> bool:

@@ -81,7 +81,8 @@ class JointAttention:
     checkpointing runs blocks again.
 
     Args:
-        names: of the blocks' attention layers, in the order in which they run.
+        names: of the attention layers of all blocks up to the last that is extrapolated, in the
+            order in which they run.
     """
 
     def __init__(self, names: list[str]) -> None:
@@ -94,12 +95,12 @@ class JointAttention:
             stream: (N, L, d) the negative prompt's embedded tokens.
             embedding: (N, d) the embedding of time and the negative prompt's pooled text.
         """
-        if guided.gain(self.names[0]) is not None:
-            guided.scratch["negative embedding"] = embedding
-            guided.scratch["stream", self.names[0]] = stream
+        guided.scratch["negative embedding"] = embedding
+        guided.scratch["stream", self.names[0]] = stream
 
     def place(self, hooks: Hooks, name: str, block: Any) -> None:
-        """Extrapolate the attention of one block; its gain is (N, heads)."""
+        """Extrapolate the attention of one block, where it has a gain (N, heads), and take the
+        negative text's stream to the next block."""
         layer = block.attn
         number = self.names.index(name)
         following = self.names[number + 1] if number + 1 < len(self.names) else None
@@ -109,20 +110,19 @@ class JointAttention:
 
         def keep(part: str, split: bool) -> Any:
             def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-                if guided.gain(name) is not None:
-                    guided.scratch[name, part] = heads(output) if split else output
+                guided.scratch[name, part] = heads(output) if split else output
 
             return after
 
         def answer(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
-            gain = guided.gain(name)
-            if gain is None:
-                return None
-            q, k, v = (guided.scratch.pop((name, part)) for part in "qkv")
-            stream = guided.scratch["stream", name]
+            stream = guided.scratch.get(("stream", name))
+            q, k, v = (guided.scratch.pop((name, part), None) for part in "qkv")
+            if stream is None or q is None or k is None or v is None:
+                return None  # the projections are fused; the end of the call reports it
             embedding = guided.scratch["negative embedding"]
+            rest: Any = ()
             if block.context_pre_only:
-                x, rest = block.norm1_context.forward(stream, embedding), ()
+                x = block.norm1_context.forward(stream, embedding)
             else:
                 x, *rest = block.norm1_context.forward(stream, emb=embedding)
             q_n, k_n = heads(layer.add_q_proj(x)), heads(layer.add_k_proj(x))
@@ -139,6 +139,9 @@ class JointAttention:
                 hidden = block.norm2_context(stream) * (1 + scale) + shift
                 stream = stream + gate_ff * block.ff_context(hidden)
                 guided.scratch["stream", following] = stream
+            gain = guided.gain(name)
+            if gain is None:
+                return None
             output = args[0].unflatten(-1, (layer.heads, -1))
             changed = guided.extrapolate(name, output, joined[:, :image], gain[:, None, :, None])
             return (changed.flatten(2), *args[1:]), kwargs

@@ -48,7 +48,9 @@ class JointDiTBackbone(Backbone):
 
     def place(self, hooks: Hooks) -> None:
         net, names = self.denoiser, hooks.guide.extrapolated
-        attention = [name for name, _ in self.sites()["attention"] if name in names]
+        attention = [name for name, _ in self.sites()["attention"]]
+        last = max((i for i, name in enumerate(attention) if name in names), default=-1)
+        attention = attention[: last + 1]
         joint = JointAttention(attention)
 
         def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
@@ -68,10 +70,10 @@ class JointDiTBackbone(Backbone):
 
         if names:
             hooks.after(net.time_text_embed, embedded)
+        for name in attention:
+            joint.place(hooks, name, hooks.modules[name.removesuffix(".attn")])
         for name in names:
-            if name in attention:
-                joint.place(hooks, name, hooks.modules[name.removesuffix(".attn")])
-            else:
+            if name not in attention:
                 hooks.after(hooks.modules[name], _modulation(name))
         self.place_residuals(hooks)
 

@@ -302,7 +302,7 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """
     return "; ".join(
         f"{key}: guide {a}, denoiser {b}"
-        for key in mine | dict(theirs)
+        for key in {**mine, **theirs}
         for a, b in [_first_difference(_plain(mine.get(key)), _plain(theirs.get(key)))]
         if a != b
     )

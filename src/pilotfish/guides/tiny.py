@@ -196,7 +196,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
             inputs.time, inputs.guidance_scale, inputs.text, inputs.negative
         )
         residuals: dict[str, ResidualFunction] = {
-            name: partial(add_to_layer, layer, path)
+            name: partial(add_to_layer, layer, path)  # type: ignore[arg-type]
             for name, layer, path in zip(self.names, self.layers, m.paths, strict=False)
         }
         if self.prediction_head is not None:
