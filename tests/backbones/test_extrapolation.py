@@ -1,167 +1,231 @@
-"""Layers that take in the text, pushed away from what they answer to the negative prompt."""
+"""Layers that take in the text, extrapolated away from the negative prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 
-from pilotfish.backbones import (
-    GuidedPass,
-    cross_attention_layers,
-    embedding_layers,
-    fingerprint,
-    install,
-)
-from pilotfish.interface import GuideInputs, GuideOutput, TextConditions
-from pilotfish.teacher import Conditioned, checkpoint_in_pass
+from pilotfish.backbones import Backbone, GuidedPass
+from pilotfish.interface import GuideError, GuideOutput, TextConditions
+from pilotfish.teacher import checkpoint_in_pass
+from tests import components
+from tests.backbones.stubs import TIME, FixedGuide, count_hooks, equal_gains, guided, plain
 
+SIZES = torch.tensor([[16.0, 16, 0, 0, 16, 16]])
 POOLED = 12
 POOLED_TEXT = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + POOLED,
 }  # fmt: skip
 """As SDXL has it."""
-SHAPES: list[dict[str, Any]] = [
+UNET_SHAPES: list[dict[str, Any]] = [
     {},
     {"layers_per_block": 2, "transformer_layers_per_block": 2},
     {"layers_per_block": (1, 2), "attention_head_dim": (2, 4), "use_linear_projection": True},
+    {"reverse_transformer_layers_per_block": (3, 2)},
+    {"mid_block_type": None},
 ]
+UNET_TEXT: list[dict[str, Any]] = [
+    {},
+    {"addition_embed_type": None},
+    {"resnet_time_scale_shift": "scale_shift"},
+    POOLED_TEXT,
+]
+SD3_SHAPES: list[dict[str, Any]] = [
+    {},
+    {"qk_norm": None},
+    {"dual_attention_layers": ()},
+    {"dual_attention_layers": (0, 1), "num_layers": 4, "patch_size": 1},
+    {"num_layers": 1, "dual_attention_layers": ()},
+]
+PIXART_SHAPES: list[dict[str, Any]] = [{}, {"num_layers": 3, "patch_size": 1}]
 
 
-class Pusher:
-    """A guide that pushes every layer that takes in the text as far as it was told."""
+def assert_negative_is_recovered(
+    denoiser: Any, text: TextConditions, negative: TextConditions, sizes: Any = None
+) -> None:
+    """A gain of -1 in every layer gives the prediction for the negative prompt."""
+    latents = components.FAMILIES["unet"].latents(2)
+    unconditional = plain(denoiser, latents, negative[torch.tensor([0, 0])], sizes=sizes)
+    conditional = plain(denoiser, latents, text, sizes=sizes)
+    guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, -1.0)))
+    made = guided(denoiser, guide, latents, text, negative, sizes=sizes)
+    torch.testing.assert_close(made, unconditional, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(made, conditional, atol=1e-4)
 
-    guidance_scale_range = (1.0, 8.0)
-    touches = ()
 
-    def __init__(self, unet: UNet2DConditionModel, gain: float) -> None:
-        self.config = SimpleNamespace(denoiser=fingerprint(unet, "epsilon"))
-        self.dtype = torch.float32
-        widths = cross_attention_layers(unet.config) | dict.fromkeys(
-            embedding_layers(unet.config), 1
+def unet_text(denoiser: Any, n: int, length: int = 8, seed: int = 6) -> TextConditions:
+    made = components.FAMILIES["unet"].text(n, length, seed)
+    if denoiser.config.addition_embed_type != "text_time":
+        return made
+    generator = torch.Generator().manual_seed(seed + 1)
+    return TextConditions(made.embeds, torch.randn(n, POOLED, generator=generator))
+
+
+@pytest.mark.parametrize("config", UNET_SHAPES)
+@pytest.mark.parametrize("text", UNET_TEXT)
+def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_a_unet(
+    config: dict[str, Any], text: dict[str, Any]
+) -> None:
+    # the encoder's attention layers are not extrapolated
+    down = {"down_block_types": ("DownBlock2D",) * 2}
+    unet = components.randomise(components.unet(**down, **config, **text))
+    if not any(equal_gains(unet, -1.0)):
+        return
+    assert_negative_is_recovered(
+        unet, unet_text(unet, 2), unet_text(unet, 1, length=5, seed=3), SIZES
+    )
+
+
+@pytest.mark.parametrize("length", [8, 5, 11])
+@pytest.mark.parametrize("config", SD3_SHAPES)
+def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
+    config: dict[str, Any], length: int
+) -> None:
+    """In joint attention the negative text's stream runs beside the pass."""
+    family = components.FAMILIES["sd3"]
+    assert_negative_is_recovered(
+        family.denoiser(**config), family.text(2), family.text(1, length, seed=3)
+    )
+
+
+@pytest.mark.parametrize("masks", ["both", "prompt", "negative", "none"])
+@pytest.mark.parametrize("length", [8, 5, 11])
+@pytest.mark.parametrize("config", PIXART_SHAPES)
+def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_pixart(
+    config: dict[str, Any], length: int, masks: str
+) -> None:
+    family = components.FAMILIES["pixart"]
+    text, negative = family.text(2), family.text(1, length, seed=3)
+    if masks in ("negative", "none"):
+        text = TextConditions(text.embeds)
+    if masks in ("prompt", "none"):
+        negative = TextConditions(negative.embeds)
+    assert_negative_is_recovered(family.denoiser(**config), text, negative)
+
+
+def test_what_is_masked_does_not_count() -> None:
+    family = components.FAMILIES["pixart"]
+    denoiser, latents, text = family.denoiser(), family.latents(2), family.text(2)
+    guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, 0.5)))
+    negative = family.text(1, seed=3)
+    changed = TextConditions(negative.embeds.clone(), mask=negative.mask)
+    changed.embeds[:, -1] = 9.0
+    one, other = (guided(denoiser, guide, latents, text, n) for n in (negative, changed))
+    torch.testing.assert_close(one, other)
+
+
+def test_a_gain_of_0_changes_nothing_and_others_do(family: components.Family) -> None:
+    denoiser, latents, text = family.denoiser(), family.latents(2), family.text(2)
+    expected, negative = plain(denoiser, latents, text), family.text(1, 5, seed=3)
+    for gain in (0.0, 0.5):
+        guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, gain)))
+        made = guided(denoiser, guide, latents, text, negative)
+        assert torch.equal(made, expected) == (gain == 0)
+    for name, gains in equal_gains(denoiser, 0.5).items():
+        made = guided(
+            denoiser, FixedGuide(GuideOutput(gains={name: gains})), latents, text, negative
         )
-        self.gains = {name: torch.full((2, n), gain) for name, n in widths.items()}
-
-    @property
-    def pushes(self) -> tuple[str, ...]:
-        return tuple(self.gains)
-
-    def __call__(self, inputs: GuideInputs) -> GuideOutput:
-        return GuideOutput(pushes=self.gains)
+        assert not torch.allclose(made, expected, atol=1e-6), name
 
 
-def prompts(unet: UNet2DConditionModel, n: int, seed: int) -> TextConditions:
-    generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(n, 8, unet.config.cross_attention_dim, generator=generator)
-    if unet.config.addition_embed_type != "text_time":
-        return TextConditions(states)
-    return TextConditions(states, torch.randn(n, POOLED, generator=generator))
+def test_a_layer_that_is_left_out_has_a_gain_of_0(family: components.Family) -> None:
+    denoiser, latents, text = family.denoiser(), family.latents(2), family.text(2)
+    negative, gains = family.text(1, 5, seed=3), equal_gains(denoiser, 0.5)
+    for left_out in gains:
+        zero = {**gains, left_out: 0 * gains[left_out]}
+        others = {name: gain for name, gain in gains.items() if name != left_out}
+        one, other = (
+            guided(denoiser, FixedGuide(GuideOutput(gains=g)), latents, text, negative)
+            for g in (zero, others)
+        )
+        torch.testing.assert_close(one, other)
 
 
-def prompt(unet: UNet2DConditionModel) -> TextConditions:
-    return prompts(unet, 2, 6)
-
-
-def negative_prompt(unet: UNet2DConditionModel) -> TextConditions:
-    return prompts(unet, 1, 3)
-
-
-def call(unet: UNet2DConditionModel, given: TextConditions) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    size, sizes = unet.config.sample_size, torch.tensor([[16.0, 16, 0, 0, 16, 16]])
-    z = torch.randn(2, unet.config.in_channels, size, size, generator=generator)
-    denoiser = Conditioned(unet, sizes)
-    return denoiser(z, torch.tensor([900, 100]), given)
-
-
-def run(unet: UNet2DConditionModel, gain: float) -> torch.Tensor:
-    guide = Pusher(unet, gain)
-    hooks = install(guide, unet)
-    negative = negative_prompt(unet)
-    with torch.no_grad(), GuidedPass(guide, lambda: 4.0, lambda: negative).open():
-        pushed = call(unet, prompt(unet))
-    hooks.remove()
-    return pushed
-
-
-def without_attention_in_the_encoder(
-    make_unet: Callable[..., Any], **config: Any
-) -> UNet2DConditionModel:
-    """There no attention is pushed."""
-    down = ("DownBlock2D",) * len(config.get("block_out_channels", (8, 16)))
-    unet: UNet2DConditionModel = make_unet(down_block_types=down, **config)
-    return unet
-
-
-@pytest.mark.parametrize("config", SHAPES)
-@pytest.mark.parametrize(
-    "embedded",
-    [{}, {"addition_embed_type": None}, {"resnet_time_scale_shift": "scale_shift"}, POOLED_TEXT],
-)
-def test_pushed_all_the_way_back_they_answer_the_negative_prompt(
-    make_unet: Callable[..., Any], config: dict[str, Any], embedded: dict[str, Any]
-) -> None:
-    unet = without_attention_in_the_encoder(make_unet, **config, **embedded)
-    with torch.no_grad():
-        expected = call(unet, negative_prompt(unet)[torch.tensor([0, 0])])
-        plain = call(unet, prompt(unet))
-    pushed = run(unet, -1.0)
-    torch.testing.assert_close(pushed, expected, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(pushed, plain, atol=1e-4)
-
-
-@pytest.mark.parametrize("config", SHAPES)
-def test_what_is_not_pushed_is_untouched_bit_for_bit(
-    make_unet: Callable[..., Any], config: dict[str, Any]
-) -> None:
-    unet = make_unet(**config)
-    with torch.no_grad():
-        plain = call(unet, prompt(unet))
-    assert torch.equal(run(unet, 0.0), plain)
-    assert not torch.allclose(run(unet, 0.5), plain)
-
-
-@pytest.mark.parametrize(
-    "config", [*SHAPES, {"mid_block_type": "UNetMidBlock2D"}, {"mid_block_type": None}]
-)
-def test_the_embedding_enters_every_residual_layer(
-    make_unet: Callable[..., Any], config: dict[str, Any]
-) -> None:
-    unet = make_unet(**config)
-    there = [name for name, m in unet.named_modules() if isinstance(m, ResnetBlock2D)]
-    assert sorted(embedding_layers(unet.config)) == sorted(there)
-
-
-def test_where_no_text_is_embedded_no_residual_layer_takes_it_in(
-    make_unet: Callable[..., Any],
-) -> None:
-    assert embedding_layers(make_unet(addition_embed_type=None).config) == []
+def test_each_head_and_each_sample_has_a_gain_of_its_own(family: components.Family) -> None:
+    denoiser, latents, text = family.denoiser(), family.latents(2), family.text(2)
+    expected, negative = plain(denoiser, latents, text), family.text(2, seed=3)
+    name, heads = Backbone.of(denoiser).sites()["attention"][0]
+    made = []
+    for head in range(heads):
+        gains = torch.zeros(2, heads)
+        gains[0, head] = 0.5
+        guide = FixedGuide(GuideOutput(gains={name: gains}))
+        made.append(guided(denoiser, guide, latents, text, negative))
+        assert torch.equal(made[-1][1], expected[1])
+        assert not torch.allclose(made[-1][0], expected[0])
+    assert not torch.allclose(made[0], made[1])
 
 
 def test_gradients_reach_the_gains_with_and_without_checkpointing(
-    make_unet: Callable[..., Any],
+    family: components.Family,
 ) -> None:
     found = []
     for checkpointing in (False, True):
-        unet = make_unet().requires_grad_(False).train()
+        denoiser = family.denoiser().requires_grad_(False)
         if checkpointing:
-            unet.enable_gradient_checkpointing(checkpoint_in_pass)
-        guide = Pusher(unet, 0.3)
-        for gain in guide.gains.values():
-            gain.requires_grad_(True)
-        install(guide, unet)
-        negative = negative_prompt(unet)
+            denoiser.train().enable_gradient_checkpointing(checkpoint_in_pass)
+        gains = equal_gains(denoiser, 0.3)
+        guide = FixedGuide(GuideOutput(gains={k: v.requires_grad_() for k, v in gains.items()}))
+        backbone = Backbone.of(denoiser)
+        backbone.install(guide)
+        negative = family.text(1, 5, seed=3)
         with GuidedPass(guide, lambda: 4.0, lambda n=negative: n).open():
-            made = call(unet, prompt(unet))
+            made = backbone(family.latents(2), TIME, family.text(2))
         made.square().mean().backward()
-        found.append([gain.grad for gain in guide.gains.values()])
+        found.append([gain.grad for gain in gains.values()])
     for one, other in zip(*found, strict=True):
         assert one is not None
-        assert one.abs().max() > 0
+        assert one.any()
         torch.testing.assert_close(one, other)
+
+
+# -- which layers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", UNET_SHAPES)
+def test_every_cross_attention_layer_of_middle_and_decoder_is_found(
+    config: dict[str, Any],
+) -> None:
+    """Also where the way up has more layers than the way down (SSD-1B)."""
+    unet = components.unet(**config)
+    there = [n for n, _ in unet.named_modules() if n.endswith("attn2") and "down" not in n]
+    assert sorted(n for n, _ in Backbone.of(unet).sites()["attention"]) == sorted(there)
+    if "reverse_transformer_layers_per_block" in config:
+        assert len(there) == 1 + 2 * 3 + 2 * 2
+
+
+@pytest.mark.parametrize("config", [*UNET_SHAPES, {"mid_block_type": "UNetMidBlock2D"}])
+def test_pooled_text_enters_every_residual_layer(config: dict[str, Any]) -> None:
+    unet = components.unet(**config)
+    there = [n for n, m in unet.named_modules() if isinstance(m, ResnetBlock2D)]
+    assert sorted(Backbone.of(unet).sites()["modulation"]) == sorted(there)
+    without = components.unet(**config, addition_embed_type=None)
+    assert Backbone.of(without).sites()["modulation"] == []
+
+
+def test_custom_diffusion_is_refused() -> None:
+    unet = components.unet()
+    name, _ = Backbone.of(unet).sites()["attention"][0]
+    unet.get_submodule(name).processor.to_k_custom_diffusion = torch.nn.Identity()
+    with pytest.raises(GuideError, match="Custom Diffusion"):
+        Backbone.of(unet).install(FixedGuide(GuideOutput(gains=equal_gains(unet, 0.5))))
+    assert count_hooks(unet) == 0
+
+
+def test_fused_projections_work_or_are_noticed(family: components.Family) -> None:
+    joint = family.pooled > 0
+    denoiser = family.denoiser(**({"dual_attention_layers": ()} if joint else {}))
+    guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, 0.5)))
+    given = family.latents(2), family.text(2), family.text(1, seed=3)
+    expected = guided(denoiser, guide, *given)
+    denoiser.fuse_qkv_projections()
+    if joint:
+        with pytest.raises(GuideError, match=r"went past transformer_blocks\.0\.attn"):
+            guided(denoiser, guide, *given)
+    else:
+        made = guided(denoiser, guide, *given)
+        torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
