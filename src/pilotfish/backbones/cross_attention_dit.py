@@ -51,26 +51,25 @@ class CrossAttentionDiTBackbone(Backbone):
         def projected(
             guided: GuidedPass, module: Any, args: Any, output: torch.Tensor
         ) -> torch.Tensor:
-            """The projection bends a straight line, so the text is extrapolated after it."""
-            negative = TextConditions(self._projected(guided), mask=guided.negative.mask)
+            """The projection is not linear, so the text is extrapolated after it."""
+            embeds = guided.cached(
+                "projected", lambda: module.forward(guided.negative.embeds), module.children()
+            )
+            negative = TextConditions(embeds, mask=guided.negative.mask)
+            guided.scratch["negative"] = negative
             return guided.extrapolated_text(output, negative)
 
         def negative_states(guided: GuidedPass) -> tuple[torch.Tensor, torch.Tensor | None]:
-            mask = guided.negative.mask
-            bias = None if mask is None else (1 - mask.to(guided.negative.dtype)) * -10000.0
-            return self._projected(guided), None if bias is None else bias[:, None, None]
+            negative = guided.scratch["negative"]
+            if negative.mask is None:
+                return negative.embeds, None
+            bias = (1 - negative.mask.to(negative.dtype)) * -10000.0
+            return negative.embeds, bias[:, None, None]
 
         hooks.after(net.caption_projection, projected)
         for name in hooks.guide.extrapolated:
             cross_attention(hooks, name, hooks.modules[name], negative_states)
         self.place_residuals(hooks)
-
-    def _projected(self, guided: GuidedPass) -> torch.Tensor:
-        """The negative prompt as the blocks see it."""
-        projection = self.denoiser.caption_projection
-        return guided.cached(
-            "projected", lambda: projection.forward(guided.negative.embeds), projection.children()
-        )
 
     def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
         assert guided.call is not None
