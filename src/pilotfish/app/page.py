@@ -15,6 +15,7 @@ import gradio as gr
 from PIL import Image
 
 from pilotfish.app.session import IMAGES, MODES, Batch, Request, RequestError, Session
+from pilotfish.guidance import GuidanceMode
 
 SEED_RANGE = 2**32 - IMAGES
 HOUR, WAITING = 3600, 32
@@ -83,9 +84,9 @@ def handler(session: Session) -> Callable[..., list[Any]]:
     return draw
 
 
-def speed(batches: Mapping[str, Batch]) -> str:
+def speed(batches: Mapping[GuidanceMode, Batch]) -> str:
     """The seconds of each mode as a Markdown table, and how much faster than CFG it was."""
-    cfg = batches["cfg"].seconds
+    cfg = batches[GuidanceMode.CFG].seconds
     rows = [
         f"| {MODES[mode]} | {batch.seconds:.2f} | {cfg / batch.seconds:.2f}× |"
         for mode, batch in batches.items()

@@ -17,6 +17,7 @@ from PIL.Image import Image
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
+from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
 from pilotfish.interface import GuideError
 from pilotfish.pipelines import check
@@ -27,7 +28,9 @@ IMAGES = 4
 """Images of each mode, sampled as one batch. At batch 1 a small model hardly gains by one pass."""
 WARM_UP = 4
 """Steps; not every scheduler can take fewer."""
-MODES = {"none": "No guidance", "cfg": "CFG", "guided": "Guided"}
+MODES = {
+    GuidanceMode.NONE: "No guidance", GuidanceMode.CFG: "CFG", GuidanceMode.GUIDED: "Guided"
+}  # fmt: skip
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, max_length=400)]
 
@@ -102,7 +105,7 @@ class Session:
 
     def draw(
         self, request: Request, progress: Callable[[str, int, int], None] | None = None
-    ) -> dict[str, Batch]:
+    ) -> dict[GuidanceMode, Batch]:
         """The images of every mode, from the same noise.
 
         Args:
@@ -160,14 +163,14 @@ class Session:
             pipe.scheduler = scheduler
 
 
-def _draw(request: Request, mode: str, pipe: Any, guide: Guide) -> Batch:
+def _draw(request: Request, mode: GuidanceMode, pipe: Any, guide: Guide) -> Batch:
     start = time.perf_counter()
     samples = sample(
         pipe, [request.prompt] * IMAGES,
         seeds=range(request.seed, request.seed + IMAGES),
-        guidance_scale=1.0 if mode == "none" else request.guidance_scale,
+        guidance_scale=1.0 if mode == GuidanceMode.NONE else request.guidance_scale,
         num_inference_steps=request.num_inference_steps,
-        guide=guide if mode == "guided" else None,
+        guide=guide if mode == GuidanceMode.GUIDED else None,
         negative_prompts=[request.negative_prompt] * IMAGES if request.negative_prompt else None,
     )  # fmt: skip
     pixels = torch.stack([s.image for s in samples]).cpu()  # waits for an accelerator
