@@ -141,7 +141,7 @@ def test_the_api_refuses_in_words(url: str, caplog: pytest.LogCaptureFixture) ->
         assert sentence in str(raised.value)
         assert "<i>" not in str(raised.value)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("pilotfish.app.session.take_ddim_steps", lambda pipe: 1 / 0)
+        patched.setattr("pilotfish.app.session.use_deterministic_scheduler", lambda pipe: 1 / 0)
         with pytest.raises(AppError, match=r"Drawing failed; the log of the server says why\."):
             client.predict(**GOOD | {"guide": "few"}, api_name="/draw")
     assert "ZeroDivisionError" in caplog.text

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL.Image import Image
 
 from pilotfish.app.session import IMAGES, MODES, Request, RequestError, Session
-from pilotfish.pipelines.loading import take_ddim_steps
+from pilotfish.pipelines.loading import use_deterministic_scheduler
 from pilotfish.pipelines.sampling import sample
 from tests.app.conftest import guide, pipeline
 
@@ -102,8 +102,8 @@ def test_any_value_is_taken_or_refused_in_one_line(name: str, value: Any) -> Non
 def test_a_guide_for_few_steps_has_its_own_scheduler_for_one_request() -> None:
     pipe, expected = pipeline(0), pipeline(0)
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=False)
-    take_ddim_steps(expected)
-    few, before = guide(6, timesteps=[999, 499]), pipe.scheduler
+    use_deterministic_scheduler(expected)
+    few, before = guide(6, times=[1.0, 0.5]), pipe.scheduler
     session = Session({"base": pipe}, {"few": few})
     batches = session.draw(Request.of(**GOOD | {"guide": "few"}))
     samples = sample(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from diffusers import DDIMPipeline, UNet2DModel
 from PIL import Image
 
-from pilotfish import cli
+from pilotfish import bundled, cli
 from pilotfish.cli import demo
 from pilotfish.guides import Guide
 from tests import components
@@ -184,7 +185,11 @@ def test_a_pipeline_that_takes_no_guide_is_refused_before_anything_is_drawn(
     DDIMPipeline(unet, components.scheduler("epsilon")).save_pretrained(tmp_path / "plain")
     out = tmp_path / "out"
     code, error = say(*(a.format(out=out) for a in arguments), str(tmp_path / "plain"))
-    why = "DDIMPipeline cannot take a guide: it has no UNet2DConditionModel; use it without one"
+    why = (
+        "DDIMPipeline cannot take a guide: UNet2DModel belongs to no family that takes a guide; "
+        "known: PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel; use it "
+        "without one"
+    )
     assert (code, error.strip()) == (1, f"pilotfish {arguments[0]}: {why}")
     assert not out.exists()
 
@@ -202,7 +207,7 @@ def test_samples_are_saved_with_their_grid(say: Say, base: str, guide: str, tmp_
     assert grid.size == (2 * image.width, 2 * image.height)
     assert grid.crop((0, image.height, image.width, 2 * image.height)) == image
     half = tmp_path / "half"
-    code, _ = say("sample", "-p", "A cat!", *flags[:7], str(half), "--dtype", "bf16")
+    code, _ = say("sample", "-p", "A cat!", *flags[:7], str(half), "--dtype", "bfloat16")
     assert (code, len([*half.iterdir()])) == (0, 2)
 
 
@@ -258,7 +263,7 @@ def test_a_scale_outside_the_trained_range_warns(
     assert code == 0
 
 
-def test_a_demo_that_begins_anew_deletes_its_own_training_alone(
+def test_a_new_demo_deletes_its_own_training_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(config: Any) -> Guide:
@@ -268,10 +273,38 @@ def test_a_demo_that_begins_anew_deletes_its_own_training_alone(
     folders = [tmp_path / name / "guide" for name in ("distill", demo.TRAINING)]
     for folder in folders:
         folder.mkdir(parents=True)
-    assert cli.main(["demo", "--output_dir", str(tmp_path), "--resume", "latest"]) == 130
+    assert cli.main(["demo", "--output", str(tmp_path), "--resume", "latest"]) == 130
     assert [folder.exists() for folder in folders] == [True, True]
-    assert cli.main(["demo", "--output_dir", str(tmp_path)]) == 130
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 130
     assert [folder.exists() for folder in folders] == [True, False]
+
+
+def test_a_demo_shows_both_guides_and_the_recorded_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[Any] = []
+
+    def distill(config: Any) -> Guide:
+        trained.append(config)
+        history = Path(config.output_dir) / "history.json"
+        history.write_text(json.dumps([{"step": 1, "guidance_error": 0.456}]))
+        return bundled.load_guide()
+
+    monkeypatch.setattr(demo, "distill", distill)
+    flags = ["--num_inference_steps", "1", "--rounds", "1", "--output", str(tmp_path)]
+    assert cli.main(["demo", *flags]) == 0
+    assert trained[0].resume is None
+    assert len(Path(trained[0].prompts).read_text().splitlines()) > 1000
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = len(bundled.MODELS) * len(bundled.GRID_PROMPTS) * len(demo.COLUMNS)
+    assert len(re.findall('<img src="data:image/png;base64,', page)) == shown
+    recorded = json.loads(demo.RECORDED.read_text(encoding="utf-8"))
+    assert recorded["run"]["command"] in page
+    assert "<b>0.46</b>" in page
+    assert re.search(r"Guided sampling is <b>\d+\.\d\d×</b> as fast as CFG", page)
+    assert "speed at batch 8" in capsys.readouterr().out
+    monkeypatch.setattr(demo, "RECORDED", tmp_path / "none.json")
+    assert demo.recorded_table() is None
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1251"])
@@ -308,6 +341,16 @@ def test_a_missing_package_is_one_sentence(
     (line,) = error.strip().splitlines()
     assert code == 1
     assert sentence in line
+
+
+def test_sample_and_app_need_nothing_of_training_and_evaluation() -> None:
+    script = (
+        "import sys, pilotfish.cli.sample, pilotfish.cli.app, pilotfish.app.session\n"
+        "rooms = ('pilotfish.training', 'pilotfish.evaluation', 'torchmetrics', 'tensorboard')\n"
+        "print(*(name for name in sys.modules if name.startswith(rooms)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
 def test_a_missing_module_of_the_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

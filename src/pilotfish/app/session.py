@@ -20,8 +20,8 @@ from pydantic.dataclasses import dataclass as validated
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
 from pilotfish.interface import GuideError
-from pilotfish.pipelines import check
-from pilotfish.pipelines.loading import take_ddim_steps
+from pilotfish.pipelines.attach import check
+from pilotfish.pipelines.loading import use_deterministic_scheduler
 from pilotfish.pipelines.sampling import sample
 
 IMAGES = 4
@@ -100,8 +100,8 @@ class Session:
 
     def steps(self, guide: str) -> int | None:
         """The sampling steps that a guide was distilled for; None if any will do."""
-        known = self.guides[guide].timesteps
-        return None if known is None else len(known)
+        times = self.guides[guide].times
+        return None if times is None else len(times)
 
     def draw(
         self, request: Request, progress: Callable[[str, int, int], None] | None = None
@@ -156,7 +156,7 @@ class Session:
                 )
         scheduler = pipe.scheduler
         if steps is not None:
-            take_ddim_steps(pipe)
+            use_deterministic_scheduler(pipe)
         try:
             yield pipe, guide
         finally:

@@ -1,106 +1,159 @@
-"""``pilotfish demo``: the whole story in minutes, on the embedded model."""
+"""``pilotfish demo``: distil a short guide on the bundled model, and write a page about it."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
-from rich.console import Console
+from jinja2 import Environment, StrictUndefined
+from tqdm import tqdm
 
 from pilotfish import bundled
-from pilotfish.cli.progress import progress_bars
-from pilotfish.evaluation import plots, report
-from pilotfish.evaluation.clip import Scorer
-from pilotfish.evaluation.grids import draw_models, model_grid, wide_grid
-from pilotfish.evaluation.images import ImageBatch, bundled_models
 from pilotfish.evaluation.results import Result
-from pilotfish.evaluation.run import evaluate
-from pilotfish.evaluation.tables import result_table
+from pilotfish.evaluation.speed import measure_cost
+from pilotfish.evaluation.tables import LEGEND, number, percent, retained
+from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
+from pilotfish.pipelines.sampling import sample
 from pilotfish.training.config import DistillConfig
 from pilotfish.training.stages import distill
 
+TEMPLATE = Path(__file__).with_name("demo.html.j2")
+RECORDED = Path(__file__).parents[3] / "results" / "guide.json"
+"""The figures of the bundled guide, in a clone."""
 TRAINING = "demo-training"
-"""A folder that is the demo's alone: it is deleted when another demo begins, and --output_dir may
-hold trainings of other commands."""
+"""Folder of the distillation in ``--output``. A new demo deletes it, so no other command may use
+it."""
+EVERY = 12
+"""A short run sees few prompts, so only one in so many is encoded."""
+BATCH = 8
+COLUMNS = ("no guidance", "CFG", "bundled guide", "short guide")
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Distil a guide from nothing for a few minutes, measure it and the shipped one on the base
-    and on three fine-tunes that neither has seen, and write a report with pictures."""
+    """Distil a short guide for the bundled base, attach it to the base and its three fine-tunes,
+    and write a page that shows it beside the bundled guide."""
 
-    max_train_steps: int = 150
-    samples: int = 48
-    """Pictures for each host and way of guidance."""
+    max_train_steps: int = 60
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
+    rounds: int = 5
+    """Rounds of the side-by-side timing."""
     seed: int = 0
     resume: str | None = None
-    """``latest``: go on with a distillation that was interrupted."""
-    output_dir: str = "runs/demo"
+    """``latest``: continue a distillation that was interrupted."""
+    output: str = "runs/demo"
+    """Folder of the page and the guide."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command."""
     config = tyro.cli(DemoConfig, args=list(arguments), prog="pilotfish demo", use_underscores=True)
-    folder, command = Path(config.output_dir), shlex.join(["pilotfish", "demo", *arguments])
+    folder = Path(config.output)
     training = folder / TRAINING
-    if config.resume is None and training.exists():  # every demo begins anew
+    if config.resume is None and training.exists():
         shutil.rmtree(training)
-    fresh = distill(
+    short, bundled_guide = distill_short(config, training), bundled.load_guide()
+    images = {}
+    for name in tqdm(bundled.MODELS, desc="images of each model"):
+        images[name] = draw(bundled.load_model(name), bundled_guide, short, config)
+    print("timing CFG and the bundled guide")
+    cost = measure_cost(
+        bundled.load_model("base"), bundled_guide, guidance_scale=config.guidance_scale,
+        num_inference_steps=config.num_inference_steps, batch_sizes=(BATCH,), rounds=config.rounds,
+    )  # fmt: skip
+    history = json.loads((training / "history.json").read_text(encoding="utf-8"))
+    error = number(history[-1]["guidance_error"])
+    speed = number(cost.cfg_over_guided[str(BATCH)])
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    path = folder / "report.html"
+    path.write_text(
+        page.render(
+            config=config, prompts=bundled.GRID_PROMPTS, columns=COLUMNS, images=images,
+            speed=speed, error=error, batch=BATCH,
+            seconds={mode: number(cost.seconds[str(BATCH)][mode]) for mode in GuidanceMode},
+            passes={mode: f"{cost.passes[mode]:g}" for mode in GuidanceMode},
+            recorded=recorded_table(), legend=LEGEND.replace("*", ""),
+            guide=training / "guide", card=bundled.GUIDES / "tiny" / "README.md",
+        ),
+        encoding="utf-8",
+    )  # fmt: skip
+    print(
+        f"guidance error of the short guide: {error} (0 is CFG, 1 is no guide)\n"
+        f"speed at batch {BATCH}: {speed} times CFG\n"
+        f"open {path}"
+    )
+
+
+def distill_short(config: DemoConfig, folder: Path) -> Guide:
+    """A guide from about a minute of training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = folder.with_name("prompts.txt")
+    prompts.write_text("\n".join(bundled.prompts("training")[::EVERY]) + "\n", encoding="utf-8")
+    return distill(
         DistillConfig(
-            output_dir=str(training), max_train_steps=config.max_train_steps,
-            validation_steps=50, checkpointing_steps=100, seed=config.seed, resume=config.resume,
-            # a short run sees few states anyway, and should not wait for thousands
-            pool=512, replay_capacity=2048, lr_warmup_steps=30,
+            output_dir=str(folder), prompts=str(prompts),
+            validation_prompts=str(bundled.FOLDER / "prompts" / "held_out.txt"),
+            max_train_steps=config.max_train_steps, seed=config.seed, resume=config.resume,
+            # few samples, so small pools: the latents must leave the noise
+            train_batch_size=32, pool=64, replay_capacity=2048, lr_warmup_steps=10,
+            checkpointing_steps=20, validation_steps=config.max_train_steps, report_to="none",
         )
     )  # fmt: skip
-    models, scorer, names = bundled_models(), Scorer.bundled(), bundled.prompts("captions")
-    sampling: dict[str, Any] = {
-        "guidance_scale": config.guidance_scale,
-        "num_inference_steps": config.num_inference_steps,
-        "seed": config.seed,
-    }
-    results: dict[str, Result] = {}
-    cache: dict[str, list[dict[str, ImageBatch]]] = {}
-    guides: dict[str, Guide] = {"shipped": bundled.load_guide(), "fresh": fresh}
-    for label, guide in guides.items():
-        with progress_bars() as progress:
-            results[label] = evaluate(
-                models, guide, guide_name=f"tiny, {label}", command=command, prompts=names,
-                names=names, validation_prompts=bundled.prompts("held_out")[:16], scorer=scorer,
-                samples=config.samples, rounds=7, unfinished=folder / f"{label}.unfinished",
-                cache=cache, progress=progress, **sampling,
-            )  # fmt: skip
-        results[label].save(folder / f"{label}.json")
-        (folder / f"{label}.unfinished").unlink(missing_ok=True)
-    with progress_bars() as progress:
-        drawn = draw_models(models, guides["shipped"], bundled.GRID_PROMPTS, progress, **sampling)
-    grids = {"Base and fine-tunes, the shipped guide": wide_grid(bundled.GRID_PROMPTS, drawn)}
-    grids["Base, the guide distilled just now"] = model_grid(
-        bundled.GRID_PROMPTS,
-        draw_models({"base": models["base"]}, fresh, bundled.GRID_PROMPTS, **sampling)["base"],
-    )
-    for name, image in zip(("grid", "grid-fresh"), grids.values(), strict=True):
-        image.save(folder / f"{name}.png")
-    history = json.loads((training / "history.json").read_text())
-    for name, figure in (
-        ("guidance-error-by-w", plots.guidance_error_over_scale(results["shipped"])),
-        ("guidance-error-by-time", plots.guidance_error_over_time(results["shipped"])),
-        ("training", plots.training_curve(history)),
-        ("cost", plots.cost_bars(results["shipped"].cost)),
-    ):
-        plots.save(figure, folder / f"{name}.png")
-    report.write(
-        folder / "report.html", results["shipped"], fresh=results["fresh"], grids=grids,
-        training=history,
-    )  # fmt: skip
-    Console().print(result_table(results["shipped"]))
-    print(f"open {folder / 'report.html'}")
+
+
+def draw(pipe: Any, bundled_guide: Guide, short: Guide, config: DemoConfig) -> list[list[str]]:
+    """Images of the grid prompts, each of them in every column, as data URIs."""
+    prompts, columns = bundled.GRID_PROMPTS, []
+    scale = config.guidance_scale
+    for w, guide in ((1.0, None), (scale, None), (scale, bundled_guide), (scale, short)):
+        samples = sample(
+            pipe, prompts, seeds=range(config.seed, config.seed + len(prompts)), guidance_scale=w,
+            num_inference_steps=config.num_inference_steps, guide=guide, batch_size=len(prompts),
+        )  # fmt: skip
+        pixels = torch.stack([s.image for s in samples])
+        images = pipe.image_processor.postprocess(pixels, output_type="pil")
+        columns.append([data_uri(image) for image in images])
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def data_uri(image: Any) -> str:
+    """An image as the address of an ``img`` element."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def recorded_table() -> dict[str, Any] | None:
+    """The recorded figures of the bundled guide, with the command that measured them; None
+    outside a clone."""
+    if not RECORDED.is_file():
+        return None
+    result = Result.load(RECORDED)
+    rows = [
+        [
+            name,
+            *(percent(model.scores[mode].top1) for mode in GuidanceMode),
+            retained(model),
+            number(model.guidance_error.mean),
+        ]
+        for name, model in result.models.items()
+    ]
+    return {
+        "headings": [
+            "model", "top-1, no guidance", "top-1, CFG", "top-1, guided", "CFG gain retained",
+            "guidance error",
+        ],
+        "rows": rows, "run": result.run, "guide": result.guide,
+    }  # fmt: skip

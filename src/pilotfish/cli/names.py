@@ -8,36 +8,39 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from pilotfish import bundled
 from pilotfish.errors import in_brief
-from pilotfish.evaluation.clip import Scorer
-from pilotfish.evaluation.images import ModelSource
-from pilotfish.evaluation.processes import device
 from pilotfish.guides import Guide
 from pilotfish.pipelines.attach import check
 from pilotfish.pipelines.loading import load_pipeline, use_deterministic_scheduler
 from pilotfish.pipelines.sampling import Attachable
 
+if TYPE_CHECKING:  # sample and app are installed without what evaluation needs
+    from pilotfish.evaluation.clip import Scorer
+    from pilotfish.evaluation.images import ModelSource
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def open_model(name: str) -> Any:
+def open_model(name: str, dtype: Dtype = "float32") -> Any:
     """A bundled model (base, fluent, twemoji, emojione) or a pipeline's folder or hub id."""
-    return bundled.load_model(name) if name in bundled.MODELS else load_pipeline(name)
-
-
-def model_on_device(name: str, dtype: Dtype = "float32") -> Any:
-    """A model on the device of this process."""
-    pipe = open_model(name).to(device())
+    pipe = bundled.load_model(name) if name in bundled.MODELS else load_pipeline(name)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):  # diffusers' own method logs a warning
             nn.Module.to(part, dtype=getattr(torch, dtype))
     return pipe
+
+
+def model_on_device(name: str, dtype: Dtype = "float32") -> Any:
+    """A model on the device of this process."""
+    from pilotfish.evaluation.processes import device
+
+    return open_model(name, dtype).to(device())
 
 
 def model_sources(
@@ -49,6 +52,8 @@ def model_sources(
     Raises:
         ValueError: more folders than such models, or two models of one name.
     """
+    from pilotfish.evaluation.images import ModelSource
+
     folders, models = list(reference_images), dict[str, ModelSource]()
     for name in names:
         is_bundled = name in bundled.MODELS
@@ -126,6 +131,9 @@ def usable_device(name: str) -> str:
 def open_scorer(folder: str | None, models: Sequence[str]) -> Scorer:
     """The bundled scorer or one of the user's, on the device of this process. The bundled one
     was trained on small images of emoji, and warns of other models."""
+    from pilotfish.evaluation.clip import Scorer
+    from pilotfish.evaluation.processes import device
+
     if folder is None and (others := [name for name in models if name not in bundled.MODELS]):
         warnings.warn(
             f"{others[0]} is scored by the bundled CLIP, which was trained on 64x64 images of "

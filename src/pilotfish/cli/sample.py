@@ -9,18 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from diffusers.utils.torch_utils import get_device
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
-from pilotfish.cli.names import open_guide, open_model, sampling_steps, usable_device
+from pilotfish.cli.names import Dtype, open_guide, open_model, sampling_steps, usable_device
 from pilotfish.data.prompts import load_prompts
+from pilotfish.guidance import GuidanceMode
 from pilotfish.pipelines.sampling import sample
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class SampleConfig:
     seed: int = 0
     """Of the first image; each further image has the next seed."""
     batch_size: int = 16
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    dtype: Dtype = "float32"
     device: str | None = None
     """Left out: an accelerator if there is one."""
     output: str = "runs/samples"
@@ -71,20 +68,16 @@ def main(arguments: Sequence[str]) -> None:
     device = usable_device(config.device or get_device())
     for model, name in zip(config.models, names, strict=True):
         folder = Path(config.output) / (name if len(names) > 1 else "")
-        pipe = open_model(model).to(device)
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):  # diffusers' own method logs a warning
-                nn.Module.to(part, dtype=DTYPES[config.dtype])
-        sample_model(pipe, prompts, folder, config)
+        sample_model(open_model(model, config.dtype).to(device), prompts, folder, config)
 
 
 def sample_model(pipe: Any, prompts: Sequence[str], folder: Path, config: SampleConfig) -> None:
     """Sample every prompt with one pipeline; save the images and their grid in ``folder``."""
     texts = [text for text in prompts for _ in range(config.num_images_per_prompt)]
-    network = open_guide(config.guide) if config.mode == "guided" else None
+    network = open_guide(config.guide) if config.mode == GuidanceMode.GUIDED else None
     samples = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
-        guidance_scale=1.0 if config.mode == "none" else config.guidance_scale,
+        guidance_scale=1.0 if config.mode == GuidanceMode.NONE else config.guidance_scale,
         num_inference_steps=sampling_steps(pipe, network, config.num_inference_steps),
         batch_size=config.batch_size, guide=network,
         negative_prompts=(
