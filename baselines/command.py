@@ -20,9 +20,9 @@ from baselines.comparison.table import comparison_table
 from pilotfish import bundled
 from pilotfish.cli.names import model_sources, open_scorer
 from pilotfish.data.prompts import load_prompts
+from pilotfish.errors import Interrupted
 from pilotfish.evaluation.plots import save
 from pilotfish.evaluation.processes import is_main
-from pilotfish.training.loop import Interrupted
 
 QUICK: dict[str, Any] = {
     "max_train_steps": 8, "equal_seconds": False, "train_batch_size": 16, "samples": 16,

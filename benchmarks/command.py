@@ -24,7 +24,6 @@ from pilotfish.evaluation.speed import measure_cost
 from pilotfish.evaluation.tables import cost_table, number
 from pilotfish.guides import Guide
 from pilotfish.pipelines import check
-from pilotfish.training.kinds import KINDS
 
 FREEZING = "TORCHINDUCTOR_FREEZING"
 """An environment variable of torch: whether its compiler packs weights beforehand."""
@@ -90,7 +89,7 @@ class BenchmarkConfig:
                 raise ValueError(f"{flag} {problem}")
         if self.memory is not None and not self.memory > 0:
             raise ValueError(f"--memory must be above 0 GiB, not {self.memory:g}")
-        known = GUIDES if self.shape else KINDS
+        known = GUIDES if self.shape else Guide.registry
         if unknown := [name for name in self.guide_type if name not in known]:
             raise ValueError(
                 f"--guide_type {unknown[0]} is unknown here; available: {', '.join(known)}"
@@ -127,7 +126,7 @@ def _guide(config: BenchmarkConfig, pipe: Any) -> tuple[Guide, str]:
     if not config.guide_type:
         return open_guide(config.guide), config.guide
     (name,) = config.guide_type
-    fresh = KINDS[name].for_denoiser(pipe.unet, pipe.scheduler.config.prediction_type)
+    fresh = Guide.registry[name].for_denoiser(pipe.unet, pipe.scheduler.config.prediction_type)
     return fresh.eval(), f"fresh {name}"
 
 

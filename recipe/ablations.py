@@ -78,7 +78,7 @@ def run_ablations(work: Path, stage: AblationsStage) -> None:
             Path(settings["prompts"]).write_text("\n".join(captions()) + "\n")
         guide = distill(
             DistillConfig(
-                output_dir=str(folder), max_train_steps=stage.steps, seed=stage.seed,
+                output=str(folder), max_train_steps=stage.steps, seed=stage.seed,
                 train_batch_size=stage.batch, validation_steps=stage.steps, report_to="none",
                 resume="latest", mixed_precision="bf16", lr_warmup_steps=30,
                 replay_capacity=2048, **settings,

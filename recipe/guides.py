@@ -62,7 +62,7 @@ def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
     def train(settings: dict[str, Any], folder: Path, init_from: Path | None) -> Guide:
         return distill(
             DistillConfig(
-                output_dir=str(folder), checkpointing_steps=100, validation_steps=200,
+                output=str(folder), checkpointing_steps=100, validation_steps=200,
                 report_to="none", resume="latest", mixed_precision=_precision(bf16),
                 init_from=str(init_from / "guide") if init_from else None, **settings,
             )
@@ -82,7 +82,7 @@ def make_step_guides(work: Path, target: Path, stage: StepGuidesStage, *, bf16: 
     folder = target / "guides"
     distant = (str(finetune_folder(target, work, name)) for name in DISTANT)
     config = StepsConfig(
-        output_dir=str(work / "step_guides"), guide=str(folder / "tiny"), teacher="cfg",
+        output=str(work / "step_guides"), guide=str(folder / "tiny"), teacher="cfg",
         steps=stage.steps, max_train_steps=stage.max_train_steps,
         learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=600,
         report_to="none", resume="latest", mixed_precision=_precision(bf16), pool=512,

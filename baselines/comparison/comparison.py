@@ -140,7 +140,7 @@ class Comparing:
         plan, place = self.plan, self._place(name, key)
         steps = on_main(partial(self._steps, name, key))
         shared: dict[str, Any] = {
-            "output_dir": str(place), "max_train_steps": steps, "resume": "latest",
+            "output": str(place), "max_train_steps": steps, "resume": "latest",
             "train_batch_size": plan.train_batch_size, "mixed_precision": plan.mixed_precision,
             "gradient_checkpointing": plan.gradient_checkpointing,
             "lr_warmup_steps": max(1, min(100, steps // 8)), "validation_steps": steps,

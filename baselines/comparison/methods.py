@@ -31,14 +31,14 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "tiny": Method("Pilotfish, tiny", {"guide": "tiny"}),
-    "external": Method("Plug-and-Play, tiny", {"guide": "external", "reads": ("latents",)}),
-    "full": Method("Plug-and-Play, full", {"guide": "full"}),
-    "agd": Method("AGD, additive", {"guide": "agd"}),
-    "agd-attention": Method("AGD, cross-attention", {"guide": "agd-attention"}),
-    "dice": Method("DICE", {"guide": "dice"}, one_scale=True),
-    "cfg-lora": Method("CFG LoRA", {"guide": "cfg-lora"}, one_scale=True),
-    "guided-distillation": Method("Guided Distillation", {"guide": "guided-distillation"}),
+    "tiny": Method("Pilotfish, tiny", {"guide_type": "tiny"}),
+    "external": Method("Plug-and-Play, tiny", {"guide_type": "external"}),
+    "full": Method("Plug-and-Play, full", {"guide_type": "full"}),
+    "agd": Method("AGD, additive", {"guide_type": "agd"}),
+    "agd-attention": Method("AGD, cross-attention", {"guide_type": "agd-attention"}),
+    "dice": Method("DICE", {"guide_type": "dice"}, one_scale=True),
+    "cfg-lora": Method("CFG LoRA", {"guide_type": "cfg-lora"}, one_scale=True),
+    "guided-distillation": Method("Guided Distillation", {"guide_type": "guided-distillation"}),
     "guidance-interval": Method("guidance interval", rule=partial(GuidanceInterval, 200, 800)),
     "adaptive-guidance": Method("adaptive guidance", rule=partial(AdaptiveGuidance, 0.99)),
 }

@@ -24,7 +24,7 @@ from pilotfish.evaluation.tables import markdown_table
 from pilotfish.guides import TinyGuide
 from pilotfish.guides.hub import published
 from pilotfish.training.config import DistillConfig, StepsConfig
-from pilotfish.training.trained import command, trained
+from pilotfish.training.history import command_line, describe_training
 
 ROOT = Path(__file__).parent.parent.parent
 MEASURED = Result.load(ROOT / "results" / "guide.json").guide.parameters
@@ -41,8 +41,9 @@ def guide(unet: Any, randomise: Any, tmp_path: Path) -> Path:
     folder = tmp_path / "run" / "guide"
     randomise(network).save_pretrained(folder)
     config = DistillConfig(
-        output_dir=str(tmp_path / "run"), prompts=str(tmp_path / "prompts.txt"),
-        practice=(str(tmp_path / "fluent"), "owner/tune"), max_train_steps=2000, push=False,
+        output=str(tmp_path / "run"), prompts=str(tmp_path / "prompts.txt"),
+        train_finetunes=(str(tmp_path / "fluent"), "owner/tune"), max_train_steps=2000,
+        guide={"text": False},
     )  # fmt: skip
     config.save(tmp_path / "run" / "config.json")
     took = {"steps": 2000, "samples": 128_000, "seconds": 5400.0}
@@ -243,24 +244,26 @@ def test_a_card_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        DistillConfig(output_dir="runs/x"),
+        DistillConfig(output="runs/x"),
         DistillConfig(
-            output_dir="runs/x", pretrained_model_name_or_path="owner/base", push=False,
-            practice=("a", "b"), learning_rate=1e-4, guide="external", reads=("latents", "skips"),
-            negative_share=0.25, prompts="my prompts.txt", gradient_checkpointing=True,
+            output="runs/x", pretrained_model_name_or_path="owner/base",
+            train_finetunes=("a", "b"), learning_rate=1e-4, guide_type="external",
+            guide={"rounds": 2},
+            negative_prompt_prob=0.25, prompts="my prompts.txt", gradient_checkpointing=True,
         ),
-        StepsConfig(output_dir="runs/x", steps=(8, 4), guide="runs/x/guide"),
+        StepsConfig(output="runs/x", steps=(8, 4), guide="runs/x/guide"),
     ],
 )  # fmt: skip
 def test_the_command_repeats_the_training(config: Any) -> None:
-    _, name, *words = shlex.split(command(config))
+    _, name, *words = shlex.split(command_line(config))
     kind = type(config)
     assert parse(words, kind, name, "") == config
 
 
 def test_what_makes_no_difference_is_left_out(tmp_path: Path) -> None:
     config = DistillConfig(
-        output_dir=str(tmp_path), resume="latest", report_to="none", checkpointing_steps=3
+        output=str(tmp_path), resume="latest", report_to="none", checkpointing_steps=3
     )
     config.save(tmp_path / "config.json")
-    assert trained(tmp_path) == f"```bash\npilotfish distill --output_dir {tmp_path.name}\n```"
+    line = f"pilotfish distill --output {tmp_path.name}"
+    assert describe_training(tmp_path) == f"```bash\n{line}\n```"

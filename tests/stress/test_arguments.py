@@ -9,7 +9,7 @@ import pytest
 
 from pilotfish.guides import Guide
 from pilotfish.interface import GuideError
-from pilotfish.training.config import ConfigError, DistillConfig, StepsConfig
+from pilotfish.training.config import DistillConfig, StepsConfig
 from tests.stress.runs.arguments import (
     REFUSED,
     TAKEN,
@@ -34,33 +34,6 @@ def both(outcomes: Any) -> bool:
 @pytest.mark.parametrize("kind", [DistillConfig, StepsConfig])
 def test_any_file_is_settings_or_a_config_error(kind: Any, tmp_path: Path) -> None:
     assert both(tried(setting_files(kind, tmp_path), 300, "settings", quiet))
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"output_dir": "a", "rank": 2.5}', "rank must be a whole number"),
-        ('{"output_dir": "a", "push": 1}', "push must be true or false"),
-        ('{"output_dir": 3}', "output_dir must be text"),
-        ('{"output_dir": "a\\u0000"}', "output_dir must be text"),
-        ('{"output_dir": "a", "learning_rate": Infinity}', "learning_rate must be a number"),
-        ('{"output_dir": "a", "ema_decay": NaN}', "ema_decay must be a number"),
-        ('{"output_dir": "a", "max_grad_norm": true}', "max_grad_norm must be a number"),
-        ('{"output_dir": "a", "practice": "fluent"}', "practice must be a list"),
-        ('{"output_dir": "a", "practice": [1]}', "practice must be a list, each of it text"),
-        ('{"output_dir": "a", "streams": "2"}', "streams must be a whole number or nothing"),
-        ('{"output_dir": "a", "lr_scheduler": "steep"}', "lr_scheduler must be one of linear"),
-        ('{"output_dir": "a", "seed": 8388608}', "seed must be at least 0 and below 8388608"),
-        ("[" * 100_000, "no configuration could be read"),
-        ("\xff", "no configuration could be read"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_is_named(text: str, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "settings.json"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ConfigError, match=words) as caught:
-        DistillConfig.load(path)
-    assert str(path) in str(caught.value)
 
 
 def test_any_guidance_scale_gives_something_finite_or_an_error(trained: Guide, pipe: Any) -> None:

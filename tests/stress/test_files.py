@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from pilotfish.guides.files import weight_files
 from safetensors.torch import load_file, save_file
 
 from pilotfish.checksums import ChecksumError, load_with_checksum, save_with_checksum
 from pilotfish.guides import Guide, TinyGuide
-from pilotfish.guides.files import weight_files
 from pilotfish.interface import GuideError
-from pilotfish.training.checkpoints import list_checkpoints
+from pilotfish.training.checkpoint import list_checkpoints
 from pilotfish.training.config import DistillConfig
-from pilotfish.training.guidance_stage import GuidanceDistillation
-from pilotfish.training.material import Material
+from pilotfish.training.context import TrainingContext
+from pilotfish.training.stages import GuidanceTrainer
 from tests.stress.runs.damage import altered, flipped, truncated
 from tests.stress.runs.files import damaged_checkpoint, damaged_guide
 from tests.stress.runs.result import EnduranceError
@@ -147,19 +147,19 @@ def test_damage_is_damage(folder: Path) -> None:
 
 def test_a_damaged_checkpoint_is_the_same_or_refused(pipe: Any, tmp_path: Path) -> None:
     config = DistillConfig(
-        output_dir=str(tmp_path / "run"), train_batch_size=4, max_train_steps=2, pool=4,
+        output=str(tmp_path / "run"), train_batch_size=4, max_train_steps=2, pool=4,
         replay_capacity=8, trajectory_steps_min=2, trajectory_steps_max=4, checkpointing_steps=1,
         validation_steps=2, lr_warmup_steps=1, report_to="none",
     )  # fmt: skip
 
-    def begun() -> GuidanceDistillation:
+    def begun() -> GuidanceTrainer:
         torch.manual_seed(0)
         guide = TinyGuide.for_denoiser(
             pipe.unet, "epsilon", push=False, rank=0, head=4, condition=4
         )
-        material = Material(pipe, ["cat", "dog"], ["a"])
+        context = TrainingContext(pipe, ["cat", "dog"], ["a"])
         how = replace(config, resume="latest")
-        return GuidanceDistillation(how, material, guide, notice=lambda line: None)
+        return GuidanceTrainer(how, context, guide, notice=lambda line: None)
 
     begun().run()
     path = list_checkpoints(tmp_path / "run")[-1]

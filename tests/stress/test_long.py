@@ -67,7 +67,7 @@ def test_three_kills_change_nothing(make_pipe: Callable[[str], Any], tmp_path: P
     make_pipe("epsilon").save_pretrained(tmp_path / "base")
     (tmp_path / "prompts.txt").write_text("a cat\ncat\ndog\nred cat")
     config = DistillConfig(
-        output_dir=str(tmp_path / "runs"), pretrained_model_name_or_path=str(tmp_path / "base"),
+        output=str(tmp_path / "runs"), pretrained_model_name_or_path=str(tmp_path / "base"),
         prompts=str(tmp_path / "prompts.txt"), train_batch_size=4, max_train_steps=400, pool=8,
         replay_capacity=8, trajectory_steps_min=2, trajectory_steps_max=4, checkpointing_steps=5,
         validation_steps=400, lr_warmup_steps=1, report_to="none",

@@ -1,4 +1,4 @@
-"""A run that is cut off loses nothing, and goes on only as what it was."""
+"""An interrupted run loses nothing, and continues only as the run that it was."""
 
 from __future__ import annotations
 
@@ -16,242 +16,151 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
-from pilotfish.guides import Guide, TinyGuide
-from pilotfish.training import guidance_stage
-from pilotfish.training.checkpoints import CheckpointError, list_checkpoints
+from pilotfish.guides import Guide
+from pilotfish.training import stages
+from pilotfish.training.checkpoint import CheckpointError, list_checkpoints
 from pilotfish.training.config import ConfigError, DistillConfig
-from pilotfish.training.guidance_stage import GuidanceDistillation
-from pilotfish.training.loop import Interrupted
-from pilotfish.training.material import Material
+from pilotfish.training.context import TrainingContext
+from pilotfish.training.trainer import Interrupted
 from pilotfish.training.validation import GuidanceValidation
-from tests.training.runs import PROMPTS, same, train
+from tests.training.runs import WEIGHTS, same, train
+
+Context = Callable[..., TrainingContext]
 
 
-@pytest.mark.parametrize("states", ["noised", "trajectory", "student"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("source", "accumulation"), [("noised", 1), ("trajectory", 2), ("on_policy", 1)]
+)
 def test_resumed_equals_uninterrupted(
-    config: DistillConfig, material: Callable[[str], Material], states: Any, accumulation: int,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    config = replace(config, states=states, gradient_accumulation_steps=accumulation)
-    whole = train(config, material("epsilon"))
-    path = str(Path(config.output_dir) / "checkpoint-2")
-    again = replace(config, output_dir=str(tmp_path / "again"), resume=path)
-    assert same(whole, train(again, material("epsilon")))
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_half_precision_resumes_and_leaves_the_guide_whole(
-    config: DistillConfig, material: Callable[[str], Material], precision: Any, tmp_path: Path
+    config: DistillConfig, context: Context, source: Any, accumulation: int, tmp_path: Path
 ) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the first precision
-    config = replace(config, mixed_precision=precision)
-    whole = train(config, material("v_prediction"))
-    path = str(Path(config.output_dir) / "checkpoint-4")
-    again = replace(config, output_dir=str(tmp_path / "again"), resume=path)
-    assert same(whole, train(again, material("v_prediction")))
-    assert whole.dtype == torch.float32
-    plain = replace(config, output_dir=str(tmp_path / "plain"), mixed_precision="no")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert same(whole, train(plain, material("v_prediction"))) == (precision == "no")
+    config = replace(config, training_samples=source, gradient_accumulation_steps=accumulation)
+    whole = train(config, context())
+    path = str(Path(config.output) / "checkpoint-2")
+    again = replace(config, output=str(tmp_path / "again"), resume=path)
+    assert same(whole, train(again, context()))
 
 
-def test_what_is_lowered_on_the_way_is_lowered(
-    config: DistillConfig, material: Callable[[str], Material], tmp_path: Path
+def test_a_lower_rate_on_resume_counts(
+    config: DistillConfig, context: Context, tmp_path: Path
 ) -> None:
-    """Who resumes with another rate or average gets it, from there on."""
+    """A resumed run takes the learning rate and the decay of its own configuration."""
     config = replace(config, learning_rate=1e-2, lr_scheduler="constant", lr_warmup_steps=0)
-    whole = train(config, material("epsilon"))
-    path = str(Path(config.output_dir) / "checkpoint-4")
+    whole = train(config, context())
+    path = str(Path(config.output) / "checkpoint-2")
 
-    def gone_on(name: str, **changes: Any) -> tuple[Guide, dict[str, Any]]:
+    def resumed(name: str, **changes: Any) -> tuple[Guide, dict[str, Any]]:
         folder = tmp_path / name
-        given = replace(config, output_dir=str(folder), resume=path, **changes)
-        guide = train(given, material("epsilon"))
-        return guide, json.loads((folder / "checkpoint-6" / "state.json").read_text())
+        guide = train(replace(config, output=str(folder), resume=path, **changes), context())
+        return guide, json.loads((folder / "checkpoint-4" / "state.json").read_text())
 
-    same_again, _ = gone_on("again")
-    assert same(whole, same_again)
-    slower, facts = gone_on("slower", learning_rate=1e-3)
+    slower, facts = resumed("slower", learning_rate=1e-3)
     assert not same(whole, slower)
-    assert facts["rate"]["base_lrs"] == facts["rate"]["_last_lr"] == [1e-3]
-    other, facts = gone_on("other", ema_decay=0.1)
+    assert facts["lr_scheduler"]["base_lrs"] == facts["lr_scheduler"]["_last_lr"] == [1e-3]
+    other, facts = resumed("other", ema_decay=0.1)
     assert not same(whole, other)
-    assert facts["average"]["decay"] == 0.1
+    assert facts["ema"]["decay"] == 0.1
 
 
-def test_a_checkpoint_before_the_last_is_gone_on_with_elsewhere(
-    config: DistillConfig, material: Callable[[str], Material], tmp_path: Path
+def test_another_run_is_refused_and_changes_nothing(
+    config: DistillConfig, context: Context
 ) -> None:
-    """Were it in the same folder, the next ``latest`` would be of the run that was given up."""
-    train(config, material("epsilon"))
-    folder = Path(config.output_dir)
-    back = replace(config, resume=str(folder / "checkpoint-2"))
-    with pytest.raises(ConfigError, match="later than checkpoint-2, up to checkpoint-6: delete"):
-        train(back, material("epsilon"))
-    train(replace(back, output_dir=str(tmp_path / "elsewhere")), material("epsilon"))
+    train(config, context())
+    folder = Path(config.output)
+    file = folder / "config.json"
+    before, latest = file.read_text(), replace(config, resume="latest")
+    with pytest.raises(ConfigError, match="holds the checkpoints of an earlier run"):
+        train(config, context())
+    for changes, words in (
+        ({"negative_prompt_prob": 0.5}, r"negative_prompt_prob is 0\.0 in the checkpoint, 0\.5"),
+        ({"guide": {"rank": 5}}, r"Cannot continue training .*: rank is 4 in the checkpoint, 5"),
+        ({"pool": 16}, "the pool has 8 latents in the checkpoint, 16 in the configuration"),
+        ({"resume": str(folder / "checkpoint-2")}, "later than checkpoint-2, up to checkpoint-4"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            train(replace(latest, **changes), context())
+    other = context()
+    other.pipe.unet.conv_in.bias.data.add_(1.0)
+    with pytest.raises(ConfigError, match="another base; its SHA-256 differs"):
+        train(latest, other)
+    assert file.read_text() == before
+    train(replace(latest, max_train_steps=6), context())
+    assert DistillConfig.load(file) == replace(config, max_train_steps=6)  # without resume
+    for stream in list_checkpoints(folder)[-1].glob("stream-*"):
+        stream.unlink()
+    with pytest.raises(CheckpointError, match=r"holds no stream-\*"):
+        train(latest, context())
     for step in (4, 6):
         shutil.rmtree(folder / f"checkpoint-{step}")
-    train(back, material("epsilon"))
-    assert len(list_checkpoints(folder)) == 3
-
-
-def test_what_is_refused_leaves_the_settings_as_they_are(
-    config: DistillConfig, material: Callable[[str], Material]
-) -> None:
-    train(config, material("epsilon"))
-    file = Path(config.output_dir) / "config.json"
-    before = file.read_text()
-    wrong = replace(config, resume="latest", negative_share=0.5)
-    with pytest.raises(ConfigError, match=r"its negative_share is 0\.0, 0\.5 is asked for"):
-        train(wrong, material("epsilon"))
-    assert file.read_text() == before
-    train(replace(config, resume="latest", max_train_steps=8), material("epsilon"))
-    assert DistillConfig.load(file) == replace(config, max_train_steps=8)  # and not to resume
-
-
-def test_another_pool_is_no_spoilt_checkpoint(
-    config: DistillConfig, material: Callable[[str], Material]
-) -> None:
-    train(config, material("epsilon"))
-    with pytest.raises(ConfigError, match="its pool has 8 latents, this run's has 16; resume"):
-        train(replace(config, resume="latest", pool=16), material("epsilon"))
+    train(replace(config, resume=str(folder / "checkpoint-2")), context())
+    assert len(list_checkpoints(folder)) == 2
 
 
 def test_a_validation_that_fails_loses_nothing(
-    config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch
+    config: DistillConfig, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(config, checkpointing_steps=6, validation_steps=3)
     with monkeypatch.context() as patch:
         patch.setattr(GuidanceValidation, "run", failing := Mock(side_effect=MemoryError("full")))
         with pytest.raises(MemoryError, match="full"):
-            train(config, material("epsilon"))
+            train(config, context())
     failing.assert_called_once()
-    assert [p.name for p in list_checkpoints(Path(config.output_dir))] == ["checkpoint-3"]
-    train(replace(config, resume="latest"), material("epsilon"))
+    assert [p.name for p in list_checkpoints(Path(config.output))] == ["checkpoint-3"]
+    train(replace(config, resume="latest"), context())
 
 
-def test_a_folder_in_use_is_refused(
-    config: DistillConfig, material: Callable[[str], Material]
-) -> None:
-    train(config, material("epsilon"))
-    with pytest.raises(ConfigError, match="holds the checkpoints of an earlier run"):
-        train(config, material("epsilon"))
-
-
-def test_a_checkpoint_of_another_guide_is_refused(
-    config: DistillConfig, material: Callable[[str], Material]
-) -> None:
-    train(config, material("epsilon"))
-    torch.manual_seed(0)
-    stuff = material("epsilon")
-    other = TinyGuide.for_denoiser(stuff.pipe.unet, "epsilon", rank=5, condition=4)
-    again = replace(config, resume="latest")
-    with pytest.raises(
-        ConfigError, match="cannot be gone on with so: its rank is 4, 5 is asked for"
-    ):
-        GuidanceDistillation(again, stuff, other).run()
-
-
-def test_a_checkpoint_without_streams_is_refused(
-    config: DistillConfig, material: Callable[[str], Material]
-) -> None:
-    train(config, material("epsilon"))
-    for stream in list_checkpoints(Path(config.output_dir))[-1].glob("stream-*"):
-        stream.unlink()
-    with pytest.raises(CheckpointError, match="holds no streams"):
-        train(replace(config, resume="latest"), material("epsilon"))
-
-
-def test_another_base_is_refused_on_resume(
-    config: DistillConfig, material: Callable[[str], Material]
-) -> None:
-    train(config, material("epsilon"))
-    other = material("epsilon")
-    other.pipe.unet.conv_in.bias.data.add_(1.0)
-    with pytest.raises(ValueError, match="another base"):
-        train(replace(config, resume="latest"), other)
-
-
-def test_sigterm_saves_and_stops(
-    config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("signals", "ended"),
+    [
+        ((signal.SIGTERM,), Interrupted),
+        ((signal.SIGTERM, signal.SIGTERM), Interrupted),  # a manager's and the launcher's
+        ((signal.SIGTERM, signal.SIGINT), Interrupted),
+        ((signal.SIGINT, signal.SIGINT), KeyboardInterrupt),
+    ],
+)
+def test_signals_save_and_stop(
+    config: DistillConfig, context: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    signals: Any, ended: Any,
 ) -> None:  # fmt: skip
-    whole = train(config, material("epsilon"))
-    real, calls = guidance_stage.relative_guidance_loss, []
+    real, calls = stages.guidance_loss, []
 
-    def asked(*args: Any) -> torch.Tensor:
+    def interrupted(*args: Any) -> torch.Tensor:
         calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGTERM)
+        for number in signals if len(calls) == 3 else ():
+            signal.raise_signal(number)
         return real(*args)
 
-    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    stopped = replace(config, output=str(tmp_path / "stopped"), checkpointing_steps=10)
     with monkeypatch.context() as patch:
-        patch.setattr(guidance_stage, "relative_guidance_loss", asked)
-        with pytest.raises(Interrupted, match="stopped at step 3"):
-            train(cut, material("epsilon"))
-    assert same(whole, train(replace(cut, resume="latest"), material("epsilon")))
-
-
-def test_sigterm_may_come_twice_and_ctrl_c_need_not(
-    config: DistillConfig, material: Callable[[str], Material], monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    """A manager and a launcher each send their own; a person who insists wants to leave."""
-    real = guidance_stage.relative_guidance_loss
-
-    def asked(*numbers: signal.Signals) -> Callable[..., torch.Tensor]:
-        def loss(*args: Any) -> torch.Tensor:
-            for number in numbers:
-                signal.raise_signal(number)
-            return real(*args)
-
-        return loss
-
-    for name, numbers, ended in (
-        ("told", (signal.SIGTERM, signal.SIGTERM), Interrupted),
-        ("both", (signal.SIGTERM, signal.SIGINT), Interrupted),
-        ("left", (signal.SIGINT, signal.SIGINT), KeyboardInterrupt),
-    ):
-        monkeypatch.setattr(guidance_stage, "relative_guidance_loss", asked(*numbers))
+        patch.setattr(stages, "guidance_loss", interrupted)
         with pytest.raises(ended):
-            train(replace(config, output_dir=str(tmp_path / name)), material("epsilon"))
-        assert len(list_checkpoints(tmp_path / name)) == (ended is Interrupted)
+            train(stopped, context())
+    assert len(list_checkpoints(tmp_path / "stopped")) == (ended is Interrupted)
+    if signals == (signal.SIGTERM,):
+        resumed = train(replace(stopped, resume="latest"), context())
+        assert same(train(config, context()), resumed)
 
 
 @pytest.mark.slow
-def test_kill_9_then_resume_gives_the_same_guide(
-    config: DistillConfig, material: Callable[[str], Material], tmp_path: Path
-) -> None:
-    base = tmp_path / "base"
-    material("epsilon").pipe.save_pretrained(base)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    config = replace(
-        config, pretrained_model_name_or_path=str(base), prompts=str(tmp_path / "prompts.txt"),
-        max_train_steps=40, checkpointing_steps=5, validation_steps=40,
-    )  # fmt: skip
+def test_kill_9_then_resume_gives_the_same_guide(saved_base: DistillConfig, tmp_path: Path) -> None:
+    config = replace(saved_base, max_train_steps=40, checkpointing_steps=5, validation_steps=40)
 
     def start(folder: str, *more: str) -> subprocess.Popen[bytes]:
         path = tmp_path / f"{folder}.json"
-        replace(config, output_dir=str(tmp_path / folder)).save(path)
+        replace(config, output=str(tmp_path / folder)).save(path)
         command = [sys.executable, "-m", "pilotfish", "distill", "--config", str(path), *more]
-        return subprocess.Popen(command, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
-    whole = start("whole")
-    assert whole.communicate()[0] is None
-    assert whole.returncode == 0
+    assert start("whole").wait() == 0
     killed = start("killed")
     deadline = time.monotonic() + 120
     while not list_checkpoints(tmp_path / "killed") and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.kill()
-    killed.communicate()
+    killed.wait()
     assert list_checkpoints(tmp_path / "killed")
     assert not (tmp_path / "killed" / "guide").exists()
     assert start("killed", "--resume", "latest").wait() == 0
-    weights = "guide/diffusion_pytorch_model.safetensors"
-    one, two = ((tmp_path / f / weights).read_bytes() for f in ("whole", "killed"))
+    one, two = ((tmp_path / f / WEIGHTS).read_bytes() for f in ("whole", "killed"))
     assert one == two

@@ -1,4 +1,4 @@
-"""``pilotfish average``: the mean of guides that were trained apart from one beginning."""
+"""``pilotfish average``: the mean of guides that were trained from one initial guide."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 import tyro
 
-from pilotfish.cli.names import open_guide
-from pilotfish.guides.mean import mean_guide
+from pilotfish.bundled import open_guide
+from pilotfish.guides.average import average_guides
 
 
 @dataclass(frozen=True)
 class AverageConfig:
-    """What to average."""
+    """Average the weights of guides."""
 
     guides: tuple[str, ...]
-    """Two guides or more of one kind and base: folders, hub ids or names of carried ones. Give
-    each its training from the same beginning (``pilotfish distill --begin_with``), with another
-    ``--seed`` or other fine-tunes to practise on."""
-    output_dir: str
-    """Where the mean is saved."""
+    """Two guides or more of one type and base: folders, hub ids or names of bundled ones. Train
+    each from the same initial guide (``pilotfish distill --init_from``), with another ``--seed`` or
+    other ``--train_finetunes``."""
+    output: str
+    """Folder for the mean."""
     half: bool = False
     """Save it in half precision."""
 
@@ -31,9 +31,9 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         AverageConfig, args=list(arguments), prog="pilotfish average", use_underscores=True
     )
-    folder = Path(config.output_dir)
+    folder = Path(config.output)
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; another --output_dir keeps what is there")
-    made = mean_guide([open_guide(name) for name in config.guides])
-    (made.half() if config.half else made).save_pretrained(folder)
+        raise ValueError(f"{folder} is not empty; give another --output")
+    mean = average_guides([open_guide(name) for name in config.guides])
+    (mean.half() if config.half else mean).save_pretrained(folder)
     print(f"saved {folder}")

@@ -18,7 +18,7 @@ from pilotfish.evaluation.tables import LEGEND, markdown_table
 from pilotfish.guides import Guide
 from pilotfish.guides.card import model_card
 from pilotfish.guides.hub import CARD, digests, published, upload
-from pilotfish.training.trained import trained, training_folder
+from pilotfish.training.history import describe_training, training_folder
 
 RESULT, GRID = "result.json", "grid.png"
 """Names of the copies beside the card."""
@@ -93,7 +93,7 @@ def _write(config: CardConfig, folder: Path, guide: Guide) -> None:
         licence=config.license, repo_id=config.push_to_hub, grid=GRID if config.grid else None,
         measured=measured(result, RESULT) if result else "",
         results=eval_results(result) if result else (),
-        trained=trained(training) if training else "",
+        trained=describe_training(training) if training else "",
     )  # fmt: skip
     if config.grid and Path(config.grid).resolve() != (folder / GRID).resolve():
         shutil.copyfile(config.grid, folder / GRID)

@@ -103,7 +103,7 @@ def distill_short(config: DemoConfig, folder: Path) -> Guide:
     prompts.write_text("\n".join(bundled.prompts("training")[::EVERY]) + "\n", encoding="utf-8")
     return distill(
         DistillConfig(
-            output_dir=str(folder), prompts=str(prompts),
+            output=str(folder), prompts=str(prompts),
             validation_prompts=str(bundled.FOLDER / "prompts" / "held_out.txt"),
             max_train_steps=config.max_train_steps, seed=config.seed, resume=config.resume,
             # few samples, so small pools: the latents must leave the noise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pilotfish.cli.names import open_guide
+from pilotfish.bundled import open_guide
 from pilotfish.cli.settings import parse
 from pilotfish.training.config import StepsConfig
 from pilotfish.training.stages import distill_steps
@@ -14,6 +14,6 @@ def main(arguments: Sequence[str]) -> None:
     """The command."""
     config = parse(
         arguments, StepsConfig, "distill-steps",
-        "Teach a guide to take one step where it takes two, round after round. ",
+        "Halve the sampling steps of a guided pipeline, round after round. ",
     )  # fmt: skip
     distill_steps(config, open_guide(config.guide))

@@ -3,37 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import MISSING, field, fields, make_dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from pilotfish.training.config import ConfigError, TrainingConfig
+from pilotfish.guides import Guide
+from pilotfish.training.config import ConfigError, DistillConfig, TrainingConfig
 
 C = TypeVar("C", bound=TrainingConfig)
 
 
 def parse(arguments: Sequence[str], kind: type[C], command: str, purpose: str) -> C:
-    """Flags, over the values of a file given by ``--config``, over the defaults.
+    """Flags, over the values of a file given by ``--config``, over the defaults. The flags of
+    stage 1 include the settings of the chosen ``--guide_type``.
 
     Raises:
-        ConfigError: the file cannot be read, or a value is out of its range.
+        ConfigError: the file cannot be read, or a value is invalid.
     """
-    arguments, default = list(arguments), None
-    named = [i for i, a in enumerate(arguments) if a.partition("=")[0] == "--config"]
-    for place in reversed(named):
-        _, joined, file = arguments.pop(place).partition("=")
-        if not joined:
-            if place == len(arguments):
-                raise ConfigError("--config needs the path of a JSON file")
-            file = arguments.pop(place)
-        default = kind.load(Path(file))
-    description = purpose + (
-        "--config FILE reads settings from JSON (such as a run's own config.json); flags go "
-        "over it."
-    )
-    config: C = tyro.cli(
-        kind, args=arguments, default=default, prog=f"pilotfish {command}",
-        description=description, use_underscores=True,
-    )  # type: ignore[assignment]  # fmt: skip
-    return config
+    arguments = list(arguments)
+    files = _values(arguments, "--config")
+    for place in reversed(
+        [i for i, a in enumerate(arguments) if a.partition("=")[0] == "--config"]
+    ):
+        del arguments[place : place + (1 if "=" in arguments[place] else 2)]
+    loaded = kind.load(Path(files[-1])) if files else None
+    hints = get_type_hints(kind, include_extras=True)
+    given = {f.name: getattr(loaded, f.name) for f in fields(kind)} if loaded else {}
+    described: Any = kind
+    flags: list[Any] = []
+    for f in fields(kind):
+        help_text = " ".join((described.__pydantic_fields__[f.name].description or "").split())
+        hint: Any = Annotated[hints[f.name], tyro.conf.arg(help=help_text)]
+        default = given.get(f.name, f.default)
+        if kind is DistillConfig and f.name == "guide":
+            name = (_values(arguments, "--guide_type") or [given.get("guide_type", "tiny")])[-1]
+            if name not in Guide.registry:
+                raise ConfigError(
+                    f"guide_type must be one of {', '.join(Guide.registry)}, not {name!r}"
+                )
+            hint = Guide.registry[name].settings_class
+            default = default if isinstance(default, hint) else hint()
+        flags.append((f.name, hint, field() if default is MISSING else field(default=default)))
+    # required fields first; tyro fills a plain dataclass, and the configuration validates
+    flags.sort(key=lambda flag: flag[2].default is not MISSING)
+    parsed: Any = tyro.cli(
+        make_dataclass("Flags", flags, frozen=True), args=arguments, prog=f"pilotfish {command}",
+        description=purpose + "--config FILE reads settings from JSON (such as a run's own "
+        "config.json); flags override it.",
+        use_underscores=True, config=(tyro.conf.OmitArgPrefixes,),
+    )  # fmt: skip
+    return kind(**vars(parsed))
+
+
+def _values(arguments: Sequence[str], flag: str) -> list[str]:
+    """The values that a flag is given, as ``--flag value`` or ``--flag=value``."""
+    found = []
+    for i, argument in enumerate(arguments):
+        name, joined, value = argument.partition("=")
+        if name.replace("-", "_").lstrip("_") != flag.lstrip("-"):
+            continue
+        if not name.startswith("--"):
+            continue
+        if not joined and i + 1 == len(arguments):
+            raise ConfigError(f"{flag} needs a value")
+        found.append(value if joined else arguments[i + 1])
+    return found

@@ -1,68 +1,260 @@
-"""The two stages, each from its settings to the guide that it makes."""
+"""The two stages, from settings to trained guides.
+
+Stage 1 trains a guide on equation (1): one pass in place of two. Stage 2 is progressive
+distillation (Salimans & Ho, arXiv 2202.00512) of the guided one-pass model: the number of steps
+halves from round to round. The base stays frozen and w stays an input.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from pilotfish import bundled
 from pilotfish.guides import Guide
-from pilotfish.training.config import ConfigError, DistillConfig, StepsConfig, differing
-from pilotfish.training.guidance_stage import GuidanceDistillation
-from pilotfish.training.kinds import asking_for, new_guide
-from pilotfish.training.material import Material
-from pilotfish.training.step_stage import StepDistillation
+from pilotfish.noise import NoisePath
+from pilotfish.training.config import (
+    ConfigError,
+    DistillConfig,
+    StepsConfig,
+    changed,
+    differences,
+)
+from pilotfish.training.context import TrainingContext
+from pilotfish.training.samples import GuidanceSamples, Source, StepSamples, TrainingSamples
+from pilotfish.training.trainer import Trainer
+from pilotfish.training.trajectories import CFGTrajectories, HalvedTrajectories, NoisedImages
+from pilotfish.training.validation import GuidanceValidation, StepValidation
+
+
+class GuidanceTrainer(Trainer):
+    """One run of stage 1."""
+
+    config: DistillConfig
+    measure = "guidance_error"
+    fixed_settings = (*Trainer.fixed_settings, "init_from", "training_samples")
+
+    def source(self, stream: int, model: int) -> Source:
+        config, context = self.config, self.context
+        if config.training_samples == "noised":
+            scales = (config.guidance_scale_min, config.guidance_scale_max)
+            return NoisedImages(
+                self.teacher, context.path, *context.images, scales, len(context.prompts),
+                config.negative_prompt_prob,
+            )  # fmt: skip
+        on_policy = config.training_samples == "on_policy"
+        steps = (config.trajectory_steps_min, config.trajectory_steps_max)
+        pool = self.pool(stream, model, steps, config.on_policy_ratio if on_policy else 0.0)
+        student = self.student_prediction if on_policy else None
+        return CFGTrajectories(self.teacher, context.path, pool, student)
+
+    def target(self, samples: GuidanceSamples, w: torch.Tensor) -> torch.Tensor:
+        return self.teacher.guided(samples.unconditional, samples.conditional, w)
+
+    def loss(
+        self, guided: torch.Tensor, target: torch.Tensor, w: torch.Tensor,
+        samples: TrainingSamples,
+    ) -> torch.Tensor:  # fmt: skip
+        return guidance_loss(guided, target, w)
+
+    def validation(self) -> GuidanceValidation:
+        return GuidanceValidation(self.config, self.context, self.teacher)
+
+
+class StepTrainer(Trainer):
+    """One round of stage 2.
+
+    Args:
+        initial: the guide that the student starts as a copy of. It is the teacher, with
+            ``2 * steps`` steps, unless ``config.teacher`` is cfg.
+        steps: the student's.
+
+    Raises:
+        ConfigError: the teacher was distilled to another number of steps.
+        GuideError: the guide does not fit the base.
+    """
+
+    config: StepsConfig
+    measure = "step_error"
+    fixed_settings = (*Trainer.fixed_settings, "teacher", "teacher_scale_multiplier")
+    rate_factor = 0.2  # the guide is already trained
+
+    def __init__(
+        self, config: StepsConfig, context: TrainingContext, initial: Guide, steps: int,
+        log: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        context.use_deterministic_scheduler()
+        path = context.path
+        initial.check(context.backbone.signature(path.prediction_type))
+        teaches = config.teacher == "guide"
+        if teaches and initial.times not in (None, times(path, 2 * steps)):
+            raise ConfigError(
+                f"the guide takes {len(initial.times or ())} steps; a student of {steps} "
+                f"needs a teacher of {2 * steps}, or one that was not distilled to few steps"
+            )
+        self.steps = steps
+        student = deepcopy(initial).requires_grad_(True)
+        student.register_to_config(
+            times=list(times(path, steps)),
+            guidance_scale_range=(config.guidance_scale_min, config.guidance_scale_max),
+        )
+        super().__init__(config, context, student, log)
+        self.teacher_guide = initial.eval().requires_grad_(False) if teaches else None
+        if self.teacher_guide is not None:
+            self.teacher_pass = context.student(self.teacher_guide.to(self.accelerator.device))
+            self.hooks.append(self.teacher_pass.hooks)
+
+    def source(self, stream: int, model: int) -> Source:
+        pool = self.pool(stream, model, (self.steps, self.steps), self.config.on_policy_ratio)
+        return HalvedTrajectories(self.teach, self.context.path, pool, self.student_prediction)
+
+    def target(self, samples: StepSamples, w: torch.Tensor) -> torch.Tensor:
+        return samples.goal
+
+    @torch.no_grad()
+    def teach(
+        self, latents: torch.Tensor, time: torch.Tensor, prompt: torch.Tensor,
+        negative: torch.Tensor, w: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """The teacher's guided prediction: CFG in two passes, or a guide in one."""
+        if self.teacher_guide is None:
+            both = self.teacher(latents, time, prompt, negative)
+            scale = 1 + self.config.teacher_scale_multiplier * (w - 1)
+            return self.teacher.guided(*both, scale)
+        made: torch.Tensor = self.teacher_pass(latents, time, *self.texts(prompt, negative), w)
+        return made.float()
+
+    def loss(
+        self, guided: torch.Tensor, target: torch.Tensor, w: torch.Tensor,
+        samples: TrainingSamples,
+    ) -> torch.Tensor:  # fmt: skip
+        path = self.context.path
+        weight = torch.ones_like(w)
+        if path.prediction_type == "epsilon":  # |v|^2 = |eps|^2 / alpha^2
+            weight = path.alpha_sigma(samples.time)[0] ** -2
+        return step_loss(guided, target, w, weight)
+
+    def validation(self) -> StepValidation:
+        # a copy: the pipeline casts it to the precision of the base
+        teacher = deepcopy(self.teacher_guide)
+        return StepValidation(self.config, self.context, teacher, self.steps)
+
+
+def guidance_loss(guided: torch.Tensor, target: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Equation (2), ``||guided - cfg||^2``, divided by ``(w - 1)^2``: the distance between CFG and
+    the conditional prediction grows with w - 1, so this weighs all scales alike.
+
+    Returns:
+        The mean over batch and elements, a scalar.
+    """
+    weight = (w - 1).clamp(min=0.5) ** -2
+    return (weight * (guided.float() - target).pow(2).mean((1, 2, 3))).mean()
+
+
+def step_loss(
+    prediction: torch.Tensor, goal: torch.Tensor, w: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """The squared distance to the goal, divided by w, with which it grows.
+
+    Args:
+        weight: (N,) that makes it the distance of velocities, which is the weighting ``SNR + 1``
+            of arXiv 2202.00512, section 4: 1 for v and flow prediction, ``1 / alpha^2`` for
+            epsilon.
+
+    Returns:
+        The mean over batch and elements, a scalar.
+    """
+    distance = (prediction.float() - goal).pow(2).mean((1, 2, 3))
+    return (weight * distance / w).mean()
 
 
 def distill(config: DistillConfig) -> Guide:
-    """Stage 1: train a guide as ``config`` says; it is in ``output_dir/guide`` afterwards.
+    """Stage 1; the guide is saved in ``output/guide``.
 
     Raises:
-        ConfigError: the guide to begin with is not of the kind, or has not the settings, that
-            are asked for (what is left at the default is not), or is of another denoiser.
+        ConfigError: the guide of ``init_from`` is of another type or base, or a setting that is not
+            at its default differs from its own.
         GuideError: it cannot be read.
     """
-    found = bundled.open_guide(config.begin_with) if config.begin_with else None
+    found = bundled.open_guide(config.init_from) if config.init_from else None
     if found is not None:
-        config = asking_for(found, config)
-    material = Material.of(config, config.pictures)
-    guide = new_guide(config, material)
+        config = with_settings_of(found, config)
+    context = TrainingContext.from_config(config)
+    guide = new_guide(config, context)
     if found is not None:
-        if differs := differing(guide.settings(), found.settings()):
-            raise ConfigError(f"{config.begin_with} cannot be trained further so: {differs}")
+        if differs := differences(found.settings(), guide.settings(), "guide"):
+            raise ConfigError(f"Cannot continue training {config.init_from}: {differs}.")
         guide.load_state_dict(found.state_dict())
-    return GuidanceDistillation(config, material, guide).run()
+    return GuidanceTrainer(config, context, guide).run()
 
 
-def distill_steps(config: StepsConfig, teacher: Guide) -> dict[int, Guide]:
-    """Stage 2, all rounds; each one's guide is in ``output_dir/steps-<n>/guide`` afterwards.
-
-    A round that is finished is not done again with ``resume``.
+def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
+    """Stage 2, all rounds; each guide is saved in ``output/steps-<n>/guide``. With ``resume``,
+    finished rounds are not repeated.
 
     Args:
-        teacher: the guide to begin with, from stage 1.
+        initial: the guide to begin with, from stage 1.
 
     Returns:
         The guides by their number of steps.
 
     Raises:
-        ConfigError: the folder holds an earlier run, and nothing was said of resuming; or a
-            checkpoint was named, where every round has its own.
+        ConfigError: the folder holds an earlier run and ``resume`` is not set, or ``resume`` names
+            a checkpoint, though every round has its own.
     """
     if config.resume not in (None, "latest"):
-        raise ConfigError(f"rounds resume from latest, each from its own, not {config.resume}")
-    folders = {n: Path(config.output_dir) / f"steps-{n}" for n in config.steps}
+        raise ConfigError(f"stage 2 resumes with --resume latest only, not {config.resume}")
+    folders = {n: Path(config.output) / f"steps-{n}" for n in config.steps}
     if config.resume is None and any(folder.exists() for folder in folders.values()):
         raise ConfigError(
-            f"{config.output_dir} holds rounds of an earlier run; --resume latest goes on with "
-            "it, another --output_dir keeps it"
+            f"{config.output} holds rounds of an earlier run; --resume latest continues it, "
+            "another --output keeps it"
         )
-    material, made = Material.of(config), {}
+    context, made = TrainingContext.from_config(config), {}
     for steps, folder in folders.items():
         if (folder / "guide").is_dir():
             student = Guide.from_pretrained(folder / "guide")
         else:
-            settings = replace(config, output_dir=str(folder))
-            student = StepDistillation(settings, material, teacher, steps).run()
-        made[steps] = teacher = student
+            settings = replace(config, output=str(folder))
+            student = StepTrainer(settings, context, initial, steps).run()
+        made[steps] = initial = student
     return made
+
+
+def new_guide(config: DistillConfig, context: TrainingContext) -> Guide:
+    """A new guide of the configured type."""
+    torch.manual_seed(config.seed)
+    settings: dict[str, Any] = asdict(config.guide)
+    if "trained_scale" not in settings:
+        settings["guidance_scale_range"] = (config.guidance_scale_min, config.guidance_scale_max)
+    kind = Guide.registry[config.guide_type]
+    return kind.for_denoiser(context.denoiser, context.path.prediction_type, **settings)
+
+
+def with_settings_of(guide: Guide, config: DistillConfig) -> DistillConfig:
+    """The configuration with the type and settings of a guide in place of defaults.
+
+    Raises:
+        ConfigError: a value that is not the default differs.
+    """
+    low, high = guide.guidance_scale_range
+    names = [f.name for f in fields(guide.settings_class)]
+    found = {name: guide.config[name] for name in names}
+    if "trained_scale" in found:
+        low = high = found["trained_scale"]
+    own: dict[str, Any] = {"guidance_scale_min": low, "guidance_scale_max": high}
+    own["guide_type"] = guide.guide_type
+    given = changed(config, *own) | changed(config.guide)
+    if differs := differences(own | found, given, "guide"):
+        raise ConfigError(f"Cannot continue training {config.init_from}: {differs}.")
+    return replace(config, **own, guide=found)
+
+
+def times(path: NoisePath, steps: int) -> tuple[float, ...]:
+    """The normalised times of a guide with so many steps."""
+    return tuple(path.grid(steps)[:-1].tolist())

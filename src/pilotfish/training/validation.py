@@ -1,4 +1,4 @@
-"""Validation during training, on held-out prompts: a figure, and pictures to look at."""
+"""Validation during training, on held-out prompts: a relative error, and images to look at."""
 
 from __future__ import annotations
 
@@ -12,40 +12,50 @@ from PIL import Image
 
 from pilotfish.conditioning import NULL
 from pilotfish.data.images import to_pixels
+from pilotfish.guidance_error import SCALES, Trajectories, guidance_error
 from pilotfish.guides import Guide
-from pilotfish.pipelines.sampling import Sample, TeacherStep, cfg_trajectories, sample
+from pilotfish.pipelines.sampling import Sample, sample
 from pilotfish.teacher import Teacher
 from pilotfish.training.config import TrainingConfig
-from pilotfish.training.material import Material
+from pilotfish.training.context import TrainingContext
 
-SCALES = (2.0, 4.0, 7.0)
 PROMPTS, STEPS, SHOWN = 16, 12, 4
 
 
 class Validation(Protocol):
-    """What a stage measures while it trains. It is small, and the same at every call; the
-    full measurement is the evaluation's."""
+    """A stage's validation. It is small, and the same at every call."""
 
     def run(self, guide: Guide, step: int, folder: Path) -> dict[str, float]:
         """Measure, and write ``folder/step-<step>.png``.
 
         Returns:
-            The stage's measure averaged over w, by its name, and ``<name>_<w>`` for each.
+            The stage's error averaged over w, by its name, and ``<name>_<w>`` for each.
         """
         ...
 
 
 class GuidanceValidation:
-    """The guidance error along CFG trajectories of a few held-out prompts."""
+    """Stage 1: the guidance error on a few held-out prompts."""
 
-    def __init__(self, config: TrainingConfig, material: Material, teacher: Teacher) -> None:
-        self.config, self.material, self.teacher = config, material, teacher
-        self.trajectories: dict[float, list[TeacherStep]] = {}
+    def __init__(self, config: TrainingConfig, context: TrainingContext, teacher: Teacher) -> None:
+        self.context = context
+        count = min(PROMPTS, len(context.validation_prompts))
+        prompt = torch.arange(len(context.prompts), len(context.prompts) + count)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.trajectories = Trajectories(
+            teacher, context.path, prompt, torch.full_like(prompt, NULL),
+            torch.randn(count, *context.latent_shape, generator=generator),
+            guidance_scales=SCALES, num_inference_steps=STEPS, cache=True,
+        )  # fmt: skip
 
     def run(self, guide: Guide, step: int, folder: Path) -> dict[str, float]:
-        """See :class:`Validation`. The pictures: no guidance, CFG, guided."""
-        errors = {w: self._error(guide, w) for w in SCALES}
-        texts, pipe = self.material.held_out[:SHOWN], self.material.pipe
+        """See :class:`Validation`. The images: no guidance, CFG, guided."""
+        student = self.context.student(guide)
+        try:
+            error = guidance_error(student, self.trajectories)
+        finally:
+            student.hooks.remove()
+        texts, pipe = self.context.validation_prompts[:SHOWN], self.context.pipe
 
         def column(w: float, with_guide: Guide | None) -> list[Sample]:
             return list(sample(pipe, texts, seeds=range(len(texts)), guidance_scale=w,
@@ -54,70 +64,46 @@ class GuidanceValidation:
         save_columns(
             [column(1.0, None), column(4.0, None), column(4.0, guide)], folder, f"step-{step}"
         )
-        return mean_and_each("guidance_error", errors)
-
-    def _walk(self, w: float) -> list[TeacherStep]:
-        if w not in self.trajectories:
-            count = min(PROMPTS, len(self.material.held_out))
-            first = len(self.material.prompts)
-            generator = torch.Generator().manual_seed(self.config.seed)
-            noise = torch.randn(count, *self.material.latent_shape, generator=generator)
-            prompt = torch.arange(first, first + count)
-            walk = cfg_trajectories(
-                self.teacher, self.material.schedule, prompt, torch.full_like(prompt, NULL), noise,
-                w, STEPS,
-            )  # fmt: skip
-            self.trajectories[w] = list(walk)
-        return self.trajectories[w]
-
-    @torch.no_grad()
-    def _error(self, guide: Guide, w: float) -> float:
-        student, texts = self.material.student(guide), self.teacher.prompts
-        gap = whole = 0.0
-        try:
-            for state in self._walk(w):
-                scale, text = torch.full((len(state.latents),), w), texts(state.prompt)
-                guided = student(state.latents, state.timestep, text, texts.null, scale)
-                gap += float((guided - state.cfg).pow(2).sum())
-                whole += float((state.conditional - state.cfg).pow(2).sum())
-        finally:
-            student.hooks.remove()
-        return gap / whole
+        return mean_and_each("guidance_error", error.by_w)
 
 
 class StepValidation:
-    """How far the student's pictures are from the teacher's of twice as many steps:
-    ``E||student - teacher||^2 / E||untrained - teacher||^2`` of final latents, where
-    *untrained* is the teacher taking the student's steps. No guide is CFG."""
+    """Stage 2: ``E||student - teacher||^2 / E||untrained - teacher||^2`` of final latents. The
+    teacher takes twice as many steps; *untrained* is the teacher with the student's steps.
+
+    Args:
+        teacher: the guide that is the teacher; None is CFG.
+        steps: the student's.
+    """
 
     def __init__(
-        self, config: TrainingConfig, material: Material, teacher: Guide | None, steps: int
+        self, config: TrainingConfig, context: TrainingContext, teacher: Guide | None, steps: int
     ) -> None:
-        self.config, self.material, self.teacher, self.steps = config, material, teacher, steps
-        self.known: dict[float, tuple[list[Sample], list[Sample]]] = {}
+        self.config, self.context, self.teacher, self.steps = config, context, teacher, steps
+        self.cached: dict[float, tuple[list[Sample], list[Sample]]] = {}
 
     def run(self, guide: Guide, step: int, folder: Path) -> dict[str, float]:
-        """See :class:`Validation`. The pictures: the teacher with its own steps and with the
+        """See :class:`Validation`. The images: the teacher with its own steps and with the
         student's, the student."""
         errors, columns = {}, []
         for w in SCALES:
-            if w not in self.known:
-                own = self._draw(self.teacher, w, 2 * self.steps)
-                with warnings.catch_warnings():  # that these are not the teacher's own steps
+            if w not in self.cached:
+                own = self._sample(self.teacher, w, 2 * self.steps)
+                with warnings.catch_warnings():  # the teacher does not take its own steps here
                     warnings.simplefilter("ignore", UserWarning)
-                    self.known[w] = own, self._draw(self.teacher, w, self.steps)
-            goal, untrained = self.known[w]
-            made = self._draw(guide, w, self.steps)
-            errors[w] = _distance(made, goal) / _distance(untrained, goal)
+                    self.cached[w] = own, self._sample(self.teacher, w, self.steps)
+            goal, untrained = self.cached[w]
+            made = self._sample(guide, w, self.steps)
+            errors[f"{w:g}"] = _distance(made, goal) / _distance(untrained, goal)
             if w == SCALES[1]:
                 columns = [c[:SHOWN] for c in (goal, untrained, made)]
         save_columns(columns, folder, f"step-{step}")
         return mean_and_each("latent_error", errors)
 
-    def _draw(self, guide: Guide | None, w: float, steps: int) -> list[Sample]:
-        texts = self.material.held_out[:PROMPTS]
+    def _sample(self, guide: Guide | None, w: float, steps: int) -> list[Sample]:
+        texts = self.context.validation_prompts[:PROMPTS]
         seeds = range(self.config.seed, self.config.seed + len(texts))
-        return list(sample(self.material.pipe, texts, seeds=seeds, guidance_scale=w,
+        return list(sample(self.context.pipe, texts, seeds=seeds, guidance_scale=w,
                            num_inference_steps=steps, guide=guide))  # fmt: skip
 
 
@@ -125,14 +111,14 @@ def _distance(a: Sequence[Sample], b: Sequence[Sample]) -> float:
     return sum(float((x.latents - y.latents).pow(2).sum()) for x, y in zip(a, b, strict=True))
 
 
-def mean_and_each(name: str, by_scale: dict[float, float]) -> dict[str, float]:
-    """One row of history: the mean over w, and the figure for each."""
-    row = {f"{name}_{w:g}": value for w, value in by_scale.items()}
-    return {name: sum(by_scale.values()) / len(by_scale), **row}
+def mean_and_each(name: str, by_w: dict[str, float]) -> dict[str, float]:
+    """A row of the history: the mean over w, and the figure for each."""
+    row = {f"{name}_{w}": value for w, value in by_w.items()}
+    return {name: sum(by_w.values()) / len(by_w), **row}
 
 
 def save_columns(columns: Sequence[Sequence[Sample]], folder: Path, name: str) -> None:
-    """A grid: a row for each prompt, a column for each way."""
+    """A grid of images, one row per prompt."""
     grid = torch.cat([torch.cat([s.image for s in c], 1) for c in columns], 2)
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(to_pixels(grid).permute(1, 2, 0).cpu().numpy()).save(folder / f"{name}.png")

@@ -79,10 +79,10 @@ def tried(trial: Trial, examples: int, name: str, progress: Progress) -> Counter
 def setting_files(kind: type[TrainingConfig], folder: Path) -> Trial:
     """Files of settings: of any fields with any value, or any text, or any bytes."""
     some = {f.name: values for f in fields(kind)}
-    rest = {name: value for name, value in some.items() if name != "output_dir"}
-    nearly = st.fixed_dictionaries({"output_dir": texts}, optional=rest).map(json.dumps)
+    rest = {name: value for name, value in some.items() if name != "output"}
+    nearly = st.fixed_dictionaries({"output": texts}, optional=rest).map(json.dumps)
     few = st.sampled_from(sorted(some)).flatmap(
-        lambda name: st.builds(lambda v: json.dumps({"output_dir": "runs", name: v}), values)
+        lambda name: st.builds(lambda v: json.dumps({"output": "runs", name: v}), values)
     )
     contents = st.one_of(few, nearly, values.map(json.dumps)).map(str.encode) | st.binary(
         max_size=60

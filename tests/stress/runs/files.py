@@ -15,11 +15,10 @@ from tests.stress.runs.damage import Damage, altered, flipped, truncated
 from tests.stress.runs.kills import short_training
 from tests.stress.runs.result import Progress, require
 from pilotfish.interface import GuideError
-from pilotfish.training.checkpoints import CheckpointError, list_checkpoints
-from pilotfish.training.guidance_stage import GuidanceDistillation
-from pilotfish.training.kinds import new_guide
-from pilotfish.training.loop import Distillation
-from pilotfish.training.material import Material
+from pilotfish.training.checkpoint import CheckpointError, list_checkpoints
+from pilotfish.training.stages import GuidanceTrainer, new_guide
+from pilotfish.training.trainer import Trainer
+from pilotfish.training.context import TrainingContext
 from pilotfish.guides import Guide
 
 Outcomes = Counter[str]
@@ -55,24 +54,24 @@ def damaged_guide(folder: Path, flips: int, seed: int, progress: Progress) -> Ou
     return _each(list(damages(folder, flips, seed)), load, GuideError, folder, progress)
 
 
-def short_run(folder: Path) -> tuple[Distillation, Path]:
+def short_run(folder: Path) -> tuple[Trainer, Path]:
     """Two steps of a small training on the embedded model: one that can go on, and from where."""
     config = replace(
-        short_training(folder), output_dir=str(folder / "run"), max_train_steps=2, pool=8,
+        short_training(folder), output=str(folder / "run"), max_train_steps=2, pool=8,
         replay_capacity=16, validation_steps=2, checkpointing_steps=1,
     )  # fmt: skip
-    material = Material.of(config)
+    context = TrainingContext.from_config(config)
 
-    def begun() -> Distillation:
-        guide = new_guide(config, material)
-        return GuidanceDistillation(config, material, guide, notice=lambda line: None)
+    def begun() -> Trainer:
+        guide = new_guide(config, context)
+        return GuidanceTrainer(config, context, guide, notice=lambda line: None)
 
     begun().run()
     return begun(), list_checkpoints(folder / "run")[-1]
 
 
 def damaged_checkpoint(
-    run: Distillation, path: Path, flips: int, seed: int, progress: Progress
+    run: Trainer, path: Path, flips: int, seed: int, progress: Progress
 ) -> Outcomes:
     """Go on from a checkpoint after each damage to it.
 
@@ -83,20 +82,20 @@ def damaged_checkpoint(
         EnduranceError: it went on, though from something else than was saved.
         Exception: anything but a CheckpointError.
     """
-    streams = run._streams(path)
+    streams = run.make_streams(path)
 
     def state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        tensors = run.learner.tensors()
+        tensors = run.state.tensors()
         for number, kept in streams.tensors().items():
             tensors |= {f"stream.{number}.{k}": v for k, v in kept.items()}
         copies = {k: v.detach().clone() for k, v in tensors.items()}
-        return copies, run.record.facts() | run.learner.facts() | {"step": run.record.step}
+        return copies, run.progress.facts() | run.state.facts() | {"step": run.progress.step}
 
-    run.saving.load(path, streams)
+    run.checkpoints.load(path, streams)
     whole, facts = state()
 
     def load(damage: Damage) -> bool:
-        run.saving.load(path, streams)
+        run.checkpoints.load(path, streams)
         tensors, found = state()
         return equal(tensors, whole) and found == facts
 

@@ -16,7 +16,7 @@ import torch
 
 from tests.stress.runs.result import EnduranceError, Figures, Progress, require
 from pilotfish import bundled
-from pilotfish.training.checkpoints import PREFIX, list_checkpoints, load_checkpoint
+from pilotfish.training.checkpoint import PREFIX, list_checkpoints, load_checkpoint
 from pilotfish.training.config import DistillConfig
 
 MOMENTS = ("starting", "training", "writing")
@@ -39,7 +39,7 @@ def short_training(folder: Path) -> DistillConfig:
     for kind, number in (("training", 16), ("held_out", 2)):
         files[kind].write_text("\n".join(bundled.prompts(kind)[:number]))
     return DistillConfig(
-        output_dir=str(folder), prompts=str(files["training"]),
+        output=str(folder), prompts=str(files["training"]),
         validation_prompts=str(files["held_out"]), train_batch_size=8, max_train_steps=120,
         pool=64, replay_capacity=256, replay_reuse=2, checkpointing_steps=3, validation_steps=120,
         lr_warmup_steps=10, report_to="none", resume="latest",
@@ -55,7 +55,7 @@ class Training:
     """
 
     def __init__(self, config: DistillConfig) -> None:
-        self.folder = Path(config.output_dir)
+        self.folder = Path(config.output)
         self.settings = self.folder.with_suffix(".json")
         self.settings.parent.mkdir(parents=True, exist_ok=True)
         replace(config, resume="latest").save(self.settings)
@@ -154,14 +154,14 @@ def many_kills(config: DistillConfig, *, kills: int, seed: int, progress: Progre
     """Train once without interruption, and once with so many kills.
 
     Args:
-        config: a training long enough for them; ``output_dir`` is a folder for both runs.
+        config: a training long enough for them; ``output`` is a folder for both runs.
 
     Raises:
         EnduranceError: a training did not go on, or ended in other weights.
     """
-    folder = Path(config.output_dir)
-    whole = Training(replace(config, output_dir=str(folder / "whole")))
-    killed = Training(replace(config, output_dir=str(folder / "killed")))
+    folder = Path(config.output)
+    whole = Training(replace(config, output=str(folder / "whole")))
+    killed = Training(replace(config, output=str(folder / "killed")))
     if not whole.finished:
         whole.finish()
     require(killed.step == 0, f"{folder / 'killed'} holds an earlier run; delete it")

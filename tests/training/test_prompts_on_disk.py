@@ -31,15 +31,15 @@ def config(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     make_pipe("epsilon").save_pretrained(tmp_path / "base")
     return DistillConfig(
-        output_dir=str(tmp_path / "run"), pretrained_model_name_or_path=str(tmp_path / "base"),
-        train_batch_size=4, max_train_steps=4, pool=8, replay_capacity=8, rank=4,
+        output=str(tmp_path / "run"), pretrained_model_name_or_path=str(tmp_path / "base"),
+        train_batch_size=4, max_train_steps=4, pool=8, replay_capacity=8, guide={"rank": 4},
         checkpointing_steps=2, checkpoints_total_limit=None, validation_steps=4,
-        lr_warmup_steps=1, negative_share=0.5, report_to="none",
+        lr_warmup_steps=1, negative_prompt_prob=0.5, report_to="none",
     )  # fmt: skip
 
 
 def weights(config: DistillConfig) -> dict[str, Any]:
-    return load_file(f"{config.output_dir}/guide/diffusion_pytorch_model.safetensors")
+    return load_file(f"{config.output}/guide/diffusion_pytorch_model.safetensors")
 
 
 def test_data_sets_train_what_a_text_file_trains(config: DistillConfig, tmp_path: Path) -> None:
@@ -49,13 +49,13 @@ def test_data_sets_train_what_a_text_file_trains(config: DistillConfig, tmp_path
     text = replace(config, prompts=str(tmp_path / "p.txt"))
     column = replace(
         config, prompts=str(tmp_path / "p.parquet"), caption_column="said",
-        output_dir=str(tmp_path / "column"),
+        output=str(tmp_path / "column"),
     )  # fmt: skip
     shard(tmp_path / "p.tar", TEXTS)
-    shards = replace(config, prompts=str(tmp_path / "p.tar"), output_dir=str(tmp_path / "shards"))
-    resumed = replace(column, output_dir=str(tmp_path / "resumed"),
+    shards = replace(config, prompts=str(tmp_path / "p.tar"), output=str(tmp_path / "shards"))
+    resumed = replace(column, output=str(tmp_path / "resumed"),
                       resume=str(tmp_path / "run" / "checkpoint-2"))  # fmt: skip
-    other = replace(text, output_dir=str(tmp_path / "other"), seed=1)
+    other = replace(text, output=str(tmp_path / "other"), seed=1)
     for one in (text, column, shards, resumed, other):
         distill(one)
     first = weights(text)
@@ -69,9 +69,9 @@ TRAIN = """
 import json, sys
 from dataclasses import replace
 from pathlib import Path
-import pilotfish.training.material as material
+import pilotfish.training.context as context
 from pilotfish.training.config import DistillConfig
-from pilotfish.training.stages import GuidanceDistillation, new_guide
+from pilotfish.training.stages import GuidanceTrainer, new_guide
 from benchmarks.memory import peak_bytes
 from pilotfish.conditioning import encoded
 import torch
@@ -79,15 +79,15 @@ import torch
 def peak(call):
     return peak_bytes(call, torch.device("cpu"))
 
-material.encoded = lambda pipe, texts: encoded(pipe, texts, kept=0)
+context.encoded = lambda pipe, texts: encoded(pipe, texts, kept=0)
 found = []
 for prompts in sys.argv[2:]:
     config = DistillConfig.load(Path(sys.argv[1]))
-    one = replace(config, prompts=prompts, output_dir=prompts + ".run")
+    one = replace(config, prompts=prompts, output=prompts + ".run")
     made = []
     def train():
-        made.append(material.Material.of(one))
-        GuidanceDistillation(one, made[0], new_guide(one, made[0]), print).run()
+        made.append(context.TrainingContext.from_config(one))
+        GuidanceTrainer(one, made[0], new_guide(one, made[0]), print).run()
     before = peak(lambda: None)
     more = peak(train) - before
     found.append([len(made[0].prompts), more])

@@ -1,0 +1,190 @@
+"""The data of a training: the base pipeline, prompts and, for one source of samples, images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pilotfish import bundled
+from pilotfish.backbones import Backbone
+from pilotfish.conditioning import Prompts, encoded
+from pilotfish.data.images import from_pixels, load_images
+from pilotfish.data.prompts import ConcatTexts, open_prompts
+from pilotfish.guides import Guide
+from pilotfish.noise import NoisePath
+from pilotfish.pipelines.loading import (
+    fine_tuned_weights,
+    load_pipeline,
+    use_deterministic_scheduler,
+)
+from pilotfish.pipelines.sampling import at_once
+from pilotfish.teacher import Student, Teacher
+from pilotfish.training.config import ConfigError, TrainingConfig
+
+BASE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class TrainingContext:
+    """See the module.
+
+    Attributes:
+        pipe: the base pipeline.
+        prompts: texts to train on; they may be on a disk.
+        validation_prompts: texts to validate on.
+        image_folder: captioned images, for noised samples.
+        held_out: whether the validation prompts take no part in training.
+        path: the noise path of the pipeline's scheduler.
+        backbone: the family's view of the denoiser.
+
+    Raises:
+        ConfigError: the base is not one of text to image.
+    """
+
+    pipe: Any
+    prompts: Sequence[str]
+    validation_prompts: Sequence[str]
+    image_folder: Path | None = None
+    held_out: bool = True
+    path: NoisePath = field(init=False)
+    backbone: Backbone = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.path = NoisePath.of(self.pipe.scheduler)
+        self.backbone = Backbone.of_pipeline(self.pipe)
+        shape = self.backbone.denoiser.config
+        if "image" in signature(type(self.pipe).__call__).parameters:
+            raise ConfigError(
+                f"the base is a {type(self.pipe).__name__}, which needs an image as input; train a "
+                "guide on a text-to-image pipeline"
+            )
+        if shape.in_channels > shape.out_channels:
+            raise ConfigError(
+                f"the base takes {shape.in_channels} channels and predicts {shape.out_channels}: "
+                "it needs an image as input; train a guide on a text-to-image model"
+            )
+
+    @classmethod
+    def from_config(cls, config: TrainingConfig) -> TrainingContext:
+        """The data that a configuration names; the bundled model's where it names none.
+
+        Raises:
+            ConfigError, PipelineError, ValueError: a path is wrong or has no usable content.
+        """
+        if config.pretrained_model_name_or_path is None:
+            pipe: Any = bundled.load_model("base")
+        else:
+            if config.prompts is None:
+                raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
+            pipe = load_pipeline(config.pretrained_model_name_or_path, variant=config.variant)
+
+        def given(where: str) -> Sequence[str]:
+            return open_prompts(
+                where, config.caption_column, config.prompts_split, config.skip_missing_captions
+            )
+
+        prompts = given(config.prompts) if config.prompts else bundled.prompts("training")
+        held_out = bool(config.validation_prompts) or not config.prompts
+        if config.validation_prompts:
+            validation = given(config.validation_prompts)
+        else:
+            validation = bundled.prompts("held_out") if held_out else prompts[:64]
+        images = getattr(config, "train_images", None)
+        if images is None and bundled.installed():
+            images = bundled.images("base")
+        return cls(pipe, prompts, validation, images and Path(images), held_out)
+
+    @property
+    def denoiser(self) -> Any:
+        """The base denoiser."""
+        return self.backbone.denoiser
+
+    def fine_tunes(self, names: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """The weights of fine-tunes of the base: bundled ones by name, others by folder or hub id.
+
+        Raises:
+            PipelineError: there is none, or it is no fine-tune of this base.
+        """
+        return [fine_tuned_weights(self.denoiser, bundled.train_finetune(n)) for n in names]
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Cast the frozen networks that take part in training. The VAE decodes validation images
+        alone and may overflow in half precision, so it is left as it is."""
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and name != "vae":
+                nn.Module.to(part, dtype=dtype)  # diffusers' own method warns
+
+    def use_deterministic_scheduler(self) -> None:
+        """Replace the pipeline's scheduler by the deterministic one of stage 2, and the noise path
+        with it: alpha after the last step depends on the scheduler."""
+        use_deterministic_scheduler(self.pipe)
+        self.path = NoisePath.of(self.pipe.scheduler)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents."""
+        return self.backbone.latent_shape()
+
+    @cached_property
+    def texts(self) -> Prompts:
+        """``prompts``, then ``validation_prompts``, by their index."""
+        return encoded(self.pipe, ConcatTexts(self.prompts, self.validation_prompts))
+
+    def teacher(self) -> Teacher:
+        """The base's two passes, over training and validation prompts."""
+        return Teacher(self.denoiser, self.texts, self.backbone.sizes(self.pipe))
+
+    def student(self, guide: Guide) -> Student:
+        """The base with a guide."""
+        return Student(guide, self.denoiser, self.backbone.sizes(self.pipe))
+
+    @cached_property
+    @torch.no_grad()
+    def images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean latents (M, C, h, w) of the images and (M,) the prompt index of each.
+
+        Raises:
+            ConfigError: a caption is not among the prompts.
+        """
+        if self.image_folder is None:
+            raise ConfigError(
+                "--training_samples noised needs --train_images, a folder with metadata.jsonl"
+            )
+        size = self.latent_shape[1] * int(self.pipe.vae_scale_factor)
+        images = load_images(self.image_folder, size)
+        captions = set(images.captions)
+        place = {text: i for i, text in enumerate(self.prompts) if text in captions}
+        missing = [c for c in images.captions if c not in place]
+        if missing:
+            raise ConfigError(f"{len(missing)} captions are not among the prompts: {missing[:3]}")
+        vae = self.pipe.vae
+        latents = [
+            vae.encode(from_pixels(part).to(vae.device, vae.dtype)).latent_dist.mean
+            for part in images.pixels.split(at_once(size, size))
+        ]
+        prompt = torch.tensor([place[c] for c in images.captions])
+        shift = vae.config.get("shift_factor") or 0
+        return (torch.cat(latents).float().cpu() - shift) * vae.config.scaling_factor, prompt
+
+
+def emulates_half_precision() -> bool:
+    """Whether torch emulates half precision on this processor (x86 without AVX-512), where it is
+    many times slower than float32."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def slow_precision(precision: str, device: torch.device) -> str | None:
+    """A warning where ``no``, ``fp16`` or ``bf16`` is slow on a device."""
+    if precision == "no" or device.type != "cpu" or not emulates_half_precision():
+        return None
+    return (
+        f"this processor emulates {precision}, which is many times slower than float32; "
+        "use --mixed_precision no"
+    )

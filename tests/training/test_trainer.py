@@ -1,0 +1,168 @@
+"""Stage 1 as its user meets it: it learns, and says why where it cannot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from safetensors.torch import load_file
+
+from pilotfish.guides import Guide
+from pilotfish.training import stages, validation
+from pilotfish.training.checkpoint import list_checkpoints
+from pilotfish.training.config import ConfigError, DistillConfig
+from pilotfish.training.context import TrainingContext, slow_precision
+from pilotfish.training.history import load_settings
+from pilotfish.training.stages import GuidanceTrainer, distill
+from pilotfish.training.trainer import TrainingError
+from tests.training.runs import PROMPTS, same, small_guide, train
+
+Context = Callable[..., TrainingContext]
+
+
+def test_it_learns(
+    config: DistillConfig, context: Context, prediction_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "STEPS", 6)
+    config = replace(config, max_train_steps=100, validation_steps=50, ema_decay=0.9,
+                     checkpointing_steps=400, learning_rate=1e-2)  # fmt: skip
+    trained = train(config, context(prediction_type))
+    folder = Path(config.output)
+    history = json.loads((folder / "history.json").read_text())
+    assert [row["step"] for row in history] == [50, 100]
+    assert history[-1]["guidance_error"] < 0.9
+    assert (folder / "validation" / "step-100.png").is_file()
+    # saved is the average
+    saved = Guide.from_pretrained(folder / "guide")
+    assert same(trained, saved)
+    last = load_file(list_checkpoints(folder)[-1] / "state.safetensors")
+    raw = {k[6:]: v for k, v in last.items() if k.startswith("guide.")}
+    assert any(not torch.equal(raw[k], v) for k, v in saved.state_dict().items())
+
+
+def test_a_guide_is_trained_further(
+    config: DistillConfig, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts as the named guide; settings that are not defaults must agree."""
+    made, began = context(), list[Guide]()
+
+    class Watched(GuidanceTrainer):
+        def run(self) -> Guide:
+            began.append(deepcopy(self.guide))
+            return super().run()
+
+    monkeypatch.setattr(TrainingContext, "from_config", lambda config: made)
+    monkeypatch.setattr(stages, "GuidanceTrainer", Watched)
+    own = {"rank": 4, "condition_on_negative": True, "head": 8, "uncond_templates": 2}
+    config = replace(config, guide=own, max_train_steps=2)
+    first = distill(config)
+    folder = str(tmp_path / "run" / "guide")
+    again = replace(config, output=str(tmp_path / "again"), init_from=folder)
+    further = distill(again)
+    assert not same(began[0], first)
+    assert same(began[1], first)
+    assert not same(further, first)
+    for part in ({}, {"uncond_templates": 2}):  # the rest is the guide's
+        unsaid = replace(again, output=str(tmp_path / f"unsaid-{len(part)}"), guide=part)
+        assert same(distill(unsaid), further)
+        assert load_settings(Path(unsaid.output)) == replace(unsaid, guide=config.guide)
+    with pytest.raises(ConfigError, match=r"guide: rank is 4 in the guide, 8 in the configuration"):
+        distill(replace(again, guide={"rank": 8}))
+    with pytest.raises(ConfigError, match=r": guide_type is tiny in the guide, full in the conf"):
+        distill(replace(again, guide_type="full", guide=None))
+    for name, value in (("init_from", None), ("training_samples", "on_policy")):
+        with pytest.raises(ConfigError, match=f"Cannot continue training .*: {name} is "):
+            distill(replace(again, resume="latest", **{name: value}))
+
+
+def test_the_student_sees_the_negative_prompts_of_its_samples(
+    config: DistillConfig, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[torch.Tensor, Any]] = []
+    plain = GuidanceTrainer.texts
+
+    def texts(self: Any, prompt: torch.Tensor, negative: torch.Tensor) -> Any:
+        both = plain(self, prompt, negative)
+        shown.append((negative, both[1]))
+        return both
+
+    monkeypatch.setattr(GuidanceTrainer, "texts", texts)
+    given = context()
+    with_them = train(replace(config, negative_prompt_prob=1.0), given)
+    for negative, conditions in shown:
+        assert (negative >= 0).all()
+        assert torch.equal(conditions.embeds, given.texts(negative).embeds)
+    assert len(shown) == config.max_train_steps
+    for name, change in (("null", {}), ("seed", {"negative_prompt_prob": 1.0, "seed": 1})):
+        elsewhere = replace(config, output=f"{config.output}-{name}", **change)
+        assert not same(with_them, train(elsewhere, given))
+
+
+@pytest.mark.parametrize("what", ["nan", "base", "error"])
+def test_what_goes_wrong_is_said_and_leaves_no_hook(
+    what: str, config: DistillConfig, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, real, calls = context(), stages.guidance_loss, []
+
+    def broken(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if what == "base":
+            given.pipe.unet.conv_in.bias.data.add_(1e-3)
+        if what == "error":
+            raise RuntimeError("broken")
+        return real(*args) * (float("nan") if what == "nan" and len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(stages, "guidance_loss", broken)
+    error, words = {
+        "nan": (TrainingError, "nan at step 4; the last good checkpoint is checkpoint-2"),
+        "base": (TrainingError, "base denoiser changed"),
+        "error": (RuntimeError, "broken"),
+    }[what]
+    with pytest.raises(error, match=words):
+        train(config, given)
+    if what == "nan":
+        assert [p.name for p in list_checkpoints(Path(config.output))] == ["checkpoint-2"]
+    modules = list(given.pipe.unet.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def test_a_base_that_needs_an_image_is_refused(make_pipe: Callable[[str], Any]) -> None:
+    """Before anything is encoded."""
+    parts = make_pipe("epsilon").components
+    image_to_image = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(ConfigError, match="a StableDiffusionImg2ImgPipeline, which needs an image"):
+        TrainingContext(image_to_image, PROMPTS, PROMPTS)
+    inpainting = make_pipe("epsilon")
+    inpainting.unet.register_to_config(in_channels=9)
+    with pytest.raises(ConfigError, match="takes 9 channels and predicts 4"):
+        TrainingContext(inpainting, PROMPTS, PROMPTS)
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+@pytest.mark.parametrize("processor", ["AVX2", "AVX512", "DEFAULT"])
+def test_emulated_precision_is_noted(
+    processor: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    line = slow_precision(precision, torch.device("cpu"))
+    assert (line is not None) == (processor == "AVX2" and precision != "no")
+    assert line is None or precision in line
+    assert slow_precision(precision, torch.device("cuda")) is None
+
+
+def test_training_begins_with_that_note(
+    config: DistillConfig, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pilotfish.training.trainer.slow_precision", lambda precision, device: precision
+    )
+    given, lines = context(), list[str]()
+    GuidanceTrainer(config, given, small_guide(given.pipe.unet), log=lines.append)
+    assert lines == ["no"]
