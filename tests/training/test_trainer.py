@@ -31,14 +31,16 @@ def test_it_learns(
     config: DistillConfig, context: Context, prediction_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validation, "STEPS", 6)
-    config = replace(config, max_train_steps=100, validation_steps=50, ema_decay=0.9,
-                     checkpointing_steps=400, learning_rate=1e-2)  # fmt: skip
+    config = replace(
+        config, max_train_steps=80, validation_steps=40, checkpointing_steps=400,
+        learning_rate=2e-3, ema_decay=0.9,
+    )  # fmt: skip
     trained = train(config, context(prediction_type))
     folder = Path(config.output)
     history = json.loads((folder / "history.json").read_text())
-    assert [row["step"] for row in history] == [50, 100]
-    assert history[-1]["guidance_error"] < 0.9
-    assert (folder / "validation" / "step-100.png").is_file()
+    assert [row["step"] for row in history] == [40, 80]
+    assert history[1]["guidance_error"] < min(1, history[0]["guidance_error"])
+    assert (folder / "validation" / "step-80.png").is_file()
     # saved is the average
     saved = Guide.from_pretrained(folder / "guide")
     assert same(trained, saved)
