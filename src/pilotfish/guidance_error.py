@@ -221,8 +221,3 @@ def _ratio(pairs: Iterable[tuple[float, float]]) -> float:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def latent_shape(pipe: Any) -> tuple[int, int, int]:
-    """OLD NAME."""
-    return Backbone.of_pipeline(pipe).latent_shape()

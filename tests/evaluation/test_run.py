@@ -51,21 +51,6 @@ def test_the_modes_start_from_the_same_noise(pipe: Any, guide: Guide) -> None:
         assert not torch.allclose(batch["cfg"].latents, batch["none"].latents, atol=1e-3)
 
 
-def test_cached_images_are_not_sampled_again(
-    pipe: Any, guide: Guide, moved: Guide, settings: dict[str, Any], batches: Callable[..., Any]
-) -> None:
-    cache: list[Any] = []
-    evaluate_model(pipe, guide, cache=cache, **settings)
-    assert len(cache) == 2
-    with batches(pipe.unet) as few:
-        again = evaluate_model(pipe, moved, cache=cache, **settings)
-    with batches(pipe.unet) as everything:
-        alone = evaluate_model(pipe, moved, **settings)
-    # one pass and two, for three images in two steps
-    assert sum(everything) - sum(few) == 3 * 3 * 2
-    assert repr(again) == repr(alone)
-
-
 def test_a_fresh_guide_measures_as_no_guide(
     pipe: Any, guide: Guide, settings: dict[str, Any]
 ) -> None:

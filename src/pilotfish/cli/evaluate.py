@@ -24,7 +24,7 @@ from pilotfish.cli.progress import progress_bars
 from pilotfish.data.prompts import load_prompts
 from pilotfish.evaluation import plots, tables
 from pilotfish.evaluation.curves import score_guidance_scales, score_steps
-from pilotfish.evaluation.grids import draw_models, wide_grid
+from pilotfish.evaluation.grids import draw_models, modes_grid
 from pilotfish.evaluation.negatives import evaluate_negatives
 from pilotfish.evaluation.processes import is_main
 from pilotfish.evaluation.results import CurveResult, NegativeResult, Result
@@ -81,7 +81,7 @@ class EvaluateConfig:
     clip: str | None = None
     """Folder of a CLIP: adds CLIP score."""
     output: str = "runs/evaluation.json"
-    """JSON file of the result; plots of --steps and --guidance_scales go beside it."""
+    """JSON file of the result; plots go beside it."""
     grid: str | None = None
     """PNG file: without guidance, CFG and guided, side by side on every model."""
 
@@ -109,13 +109,13 @@ def main(arguments: Sequence[str]) -> None:
         prompts = bundled.GRID_PROMPTS if config.prompts is None else _prompts(config)[:8]
         with progress_bars() as progress:
             drawn = draw_models(
-                models, open_guide(split_name(config.guide[0])[1]), prompts, progress,
-                seed=config.seed, guidance_scale=config.guidance_scale,
+                models, open_guide(split_name(config.guide[0])[1]), prompts,
+                progress=progress, seed=config.seed, guidance_scale=config.guidance_scale,
                 num_inference_steps=config.num_inference_steps,
             )  # fmt: skip
         if is_main():
             Path(config.grid).parent.mkdir(parents=True, exist_ok=True)
-            wide_grid(prompts, drawn).save(config.grid)
+            modes_grid(prompts, drawn).save(config.grid)
             print(f"saved {config.grid}")
 
 
@@ -184,11 +184,15 @@ def _show(found: Measured, output: Path) -> None:
     console = Console(width=120)
     if isinstance(found, Result):
         console.print(tables.result_table(found))
+        figures = {"guidance-error": plots.guidance_errors(found)}
     elif isinstance(found, NegativeResult):
         console.print(tables.negatives_table(found))
+        figures = {}
     else:
         for model in found.models:
             console.print(tables.curve_table(found, model))
-            plot = output.with_name(f"{output.stem}-{model}.png")
-            plots.save(plots.curve(found, model), plot)
-            print(f"saved {plot}")
+        figures = {model: plots.curve(found, model) for model in found.models}
+    for name, figure in figures.items():
+        file = output.with_name(f"{output.stem}-{name}.png")
+        plots.save(figure, file)
+        print(f"saved {file}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from pilotfish.data.images import to_pixels
-from pilotfish.evaluation.images import TITLES, ModelSource, draw, draw_modes
+from pilotfish.evaluation.images import TITLES, ModelSource, Progress, draw, draw_modes
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
 
@@ -20,25 +20,27 @@ GAP, LABEL, LINE, LETTERS = 8, 132, 18, 14
 Columns = Mapping[str, torch.Tensor]
 
 
-def draw_model(
-    pipe: Any,
-    guide: Guide,
-    prompts: Sequence[str],
-    *,
-    seed: int = 0,
-    guidance_scale: float = 4.0,
-    num_inference_steps: int = 25,
-    batch_size: int = 16,
-) -> dict[str, torch.Tensor]:
-    """Images of every prompt in the three guidance modes, prompt i from seed ``seed + i``."""
-    seeds = [seed + i for i in range(len(prompts))]
-    batches = list(
-        draw_modes(
-            pipe, guide, prompts, seeds, guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps, batch_size=batch_size,
-        )
-    )  # fmt: skip
-    return {mode.value: torch.cat([b[mode].images for b in batches]) for mode in GuidanceMode}
+def draw_models(
+    sources: Mapping[str, ModelSource], guide: Guide, prompts: Sequence[str], *, seed: int = 0,
+    guidance_scale: float = 4.0, num_inference_steps: int = 25, batch_size: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
+    """Images of every prompt by model and guidance mode, prompt i from seed ``seed + i``. One
+    model is loaded at a time."""
+    drawn, seeds = {}, [seed + i for i in range(len(prompts))]
+    for i, (name, source) in enumerate(sources.items()):
+        batches = list(
+            draw_modes(
+                source.load(), guide, prompts, seeds, guidance_scale=guidance_scale,
+                num_inference_steps=num_inference_steps, batch_size=batch_size,
+            )
+        )  # fmt: skip
+        drawn[name] = {
+            mode.value: torch.cat([b[mode].images for b in batches]) for mode in GuidanceMode
+        }
+        if progress:
+            progress("grids", i + 1, len(sources))
+    return drawn
 
 
 def draw_scales(
@@ -65,13 +67,10 @@ def draw_scales(
     return {title: torch.stack(images) for title, images in rows.items()}
 
 
-def model_grid(prompts: Sequence[str], columns: Columns, scale: int = 2) -> Image.Image:
-    """One model: three columns."""
-    return wide_grid(prompts, {"": columns}, scale)
-
-
-def wide_grid(prompts: Sequence[str], models: Mapping[str, Columns], scale: int = 2) -> Image.Image:
-    """Several models side by side, three columns each. See :func:`sheet`."""
+def modes_grid(
+    prompts: Sequence[str], models: Mapping[str, Columns], scale: int = 2
+) -> Image.Image:
+    """Models side by side, a column for each guidance mode. See :func:`sheet`."""
     groups = {
         name: {TITLES[mode]: columns[mode] for mode in GuidanceMode}
         for name, columns in models.items()
@@ -146,7 +145,7 @@ def sheet(
             at = (x + width / 2, GAP + LINE * (named + 0.5))
             pen.text(at, title, FAINT, _narrow(title, width, pen), anchor="mm")
             for r, image in enumerate(images):
-                paper.paste(enlarged(image, scale), (x, top + r * (height + GAP)))
+                paper.paste(_enlarged(image, scale), (x, top + r * (height + GAP)))
             x += width + GAP
         x += GAP
     room = max(1, height // LINE)
@@ -158,42 +157,7 @@ def sheet(
     return paper
 
 
-def contact_sheet(images: torch.Tensor, columns: int = 5, scale: int = 2) -> Image.Image:
-    """(N, 3, H, W) images in [-1, 1] row by row, numbered from 1 and without their names,
-    so that somebody can be asked what they are.
-
-    Raises:
-        ValueError: no image.
-    """
-    if not len(images):
-        raise ValueError("a sheet needs at least one image")
-    height, width = (scale * n for n in images.shape[2:])
-    rows = -(-len(images) // columns)
-    cell, row = width + GAP, height + LINE + GAP
-    paper = Image.new("RGB", (GAP + columns * cell, GAP + rows * row), GROUND)
-    pen = ImageDraw.Draw(paper)
-    for i, image in enumerate(images):
-        x, y = GAP + i % columns * cell, GAP + i // columns * row
-        paper.paste(enlarged(image, scale), (x, y))
-        at = (x + width / 2, y + height + LINE / 2)
-        pen.text(at, str(i + 1), FAINT, _font(LETTERS - 1), anchor="mm")
-    return paper
-
-
-def draw_models(
-    sources: Mapping[str, ModelSource], guide: Guide, prompts: Sequence[str],
-    progress: Callable[[str, int, int], None] | None = None, **settings: Any,
-) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
-    """:func:`draw_model` of every model, one loaded at a time."""
-    drawn = {}
-    for i, (name, source) in enumerate(sources.items()):
-        drawn[name] = draw_model(source.load(), guide, prompts, **settings)
-        if progress:
-            progress("grids", i + 1, len(sources))
-    return drawn
-
-
-def enlarged(image: torch.Tensor, scale: int) -> Image.Image:
+def _enlarged(image: torch.Tensor, scale: int) -> Image.Image:
     """(3, H, W) in [-1, 1], enlarged by Lanczos."""
     pixels = to_pixels(image[None])[0].permute(1, 2, 0).cpu().numpy()
     height, width = (scale * n for n in image.shape[1:])

@@ -115,34 +115,24 @@ def draw(
 def draw_modes(
     pipe: Any, guide: Guide, prompts: Sequence[str], seeds: Sequence[int], *,
     guidance_scale: float, num_inference_steps: int, batch_size: int,
-    cache: list[dict[str, ImageBatch]] | None = None,
 ) -> Iterator[dict[str, ImageBatch]]:  # fmt: skip
     """Batch after batch, each in every guidance mode. The guide is attached during its own mode
-    alone.
-
-    Args:
-        batch_size: of each process.
-        cache: the batches of ``none`` and ``cfg``, which do not depend on the guide: used where
-            they are there, and added where they are not.
-    """
+    alone. ``batch_size`` is that of each process."""
     modes: dict[str, tuple[float, Guide | None]] = {
         GuidanceMode.NONE: (1.0, None),
         GuidanceMode.CFG: (guidance_scale, None),
         GuidanceMode.GUIDED: (guidance_scale, guide),
     }
     batch_size = total_batch_size(batch_size)
-    for number, i in enumerate(range(0, len(prompts), batch_size)):
+    for i in range(0, len(prompts), batch_size):
         part = slice(i, i + batch_size)
-        batches = dict(cache[number]) if cache and number < len(cache) else {}
-        for mode, (w, with_guide) in modes.items():
-            if mode not in batches:
-                batches[mode] = draw(
-                    pipe, prompts[part], seeds[part], guidance_scale=w, guide=with_guide,
-                    num_inference_steps=num_inference_steps,
-                )  # fmt: skip
-        if cache is not None and number == len(cache):
-            cache.append({mode: batches[mode] for mode in ("none", "cfg")})
-        yield batches
+        yield {
+            mode: draw(
+                pipe, prompts[part], seeds[part], guidance_scale=w, guide=with_guide,
+                num_inference_steps=num_inference_steps,
+            )
+            for mode, (w, with_guide) in modes.items()
+        }  # fmt: skip
 
 
 def load_reference(pipe: Any, folder: str | Path | None) -> torch.Tensor | None:

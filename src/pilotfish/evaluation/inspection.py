@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from pilotfish.evaluation.plots import LIGHT, Theme, figure_and_axes, legend, line_style
+from pilotfish.evaluation.plots import LIGHT, SIZE, Theme, legend, line_style, prepare_axes
 from pilotfish.guides import Guide
 from pilotfish.interface import GuideInputs, GuideOutput, ResidualFunction
 from pilotfish.pipelines.sampling import sample
@@ -90,7 +90,9 @@ def added_maps(found: Sequence[Added], site: str, columns: int = 8, theme: Theme
 
 def added_strength(found: Sequence[Added], site: str, theme: Theme = LIGHT) -> Figure:
     """How strong it is at one site over time, a line for each w."""
-    figure, axes = figure_and_axes(f"Strength at {site}", "time (noise → image)", theme)
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    prepare_axes(axes, f"Strength at {site}", "time (noise → image)", theme)
     scales = sorted({a.guidance_scale for a in found})
     for i, w in enumerate(scales):
         here = [a for a in found if a.site == site and a.guidance_scale == w]

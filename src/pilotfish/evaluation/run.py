@@ -15,7 +15,6 @@ import torch
 from pilotfish.backbones import Backbone
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import (
-    ImageBatch,
     ModelScorer,
     ModelSource,
     Progress,
@@ -67,7 +66,6 @@ def evaluate_model(
     guidance_scales: Sequence[float] = SCALES,
     inception_weights: str | Path | None = None,
     clip: str | Path | None = None,
-    cache: list[dict[str, ImageBatch]] | None = None,
     progress: Progress | None = None,
 ) -> ModelResult:
     """Measure one pipeline.
@@ -85,8 +83,6 @@ def evaluate_model(
         guidance_scales: each w of the guidance error.
         inception_weights: if given, Inception FID as well.
         clip: folder of a CLIP; if given, CLIP score as well.
-        cache: images without guidance and with CFG, of an earlier guide in the same settings; an
-            empty list is filled with them.
         progress: called after every batch.
 
     Raises:
@@ -114,7 +110,7 @@ def evaluate_model(
     done = 0
     for batches in draw_modes(
         pipe, guide, model.texts, model.seeds, guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps, batch_size=batch_size, cache=cache,
+        num_inference_steps=num_inference_steps, batch_size=batch_size,
     ):  # fmt: skip
         features = {mode: model.scorer.images(batch.images) for mode, batch in batches.items()}
         for mode, batch in batches.items():
@@ -156,7 +152,6 @@ def evaluate(
     rounds: int = 15,
     scorer: Scorer | None = None,
     unfinished: str | Path | None = None,
-    cache: dict[str, list[dict[str, ImageBatch]]] | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -170,7 +165,6 @@ def evaluate(
         rounds: of the wall clock.
         unfinished: file of the models that are finished; the same call resumes from it. To be
             deleted when the result is saved.
-        cache: by model, see :func:`evaluate_model`; an empty dict is filled.
         settings: further ones of :func:`evaluate_model`.
 
     Raises:
@@ -211,7 +205,7 @@ def evaluate(
         model = partial(
             evaluate_model, pipe, guide, reference_images=source.reference_images,
             samples=samples, seed=seed, scorer=scorer, progress=named_progress(progress, name),
-            cache=None if cache is None else cache.setdefault(name, []), **same, **settings,
+            **same, **settings,
         )  # fmt: skip
         results[name] = parts.get(ModelResult, key, model)
     assert cost is not None and size is not None
