@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from diffusers import UNet2DConditionModel
-
-PART = "unet"
-"""The folder of the denoiser in a pipeline's folder."""
+COMPONENTS = ("unet", "transformer")
+"""Folders that a denoiser may have in a pipeline's folder."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +31,18 @@ class Origin:
         return f"{self.name}{at}{' with a LoRA' if self.lora else ''}"
 
     @classmethod
-    def of(cls, unet: UNet2DConditionModel) -> Origin | None:
-        """Of a UNet as diffusers has loaded it; None where it was made in memory."""
-        where = unet.config.get("_name_or_path")
+    def of(cls, denoiser: Any) -> Origin | None:
+        """Of a denoiser as diffusers has loaded it; None where it was made in memory."""
+        where = denoiser.config.get("_name_or_path")
         if not where:
             return None
-        lora = bool(getattr(unet, "peft_config", None))
+        lora = bool(getattr(denoiser, "peft_config", None))
         parts = Path(where).parts
         for i, part in enumerate(parts[:-2]):
             # the hub's cache: models--owner--name/snapshots/<commit>/unet
             if part.startswith("models--") and parts[i + 1] == "snapshots":
                 return cls(part.removeprefix("models--").replace("--", "/"), parts[i + 2], lora)
-        if Path(where).exists() and Path(where).resolve().name == PART:
+        if Path(where).exists() and Path(where).resolve().name in COMPONENTS:
             return cls(Path(where).resolve().parent.name, None, lora)
         return cls(public_name(where), None, lora)
 
