@@ -105,8 +105,9 @@ def pipe(make_pipe: Callable[[str], StableDiffusionPipeline]) -> StableDiffusion
 
 
 @pytest.fixture
-def unet(pipe: StableDiffusionPipeline) -> UNet2DConditionModel:
-    return pipe.unet
+def unet() -> UNet2DConditionModel:
+    """A UNet as the pipelines have it."""
+    return components.unet()
 
 
 @pytest.fixture

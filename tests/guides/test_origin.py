@@ -1,8 +1,7 @@
-"""What a guide remembers of its base, and says when it meets another."""
+"""The name of the base that a guide was trained on, and what is logged on another."""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -10,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from diffusers import SD3Transformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
 
-from pilotfish import bundled
-from pilotfish.backbones import Origin, fingerprint, portable_path, public_name
+from pilotfish import cli
+from pilotfish.backbones import Backbone, Origin, portable_path, public_name
 from pilotfish.guides import Guide, TinyGuide
 from pilotfish.interface import GuideError
+from tests import components
+from tests.cli.conftest import SHORT
 
 COMMIT = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
 Make = Callable[..., TinyGuide]
@@ -44,27 +45,33 @@ def load(folder: Path, **more: Any) -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(folder, **more)
 
 
-def test_a_folder_is_known_by_its_last_part(folder: Path) -> None:
+def test_a_folder_is_known_by_its_name(folder: Path) -> None:
     assert Origin.of(load(folder).unet) == Origin("my-base")
     alone = UNet2DConditionModel.from_pretrained(folder / "unet")
     assert Origin.of(alone) == Origin("my-base")
 
 
-def test_what_was_made_in_memory_has_no_origin(unet: UNet2DConditionModel) -> None:
+def test_a_denoiser_made_in_memory_has_no_origin(unet: UNet2DConditionModel) -> None:
     assert Origin.of(unet) is None
 
 
-def test_the_hubs_cache_tells_id_and_commit(folder: Path, tmp_path: Path) -> None:
+def test_the_cache_of_the_hub_holds_id_and_commit(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "hub" / "models--some-one--sd.x" / "snapshots" / COMMIT
     shutil.copytree(folder, place)
     assert Origin.of(load(place).unet) == Origin("some-one/sd.x", COMMIT)
 
 
-def test_a_lora_is_another_denoiser() -> None:
-    plain, tuned = (Origin.of(bundled.load_model(n).unet) for n in ("base", "emojione"))
-    assert plain == Origin("base")
-    assert tuned == Origin("base", lora=True)
-    assert not plain.same_as(tuned)
+def test_a_lora_is_another_denoiser(folder: Path) -> None:
+    unet = load(folder).unet
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]))
+    assert Origin.of(unet) == Origin("my-base", lora=True)
+    assert not Origin("my-base").same_as(Origin("my-base", lora=True))
+
+
+def test_a_transformer_is_known_by_its_pipelines_folder(tmp_path: Path) -> None:
+    components.sd3_transformer().save_pretrained(tmp_path / "my-base" / "transformer")
+    loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "my-base" / "transformer")
+    assert Origin.of(loaded) == Origin("my-base")
 
 
 @pytest.mark.parametrize(
@@ -79,12 +86,12 @@ def test_a_lora_is_another_denoiser() -> None:
         ("4.0", "4.0", "4.0"),
     ],
 )
-def test_no_folder_of_a_machine_is_told(where: str, name: str, portable: str) -> None:
+def test_no_folder_of_a_machine_is_saved(where: str, name: str, portable: str) -> None:
     assert public_name(where) == name
     assert portable_path(where) == portable
 
 
-def test_saved_it_remembers_and_tells_no_path(make: Make, tmp_path: Path) -> None:
+def test_a_saved_guide_names_its_base_and_no_path(make: Make, tmp_path: Path) -> None:
     make("owner/base", revision=COMMIT).save_pretrained(tmp_path / "one")
     again = Guide.from_pretrained(tmp_path / "one")
     assert again.trained_on == Origin("owner/base", COMMIT)
@@ -94,27 +101,18 @@ def test_saved_it_remembers_and_tells_no_path(make: Make, tmp_path: Path) -> Non
     assert text == (tmp_path / "one" / "config.json").read_text()
 
 
-def test_a_guide_from_before_loads_and_says_nothing(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
+def test_a_guide_without_a_base_logs_nothing(
+    make: Make, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(bundled.GUIDES / "tiny", tmp_path / "old")
-    file = tmp_path / "old" / "config.json"
-    config = json.loads(file.read_text())
-    config.pop("trained_on", None)
-    file.write_text(json.dumps(config))
-    weights = file.with_name("diffusion_pytorch_model.safetensors")
-    save_file(load_file(weights), weights)  # an old file has no checksum
-    guide = Guide.from_pretrained(tmp_path / "old")
-    assert guide.trained_on is None
     with caplog.at_level(logging.INFO, "pilotfish"):
-        guide.attach(bundled.load_model("fluent"))
+        make().attach(load(folder))
     assert not caplog.records
 
 
 @pytest.mark.parametrize(
     "bad", ["base", {}, {"revision": "1"}, {"name": 3}, {"name": "a", "b": ""}]
 )
-def test_a_base_that_is_none_is_refused(
+def test_a_wrong_name_of_a_base_is_refused(
     bad: Any, make: Make, tmp_path: Path, edit_config: Callable[..., None]
 ) -> None:
     make("base").save_pretrained(tmp_path)
@@ -123,7 +121,7 @@ def test_a_base_that_is_none_is_refused(
         Guide.from_pretrained(tmp_path)
 
 
-def test_on_its_own_base_it_is_silent(
+def test_on_its_own_base_a_guide_logs_nothing(
     make: Make, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "pilotfish"):
@@ -141,7 +139,7 @@ def test_on_its_own_base_it_is_silent(
         ),
     ],
 )
-def test_on_another_base_that_fits_it_names_both(
+def test_on_another_base_that_fits_a_guide_logs_both(
     fields: dict[str, str], said: str, make: Make, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "pilotfish"):
@@ -157,56 +155,35 @@ def test_another_commit_is_another_base() -> None:
     assert one.same_as(Origin("a/b"))
 
 
-def test_on_another_shape_it_is_refused_and_both_are_named(make: Make, tmp_path: Path) -> None:
-    guide = make("owner/base")
+def test_a_base_of_another_shape_is_refused_and_both_are_named(make: Make, folder: Path) -> None:
+    pipe = load(folder, unet=components.unet(block_out_channels=(8, 32)))
     with pytest.raises(GuideError) as caught:
-        guide.attach(bundled.load_model("fluent"))
+        make("owner/base").attach(pipe)
     sentence = str(caught.value)
-    assert "trained on owner/base, used on fluent" in sentence
-    assert "block_out_channels: guide [8, 16], denoiser [176]" in sentence
+    assert "trained on owner/base, used on an unnamed one" in sentence
+    assert "middle: guide 16, denoiser 32" in sentence
 
 
-def test_a_distilled_guide_remembers_its_base(folder: Path, tmp_path: Path) -> None:
-    from pilotfish import cli
-
+def test_a_distilled_guide_remembers_its_base_and_follows_it(folder: Path, tmp_path: Path) -> None:
+    """A checkpoint belongs to the base's weights, not to its folder."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\nc\n")
-    own = ["--pretrained_model_name_or_path", str(folder), "--prompts", str(prompts)]
-    short = [
-        "--train_batch_size", "2", "--max_train_steps", "1", "--pool", "4", "--replay_capacity",
-        "4", "--report_to", "none", "--validation_steps", "9",
-    ]  # fmt: skip
     run = tmp_path / "run"
-    assert cli.main(["distill", *own, *short, "--output_dir", str(run)]) == 0
+    arguments = [
+        "distill", "--prompts", str(prompts), "--output", str(run), *SHORT,
+        "--pretrained_model_name_or_path",
+    ]  # fmt: skip
+    assert cli.main([*arguments, str(folder), "--max_train_steps", "1"]) == 0
     assert Guide.from_pretrained(run / "guide").trained_on == Origin("my-base")
     assert str(tmp_path) not in (run / "guide" / "config.json").read_text()
-    steps = ["--guide", str(run / "guide"), "--steps", "2", "--output_dir", str(tmp_path / "few")]
-    assert cli.main(["distill-steps", *own, *short, *steps]) == 0
-    few = tmp_path / "few" / "steps-2" / "guide"
-    assert Guide.from_pretrained(few).trained_on == Origin("my-base")
-    assert str(tmp_path) not in (few / "config.json").read_text()
-
-
-def test_a_run_whose_base_has_moved_goes_on(folder: Path, tmp_path: Path) -> None:
-    """The checksum, not the name, is what a checkpoint goes by."""
-    from pilotfish import cli
-
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a\nb\nc\n")
-    base = "--pretrained_model_name_or_path"
-    run = [
-        "distill", "--prompts", str(prompts), "--output_dir", str(tmp_path / "run"),
-        "--train_batch_size", "2", "--pool", "4", "--replay_capacity", "4", "--report_to", "none",
-        "--validation_steps", "9",
-    ]  # fmt: skip
-    assert cli.main([*run, base, str(folder), "--max_train_steps", "1"]) == 0
     moved = folder.rename(tmp_path / "moved")
-    assert cli.main([*run, base, str(moved), "--max_train_steps", "2", "--resume", "latest"]) == 0
-    assert Guide.from_pretrained(tmp_path / "run" / "guide").trained_on == Origin("moved")
+    more = ["--max_train_steps", "2", "--resume", "latest"]
+    assert cli.main([*arguments, str(moved), *more]) == 0
+    assert Guide.from_pretrained(run / "guide").trained_on == Origin("moved")
 
 
-def test_every_kind_remembers(guide_class: type[Guide], unet: Any, tmp_path: Path) -> None:
+def test_every_type_remembers_its_base(guide_class: type[Guide], unet: Any, tmp_path: Path) -> None:
     guide = guide_class.for_denoiser(unet, "epsilon", trained_on={"name": "base"})
     guide.save_pretrained(tmp_path)
     assert Guide.from_pretrained(tmp_path).trained_on == Origin("base")
-    guide.check(fingerprint(unet, "epsilon"))
+    guide.check(Backbone.of(unet).signature("epsilon"))

@@ -1,274 +1,275 @@
-"""The contract that every kind of guide keeps: shapes, zeros, what it depends on."""
+"""The contract of every type of guide: shapes, zeros, what it depends on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from pilotfish.backbones import decoder_layers, skip_channels, skip_levels
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
-from pilotfish.interface import GuideError, GuideInputs, GuideOutput
+from pilotfish.interface import GuideError, GuideInputs, GuideOutput, TextConditions
+from tests import components
 
 
 @pytest.fixture
 def inputs() -> GuideInputs:
-    generator = torch.Generator().manual_seed(13)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
+    """A batch of three."""
+    family = components.FAMILIES["unet"]
     return GuideInputs(
-        latents=randn(3, 4, 8, 8),
-        timestep=torch.tensor([990, 500, 10]),
+        latents=family.latents(3, seed=13),
+        time=torch.tensor([0.99, 0.5, 0.01]),
         guidance_scale=torch.tensor([2.0, 4.0, 7.5]),
-        encoder_hidden_states=randn(3, 8, 16),
-        negative_hidden_states=randn(3, 8, 16),
-        added_cond_kwargs={},
+        text=family.text(3, seed=14),
+        negative=family.text(3, seed=15),
     )
 
 
-Maps = Callable[..., list[torch.Tensor]]
+def added(guide: Guide, inputs: GuideInputs) -> dict[str, torch.Tensor]:
+    """All that a guide's output adds, to features that depend on their sample alone."""
+    return tensors(guide(inputs), guide.config.signature, inputs.latents[:, :1])
 
 
-@dataclass(frozen=True)
-class Made:
-    """What a denoiser might make in a pass: random features in its shapes."""
-
-    skips: tuple[torch.Tensor, ...]
-    mid: torch.Tensor
-    modules: dict[str, tuple[torch.Tensor, torch.Tensor]]  # what enters, what is made
-
-    @classmethod
-    def by(cls, unet: UNet2DConditionModel) -> Made:
-        generator = torch.Generator().manual_seed(14)
-
-        def maps(channels: list[int], levels: list[int]) -> tuple[torch.Tensor, ...]:
-            return tuple(
-                torch.randn(3, c, 8 >> level, 8 >> level, generator=generator)
-                for c, level in zip(channels, levels, strict=True)
-            )
-
-        skips = maps(skip_channels(unet.config), skip_levels(unet.config))
-        layers = decoder_layers(unet.config)
-        modules = {name: maps([c, c], [0, 0]) for name, c in layers.items()}
-        return cls(skips, skips[-1].flip(1), modules | {"conv_out": maps([8, 4], [0, 0])})
+def tensors(
+    output: GuideOutput, signature: dict[str, Any], latents: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    head = signature["head"]
+    widths = {name: (c, c) for name, c in signature["layers"]}
+    widths[head["module"]] = head["features"], head["channels"]
+    found = dict(output.gains)
+    if output.text is not None:
+        found["text"] = output.text
+    if output.text_gain is not None:
+        found["text_gain"] = output.text_gain
+    for name, residual in output.residuals.items():
+        ramps = [torch.linspace(-1, 1, c)[:, None, None] for c in widths[name]]
+        entered, made = (torch.sin(3 * latents + ramp) for ramp in ramps)
+        found[name] = residual(entered, made) - made
+    if output.encoder is not None:
+        skips, middle = output.encoder
+        found |= {f"skip {i}": skip for i, skip in enumerate(skips)} | {"middle": middle}
+    return found
 
 
-@pytest.fixture
-def made(unet: UNet2DConditionModel) -> Made:
-    return Made.by(unet)
-
-
-@pytest.fixture
-def maps(made: Made) -> Maps:
-    """Everything that an injection adds."""
-
-    def every(
-        injection: GuideOutput, samples: slice = slice(None), made: Made = made
-    ) -> list[torch.Tensor]:
-        found: list[torch.Tensor | None] = [injection.text, *injection.pushes.values()]
-        if injection.encoder is not None:
-            skips = tuple(s[samples] for s in made.skips)
-            of_skips, of_mid = injection.encoder(skips, made.mid[samples])
-            found += [*of_skips, of_mid]
-        for name, addition in injection.modules.items():
-            found.append(addition(*(x[samples] for x in made.modules[name])))
-        return [m for m in found if m is not None]
-
-    return every
-
-
-def differ(maps: Maps, guide: Guide, inputs: GuideInputs, **changed: Any) -> bool:
+def differ(guide: Guide, inputs: GuideInputs, **changed: Any) -> bool:
     with torch.no_grad():
-        pairs = zip(maps(guide(inputs)), maps(guide(replace(inputs, **changed))), strict=True)
-        return any(not torch.allclose(a, b, atol=1e-7) for a, b in pairs)
+        one, other = added(guide, inputs), added(guide, replace(inputs, **changed))
+    return any(not torch.allclose(one[k], other[k], atol=1e-6) for k in one)
 
 
-def test_what_leaves_has_the_shape_of_what_it_is_added_to(
-    trained: Guide, inputs: GuideInputs, made: Made
+# -- every type --------------------------------------------------------------------------------
+
+
+def test_an_output_fits_the_denoiser(trained: Guide, inputs: GuideInputs) -> None:
+    output, signature = trained(inputs), trained.config.signature
+    assert set(output.residuals) == set(trained.target_modules)
+    assert set(output.gains) == set(trained.extrapolated)
+    gains = {**dict(signature["attention"]), **dict.fromkeys(signature["modulation"], 1)}
+    assert all(gain.shape == (3, gains[name]) for name, gain in output.gains.items())
+    channels = dict(signature["layers"]) | {"conv_out": 4}
+    for name, tensor in added(trained, inputs).items():
+        if name in output.residuals:
+            assert tensor.shape == (3, channels[name], 8, 8)
+    if output.encoder is not None:
+        skips, middle = output.encoder
+        expected = [(3, c, 8 >> level, 8 >> level) for c, level in signature["encoder"]]
+        assert [tuple(skip.shape) for skip in skips] == expected
+        assert middle.shape == skips[-1].shape
+
+
+def test_a_fresh_guide_adds_zeros(fresh: Guide, inputs: GuideInputs) -> None:
+    assert not any(tensor.any() for tensor in added(fresh, inputs).values())
+
+
+def test_scale_1_adds_zeros(trained: Guide, inputs: GuideInputs) -> None:
+    scale = torch.tensor([1.0, 0.3, 4.0])
+    for name, tensor in added(trained, replace(inputs, guidance_scale=scale)).items():
+        assert not tensor[:2].any(), name
+        assert tensor[2].any(), name
+
+
+def test_scale_time_text_and_latents_count(trained: Guide, inputs: GuideInputs) -> None:
+    for w in (2.25, 2.5, 7.0):
+        assert differ(trained, inputs, guidance_scale=torch.full((3,), w))
+    assert differ(trained, inputs, time=inputs.time - 0.007)
+    assert differ(trained, inputs, text=inputs.text[torch.tensor([1, 2, 0])])
+    assert differ(trained, inputs, latents=-inputs.latents)
+
+
+def test_the_negative_prompt_counts_but_for_the_full_guide(
+    trained: Guide, inputs: GuideInputs
 ) -> None:
-    injection = trained(inputs)
-    if injection.text is not None:
-        assert injection.text.shape == inputs.encoder_hidden_states.shape
-    if injection.encoder is not None:
-        of_skips, of_mid = injection.encoder(made.skips, made.mid)
-        assert [None if a is None else a.shape for a in of_skips] == [s.shape for s in made.skips]
-        assert of_mid is None or of_mid.shape == made.mid.shape
-    assert set(injection.pushes) == set(trained.pushes)
-    for gain in injection.pushes.values():
-        assert gain.shape in ((len(inputs.latents), 2), (len(inputs.latents), 1))
-    assert set(injection.modules) == set(trained.touches)
-    for name, addition in injection.modules.items():
-        entered, made_there = made.modules[name]
-        assert addition(entered, made_there).shape == made_there.shape
+    """The paper's full guide is a copy of the encoder, without an input for it."""
+    other = inputs.negative[torch.tensor([1, 2, 0])]
+    assert differ(trained, inputs, negative=other) is not isinstance(trained, FullGuide)
 
 
-def test_a_fresh_guide_answers_with_zeros(maps: Maps, fresh: Guide, inputs: GuideInputs) -> None:
-    assert all((m == 0).all() for m in maps(fresh(inputs)))
-
-
-def test_a_fresh_guide_can_learn(maps: Maps, fresh: Guide, inputs: GuideInputs) -> None:
-    """The zeros must not stop the gradient of what makes them."""
-    sum(m.sum() for m in maps(fresh(inputs))).backward()
-    moved = [p for p in fresh.parameters() if p.grad is not None and (p.grad != 0).any()]
-    assert moved
-
-
-def test_scale_one_answers_with_zeros(maps: Maps, trained: Guide, inputs: GuideInputs) -> None:
-    at_one = trained(replace(inputs, guidance_scale=torch.tensor([1.0, 0.3, 4.0])))
-    for m in maps(at_one):
-        assert (m[:2] == 0).all()
-        assert (m[2] != 0).any()
-
-
-@pytest.mark.parametrize("scale", [2.25, 2.5, 7.0])
-def test_fractions_of_the_scale_count(
-    maps: Maps, trained: Guide, inputs: GuideInputs, scale: float
-) -> None:
-    assert differ(maps, trained, inputs, guidance_scale=torch.full((3,), scale))
-
-
-def test_timestep_and_text_count(maps: Maps, trained: Guide, inputs: GuideInputs) -> None:
-    assert differ(maps, trained, inputs, timestep=inputs.timestep - 7)
-    assert differ(
-        maps, trained, inputs, encoder_hidden_states=inputs.encoder_hidden_states.roll(1, 0)
-    )
-
-
-def test_samples_do_not_mix(maps: Maps, trained: Guide, inputs: GuideInputs) -> None:
-    per_sample = [f.name for f in fields(inputs) if f.name != "added_cond_kwargs"]
+def test_samples_do_not_mix(trained: Guide, inputs: GuideInputs) -> None:
     with torch.no_grad():
-        together = maps(trained(inputs))
+        together = added(trained, inputs)
         for i in range(3):
-            only = slice(i, i + 1)
-            alone = replace(inputs, **{k: getattr(inputs, k)[only] for k in per_sample})
-            for whole, one in zip(together, maps(trained(alone), only), strict=True):
-                torch.testing.assert_close(whole[only], one, atol=1e-5, rtol=1e-4)
+            one = slice(i, i + 1)
+            names = ("latents", "time", "guidance_scale", "text", "negative")
+            alone = added(trained, replace(inputs, **{k: getattr(inputs, k)[one] for k in names}))
+            for name, tensor in alone.items():
+                torch.testing.assert_close(together[name][one], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_every_parameter_has_a_part(maps: Maps, trained: Guide, inputs: GuideInputs) -> None:
-    """A parameter without gradient would stop several processes from training together."""
-    sum(m.pow(2).sum() for m in maps(trained(inputs))).backward()
-    idle = [n for n, p in trained.named_parameters() if p.grad is None]
-    assert not idle
-
-
-def test_the_papers_plain_form_sees_nothing_of_the_base(
-    maps: Maps, unet: UNet2DConditionModel, inputs: GuideInputs, made: Made,
-    randomise: Callable[[Guide], Guide],
-) -> None:  # fmt: skip
-    plain = randomise(ExternalGuide.for_denoiser(unet, "epsilon", reads=("latents",)))
-    blind = replace(made, skips=tuple(0 * s for s in made.skips), mid=0 * made.mid)
+def test_one_negative_prompt_serves_all(trained: Guide, inputs: GuideInputs) -> None:
+    one = inputs.negative[:1]
     with torch.no_grad():
-        pairs = zip(maps(plain(inputs)), maps(plain(inputs), made=blind), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
-    assert differ(maps, plain, inputs, latents=-inputs.latents)
+        shared = added(trained, replace(inputs, negative=one))
+        repeated = added(trained, replace(inputs, negative=one.expand(3)))
+    for name, tensor in shared.items():
+        torch.testing.assert_close(tensor, repeated[name], atol=1e-6, rtol=1e-5)
 
 
-def test_the_form_that_reads_skips_alone_sees_no_latents(
-    maps: Maps, unet: UNet2DConditionModel, inputs: GuideInputs, made: Made,
-    randomise: Callable[[Guide], Guide],
-) -> None:  # fmt: skip
-    reader = randomise(ExternalGuide.for_denoiser(unet, "epsilon", reads=("skips",)))
-    assert not differ(maps, reader, inputs, latents=-inputs.latents)
-    other = replace(made, mid=-made.mid)
-    with torch.no_grad():
-        pairs = zip(maps(reader(inputs)), maps(reader(inputs), made=other), strict=True)
-        assert any(not torch.equal(a, b) for a, b in pairs)
+def test_every_parameter_has_a_gradient(fresh: Guide, trained: Guide, inputs: GuideInputs) -> None:
+    """Several processes could not train a parameter that has none."""
+    sum(tensor.square().sum() for tensor in added(trained, inputs).values()).backward()
+    assert not [n for n, p in trained.named_parameters() if p.grad is None]
+
+
+def test_settings_are_arguments_of_the_guide(
+    guide_class: type[Guide], unet: UNet2DConditionModel
+) -> None:
+    settings = {f.name: f.default for f in fields(guide_class.settings_class)}
+    assert MISSING not in settings.values()
+    default = guide_class.for_denoiser(unet, "epsilon").settings()
+    assert guide_class.for_denoiser(unet, "epsilon", **settings).settings() == default
+    assert Guide.registry[guide_class.guide_type] is guide_class
+
+
+def test_time_is_one_number_whatever_the_size_of_the_schedule(
+    trained: Guide, unet: UNet2DConditionModel
+) -> None:
+    assert trained.times is None
+    few = type(trained).for_denoiser(unet, "epsilon", times=[0.999, 0.499])
+    assert few.times == (0.999, 0.499)
+
+
+# -- the tiny guide ----------------------------------------------------------------------------
+
+NO_PART: dict[str, Any] = {
+    "text": False, "attention": False, "modulation": False, "rank": 0, "head": 0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("part", "left"),
+    ("settings", "names"),
     [
-        ({"push": False}, "layers output"),
-        ({"rank": 0}, "text output"),
-        ({"head": 0}, "text layers"),
+        ({"text": True}, {"text_gain"}),
+        ({"attention": True}, {"attn2"}),
+        ({"modulation": True}, {"resnets (gain)"}),
+        ({"rank": 4}, {"resnets", "attentions"}),
+        ({"head": 4}, {"conv_out"}),
     ],
+    ids=lambda value: next(iter(value)),
 )
-def test_a_part_of_the_tiny_guide_can_be_left_out(
-    unet: UNet2DConditionModel, inputs: GuideInputs, part: dict[str, Any], left: str
+def test_each_part_of_a_tiny_guide_alone(
+    unet: UNet2DConditionModel, inputs: GuideInputs, settings: dict[str, Any], names: set[str]
 ) -> None:
-    injection = TinyGuide.for_denoiser(unet, "epsilon", **part)(inputs)
-    made = {"text": injection.text is not None, "layers": any("up" in n for n in injection.modules),
-            "output": "conv_out" in injection.modules}  # fmt: skip
-    assert [name for name, there in made.items() if there] == left.split()
+    output = TinyGuide.for_denoiser(unet, "epsilon", **NO_PART | settings)(inputs)
+    found = {"text_gain"} if output.text_gain is not None else set()
+    found |= {"attn2" if n.endswith("attn2") else "resnets (gain)" for n in output.gains}
+    found |= {"conv_out" if n == "conv_out" else n.split(".")[-2] for n in output.residuals}
+    assert found == names
+    assert output.encoder is None
 
 
 def test_a_tiny_guide_without_any_part_is_refused(unet: UNet2DConditionModel) -> None:
-    nothing = {"push": False, "attention": False, "embedding": False, "rank": 0, "head": 0}
-    with pytest.raises(GuideError, match="at least one of push, attention, embedding, rank"):
-        TinyGuide.for_denoiser(unet, "epsilon", **nothing)
+    with pytest.raises(GuideError, match="at least one of text, attention, modulation, rank"):
+        TinyGuide.for_denoiser(unet, "epsilon", **NO_PART)
 
 
-@pytest.mark.parametrize("without", [{"negative": False}, {"head": 0}])
-def test_a_picture_without_what_it_needs_is_refused(
-    unet: UNet2DConditionModel, without: dict[str, Any]
+@pytest.mark.parametrize("missing", [{"condition_on_negative": False}, {"head": 0}])
+def test_templates_without_what_they_need_are_refused(
+    unet: UNet2DConditionModel, missing: dict[str, Any]
 ) -> None:
-    whole = {"negative": True, "picture": 2}
+    whole = {"condition_on_negative": True, "uncond_templates": 2}
     TinyGuide.for_denoiser(unet, "epsilon", **whole)
-    with pytest.raises(GuideError, match="picture of the negative prompt needs"):
-        TinyGuide.for_denoiser(unet, "epsilon", **whole | without)
+    with pytest.raises(GuideError, match="uncond_templates needs"):
+        TinyGuide.for_denoiser(unet, "epsilon", **whole | missing)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 4), (16, 24)])
-def test_the_picture_is_of_the_negative_prompt_and_stretched_to_the_latents(
+def test_templates_depend_on_the_negative_prompt_and_are_resized_to_the_latents(
     unet: UNet2DConditionModel, inputs: GuideInputs, size: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
-    guide = TinyGuide.for_denoiser(unet, "epsilon", negative=True, picture=2)
-    torch.nn.init.normal_(guide.negative_picture.pictures.weight)
-    torch.nn.init.normal_(guide.conditioning.negative.weight)
-    # of the negative prompt itself, that is, and not by way of the embedding
-    torch.nn.init.zeros_(guide.negative_picture.seen.weight)
-    latents = torch.zeros(3, 4, *size)
+    guide = TinyGuide.for_denoiser(unet, "epsilon", condition_on_negative=True, uncond_templates=2)
+    torch.nn.init.normal_(guide.templates.templates.weight)
+    torch.nn.init.normal_(guide.condition.negative.weight)
+    # of the negative prompt itself, and not by way of the condition
+    torch.nn.init.zeros_(guide.templates.condition.weight)
+    w = torch.tensor([2.0, 3.0, 3.0])
+    at = replace(inputs, latents=torch.zeros(3, 4, *size), guidance_scale=w)
     features, prediction = torch.zeros(3, 8, *size), torch.zeros(3, 4, *size)
-    at = replace(inputs, latents=latents, guidance_scale=torch.tensor([2.0, 3.0, 3.0]))
 
-    def added(**changed: Any) -> torch.Tensor:
-        return guide(replace(at, **changed)).modules["conv_out"](features, prediction)
+    def residual(**changed: Any) -> torch.Tensor:
+        made: torch.Tensor = guide(replace(at, **changed)).residuals["conv_out"](
+            features, prediction
+        )
+        return made
 
-    one, swapped = added(), added(negative_hidden_states=inputs.negative_hidden_states.flip(0))
+    one = residual()
+    other = residual(negative=inputs.negative[torch.tensor([2, 1, 0])])
     assert one.shape == prediction.shape
     assert one.std((2, 3)).min() > 0
-    assert not torch.allclose(one, swapped)
-    picture = guide.negative_picture(guide.conditioning.told(at), guide.conditioning(at))
-    strength = torch.tensor([[1.0], [2.0], [2.0]])  # w - 1, as in equation (1)
-    if min(size) >= 8:  # stretched, the corners stay
-        torch.testing.assert_close(one[..., 0, 0], strength * picture[..., 0, 0])
-        torch.testing.assert_close(one[..., -1, -1], strength * picture[..., -1, -1])
+    assert not torch.allclose(one, other)
+    condition = guide.condition(at.time, w, at.text, at.negative)
+    template = guide.templates(guide.condition.of_negative(at.negative), condition)
+    strength = (w - 1)[:, None]  # as in equation (1)
+    if min(size) >= 8:  # the corners stay when it is enlarged
+        torch.testing.assert_close(one[..., 0, 0], strength * template[..., 0, 0])
+        torch.testing.assert_close(one[..., -1, -1], strength * template[..., -1, -1])
 
 
-@pytest.mark.parametrize("negative", [False, True])
-def test_a_tiny_guide_may_look_at_the_negative_prompt_itself(
-    unet: UNet2DConditionModel, inputs: GuideInputs, negative: bool
+@pytest.mark.parametrize("condition_on_negative", [False, True])
+def test_only_on_request_a_tiny_guide_is_conditioned_on_the_negative_prompt_itself(
+    unet: UNet2DConditionModel, inputs: GuideInputs, condition_on_negative: bool
 ) -> None:
-    """Prompt and negative prompt moved alike differ as before: only such a guide notices."""
-    torch.manual_seed(0)
-    guide = TinyGuide.for_denoiser(unet, "epsilon", negative=negative)
-    moved = replace(
-        inputs,
-        encoder_hidden_states=inputs.encoder_hidden_states + 0.5,
-        negative_hidden_states=inputs.negative_hidden_states + 0.5,
-    )
-    torch.testing.assert_close(guide.conditioning(moved), guide.conditioning(inputs))
-    for parameter in guide.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    one, other = guide.conditioning(inputs), guide.conditioning(moved)
-    assert torch.allclose(one, other, atol=1e-5) is not negative
+    """Otherwise only its difference to the prompt counts, which a common shift leaves alone."""
+    guide = TinyGuide.for_denoiser(unet, "epsilon", condition_on_negative=condition_on_negative)
+
+    def condition(shift: float) -> torch.Tensor:
+        texts = (TextConditions(t.embeds + shift) for t in (inputs.text, inputs.negative))
+        made: torch.Tensor = guide.condition(inputs.time, inputs.guidance_scale, *texts)
+        return made
+
+    torch.testing.assert_close(condition(0.5), condition(0.0))  # a fresh one
+    components.randomise(guide)
+    same = torch.allclose(condition(0.5), condition(0.0), atol=1e-5)
+    assert same is not condition_on_negative
 
 
-def test_the_full_guide_starts_from_the_encoder(unet: UNet2DConditionModel) -> None:
+# -- the paper's guides ------------------------------------------------------------------------
+
+
+def test_the_full_guide_starts_from_a_copy_of_the_encoder(unet: UNet2DConditionModel) -> None:
     guide = FullGuide.for_denoiser(unet, "epsilon")
-    base = unet.state_dict()
-    copied = {k: v for k, v in guide.encoder.state_dict().items() if k in base}
-    assert any(k.startswith("down_blocks.1") for k in copied)
-    assert all(torch.equal(v, base[k]) for k, v in copied.items())
-    assert not any(k.startswith(("up_blocks", "conv_out")) for k in guide.encoder.state_dict())
+    base, copied = unet.state_dict(), guide.encoder.state_dict()
+    assert any(name.startswith("down_blocks.1") for name in copied)
+    assert not any(name.startswith(("up_blocks", "conv_out")) for name in copied)
+    assert all(torch.equal(value, base[name]) for name, value in copied.items())
     with torch.no_grad():
         guide.encoder.conv_in.weight.add_(1)
     assert not torch.equal(guide.encoder.conv_in.weight, unet.conv_in.weight)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (16, 12)])
+def test_the_external_guide_fits_every_size_of_latents(
+    unet: UNet2DConditionModel, inputs: GuideInputs, size: tuple[int, int]
+) -> None:
+    guide = ExternalGuide.for_denoiser(unet, "epsilon", rank=8, rounds=2)
+    seen: list[torch.Tensor] = []
+    hook = unet.mid_block.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        latents = torch.zeros(3, 4, *size)
+        unet(latents, 10, inputs.text.embeds)
+        skips, middle = guide(replace(inputs, latents=latents)).encoder
+    hook.remove()
+    assert middle.shape == seen[0].shape
+    assert skips[0].shape[-2:] == latents.shape[-2:]
