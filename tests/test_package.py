@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import pilotfish
-from pilotfish import TinyGuide
+from pilotfish import TinyGuide, cli
 
 ROOT = Path(__file__).parents[1]
 HEAVY = "torch", "diffusers", "transformers"
@@ -25,7 +28,7 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A program in a Python of its own, from the repository's root."""
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
-        capture_output=True, text=True, check=False, cwd=ROOT,
+        capture_output=True, text=True, check=False, cwd=ROOT, timeout=300,
     )  # fmt: skip
 
 
@@ -114,18 +117,29 @@ def with_all_they_need(*names: str) -> set[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def not_core() -> str:
-    """The installed packages that the library's core dependencies do not bring, by import name."""
+@cache
+def brought_by(extra: str | None) -> set[str]:
+    """The distributions that are installed with the library and one of its extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    core = with_all_they_need(*(Requirement(line).name for line in project["dependencies"]))
-    hidden = {
+    found = with_all_they_need(*(Requirement(line).name for line in project["dependencies"]))
+    for line in project["optional-dependencies"][extra] if extra else ():
+        needed = Requirement(line)
+        if needed.name == "pilotfish":
+            found |= {name for other in needed.extras for name in brought_by(other)}
+        else:
+            found |= with_all_they_need(needed.name)
+    return found
+
+
+def hidden_without(extra: str | None) -> set[str]:
+    """The packages in this environment that would be missing, by the name of their import."""
+    found = brought_by(extra)
+    return {"pilotfish_models"} | {
         package
         for package, distributions in packages_distributions().items()
-        if not core & {canonicalize_name(name) for name in distributions}
-    } - {"pilotfish"}
-    assert {"gradio", "matplotlib", "scipy", "tyro"} <= hidden
-    return ",".join(hidden | {"pilotfish_models"})
+        if not found & {canonicalize_name(name) for name in distributions}
+        and package != "pilotfish"
+    }
 
 
 CORE = """
@@ -158,14 +172,64 @@ except RuntimeError as error:
 """
 
 
-def test_core_dependencies_suffice_to_load_attach_and_sample(
-    not_core: str, pipe: Any, tmp_path: Path
-) -> None:
+def test_core_dependencies_suffice_to_load_attach_and_sample(pipe: Any, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "pipe")
     TinyGuide.for_denoiser(pipe.unet, "epsilon").save_pretrained(tmp_path / "guide")
-    done = run(HIDE + CORE, not_core, str(tmp_path))
+    hidden = hidden_without(None)
+    assert {"gradio", "matplotlib", "scipy", "tyro"} <= hidden
+    done = run(HIDE + CORE, ",".join(hidden), str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
         "the bundled models are not installed: run pip install pilotfish-models, or in a clone "
         "pip install ./assets, or name a model of your own\n"
     )
+
+
+# A process for each command, forked where the core dependencies have been imported
+COMMANDS = """
+import contextlib, io, json, os
+import diffusers, peft, torch, transformers
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from pilotfish import cli
+
+def end(command, packages):
+    reads, writes = os.pipe()
+    if not os.fork():
+        hidden.clear()
+        hidden.update(packages)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                code = cli.main([command, "--help"])
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException as error:
+            code = repr(error)
+        with open(writes, "w") as file:
+            file.write(json.dumps([code, said.getvalue()]))
+        os._exit(0)
+    os.close(writes)
+    with open(reads) as file:
+        return file.read()
+
+for command, packages in json.loads(sys.argv[2]):
+    print(end(command, packages), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_command_needs_its_extra_and_no_other() -> None:
+    core = hidden_without(None)
+    cases = [(name, extra, hidden) for name, (extra, *_) in cli.COMMANDS.items()
+             for hidden in (core, hidden_without(extra))]  # fmt: skip
+    tried = json.dumps([(name, sorted(hidden)) for name, _, hidden in cases])
+    done = run(HIDE + COMMANDS, ",".join(core), tried)
+    assert done.returncode == 0, done.stderr
+    for (name, extra, hidden), line in zip(cases, done.stdout.splitlines(), strict=True):
+        code, said = json.loads(line)
+        if hidden is core:
+            assert code == 1, name
+            assert len(said.splitlines()) == 1, said
+            assert f"is not installed: run pip install 'pilotfish[{extra}]'" in said
+        else:
+            assert code == 0, (name, said)
