@@ -1,4 +1,4 @@
-"""``screenshots``: the app as a browser shows it, for docs/app.md."""
+"""Stage ``screenshots``: the app as a browser shows it, for docs/app.md."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, ViewportSize, sync_playwright
 
 from pilotfish import bundled
 from pilotfish.app import page as app
 from pilotfish.app.session import IMAGES, Session
 
-VIEWPORT = {"width": 1280, "height": 700}
+VIEWPORT: ViewportSize = {"width": 1280, "height": 700}
 SCALE = 1.25
 """Pixels of a screenshot for one of the page."""
 COLOURS = 256
