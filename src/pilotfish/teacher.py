@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pilotfish.backbones import Backbone, GuidedPass, current_pass
 from pilotfish.conditioning import Prompts
-from pilotfish.guides import Guide
-from pilotfish.interface import TextConditions
+from pilotfish.interface import GuideProtocol, TextConditions
 
 
 class Denoiser:
@@ -84,7 +83,7 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, guide: Guide, denoiser: nn.Module, sizes: torch.Tensor | None = None
+        self, guide: GuideProtocol, denoiser: nn.Module, sizes: torch.Tensor | None = None
     ) -> None:
         super().__init__()
         self.guide = guide
