@@ -91,13 +91,15 @@ def _drawn(
     pipe.set_progress_bar_config(disable=True)
     for batch in batches:
         texts, some = list(prompts[batch]), seeds[batch]
+        # left out where there is none: to PixArt's pipeline None is no text
+        negative = {"negative_prompt": list(negative_prompts[batch])} if negative_prompts else {}
         # attached for one batch only: between two of them the pipeline is its owner's
         with guide.attached(pipe) if guide is not None else nullcontext():
             latents = pipe(
                 texts,
-                negative_prompt=negative_prompts and list(negative_prompts[batch]),
                 generator=[torch.Generator().manual_seed(s) for s in some],
                 output_type="latent",
+                **negative,
                 **call,
             ).images
         images = decode(pipe, latents)
