@@ -31,11 +31,10 @@ def parse(arguments: Sequence[str], kind: type[C], command: str, purpose: str) -
     loaded = kind.load(Path(files[-1])) if files else None
     hints = get_type_hints(kind, include_extras=True)
     given = {f.name: getattr(loaded, f.name) for f in fields(kind)} if loaded else {}
-    described: Any = kind
+    helps = _help_texts(kind)
     flags: list[Any] = []
     for f in fields(kind):
-        help_text = " ".join((described.__pydantic_fields__[f.name].description or "").split())
-        hint: Any = Annotated[hints[f.name], tyro.conf.arg(help=help_text)]
+        hint: Any = Annotated[hints[f.name], tyro.conf.arg(help=helps.get(f.name, ""))]
         default = given.get(f.name, f.default)
         if kind is DistillConfig and f.name == "guide":
             name = (_values(arguments, "--guide_type") or [given.get("guide_type", "tiny")])[-1]
@@ -55,6 +54,16 @@ def parse(arguments: Sequence[str], kind: type[C], command: str, purpose: str) -
         use_underscores=True, config=(tyro.conf.OmitArgPrefixes,),
     )  # fmt: skip
     return kind(**vars(parsed))
+
+
+def _help_texts(kind: type[Any]) -> dict[str, str]:
+    """The docstring of each field, on one line."""
+    found: dict[str, str] = {}
+    for cls in reversed(kind.__mro__):  # pydantic knows those of the class itself only
+        for name, info in vars(cls).get("__pydantic_fields__", {}).items():
+            if info.description:
+                found[name] = " ".join(info.description.split())
+    return found
 
 
 def _values(arguments: Sequence[str], flag: str) -> list[str]:
