@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
 
+from pilotfish.backbones import Backbone
 from pilotfish.conditioning import (
     NULL,
     PromptEncoder,
@@ -16,56 +16,78 @@ from pilotfish.conditioning import (
     encoded,
     null_prompt,
     some_or_one,
-    time_ids,
 )
+from pilotfish.interface import TextConditions
+from tests import components
 from tests.pipelines import hosts
 
 TEXTS = ["cat", "a red cat", "dog"]
+PIPELINES = {
+    "SD": lambda: hosts.host("SD").pipe,
+    "SDXL": lambda: hosts.host("SDXL").pipe,
+    "SD3": components.sd3_pipeline,
+    "PixArt": components.pixart_pipeline,
+}
 
 
-@pytest.fixture(params=["SD", "SDXL"])
+@pytest.fixture(scope="module", params=PIPELINES)
 def pipe(request: pytest.FixtureRequest) -> Any:
-    return hosts.host(request.param).pipe
+    made = PIPELINES[request.param]()
+    made.name = request.param
+    return made
 
 
-def test_they_are_encoded_as_the_pipeline_does_it(pipe: Any) -> None:
-    expected = pipe.encode_prompt(TEXTS, device="cpu", num_images_per_prompt=1,
-                                  do_classifier_free_guidance=True)  # fmt: skip
-    prompt, null = encode_prompts(pipe, TEXTS), null_prompt(pipe)
-    assert torch.equal(prompt.hidden_states, expected[0])
-    torch.testing.assert_close(null.hidden_states, expected[1][:1])
-    if isinstance(pipe, StableDiffusionXLPipeline):
-        assert torch.equal(prompt.pooled, expected[2])
-        torch.testing.assert_close(null.pooled, expected[3][:1])
+def assert_close(one: TextConditions, other: TextConditions) -> None:
+    for name in ("embeds", "pooled", "mask"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        assert (mine is None) == (theirs is None), name
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any) -> None:
+    more = {"prompt_2": None, "prompt_3": None} if pipe.name == "SD3" else {}
+    made = pipe.encode_prompt(
+        prompt=TEXTS, **more, device="cpu", num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+    )  # fmt: skip
+    if pipe.name == "PixArt":
+        embeds, mask, negative, negative_mask = made
+        expected = TextConditions(embeds, mask=mask), TextConditions(negative, mask=negative_mask)
     else:
-        assert prompt.pooled is None
-        assert null.pooled is None
+        embeds, negative, *pooled = made
+        expected = TextConditions(embeds, *pooled[:1]), TextConditions(negative, *pooled[1:])
+    assert (expected[0].pooled is not None) == (pipe.name in ("SDXL", "SD3"))
+    assert_close(encode_prompts(pipe, TEXTS), expected[0])
+    null = null_prompt(pipe)
+    assert len(null) == 1
+    assert_close(null, expected[1][:1])
 
 
-def test_kept_or_encoded_on_demand_they_are_the_same(pipe: Any) -> None:
-    kept, made = encoded(pipe, TEXTS), encoded(pipe, TEXTS, kept=0)
-    assert isinstance(kept, PromptTable)
-    assert isinstance(made, PromptEncoder)
+def test_cached_or_encoded_on_demand_prompts_are_the_same(pipe: Any) -> None:
+    table, encoder = encoded(pipe, TEXTS), encoded(pipe, TEXTS, cache_bytes=0)
+    assert isinstance(table, PromptTable)
+    assert isinstance(encoder, PromptEncoder)
     for index in ([2, 0, 2], [NULL, 1, NULL, 0], [NULL, NULL]):
-        one, other = (prompts(torch.tensor(index)) for prompts in (kept, made))
+        one, other = (prompts(torch.tensor(index)) for prompts in (table, encoder))
         assert len(one) == len(other) == len(index)
-        torch.testing.assert_close(one.hidden_states, other.hidden_states)
-        if one.pooled is not None:
-            torch.testing.assert_close(one.pooled, other.pooled)
+        assert_close(one, other)
 
 
-def test_the_null_prompt_alone_is_one(pipe: Any) -> None:
+def test_only_null_prompts_are_one(pipe: Any) -> None:
     prompts = encoded(pipe, TEXTS)
     assert len(some_or_one(prompts, torch.tensor([NULL] * 3))) == 1
     assert len(some_or_one(prompts, torch.tensor([NULL, 0, 1]))) == 3
 
 
-def test_sdxl_is_told_the_sizes_that_its_pipeline_tells_it() -> None:
-    pipe = hosts.host("SDXL").pipe
+def test_sdxl_is_given_the_sizes_that_its_pipeline_gives_it(pipe: Any) -> None:
+    sizes = Backbone.of_pipeline(pipe).sizes(pipe)
+    if pipe.name != "SDXL":
+        assert sizes is None
+        return
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     expected = pipe._get_add_time_ids(
         (side, side), (0, 0), (side, side), torch.float32,
         text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim,
     )  # fmt: skip
-    assert torch.equal(time_ids(pipe), expected)
-    assert time_ids(hosts.host("SD").pipe) is None
+    assert torch.equal(sizes, expected)

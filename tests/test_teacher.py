@@ -1,4 +1,4 @@
-"""Teacher and student."""
+"""Teacher and student, on every family of denoisers and with every type of guide."""
 
 from __future__ import annotations
 
@@ -8,150 +8,184 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
+from pilotfish.backbones import Backbone
 from pilotfish.conditioning import NULL, PromptTable, some_or_one
-from pilotfish.guides import FullGuide, Guide
-from pilotfish.interface import TextConditions
-from pilotfish.teacher import (
-    Student,
-    Teacher,
-    checkpoint_in_pass,
-    checksum,
-)
+from pilotfish.guidance import classifier_free_guidance
+from pilotfish.guides import FullGuide, Guide, TinyGuide
+from pilotfish.teacher import Denoiser, Student, Teacher, checkpoint_in_pass, checksum
+from tests import components
+
+TIME = torch.tensor([0.8, 0.2])
+PROMPT = torch.tensor([2, 0])
+SCALE = torch.tensor([3.0, 7.5])
+
+
+@pytest.fixture(params=["unet, external", "unet, full", *components.FAMILIES])
+def student(request: pytest.FixtureRequest) -> Student:
+    """With a trained guide: each type on a UNet, the tiny guide on each family."""
+    name, _, kind = request.param.partition(", ")
+    guide_class = Guide.registry[kind or "tiny"]
+    settings = {} if kind else {"condition_on_negative": True, "rank": 4, "head": 4}
+    family = components.FAMILIES[name]
+    denoiser = family.denoiser().requires_grad_(False)
+    torch.manual_seed(3)
+    guide = guide_class.for_denoiser(denoiser, family.prediction_type, **settings)
+    return Student(components.randomise(guide), denoiser)
 
 
 @pytest.fixture
-def prompts() -> PromptTable:
+def denoiser(student: Student) -> Any:
+    return student._base[0].backbone.denoiser
+
+
+@pytest.fixture
+def prompts(denoiser: Any) -> PromptTable:
     """Three, and the null prompt."""
-    generator = torch.Generator().manual_seed(8)
-    return PromptTable(TextConditions(torch.randn(4, 8, 16, generator=generator)))
+    families = {"unet": "unet", "cross-attention-dit": "pixart", "joint-dit": "sd3"}
+    name = families[Backbone.of(denoiser).family]
+    return PromptTable(components.FAMILIES[name].text(4, seed=8))
 
 
 @pytest.fixture
-def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
-    return z, torch.tensor([800, 200]), torch.tensor([2, 0])
+def latents() -> torch.Tensor:
+    return components.FAMILIES["unet"].latents(2, seed=9)
 
 
-def test_the_teacher_makes_both_predictions_in_one_call(
-    unet: UNet2DConditionModel, prompts: PromptTable, batch: Any, batches: Callable[..., Any]
+@pytest.fixture
+def plain(denoiser: Any, prompts: PromptTable, latents: torch.Tensor) -> torch.Tensor:
+    """The prediction for the prompts."""
+    with torch.no_grad():
+        return Backbone.of(denoiser)(latents, TIME, prompts(PROMPT))
+
+
+# -- teacher -----------------------------------------------------------------------------------
+
+
+def test_the_teacher_predicts_both_in_one_call(
+    family: components.Family, latents: torch.Tensor, batches: Callable[..., Any]
 ) -> None:
-    z, t, prompt = batch
-    with batches(unet) as sizes:
-        teacher = Teacher(unet, prompts)
-        unconditional, conditional = teacher(z, t, prompt, torch.tensor([NULL, 1]))
+    denoiser, prompts = family.denoiser().train(), PromptTable(family.text(4, seed=8))
+    teacher = Teacher(denoiser, prompts)
+    assert not denoiser.training
+    assert not any(p.requires_grad for p in denoiser.parameters())
+    negative = torch.tensor([NULL, 1])
+    with batches(denoiser) as sizes:
+        unconditional, conditional = teacher(latents, TIME, PROMPT, negative)
     assert sizes == [4]
     with torch.no_grad():
-        n = unet(z, t, prompts(torch.tensor([NULL, 1])).hidden_states).sample
-        c = unet(z, t, prompts(prompt).hidden_states).sample
-    torch.testing.assert_close(unconditional, n)
-    torch.testing.assert_close(conditional, c)
+        for made, index in ((unconditional, negative), (conditional, PROMPT)):
+            alone = Denoiser(denoiser)(latents, TIME, prompts(index))
+            torch.testing.assert_close(made, alone, atol=1e-5, rtol=1e-5)
+    guided = teacher.guided(unconditional, conditional, SCALE)
+    assert torch.equal(guided, classifier_free_guidance(unconditional, conditional, SCALE))
+    torch.testing.assert_close(teacher.guided(unconditional, conditional, 1.0), conditional)
 
 
-def test_the_teacher_is_frozen(unet: UNet2DConditionModel, prompts: PromptTable) -> None:
-    Teacher(unet.train(), prompts)
-    assert not unet.training
-    assert not any(p.requires_grad for p in unet.parameters())
-
-
-def test_a_fresh_student_is_the_conditional_model(
-    fresh: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
-) -> None:
-    z, t, prompt = batch
-    student = Student(fresh, unet)
+@pytest.mark.parametrize("name", components.FAMILIES)
+def test_a_denoiser_is_called_as_diffusers_calls_it(name: str, latents: torch.Tensor) -> None:
+    family = components.FAMILIES[name]
+    module, text, t = family.denoiser(), family.text(2), torch.tensor([800, 200])
     with torch.no_grad():
-        guided = student(z, t, prompts(prompt), prompts.null, torch.tensor([3.0, 7.5]))
-        plain = unet(z, t, prompts(prompt).hidden_states).sample
-    assert torch.equal(guided, plain)
+        made = Denoiser(module)(latents, TIME, text)
+        if name == "unet":
+            expected = module(latents, t, text.embeds).sample
+        elif name == "sd3":
+            expected = module(latents, text.embeds, text.pooled, t).sample
+        else:
+            expected = module(
+                latents, encoder_hidden_states=text.embeds, timestep=t,
+                encoder_attention_mask=text.mask,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            ).sample[:, :4]  # fmt: skip
+    torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_scale_one_is_the_conditional_model_and_others_are_not(
-    trained: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
+# -- student -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_scale_1_is_the_plain_prediction_and_others_are_not(
+    student: Student, prompts: PromptTable, latents: torch.Tensor, plain: torch.Tensor
 ) -> None:
-    z, t, prompt = batch
-    student = Student(trained, unet)
-    with torch.no_grad():
-        guided = student(z, t, prompts(prompt), prompts.null, torch.tensor([1.0, 4.0]))
-        plain = unet(z, t, prompts(prompt).hidden_states).sample
-    assert torch.equal(guided[0], plain[0])
-    assert not torch.allclose(guided[1], plain[1])
+    made = student(latents, TIME, prompts(PROMPT), prompts.null, torch.tensor([1.0, 4.0]))
+    torch.testing.assert_close(made[0], plain[0], rtol=0, atol=0)
+    assert not torch.allclose(made[1], plain[1], atol=1e-5)
+
+
+@torch.no_grad()
+def test_each_sample_has_its_own_scale_and_negative_prompt(
+    student: Student, prompts: PromptTable, latents: torch.Tensor
+) -> None:
+    negative, scale = torch.tensor([NULL, 1]), torch.tensor([2.5, 2.75])
+    text = prompts(PROMPT)
+    together = student(latents, TIME, text, some_or_one(prompts, negative), scale)
+    for i in range(2):
+        one = slice(i, i + 1)
+        alone = student(latents[one], TIME[one], text[one], prompts(negative[one]), scale[one])
+        torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=1e-4)
+    other = student(latents, TIME, text, prompts(negative), scale + 0.25)
+    assert not torch.allclose(together[0], other[0], rtol=0, atol=1e-7)
+    null = student(latents, TIME, text, prompts.null, scale)
+    # the paper's full guide is a copy of the encoder, which has no input for a negative prompt
+    ignored = torch.allclose(together[1], null[1], rtol=0, atol=1e-7)
+    assert ignored == isinstance(student.guide, FullGuide)
+
+
+def test_only_the_guide_is_trained(
+    student: Student, denoiser: Any, prompts: PromptTable, latents: torch.Tensor
+) -> None:
+    before = checksum(denoiser)
+    assert {id(p) for p in student.parameters()} == {id(p) for p in student.guide.parameters()}
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    student(latents, TIME, prompts(PROMPT), prompts.null, SCALE).square().mean().backward()
+    assert not [n for n, p in student.named_parameters() if p.grad is None or not p.grad.any()]
+    optimizer.step()
+    assert checksum(denoiser) == before
 
 
 def test_gradient_checkpointing_changes_no_gradient(
-    trained: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
+    student: Student, denoiser: Any, prompts: PromptTable, latents: torch.Tensor
 ) -> None:
-    """It runs parts of the pass again when the guided pass is long over, in whichever thread."""
-    z, t, prompt = batch
-    student = Student(trained, unet.requires_grad_(False))
+    """Parts of the pass run again when it is closed, in whichever thread."""
 
     def gradients() -> list[torch.Tensor]:
-        trained.zero_grad()
-        made = student(z, t, prompts(prompt), prompts.null, torch.tensor([3.0, 7.5]))
-        backward = threading.Thread(target=made.pow(2).mean().backward)
+        student.zero_grad()
+        made = student(latents, TIME, prompts(PROMPT), prompts.null, SCALE)
+        backward = threading.Thread(target=made.square().mean().backward)
         backward.start()
         backward.join()
-        return [p.grad.clone() for p in trained.parameters() if p.grad is not None]
+        assert all(p.grad is not None for p in student.parameters())
+        return [p.grad.clone() for p in student.parameters()]
 
     plain = gradients()
-    unet.enable_gradient_checkpointing(checkpoint_in_pass)
+    denoiser.enable_gradient_checkpointing(checkpoint_in_pass)
+    denoiser.train()
     for one, other in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_every_sample_has_its_own_scale(
-    trained: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
+def test_a_guide_in_float32_trains_on_a_base_in_half_precision(
+    family: components.Family, latents: torch.Tensor
 ) -> None:
-    z, t, prompt = batch
-    student = Student(trained, unet)
+    denoiser = family.denoiser().to(torch.bfloat16).requires_grad_(False)
+    guide = TinyGuide.for_denoiser(denoiser, family.prediction_type, rank=4, head=4)
+    student = Student(components.randomise(guide), denoiser)
+    prompts = PromptTable(family.text(4, seed=8).to(torch.bfloat16))
+    made = student(latents, TIME, prompts(PROMPT), prompts.null, SCALE)
+    assert made.dtype == torch.bfloat16
+    made.float().square().mean().backward()
+    assert {p.grad.dtype for p in guide.parameters() if p.grad is not None} == {torch.float32}
     with torch.no_grad():
-        together = student(z, t, prompts(prompt), prompts.null, torch.tensor([2.5, 2.75]))
-        for i, w in enumerate((2.5, 2.75)):
-            one = slice(i, i + 1)
-            alone = student(z[one], t[one], prompts(prompt[one]), prompts.null, torch.tensor([w]))
-            torch.testing.assert_close(together[one], alone)
-        other = student(z, t, prompts(prompt), prompts.null, torch.tensor([2.75, 2.75]))
-    assert not torch.allclose(together[0], other[0], rtol=0, atol=1e-7)
+        base = Denoiser(denoiser)(latents, TIME, prompts(PROMPT))
+        one = student(latents, TIME, prompts(PROMPT), prompts.null, torch.ones(2))
+    torch.testing.assert_close(one, base)  # a matrix product may round by its input's layout
 
 
-def test_every_sample_has_its_own_negative_prompt(
-    trained: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
-) -> None:
-    z, t, prompt = batch
-    scale = torch.tensor([3.0, 7.5])
-    student = Student(trained, unet)
-    negative = torch.tensor([NULL, 1])
+def test_the_checksum_depends_on_every_bit(family: components.Family) -> None:
+    denoiser = family.denoiser()
+    before = checksum(denoiser)
     with torch.no_grad():
-        together = student(z, t, prompts(prompt), some_or_one(prompts, negative), scale)
-        for i, text in enumerate((prompts.null, prompts(torch.tensor([1])))):
-            one = slice(i, i + 1)
-            alone = student(z[one], t[one], prompts(prompt[one]), text, scale[one])
-            torch.testing.assert_close(together[one], alone)
-        plain = student(z, t, prompts(prompt), prompts.null, scale)
-    # the paper's full guide is a copy of the encoder, which knows of no negative prompt
-    ignored = torch.allclose(together[1], plain[1], rtol=0, atol=1e-7)
-    assert ignored == isinstance(trained, FullGuide)
-    assert len(some_or_one(prompts, torch.full((2,), NULL))) == 1
-
-
-def test_only_the_guide_is_trained(
-    fresh: Guide, unet: UNet2DConditionModel, prompts: PromptTable, batch: Any
-) -> None:
-    z, t, prompt = batch
-    Teacher(unet, prompts)
-    before = checksum(unet)
-    student = Student(fresh, unet)
-    assert {id(p) for p in student.parameters()} == {id(p) for p in fresh.parameters()}
-    optimizer = torch.optim.SGD(student.parameters(), 0.1)
-    student(z, t, prompts(prompt), prompts.null, torch.tensor([3.0, 7.5])).pow(2).mean().backward()
-    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in fresh.parameters())
-    optimizer.step()
-    assert checksum(unet) == before
-
-
-def test_the_checksum_sees_one_changed_bit(unet: UNet2DConditionModel) -> None:
-    before = checksum(unet)
-    with torch.no_grad():
-        weight = unet.conv_out.bias
-        weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
-    assert checksum(unet) != before
+        weight = next(reversed(list(denoiser.parameters()))).view(-1)
+        weight[-1] = torch.nextafter(weight[-1], torch.tensor(9.0))
+    assert checksum(denoiser) != before

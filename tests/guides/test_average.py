@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from pilotfish import cli
 from pilotfish.backbones import Origin
 from pilotfish.guides import FullGuide, Guide, TinyGuide
 from pilotfish.guides.average import average_guides
@@ -59,3 +61,20 @@ def test_what_differs_is_refused_by_name(unet: UNet2DConditionModel) -> None:
         average_guides([tiny(), tiny(trained_on=Origin("another/base").plain())])
     with pytest.raises(GuideError, match="at least one"):
         average_guides([])
+
+
+def test_the_command_saves_the_average_and_overwrites_nothing(
+    unet: UNet2DConditionModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guides = []
+    for seed in (1, 2):
+        guide = TinyGuide.for_denoiser(unet, "epsilon", rank=4)
+        guides.append(components.randomise(guide, seed))
+        guide.save_pretrained(tmp_path / str(seed))
+    output = tmp_path / "average"
+    arguments = ["average", "--guides", str(tmp_path / "1"), str(tmp_path / "2"), "--output"]
+    assert cli.main([*arguments, str(output), "--half"]) == 0
+    made, expected = Guide.from_pretrained(output), average_guides(guides).half()
+    assert all(torch.equal(v, made.state_dict()[k]) for k, v in expected.state_dict().items())
+    assert cli.main([*arguments, str(output)]) == 1
+    assert "not empty" in capsys.readouterr().err
