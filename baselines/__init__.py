@@ -1,31 +1,24 @@
-"""Other methods that remove the second pass of CFG, as guides like our own.
+"""Other methods that remove the second pass of CFG, measured beside the library's own guides.
 
-They train in the same loop, where they train at all, and plug into the same pipelines, so that
-they can be measured side by side. Each file is one method: its paper, its equation, and what
-of it is ours to choose.
+One file is one method: its paper, its equation, its settings and its network. A trained method is
+a :class:`~pilotfish.guides.Guide` and a training-free one a :class:`~baselines.training_free.Rule`.
+Importing a file registers its method, so a new method is a file and a line here.
 """
 
-from functools import partial
-
-from baselines.agd import AdditiveAdapters, CrossAttentionAdapters
-from baselines.dice import TextSharpener
+from baselines.agd import AdditiveAGD, CrossAttentionAGD
+from baselines.dice import DICE
 from baselines.guidance_lora import GuidanceLoRA
-from baselines.guided_distillation import WholeDenoiser
-from baselines.training_free import AdaptiveGuidance, GuidanceInterval, PartialGuidance
-
-RULES = {
-    "guidance-interval": partial(GuidanceInterval, 200, 800),
-    "adaptive-guidance": partial(AdaptiveGuidance, 0.99),
-}
-"""Those that need no training, by name."""
+from baselines.guided_distillation import GuidedDistillation
+from baselines.training_free import RULES, AdaptiveGuidance, GuidanceInterval, Rule
 
 __all__ = [
+    "DICE",
+    "RULES",
     "AdaptiveGuidance",
-    "AdditiveAdapters",
-    "CrossAttentionAdapters",
+    "AdditiveAGD",
+    "CrossAttentionAGD",
     "GuidanceInterval",
     "GuidanceLoRA",
-    "PartialGuidance",
-    "TextSharpener",
-    "WholeDenoiser",
+    "GuidedDistillation",
+    "Rule",
 ]

@@ -1,4 +1,4 @@
-"""``pilotfish compare``: every method under one budget and one measurement."""
+"""``pilotfish compare``: all methods under one budget and one measurement."""
 
 from __future__ import annotations
 
@@ -9,96 +9,85 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from pilotfish.evaluation.processes import is_main
 from rich.console import Console
 
-from baselines.comparison.bench import Measurement
-from baselines.comparison.comparison import Comparing
-from baselines.comparison.methods import METHODS
-from baselines.comparison.plan import Plan
-from baselines.comparison.plots import pareto
-from baselines.comparison.table import comparison_table
+from baselines.comparison.report import comparison_table, pareto
+from baselines.comparison.run import Comparison, ComparisonConfig, titles
 from pilotfish import bundled
 from pilotfish.cli.names import model_sources, open_scorer
 from pilotfish.data.prompts import load_prompts
 from pilotfish.errors import Interrupted
 from pilotfish.evaluation.plots import save
-from pilotfish.evaluation.processes import is_main
 
 QUICK: dict[str, Any] = {
     "max_train_steps": 8, "equal_seconds": False, "train_batch_size": 16, "samples": 16,
-    "held_out": 8, "num_inference_steps": 10, "rounds": 1,
+    "validation_samples": 8, "num_inference_steps": 10, "rounds": 1,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class CompareConfig(Plan):
-    """Train every method with an equal budget on one base, measure each there and, untouched, on
-    every fine-tune. The same command goes on where it was stopped."""
+class CompareConfig(ComparisonConfig):
+    """Train every method with an equal budget on one base, and measure each there and, without
+    further training, on every fine-tune. The same command resumes a comparison."""
 
-    hosts: tuple[str, ...] = tuple(bundled.MODELS)
+    models: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines, first the base to train on: base, fluent, twemoji, emojione, or folders or hub
     ids."""
-    pictures: tuple[str, ...] = ()
-    """Folders of real pictures (metadata.jsonl), one for each host that is not bundled."""
+    reference_images: tuple[str, ...] = ()
+    """Folders of real images (metadata.jsonl), one for each model that is not bundled."""
     train_prompts: str | None = None
-    """Text file of prompts to train on. Left out: the embedded ones."""
+    """Text file of prompts to train on. Default: the bundled ones."""
     prompts: str | None = None
-    """Text file of what is drawn; the judge must find each among all of them. Left out: the
-    embedded captions."""
-    held_out_prompts: str | None = None
-    """Text file of prompts for the guidance error. Left out: the embedded ones."""
-    judge: str | None = None
-    """Folder of a CLIP that judges. Left out: the embedded judge."""
-    seed: int = 0
-    """Of the pictures."""
+    """Text file, the prompts of the images; the scorer must find each among all of them. Default:
+    the bundled captions."""
+    validation_prompts: str | None = None
+    """Text file of held-out prompts for the guidance error. Default: the bundled ones."""
+    scorer: str | None = None
+    """Folder of a CLIP that scores the images. Default: the bundled one."""
     quick: bool = False
-    """A few steps and pictures on the first two hosts, to see it work in minutes; the figures mean
+    """A few steps and images on the first two models, a test of minutes; its figures mean
     little."""
     output_dir: str = "runs/compare"
-    """Trainings, figures so far, plots."""
+    """Folder for trainings, results and plots."""
     output: str | None = None
-    """The finished figures. Left out: compare.json in ``output_dir``."""
+    """JSON file of the result. Default: compare.json in ``output_dir``."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command."""
+    """Run ``pilotfish compare``."""
     config = tyro.cli(
         CompareConfig, args=list(arguments), prog="pilotfish compare", use_underscores=True,
-        description=f"{CompareConfig.__doc__} Methods: {', '.join(METHODS)}.",
+        description=f"{CompareConfig.__doc__} Methods: {', '.join(titles())}.",
     )  # fmt: skip
     if config.quick:
-        config = replace(config, hosts=config.hosts[:2], **QUICK)
+        config = replace(config, models=config.models[:2], **QUICK)
+    base, given = config.models[0], config.validation_prompts
+    training = {"prompts": config.train_prompts, "validation_prompts": given}
+    if base not in bundled.MODELS:
+        training["pretrained_model_name_or_path"] = base
+    elif base != "base":
+        raise ValueError(f"the first of --models is trained on and must be a base; {base} is not")
     folder = Path(config.output_dir)
-    names = load_prompts(config.prompts) if config.prompts else bundled.prompts("captions")
-    held_out = (
-        load_prompts(config.held_out_prompts)
-        if config.held_out_prompts
-        else bundled.prompts("held_out")
-    )[: config.held_out]
-    how = Measurement(
-        names, held_out, config.samples, config.guidance_scale, config.num_inference_steps,
-        config.seed,
-    )  # fmt: skip
-    training = {"prompts": config.train_prompts, "validation_prompts": config.held_out_prompts}
-    if config.hosts[0] not in bundled.MODELS:
-        training["pretrained_model_name_or_path"] = config.hosts[0]
-    elif config.hosts[0] != "base":
-        raise ValueError(f"{config.hosts[0]} is a fine-tune; the first host is the base")
-    comparing = Comparing(
-        config, model_sources(config.hosts, config.pictures), how,
-        open_scorer(config.judge, config.hosts), folder, training=training,
-        command=shlex.join(["pilotfish", "compare", *arguments]),
+    validation_prompts = load_prompts(given) if given else bundled.prompts("held_out")
+    comparison = Comparison(
+        config, model_sources(config.models, config.reference_images),
+        open_scorer(config.scorer, config.models), folder,
+        names=load_prompts(config.prompts) if config.prompts else bundled.prompts("captions"),
+        validation_prompts=validation_prompts[: config.validation_samples],
+        training=training, command=shlex.join(["pilotfish", "compare", *arguments]),
     )  # fmt: skip
     try:
-        found = comparing.run()
+        found = comparison.run()
     except Interrupted as error:
-        raise Interrupted("stopped; the same command goes on from here") from error
+        raise Interrupted("stopped; the same command resumes it") from error
     if not is_main():
         return
     if config.output:
         found.save(config.output)
     for budget in found.budgets:
         Console(width=160).print(comparison_table(found, budget))
-        save(pareto(found, budget), folder / f"pareto-{budget}.png")
-        print(f"saved {folder / f'pareto-{budget}.png'}")
-    print(f"saved {config.output or comparing.file}")
+        plot = folder / f"pareto-{budget}.png"
+        save(pareto(found, budget), plot)
+        print(f"saved {plot}")
+    print(f"saved {config.output or comparison.file}")

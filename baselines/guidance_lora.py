@@ -1,9 +1,9 @@
-"""CFG LoRA (LongLive-Plug, arXiv 2609.38154): guidance as a LoRA whose weight is the dial.
+"""CFG LoRA (LongLive-Plug, arXiv 2609.38154): a LoRA whose weight sets the guidance scale.
 
-A LoRA is trained at one scale ``w0`` so that the base with it predicts what CFG does at w0.
-Its weight turns the scale: ``W x + lambda B A x`` with ``w = 1 + lambda (w0 - 1)``. At one fixed
-scale it can be merged into the weights and costs nothing. Here it stays unmerged, so that every
-sample of a batch may have its own.
+The LoRA is trained at one scale ``w0`` so that the base with it predicts what CFG predicts there.
+Its weight lambda sets the scale at inference: ``W x + lambda B A x`` with
+``w = 1 + lambda (w0 - 1)``. Merged into the weights, it costs nothing at one fixed scale. Here it
+stays unmerged, so that every sample of a batch may have its own scale.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from baselines.sites import dotless, weights
+from baselines.modules import key, weight_shapes
 from pilotfish.backbones import Backbone
 from pilotfish.guidance import guidance_strength, per_sample
 from pilotfish.guides.base import Guide
@@ -29,12 +29,12 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class GuidanceLoRASettings:
-    """What can be chosen of the LoRA."""
+    """Settings of the LoRA."""
 
     rank: int = 4
-    """Of every pair of matrices."""
+    """Rank of every pair of matrices."""
     trained_scale: float = 4.0
-    """w0."""
+    """The guidance scale w0 of its training."""
 
 
 class GuidanceLoRA(Guide, guide_type="cfg-lora", settings=GuidanceLoRASettings):
@@ -42,67 +42,61 @@ class GuidanceLoRA(Guide, guide_type="cfg-lora", settings=GuidanceLoRASettings):
 
     Args:
         signature: of the denoiser.
-        sites: the linear layers, name -> [out, in].
+        sites: [out, in] of the linear layers, by name.
         rank: of every pair of matrices.
-        trained_scale: w0.
-        guidance_scale_range: what the dial is turned over.
+        trained_scale: the guidance scale w0 of its training.
+        guidance_scale_range: the (low, high) of w at inference.
 
     Raises:
         GuideError: ``trained_scale`` is not above 1.
     """
 
+    title = "CFG LoRA"
     learning_rate = 2e-3
 
     @register_to_config
     def __init__(
-        self,
-        signature: dict[str, Any],
-        sites: dict[str, list[int]],
-        rank: int = 4,
-        trained_scale: float = 4.0,
-        guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        times: Sequence[float] | None = None,
-        trained_on: dict[str, str] | None = None,
+        self, signature: dict[str, Any], sites: dict[str, list[int]], rank: int = 4,
+        trained_scale: float = 4.0, guidance_scale_range: tuple[float, float] = (1.0, 8.0),
+        times: Sequence[float] | None = None, trained_on: dict[str, str] | None = None,
         pilotfish_version: str = "0.2.0",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if trained_scale <= 1:
             raise GuideError(f"trained_scale must be above 1, not {trained_scale}")
 
         self.pairs = nn.ModuleDict(
             {
-                dotless(name): nn.Sequential(
-                    nn.Linear(entering, rank, bias=False),
-                    zero_module(nn.Linear(rank, leaving, bias=False)),
+                key(name): nn.Sequential(
+                    nn.Linear(fan_in, rank, bias=False),
+                    zero_module(nn.Linear(rank, fan_out, bias=False)),
                 )
-                for name, (leaving, entering) in sites.items()
+                for name, (fan_out, fan_in) in sites.items()
             }
         )
 
     @classmethod
     def for_denoiser(cls, denoiser: Any, prediction_type: str, **config: Any) -> Self:
-        """A fresh guide for a UNet, on the projections of all its attentions."""
-        return cls(
-            Backbone.of(denoiser).signature(prediction_type), weights(denoiser, ATTENTION), **config
-        )
+        """A fresh guide for the projections of all attentions of a denoiser."""
+        signature = Backbone.of(denoiser).signature(prediction_type)
+        return cls(signature, weight_shapes(denoiser, ATTENTION), **config)
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """Every layer that has a pair of matrices."""
+        """The layers that have a pair of matrices."""
         return tuple(self.config.sites)
 
     def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
-        dial = guidance_strength(inputs.guidance_scale) / (self.config.trained_scale - 1)
+        weight = guidance_strength(inputs.guidance_scale) / (self.config.trained_scale - 1)
         return GuideOutput(
             residuals={
-                name: partial(self._add, self.pairs[dotless(name)], dial)
-                for name in self.config.sites
+                name: partial(_add, self.pairs[key(name)], weight) for name in self.config.sites
             }
         )
 
-    @staticmethod
-    def _add(
-        pair: nn.Module, dial: torch.Tensor, entered: torch.Tensor, made: torch.Tensor
-    ) -> torch.Tensor:
-        added: torch.Tensor = pair(entered)
-        return made + per_sample(dial, added) * added
+
+def _add(
+    pair: nn.Module, weight: torch.Tensor, module_input: torch.Tensor, module_output: torch.Tensor
+) -> torch.Tensor:
+    added: torch.Tensor = pair(module_input)
+    return module_output + per_sample(weight, added) * added

@@ -1,11 +1,11 @@
-"""Guided distillation (Meng et al., arXiv 2210.03142): the whole denoiser learns.
+"""Guided distillation (Meng et al., arXiv 2210.03142): the whole denoiser is trained.
 
-The denoiser itself is trained, and w enters beside the timestep. It is no plug: it has the size
-of the denoiser. Here it is kept as a change of every linear and convolutional layer,
-``(W + dW) x + b + db``, added to the layer as it runs, so that it can be put on a fine-tune like
-all others; norms and the embedding of time stay as they are. Merged into the weights it would
-cost one plain pass; unmerged it costs two. Nothing makes it vanish at w = 1; there the pipeline
-does not ask it.
+The denoiser's weights are trained, and w is embedded beside the timestep. The guide holds a change
+of every linear and convolutional layer, ``(W + dW) x + b + db``, so it is as large as the
+denoiser; it is added to the layer's output, so that it attaches to a fine-tune like other guides.
+Norms and the timestep embedding's own layers stay as they are. Merged into the weights it would
+cost one plain pass; unmerged it costs two. It is not zero at w = 1 by construction; the pipeline
+does not call a guide there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from baselines.sites import dotless, weights
+from baselines.modules import key, weight_shapes
 from pilotfish.backbones import Backbone
 from pilotfish.guidance import fourier_features
 from pilotfish.guides.base import Guide
@@ -30,67 +30,65 @@ FEATURES = 64
 TIME = "time_embedding"
 
 
-class WholeDenoiser(Guide, guide_type="guided-distillation"):
+class GuidedDistillation(Guide, guide_type="guided-distillation"):
     """See the module.
 
     Args:
         signature: of the denoiser.
-        sites: its layers, name -> shape (:func:`baselines.sites.weights`).
-        time_width: width of its time embedding, to which the embedding of w is added.
+        sites: weight shapes of its layers, by name (:func:`baselines.modules.weight_shapes`).
+        time_width: width of its timestep embedding, to which the embedding of w is added.
         guidance_scale_range: the (low, high) of w in training.
     """
 
+    title = "Guided Distillation"
     learning_rate = 3e-4
 
     @register_to_config
     def __init__(
-        self,
-        signature: dict[str, Any],
-        sites: dict[str, list[int]],
-        time_width: int,
+        self, signature: dict[str, Any], sites: dict[str, list[int]], time_width: int,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        times: Sequence[float] | None = None,
-        trained_on: dict[str, str] | None = None,
+        times: Sequence[float] | None = None, trained_on: dict[str, str] | None = None,
         pilotfish_version: str = "0.2.0",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.changes, self.biases = nn.ParameterDict(), nn.ParameterDict()
         for name, shape in sites.items():
-            self.changes[dotless(name)] = nn.Parameter(torch.zeros(shape[:4]))
-            self.biases[dotless(name)] = nn.Parameter(torch.zeros(shape[0]))
+            self.changes[key(name)] = nn.Parameter(torch.zeros(shape[:4]))
+            self.biases[key(name)] = nn.Parameter(torch.zeros(shape[0]))
         self.scale = nn.Sequential(
-            nn.Linear(FEATURES, time_width),
-            nn.SiLU(),
+            nn.Linear(FEATURES, time_width), nn.SiLU(),
             zero_module(nn.Linear(time_width, time_width)),
-        )
+        )  # fmt: skip
 
     @classmethod
     def for_denoiser(cls, denoiser: Any, prediction_type: str, **config: Any) -> Self:
-        """A fresh guide for a UNet: it changes nothing yet."""
+        """A fresh guide for a UNet."""
+        signature = Backbone.of(denoiser).signature(prediction_type)
         width = denoiser.time_embedding.linear_2.out_features
-        # what the time embedding itself is made of stays, and w is added to what it makes
-        sites = {k: v for k, v in weights(denoiser).items() if not k.startswith(TIME)}
-        return cls(Backbone.of(denoiser).signature(prediction_type), sites, width, **config)
+        shapes = weight_shapes(denoiser)
+        sites = {name: shape for name, shape in shapes.items() if not name.startswith(TIME)}
+        return cls(signature, sites, width, **config)
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """Every layer with weights, and the time embedding."""
+        """Every layer with weights, and the timestep embedding."""
         return (*self.config.sites, TIME)
 
     def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
-        seen = fourier_features(inputs.guidance_scale, FEATURES, longest=32.0)
-        embedded = self.scale(seen.to(inputs.text.dtype))
+        features = fourier_features(inputs.guidance_scale, FEATURES, longest=32.0)
+        scale = self.scale(features.to(inputs.text.dtype))
         residuals: dict[str, ResidualFunction] = {
-            name: partial(self._add, dotless(name), tuple(shape[4:]))
+            name: partial(self._add, key(name), tuple(shape[4:]))
             for name, shape in self.config.sites.items()
         }
-        return GuideOutput(residuals=residuals | {TIME: lambda entered, made: made + embedded})
+        return GuideOutput(residuals=residuals | {TIME: lambda _, output: output + scale})
 
     def _add(
-        self, key: str, geometry: tuple[int, ...], entered: torch.Tensor, made: torch.Tensor
-    ) -> torch.Tensor:
-        change, bias = self.changes[key], self.biases[key]
+        self, name: str, geometry: tuple[int, ...], module_input: torch.Tensor,
+        module_output: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        change, bias = self.changes[name], self.biases[name]
         if not geometry:
-            return made + F.linear(entered, change, bias)
+            return module_output + F.linear(module_input, change, bias)
         stride, padding = geometry
-        return made + F.conv2d(entered, change, bias, stride, padding)
+        return module_output + F.conv2d(module_input, change, bias, stride, padding)

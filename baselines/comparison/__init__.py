@@ -1,1 +1,1 @@
-"""Every method that does without the second pass of CFG, side by side under one measurement."""
+"""The comparison of all methods under one budget and one measurement."""

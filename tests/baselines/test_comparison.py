@@ -1,4 +1,4 @@
-"""The comparison as its user meets it: equal terms, nothing done twice, nothing lost."""
+"""A comparison: equal terms, nothing done twice, nothing lost."""
 
 from __future__ import annotations
 
@@ -10,40 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from baselines.comparison import comparison
-from baselines.comparison.bench import Bench, Measurement
-from baselines.comparison.comparison import Comparing
-from baselines.comparison.methods import DEFAULT, METHODS
-from baselines.comparison.plan import Plan
-from baselines.comparison.plots import pareto
-from baselines.comparison.result import Comparison
-from baselines.comparison.table import HEADINGS, comparison_markdown, comparison_table, ranked
-from baselines.training_free import GuidanceInterval
+from PIL import Image
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import ModelSource
+
+from baselines import RULES, GuidanceInterval
+from baselines.comparison import run
+from baselines.comparison.report import HEADINGS, comparison_markdown, comparison_table, pareto
+from baselines.comparison.results import ComparisonResult
+from baselines.comparison.run import DEFAULT, Comparison, ComparisonConfig, ModelEvaluator
+from pilotfish import cli
 from pilotfish.evaluation.plots import png
 from pilotfish.guides import TinyGuide
 from pilotfish.training.config import ConfigError
 
 STEPS = 3
-PLAN = Plan(
+CONFIG = ComparisonConfig(
     methods=("tiny", "dice", "guidance-interval"), max_train_steps=4, train_batch_size=4,
-    samples=4, held_out=2, num_inference_steps=STEPS, rounds=1, equal_seconds=False,
+    samples=4, validation_samples=2, num_inference_steps=STEPS, rounds=1, equal_seconds=False,
+    batch_size=3,
 )  # fmt: skip
-
-
-@pytest.fixture
-def how(names: list[str]) -> Measurement:
-    return Measurement(names, ["cat", "a"], 4, 4.0, STEPS, seed=0, batch_size=3)
+Start = Callable[..., Comparison]
 
 
 @pytest.fixture
 def start(
-    make_pipe: Callable[[str], Any], how: Measurement, scorer: Scorer, names: list[str],
-    real: Path, tmp_path: Path,
-) -> Callable[..., Comparing]:  # fmt: skip
-    """A comparison in a folder, on a base and a fine-tune that is not one."""
+    make_pipe: Callable[[str], Any], scorer: Scorer, names: list[str], real: Path, tmp_path: Path
+) -> Start:
+    """A function that begins or resumes a comparison in a folder, on two models."""
     make_pipe("epsilon").save_pretrained(tmp_path / "base")
     (tmp_path / "prompts.txt").write_text("\n".join(names))
     training = {
@@ -53,175 +47,211 @@ def start(
         "pool": 8, "replay_capacity": 8,
         "trajectory_steps_min": 2, "trajectory_steps_max": 4,
     }  # fmt: skip
-    hosts = {
+    models = {
         "base": ModelSource(lambda: make_pipe("epsilon"), real),
-        "other": ModelSource(lambda: make_pipe()),
+        "other": ModelSource(lambda: make_pipe("epsilon")),
     }
 
-    def make(folder: str = "run", plan: Plan = PLAN) -> Comparing:
-        return Comparing(
-            plan, hosts, how, scorer, tmp_path / folder, training=training,
-            command="pilotfish compare", notice=lambda line: None,
+    def make(folder: str = "run", config: ComparisonConfig = CONFIG) -> Comparison:
+        return Comparison(
+            config, models, scorer, tmp_path / folder, names=names,
+            validation_prompts=["cat", "a"], training=training, command="pilotfish compare",
+            log=lambda line: None,
         )  # fmt: skip
 
     return make
 
 
-def test_what_is_cfg_keeps_all_of_it(
-    make_pipe: Callable[[str], Any], how: Measurement, scorer: Scorer, real: Path
+def test_cfg_retains_its_whole_gain_and_a_fresh_guide_none(
+    make_pipe: Callable[[str], Any], scorer: Scorer, names: list[str], real: Path
 ) -> None:
-    bench = Bench(ModelSource(lambda: make_pipe("epsilon"), real), how, scorer)
-    found = bench.measure(GuidanceInterval(0, 1000))
-    assert found.latent_mse_ratio == 0
-    assert found.scores == bench.cfg.scores
-    assert found.passes == 2 * STEPS
-    assert math.isnan(found.guidance_error)
-    assert found.gain_kept_cosine == pytest.approx(1)
+    evaluator = ModelEvaluator(
+        ModelSource(lambda: make_pipe("epsilon"), real), scorer, CONFIG, names=names,
+        validation_prompts=["cat", "a"],
+    )  # fmt: skip
+    cfg = evaluator.measure(GuidanceInterval(0, 1000))
+    assert cfg.latent_mse_ratio == 0
+    assert cfg.scores == evaluator.cfg.scores
+    assert cfg.passes == 2 * STEPS
+    assert math.isnan(cfg.guidance_error)
+    assert cfg.gain_kept_cosine == pytest.approx(1)
+    fresh = evaluator.measure(TinyGuide.for_denoiser(evaluator.pipe.unet, "epsilon"))
+    assert fresh.latent_mse_ratio == pytest.approx(1, abs=1e-3)
+    assert fresh.guidance_error == pytest.approx(1, abs=1e-3)
+    assert fresh.gain_kept_cosine == pytest.approx(0, abs=1e-2)
+    assert fresh.passes == STEPS
 
 
-def test_a_fresh_guide_keeps_nothing(
-    make_pipe: Callable[[str], Any], how: Measurement, scorer: Scorer, real: Path
+def test_a_whole_comparison_is_measured_shown_and_not_repeated(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = Bench(ModelSource(lambda: make_pipe("epsilon"), real), how, scorer)
-    found = bench.measure(TinyGuide.for_denoiser(bench.pipe.unet, "epsilon"))
-    assert found.latent_mse_ratio == pytest.approx(1, abs=1e-3)
-    assert found.guidance_error == pytest.approx(1, abs=1e-3)
-    assert found.gain_kept_cosine == pytest.approx(0, abs=1e-2)
-    assert found.passes == STEPS
-
-
-def test_a_comparison_from_end_to_end(start: Callable[..., Comparing], tmp_path: Path) -> None:
     found = start().run()
-    assert list(found.methods) == list(PLAN.methods)
+    assert list(found.methods) == list(CONFIG.methods)
     assert found.default == DEFAULT
     for name, method in found.methods.items():
-        trained = METHODS[name].rule is None
+        trained = name not in RULES
         assert set(method.runs) == {"samples-0" if trained else "free"}
-        (run,) = method.runs.values()
-        assert set(run.hosts) == {"base", "other"}
-        assert (method.parameters > 0) == (run.training.seconds > 0) == trained
-        assert run.training.samples == (16 if trained else 0)
+        (only,) = method.runs.values()
+        assert set(only.models) == {"base", "other"}
+        assert (method.parameters > 0) == (only.training.seconds > 0) == trained
+        assert only.training.samples == (16 if trained else 0)
         assert method.cost.cfg_over_method > 0
     interval, tiny = (found.methods[n].cost for n in ("guidance-interval", "tiny"))
     assert STEPS < interval.passes < 2 * STEPS
     assert tiny.passes == STEPS
-    assert 1 < tiny.flops_over_plain < 1.5
-    assert Comparison.load(tmp_path / "run" / "compare.json").to_json() == found.to_json()
+    assert 1 < tiny.flops_over_none < 1.5
+    assert ComparisonResult.load(tmp_path / "run" / "compare.json").to_json() == found.to_json()
+
+    lines = comparison_markdown(found, "samples").splitlines()
+    assert len(lines) == 2 + len(CONFIG.methods)
+    assert all(line.count("|") == len(HEADINGS) + 1 for line in lines)
+    assert sum("(default)" in line for line in lines) == 1
+    assert comparison_table(found, "samples").row_count == len(CONFIG.methods)
+    kept = [found.gain_kept_on_fine_tunes(n, "samples") for n in found.ranked("samples")]
+    assert all(math.isnan(k) for k in kept) or kept == sorted(kept, reverse=True)
+    assert png(pareto(found, "samples")).startswith(b"\x89PNG")
+
+    for name in ("distill", "ModelEvaluator", "take_turns"):
+        monkeypatch.setattr(run, name, pytest.fail)
+    assert start().run().to_json() == found.to_json()
+    with pytest.raises(ConfigError, match="other settings"):
+        start(config=replace(CONFIG, samples=5))
 
 
-def scores(found: Comparison) -> str:
+def scores(found: ComparisonResult) -> str:
     """Everything that does not depend on the clock."""
-    plain = json.loads(found.to_json())["methods"]
+    methods = json.loads(found.to_json())["methods"]
     return json.dumps({
-        name: {key: run["hosts"] for key, run in method["runs"].items()}
-        for name, method in plain.items()
+        name: {key: run["models"] for key, run in method["runs"].items()}
+        for name, method in methods.items()
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("after", [1, 3, 5])
-def test_cut_off_anywhere_it_ends_with_the_same_figures(
-    start: Callable[..., Comparing], monkeypatch: pytest.MonkeyPatch, after: int
+def test_interrupted_anywhere_it_ends_with_the_same_figures(
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, count, save = start("whole").run(), [0], Comparison.save
+    save = ComparisonResult.save
 
-    class CutOffError(Exception):
+    class InterruptError(Exception):
         pass
 
-    def cut(self: Comparison, path: str | Path) -> None:
+    def save_and_stop(self: ComparisonResult, path: str | Path) -> None:
         save(self, path)
-        count[0] += 1
-        if count[0] == after:
-            raise CutOffError
+        raise InterruptError
 
+    config = replace(CONFIG, methods=("tiny", "guidance-interval"))
+    whole, interruptions = start("whole", config).run(), 0
     with monkeypatch.context() as patch:
-        patch.setattr(Comparison, "save", cut)
-        with pytest.raises(CutOffError):
-            start("cut").run()
-    assert scores(start("cut").run()) == scores(whole)
+        patch.setattr(ComparisonResult, "save", save_and_stop)
+        for _ in range(6):
+            with pytest.raises(InterruptError):
+                start("parts", config).run()
+            interruptions += 1
+    assert interruptions == 6
+    assert scores(start("parts", config).run()) == scores(whole)
 
 
-def test_a_finished_comparison_does_nothing_again(
-    start: Callable[..., Comparing], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = start().run()
-    for name in ("distill", "Bench", "take_turns"):
-        monkeypatch.setattr(comparison, name, pytest.fail)
-    assert start().run().to_json() == whole.to_json()
-
-
-def test_equal_seconds_are_those_of_the_default(
-    start: Callable[..., Comparing], tmp_path: Path
-) -> None:
-    plan = replace(PLAN, methods=("tiny", "dice"), equal_seconds=True)
-    found = start(plan=plan).run()
+def test_equal_seconds_are_those_of_the_default(start: Start, tmp_path: Path) -> None:
+    config = replace(CONFIG, methods=("tiny", "dice"), equal_seconds=True)
+    found = start(config=config).run()
     assert not (tmp_path / "run" / "tiny" / "seconds-0").exists()
     assert found.budgets == ["samples", "seconds"]
-    tiny, dice = (found.methods[n].runs for n in plan.methods)
+    tiny, dice = (found.methods[n].runs for n in config.methods)
     assert tiny["seconds-0"] == tiny["samples-0"], "the same guide, trained and measured once"
-    pace = dice["samples-0"].training.seconds / PLAN.max_train_steps
-    wanted = max(1, round(tiny["samples-0"].training.seconds / pace))
+    step = dice["samples-0"].training.seconds / CONFIG.max_train_steps
+    wanted = max(1, round(tiny["samples-0"].training.seconds / step))
     assert dice["seconds-0"].training.steps == wanted
 
 
-@pytest.mark.parametrize(
-    "less", [{"equal_seconds": False}, {"methods": ("tiny",)}, {"seeds": (1,)}]
-)
-def test_stopped_and_gone_on_with_less_it_shows_what_there_is(
-    start: Callable[..., Comparing], monkeypatch: pytest.MonkeyPatch, less: dict[str, Any]
+def test_resumed_with_less_it_shows_what_is_complete(
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = replace(PLAN, methods=("tiny", "dice"), equal_seconds=True, seeds=(0, 1))
+    config = replace(CONFIG, methods=("tiny", "dice"), equal_seconds=True, seeds=(0, 1))
 
-    def stopped(self: Comparing, host: str) -> None:
+    def stop(self: Comparison, model: str) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Comparing, "_measure", stopped)
+        patch.setattr(Comparison, "_measure", stop)
         with pytest.raises(KeyboardInterrupt):
-            start(plan=plan).run()
-    fewer = replace(plan, **{"equal_seconds": False} | less)
-    found = start(plan=fewer).run()
-    assert found.methods["dice"].runs.keys() >= {"samples-0", "samples-1", "seconds-0"}
-    assert found.budgets == ["samples"]
-    assert set(ranked(found, "samples")) == set(fewer.methods)
-    assert comparison_table(found, "samples").row_count == len(fewer.methods)
-    assert png(pareto(found, "samples")).startswith(b"\x89PNG")
-    whole = start(plan=plan).run()
+            start(config=config).run()
+    for less in ({"methods": ("tiny",)}, {"seeds": (1,)}):
+        fewer = replace(config, **{"equal_seconds": False} | less)  # type: ignore[arg-type]
+        found = start(config=fewer).run()
+        assert found.methods["dice"].runs.keys() >= {"samples-0", "samples-1", "seconds-0"}
+        assert found.budgets == ["samples"]
+        assert set(found.ranked("samples")) == set(fewer.methods)
+        assert comparison_table(found, "samples").row_count == len(fewer.methods)
+        assert png(pareto(found, "samples")).startswith(b"\x89PNG")
+    whole = start(config=config).run()
     assert whole.budgets == ["samples", "seconds"]
-    assert set(ranked(whole, "seconds")) == {"tiny", "dice"}
-
-
-def test_equal_seconds_need_the_default(start: Callable[..., Comparing]) -> None:
-    with pytest.raises(ConfigError, match="as long as tiny takes"):
-        start(plan=replace(PLAN, methods=("dice",), equal_seconds=True))
-
-
-def test_another_plan_is_refused(start: Callable[..., Comparing]) -> None:
-    start(plan=replace(PLAN, methods=("guidance-interval",))).run()
-    with pytest.raises(ConfigError, match="other settings"):
-        start(plan=replace(PLAN, samples=5))
+    assert set(whole.ranked("seconds")) == {"tiny", "dice"}
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"methods": ("tiny", "telepathy")}, "no method telepathy; there are tiny"),
+        ({"methods": ("tiny", "telepathy")}, "unknown methods: telepathy; available: tiny"),
         ({"methods": ()}, "at least one method"),
         ({"seeds": ()}, "at least one method and one seed"),
         ({"max_train_steps": 0}, "max_train_steps must be at least 1"),
+        ({"guidance_scale": 1.0}, "guidance_scale must be above 1"),
     ],
 )
-def test_a_plan_that_cannot_be_is_named(change: dict[str, Any], sentence: str) -> None:
+def test_an_impossible_configuration_is_refused(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        replace(PLAN, **change)
+        replace(CONFIG, **change)
 
 
-def test_tables_and_plot_show_every_method(start: Callable[..., Comparing]) -> None:
-    found = start().run()
-    lines = comparison_markdown(found, "samples").splitlines()
-    assert len(lines) == 2 + len(PLAN.methods)
-    assert all(line.count("|") == len(HEADINGS) + 1 for line in lines)
-    assert sum("(default)" in line for line in lines) == 1
-    assert comparison_table(found, "samples").row_count == len(PLAN.methods)
-    kept = [found.kept_on_fine_tunes(name, "samples") for name in ranked(found, "samples")]
-    assert all(math.isnan(k) for k in kept) or kept == sorted(kept, reverse=True)
-    assert png(pareto(found, "samples")).startswith(b"\x89PNG")
+def test_equal_seconds_need_the_default(start: Start) -> None:
+    with pytest.raises(ConfigError, match="training time of tiny"):
+        start(config=replace(CONFIG, methods=("dice",), equal_seconds=True))
+
+
+def test_the_command_writes_figures_and_a_plot(
+    make_pipe: Callable[[str], Any], clip: tuple[Any, Any], names: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    make_pipe("epsilon").save_pretrained(tmp_path / "base")
+    for part in clip:
+        part.save_pretrained(tmp_path / "scorer")
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    flags = [
+        "compare", "--quick", "--methods", "tiny", "guidance-interval",
+        "--models", str(tmp_path / "base"), "--scorer", str(tmp_path / "scorer"),
+        "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    for file in ("train_prompts", "prompts", "validation_prompts"):
+        flags += [f"--{file}", str(tmp_path / "names.txt")]
+    assert cli.main(flags) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert set(found["methods"]) == {"tiny", "guidance-interval"}
+    assert Image.open(tmp_path / "out" / "pareto-samples.png").size[0] > 300
+    monkeypatch.setattr(run, "distill", pytest.fail)
+    assert cli.main([*flags, "--output", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == found
+    for change in (["--seed", "7"], []):
+        assert cli.main([*flags, *change]) == (1 if change else 0)
+    (tmp_path / "names.txt").write_text("\n".join([*names, "another"]))
+    assert cli.main(flags) == 1, "the path is the same, and its prompts are others"
+    assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--models", "fluent"), "must be a base; fluent is not"),
+        (("--methods", "telepathy"), "unknown methods: telepathy"),
+        (("--guidance_scale", "1"), "guidance_scale must be above 1"),
+    ],
+)
+def test_a_command_that_cannot_run_says_why(
+    flags: tuple[str, ...], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--output_dir", str(tmp_path / "out"))
+    try:
+        code = cli.main(["compare", "--quick", "--methods", "guidance-interval", *where, *flags])
+    except SystemExit as stop:
+        code = stop.code
+    assert code in (1, 2)
+    assert sentence in " ".join(capsys.readouterr().err.split())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 
-from baselines.training_free import AdaptiveGuidance, GuidanceInterval, PartialGuidance
+from baselines import AdaptiveGuidance, GuidanceInterval, Rule
 from pilotfish.evaluation.speed import counted_rows
 from tests.pipelines import hosts
 from tests.pipelines.test_conditions import WIDTH, load_ip_adapter
@@ -22,7 +22,7 @@ def pipe(make_pipe: Callable[[str], Any]) -> Any:
     return make_pipe("epsilon")
 
 
-def draw(pipe: Any, w: float = 4.0, method: PartialGuidance | None = None) -> tuple[Any, int]:
+def draw(pipe: Any, w: float = 4.0, method: Rule | None = None) -> tuple[Any, int]:
     def call() -> torch.Tensor:
         latents: torch.Tensor = pipe(
             ["a cat", "dog"], guidance_scale=w, num_inference_steps=STEPS, output_type="latent",
@@ -59,7 +59,7 @@ def test_adaptive_guidance_ends_where_the_predictions_agree(pipe: Any) -> None:
     at_once = AdaptiveGuidance(1e-6)  # random denoisers agree by half and more
     _, rows = draw(pipe, method=at_once)
     assert rows == 2 * 2 + 2 * (STEPS - 1)
-    assert draw(pipe, method=at_once)[1] == rows, "the next picture begins with guidance again"
+    assert draw(pipe, method=at_once)[1] == rows, "the next call starts with guidance again"
     never, rows = draw(pipe, method=AdaptiveGuidance(1.0))
     assert torch.equal(never, draw(pipe)[0])
 
@@ -72,13 +72,13 @@ def test_nothing_is_left_behind(pipe: Any) -> None:
     assert torch.equal(draw(pipe)[0], before)
 
 
-def test_a_timestep_that_comes_twice_begins_no_new_picture(pipe: Any) -> None:
-    """PNDM asks twice at its second timestep."""
+def test_a_timestep_that_runs_twice_does_not_reset(pipe: Any) -> None:
+    """PNDM runs its second timestep twice."""
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     at_once = AdaptiveGuidance(1e-6)
     for _ in range(2):
         _, rows = draw(pipe, method=at_once)
-        assert rows == 2 * 2 + 2 * STEPS  # one more step than it was asked for
+        assert rows == 2 * 2 + 2 * STEPS  # one step more than num_inference_steps
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5])
@@ -93,8 +93,8 @@ def test_an_empty_interval_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["SD ControlNet", "SDXL ControlNet", "SD", "SDXL"])
-def test_guidance_nowhere_is_the_conditional_model_whatever_else_is_shown(name: str) -> None:
-    """Residuals come in tuples, and pictures in lists: of those, too, half is left out."""
+def test_guidance_nowhere_is_the_conditional_model_with_other_conditions(name: str) -> None:
+    """ControlNet residuals come in tuples and IP-Adapter images in lists; both are halved."""
     host = hosts.host(name)
     call: dict[str, Any] = {}
     if "ControlNet" not in name:

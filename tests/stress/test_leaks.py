@@ -58,7 +58,8 @@ def draw_many(pipe: Any, guide: Guide, images: int) -> dict[str, float]:
             pipe, [PROMPTS[s % len(PROMPTS)] for s in seeds], seeds=seeds, guide=guide,
             guidance_scale=2.0 + first % 5, num_inference_steps=4, batch_size=number,
         )  # fmt: skip
-        return list(made)[0].image
+        images = [one.image for one in made]
+        return images[0]
 
     first, sizes = draw(0, 1), (8, 1)
     alive, memory = [], [0.0]

@@ -1,4 +1,4 @@
-"""Where rivals act in a denoiser: its modules by name, with their sizes."""
+"""Modules of a denoiser by name, with their sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def cross_attentions(denoiser: nn.Module) -> dict[str, int]:
-    """Every cross-attention: name -> channels of what it makes."""
+    """Output channels of every cross-attention, by name."""
     return {
         name: module.out_dim
         for name, module in denoiser.named_modules()
@@ -17,9 +17,9 @@ def cross_attentions(denoiser: nn.Module) -> dict[str, int]:
     }
 
 
-def weights(denoiser: nn.Module, endings: Sequence[str] = ("",)) -> dict[str, list[int]]:
-    """Every linear and convolutional layer whose name has one of the endings: name -> shape of
-    its weight, and for a convolution stride and padding: (out, in) or (out, in, k, k, s, p)."""
+def weight_shapes(denoiser: nn.Module, endings: Sequence[str] = ("",)) -> dict[str, list[int]]:
+    """Weight shapes of the linear and convolutional layers whose names have one of the endings:
+    [out, in], or [out, in, k, k, stride, padding]."""
     found: dict[str, list[int]] = {}
     for name, module in denoiser.named_modules():
         if not any(name.endswith(e) for e in endings):
@@ -31,6 +31,6 @@ def weights(denoiser: nn.Module, endings: Sequence[str] = ("",)) -> dict[str, li
     return found
 
 
-def dotless(name: str) -> str:
-    """A module's name as a key of ``nn.ModuleDict``, which knows no dots."""
+def key(name: str) -> str:
+    """A module's name as a key of ``nn.ModuleDict``, which allows no dots."""
     return name.replace(".", "/")
