@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from pilotfish.evaluation.processes import is_main
 from rich.console import Console
 
 from baselines.comparison.report import comparison_table, pareto
@@ -19,6 +18,7 @@ from pilotfish.cli.names import model_sources, open_scorer
 from pilotfish.data.prompts import load_prompts
 from pilotfish.errors import Interrupted
 from pilotfish.evaluation.plots import save
+from pilotfish.evaluation.processes import is_main
 
 QUICK: dict[str, Any] = {
     "max_train_steps": 8, "equal_seconds": False, "train_batch_size": 16, "samples": 16,

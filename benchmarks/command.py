@@ -18,12 +18,14 @@ from benchmarks.measure import ShapeResult, ShapesResult, measure_shape, result_
 from benchmarks.memory import largest_batches, pipeline_parts, training_memory
 from benchmarks.operators import OperatorCount, count_operators, narrow_pipeline
 from benchmarks.shapes import GUIDES, SHAPES
+from pilotfish.backbones import Backbone
 from pilotfish.cli.names import open_guide, open_model, usable_device
 from pilotfish.evaluation.results import GuideSize, machine
 from pilotfish.evaluation.speed import measure_cost
 from pilotfish.evaluation.tables import cost_table, number
 from pilotfish.guides import Guide
-from pilotfish.pipelines import check
+from pilotfish.noise import prediction_type
+from pilotfish.pipelines.attach import check
 
 FREEZING = "TORCHINDUCTOR_FREEZING"
 """An environment variable of torch: whether its compiler packs weights beforehand."""
@@ -52,11 +54,11 @@ class BenchmarkConfig:
     """With --shape: count parameters and FLOPs; time nothing, and need no memory."""
     memory: float | None = None
     """With --shape: GiB of a device, to compute the largest batch that it holds in each mode in
-    ``--precision``."""
+    ``--dtype``."""
     train: bool = False
-    """With --shape: the memory of a training step on a base in ``--precision`` with gradient
+    """With --shape: the memory of a training step on a base in ``--dtype`` with gradient
     checkpointing, computed by purpose and, unless ``--count_only``, measured."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
     """Time the denoiser compiled (torch.compile), in all modes. On a CPU,
     ``TORCHINDUCTOR_FREEZING=1`` before the command packs the weights beforehand."""
@@ -126,12 +128,13 @@ def _guide(config: BenchmarkConfig, pipe: Any) -> tuple[Guide, str]:
     if not config.guide_type:
         return open_guide(config.guide), config.guide
     (name,) = config.guide_type
-    fresh = Guide.registry[name].for_denoiser(pipe.unet, pipe.scheduler.config.prediction_type)
+    denoiser = Backbone.of_pipeline(pipe).denoiser
+    fresh = Guide.registry[name].for_denoiser(denoiser, prediction_type(pipe))
     return fresh.eval(), f"fresh {name}"
 
 
 def _time(config: BenchmarkConfig, model: str, pipe: Any, network: Guide, name: str) -> None:
-    pipe.to(config.device, getattr(torch, config.precision))
+    pipe.to(config.device, getattr(torch, config.dtype))
     size = GuideSize.of(network, pipe, name)
     found = measure_cost(
         pipe, network, batch_sizes=config.batch_sizes, rounds=config.rounds,
@@ -148,7 +151,7 @@ def _shapes(config: BenchmarkConfig, command: str) -> None:
     result = ShapesResult.load(output) if output and output.is_file() else ShapesResult({})
     timed = not (config.count_only or config.train or config.operators)
     for name in config.shape:
-        key = result_key(name, config.precision, config.compile) if timed else name
+        key = result_key(name, config.dtype, config.compile) if timed else name
         result.shapes[key] = _shape(config, name, command, result.shapes.get(key))
         if output:
             result.save(output)
@@ -165,7 +168,7 @@ def _shape(
     config: BenchmarkConfig, name: str, command: str, before: ShapeResult | None
 ) -> ShapeResult:
     """The result of one shape. What is not measured now is kept from ``before``."""
-    shape, dtype = SHAPES[name], getattr(torch, config.precision)
+    shape, dtype = SHAPES[name], getattr(torch, config.dtype)
     guides = config.guide_type or tuple(GUIDES)
     if config.train or config.operators:
         result = before or measure_shape(shape, command=command, batch_sizes=())
@@ -193,7 +196,7 @@ def _shape(
             result = replace(before, guides=result.guides, flops=result.flops)
     if config.memory is not None:
         reserved = sum(pipeline_parts(name, dtype).values())
-        result.largest_batch[f"{config.precision}, {config.memory:g} GiB"] = largest_batches(
+        result.largest_batch[f"{config.dtype}, {config.memory:g} GiB"] = largest_batches(
             shape, dtype, config.memory * 2**30, reserved
         )
     return result
@@ -236,7 +239,7 @@ def training_table(result: ShapesResult) -> Table:
     columns = []
     for name, shape in result.shapes.items():
         for guide_type, memory in shape.training.items():
-            heading = f"{name}, {guide_type}\n{memory.precision}, batch {memory.batch}"
+            heading = f"{name}, {guide_type}\n{memory.dtype}, batch {memory.batch}"
             table.add_column(heading, justify="right")
             columns.append(memory.parts | {"sum": memory.total, "measured": memory.peak_bytes})
     for part in dict.fromkeys(part for column in columns for part in column):

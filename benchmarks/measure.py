@@ -24,7 +24,7 @@ class ShapeResult:
         parameters: of the denoiser.
         guides: the size of each.
         flops: of one step of one image, by mode.
-        precision: of weights and activations.
+        dtype: of weights and activations.
         command: the command line that repeats it.
         machine: of the wall clock.
         speedup: wall clock of CFG over that of each other mode, by batch size: medians over
@@ -40,7 +40,7 @@ class ShapeResult:
     parameters: int
     guides: dict[str, GuideSize]
     flops: dict[str, int]
-    precision: str
+    dtype: str
     command: str
     machine: str
     versions: dict[str, str]
@@ -60,10 +60,10 @@ class ShapesResult(Saved):
     shapes: dict[str, ShapeResult]
 
 
-def result_key(name: str, precision: str = "float32", compiled: bool = False) -> str:
+def result_key(name: str, dtype: str = "float32", compiled: bool = False) -> str:
     """The key of a shape in a result: its name, with precision and compilation where they are not
     the default ("sd15, bfloat16, compiled")."""
-    return ", ".join((name, *[precision] * (precision != "float32"), *["compiled"] * compiled))
+    return ", ".join((name, *[dtype] * (dtype != "float32"), *["compiled"] * compiled))
 
 
 def measure_shape(

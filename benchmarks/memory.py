@@ -66,7 +66,7 @@ class TrainingMemory:
         peak_bytes: measured, without text encoders and VAE; NaN if not measured.
         seconds: of the measured step.
         batch: latents at once.
-        precision: of the base's weights.
+        dtype: of the base's weights.
         command: the command line that repeats it.
     """
 
@@ -74,7 +74,7 @@ class TrainingMemory:
     peak_bytes: float
     seconds: float
     batch: int
-    precision: str
+    dtype: str
     command: str
     machine: str
     versions: dict[str, str]
@@ -204,13 +204,13 @@ class TrainingStep:
         sampling, n, device = self.sampling, self.batch, self.device
         unet = sampling.unet
         side, channels = unet.config.sample_size, unet.config.in_channels
-        z, t = torch.randn(n, channels, side, side, device=device), torch.full((n,), 500)
+        z, t = torch.randn(n, channels, side, side, device=device), torch.full((n,), 0.5)
         scale = torch.full((n,), 4.0, device=device)
         with torch.no_grad():
             both = sampling.base(z.repeat(2, 1, 1, 1), t.repeat(2), sampling.prompts(2 * n))
             unconditional, conditional = both.float().chunk(2)
             target = classifier_free_guidance(unconditional, conditional, scale)
-        student = Student(self.guide, unet, sampling.time_ids)
+        student = Student(self.guide, unet, sampling.sizes)
         try:
             guided = student(z, t, sampling.prompts(n), sampling.prompts(1), scale)
             (guided.float() - target).pow(2).mean().backward()

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from pilotfish.backbones import heed_hooks
+from pilotfish.backbones import watch_hooks
 from pilotfish.evaluation.results import GuideSize
 from pilotfish.evaluation.speed import denoiser_flops
 from pilotfish.guides import FullGuide, Guide, TinyGuide
 from pilotfish.interface import TextConditions
-from pilotfish.teacher import Conditioned, Student
+from pilotfish.teacher import Denoiser, Student
 
 GUIDES: dict[str, type[Guide]] = {"tiny": TinyGuide, "full": FullGuide}
 TOKENS = 77
@@ -96,10 +96,10 @@ class SamplingStep:
             module.eval().requires_grad_(False)
         pixels = 8 * self.unet.config.sample_size
         if compiled:
-            heed_hooks()
+            watch_hooks()
             self.unet.compile()
-        self.time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device)
-        self.base = Conditioned(self.unet, self.time_ids)
+        self.sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device)
+        self.base = Denoiser(self.unet, self.sizes)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -117,11 +117,11 @@ class SamplingStep:
         rows = 2 * batch if mode == "cfg" else batch
         side, channels = self.unet.config.sample_size, self.unet.config.in_channels
         z = torch.zeros(rows, channels, side, side, device=self.device, dtype=self.dtype)
-        t, prompts = torch.full((rows,), 500, device=self.device), self.prompts(rows)
+        t, prompts = torch.full((rows,), 0.5, device=self.device), self.prompts(rows)
         if mode not in self.guides:
             yield partial(self.base, z, t, prompts)
             return
-        student = Student(self.guides[mode], self.unet, self.time_ids)
+        student = Student(self.guides[mode], self.unet, self.sizes)
         scale = torch.full((rows,), 4.0, device=self.device)
         try:
             yield partial(student, z, t, prompts, self.prompts(1), scale)
@@ -139,8 +139,8 @@ class SamplingStep:
         pooled, width = None, self.unet.config.cross_attention_dim
         if self.unet.config.addition_embed_type is not None:
             pooled = torch.zeros(rows, POOLED, device=self.device, dtype=self.dtype)
-        hidden = torch.zeros(rows, TOKENS, width, device=self.device, dtype=self.dtype)
-        return TextConditions(hidden, pooled)
+        embeds = torch.zeros(rows, TOKENS, width, device=self.device, dtype=self.dtype)
+        return TextConditions(embeds, pooled)
 
     def flops(self, mode: str) -> int:
         """FLOPs of one step of one image."""

@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from baselines.comparison.plots import pareto
-from baselines.comparison.result import Comparison
-from baselines.comparison.table import comparison_markdown
+from baselines.comparison.report import comparison_markdown, pareto
+from baselines.comparison.results import ComparisonResult
 from pilotfish.evaluation.plots import curve, save
 from pilotfish.evaluation.results import CurveResult, NegativeResult, Result, Run
 from pilotfish.evaluation.tables import LEGEND, curve_markdown, markdown_table, percent
@@ -37,7 +36,7 @@ def write_pages(root: Path) -> None:
     pages: dict[str, tuple[Path, Callable[[Path], str]]] = {
         "guide": (root / "README.md", lambda p: readme_text(Result.load(p))),
         "steps": (docs / "steps.md", lambda p: steps_page(CurveResult.load(p), docs)),
-        "compare": (docs / "compare.md", lambda p: compare_page(Comparison.load(p), docs)),
+        "compare": (docs / "compare.md", lambda p: compare_page(ComparisonResult.load(p), docs)),
         "negative": (docs / "method.md", lambda p: negatives_text(NegativeResult.load(p))),
     }
     for name, (page, text) in pages.items():
@@ -108,13 +107,14 @@ def targets(found: CurveResult, method: str = "few") -> str:
     return "\n".join(lines)
 
 
-def compare_page(found: Comparison, docs: Path) -> str:
+def compare_page(found: ComparisonResult, docs: Path) -> str:
     """A plot and a table for each budget."""
-    plan = found.plan
+    settings = found.settings
     parts = [
         _run(found.run, "results/compare.json")
-        + f" Trained for {plan['max_train_steps']} steps of {plan['train_batch_size']} samples. "
-        "*FLOPs* and *speed* are relative to CFG; *kept* is the share of CFG's gain in top-1."
+        + f" Trained for {settings['max_train_steps']} steps of {settings['train_batch_size']} "
+        "samples. *FLOPs* and *speed* are relative to CFG; *retained* is the share of CFG's gain "
+        "in top-1 accuracy."
     ]
     for budget in found.budgets:
         image = f"images/compare/{budget}.png"

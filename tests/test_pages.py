@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from baselines.comparison.result import (
-    Comparison,
-    HostScores,
+from baselines.comparison.results import (
+    ComparisonResult,
     MethodCost,
     MethodResult,
     MethodRun,
+    ModelScores,
     Training,
 )
 from pilotfish.evaluation.results import (
@@ -39,7 +39,7 @@ MADE = {
         "results/steps.json", lambda file, to: steps_page(CurveResult.load(file), to),
     ),
     "docs/compare.md": (
-        "results/compare.json", lambda file, to: compare_page(Comparison.load(file), to),
+        "results/compare.json", lambda file, to: compare_page(ComparisonResult.load(file), to),
     ),
     "docs/method.md": (
         "results/negative.json", lambda file, _: negatives_text(NegativeResult.load(file)),
@@ -56,15 +56,15 @@ def steps() -> CurveResult:
     return CurveResult("num_inference_steps", models, clock, sizes, RUN)
 
 
-def comparison() -> Comparison:
+def comparison() -> ComparisonResult:
     scores = Scores(0.5, 0.7, 0.6, 4.0)
-    host = HostScores(0.3, 0.2, 0.87, Interval(0.8, 0.9), 0.9, 25.0, scores)
-    runs = {f"{b}-0": MethodRun(Training(9, 9, 1.0), {"base": host, "other": host})
+    own = ModelScores(0.3, 0.2, 0.87, Interval(0.8, 0.9), 0.9, 25.0, scores)
+    runs = {f"{b}-0": MethodRun(Training(9, 9, 1.0), {"base": own, "other": own})
             for b in ("samples", "seconds")}  # fmt: skip
     method = MethodResult("Ours", 9, 0.01, MethodCost(25, 1.01, 1.9), runs)
     references = {h: {"none": scores, "cfg": scores} for h in ("base", "other")}
-    plan = {"max_train_steps": "9", "train_batch_size": "64"}
-    return Comparison("ours", {"ours": method}, references, plan, RUN)
+    settings = {"max_train_steps": "9", "train_batch_size": "64"}
+    return ComparisonResult("ours", {"ours": method}, references, settings, RUN)
 
 
 def test_targets_are_of_the_models_that_were_measured() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from matplotlib.figure import Figure
-from pilotfish.evaluation.tables import markdown, number, percent, terminal
 from rich.table import Table
 
 from baselines.comparison.results import ComparisonResult
 from pilotfish.evaluation.plots import LIGHT, MARKERS, Theme, clean, legend
+from pilotfish.evaluation.tables import markdown, number, percent, terminal
 
 HEADINGS = ("method", "parameters", "FLOPs", "speed", "retained, base", "retained, fine-tunes",
             "error, base", "error, fine-tunes", "fd_clip, base")  # fmt: skip

@@ -12,11 +12,6 @@ from typing import Any, Literal
 from zlib import crc32
 
 import torch
-from pilotfish.evaluation.clip import Scorer
-from pilotfish.evaluation.images import ModelScorer, ModelSource
-from pilotfish.evaluation.processes import gather_objects, is_main, on_main, process
-from pilotfish.evaluation.results import Run, machine, versions
-from pilotfish.evaluation.speed import denoiser_flops, speed_up, take_turns, timed_call
 
 from baselines import RULES
 from baselines.comparison.results import (
@@ -28,7 +23,12 @@ from baselines.comparison.results import (
     Training,
 )
 from pilotfish.backbones import Backbone
+from pilotfish.evaluation.clip import Scorer
+from pilotfish.evaluation.images import ModelScorer, ModelSource
 from pilotfish.evaluation.metrics import LatentMeter, gain_kept, gain_kept_interval
+from pilotfish.evaluation.processes import gather_objects, is_main, on_main, process
+from pilotfish.evaluation.results import Run, machine, versions
+from pilotfish.evaluation.speed import denoiser_flops, speed_up, take_turns, timed_call
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
 from pilotfish.pipelines.sampling import Attachable

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from pilotfish.evaluation.clip import Scorer
-from pilotfish.evaluation.images import ModelSource
 
 from baselines import RULES, GuidanceInterval
 from baselines.comparison import run
@@ -20,6 +18,8 @@ from baselines.comparison.report import HEADINGS, comparison_markdown, compariso
 from baselines.comparison.results import ComparisonResult
 from baselines.comparison.run import DEFAULT, Comparison, ComparisonConfig, ModelEvaluator
 from pilotfish import cli
+from pilotfish.evaluation.clip import Scorer
+from pilotfish.evaluation.images import ModelSource
 from pilotfish.evaluation.plots import png
 from pilotfish.guides import TinyGuide
 from pilotfish.training.config import ConfigError

@@ -56,7 +56,7 @@ def test_counting_keeps_what_was_timed_and_adds_largest_batch_and_operators(
     assert cli.main([*flags, "--count_only"]) == 0
     assert ShapesResult.load(file) == timed
     assert timed.shapes["sd15"].speedup
-    more = ("--count_only", "--memory", "0.6", "--precision", "float16")
+    more = ("--count_only", "--memory", "0.6", "--dtype", "float16")
     assert cli.main([*flags, *more]) == 0
     assert cli.main([*flags, "--operators"]) == 0
     found = ShapesResult.load(file).shapes["sd15"]
@@ -80,7 +80,7 @@ def test_another_precision_and_compilation_are_kept_apart(
     assert cli.main(flags) == 0
     timed = ShapesResult.load(file).shapes["sd15"]
     monkeypatch.setenv("TORCHINDUCTOR_FREEZING", "1")
-    assert cli.main([*flags, "--precision", "bfloat16", "--compile"]) == 0
+    assert cli.main([*flags, "--dtype", "bfloat16", "--compile"]) == 0
     shapes = ShapesResult.load(file).shapes
     assert list(shapes) == ["sd15", "sd15, bfloat16, compiled"]
     assert shapes["sd15"] == timed

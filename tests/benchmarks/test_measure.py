@@ -43,7 +43,7 @@ def test_flops_on_the_meta_device_are_those_on_the_cpu(shape: Shape) -> None:
 
 def shown_after_saving(found: ShapeResult, tmp_path: Path) -> str:
     """The table of a result that was saved and loaded."""
-    result = ShapesResult({result_key("small", found.precision, found.compiled): found})
+    result = ShapesResult({result_key("small", found.dtype, found.compiled): found})
     result.save(tmp_path / "shapes.json")
     assert ShapesResult.load(tmp_path / "shapes.json") == result
     console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))

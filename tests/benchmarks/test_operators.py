@@ -21,14 +21,14 @@ class AddsText(Guide):
 
     @register_to_config
     def __init__(
-        self, denoiser: dict[str, Any], guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        timesteps: list[int] | None = None, trained_on: dict[str, str] | None = None,
+        self, signature: dict[str, Any], guidance_scale_range: tuple[float, float] = (1.0, 8.0),
+        times: list[float] | None = None, trained_on: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.scale = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, inputs: GuideInputs) -> GuideOutput:
-        return GuideOutput(text=self.scale * inputs.encoder_hidden_states)
+    def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
+        return GuideOutput(text=self.scale * inputs.text.embeds)
 
 
 def test_views_and_allocations_are_counted_apart() -> None:
