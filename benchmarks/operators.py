@@ -88,7 +88,7 @@ def count_operators(pipe: Any, guide: Guide, guidance_scale: float = 4.0) -> Ope
     What a call of three steps runs beyond a call of two is one step. The scheduler's part is the
     same with and without a guide.
     """
-    with _inside(pipe.unet) as denoiser:
+    with operators_of(pipe.unet) as denoiser:
         _call(pipe, None, 1.0, 1)
     guided, plain = (
         {n: _call(pipe, g, w, n) for n in (2, 3)} for g, w in ((guide, guidance_scale), (None, 1.0))
@@ -163,7 +163,7 @@ def _embeddings(pipe: Any) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _inside(denoiser: torch.nn.Module) -> Iterator[OperatorCounter]:
+def operators_of(denoiser: torch.nn.Module) -> Iterator[OperatorCounter]:
     """Counts the operators of every forward pass of a denoiser inside the block."""
     counter = OperatorCounter()
 
