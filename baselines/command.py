@@ -48,10 +48,8 @@ class CompareConfig(ComparisonConfig):
     quick: bool = False
     """A few steps and images on the first two models, a test of minutes; its figures mean
     little."""
-    output_dir: str = "runs/compare"
-    """Folder for trainings, results and plots."""
-    output: str | None = None
-    """JSON file of the result. Default: compare.json in ``output_dir``."""
+    output: str = "runs/compare"
+    """Folder for the result (compare.json), the plots and the trainings."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -68,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         training["pretrained_model_name_or_path"] = base
     elif base != "base":
         raise ValueError(f"the first of --models is trained on and must be a base; {base} is not")
-    folder = Path(config.output_dir)
+    folder = Path(config.output)
     validation_prompts = load_prompts(given) if given else bundled.prompts("held_out")
     comparison = Comparison(
         config, model_sources(config.models, config.reference_images),
@@ -83,11 +81,9 @@ def main(arguments: Sequence[str]) -> None:
         raise Interrupted("stopped; the same command resumes it") from error
     if not is_main():
         return
-    if config.output:
-        found.save(config.output)
     for budget in found.budgets:
         Console(width=160).print(comparison_table(found, budget))
         plot = folder / f"pareto-{budget}.png"
         save(pareto(found, budget), plot)
         print(f"saved {plot}")
-    print(f"saved {config.output or comparison.file}")
+    print(f"saved {comparison.file}")

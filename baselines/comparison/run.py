@@ -208,7 +208,7 @@ class Comparison:
             if before.settings != settings:
                 raise ConfigError(
                     f"{folder} holds a comparison with other settings; use the same settings or "
-                    "another --output_dir"
+                    "another --output"
                 )
             self.found = before
 
@@ -260,7 +260,7 @@ class Comparison:
     def _training_config(self, name: str, key: str) -> DistillConfig:
         config, steps = self.config, on_main(partial(self._steps, name, key))
         settings: dict[str, Any] = {
-            "output_dir": str(self.folder / name / key), "guide_type": name, "resume": "latest",
+            "output": str(self.folder / name / key), "guide_type": name, "resume": "latest",
             "max_train_steps": steps, "train_batch_size": config.train_batch_size,
             "mixed_precision": config.mixed_precision,
             "gradient_checkpointing": config.gradient_checkpointing,

@@ -212,7 +212,7 @@ def test_a_new_baseline_is_one_file_and_one_import(
     toy: str, unet: UNet2DConditionModel, batch: Batch, tmp_path: Path
 ) -> None:
     """It can be trained, compared, saved and loaded."""
-    config = DistillConfig(output_dir=str(tmp_path), guide_type=toy, guide={"start": 0.5})
+    config = DistillConfig(output=str(tmp_path), guide_type=toy, guide={"start": 0.5})
     assert config.guide.start == 0.5
     assert titles()[toy] == "Toy method"
     assert ComparisonConfig(methods=(toy,)).methods == (toy,)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pilotfish import bundled
-from pilotfish.evaluation.machine import machine, versions
+from pilotfish.evaluation.results import machine, versions
 from pilotfish.guides import Guide, TinyGuide
 from tests.stress.page import LONG, RESULTS
 

@@ -63,10 +63,10 @@ def outcomes(
 def setting_files(config_class: Any) -> st.SearchStrategy[bytes]:
     """Files of settings: any fields with any values, any text, any bytes."""
     names = [f.name for f in fields(config_class)]
-    rest = {name: values for name in names if name != "output_dir"}
-    complete = st.fixed_dictionaries({"output_dir": texts}, optional=rest).map(json.dumps)
+    rest = {name: values for name in names if name != "output"}
+    complete = st.fixed_dictionaries({"output": texts}, optional=rest).map(json.dumps)
     one = st.tuples(st.sampled_from(names), values).map(
-        lambda field: json.dumps({"output_dir": "runs", field[0]: field[1]})
+        lambda field: json.dumps({"output": "runs", field[0]: field[1]})
     )
     return st.one_of(one, complete, values.map(json.dumps)).map(str.encode) | st.binary(max_size=60)
 
@@ -92,7 +92,7 @@ def test_any_file_is_settings_or_a_config_error(
     record(f"settings, {config_class.__name__}", dict(found))
 
 
-@pytest.mark.parametrize("text", ['{"output_dir": "a\\u0000"}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("text", ['{"output": "a\\u0000"}', "[" * 100_000, "\xff"])
 def test_an_unreadable_file_of_settings_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     path.write_bytes(text.encode("latin-1"))

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from pilotfish.training.checkpoint import CheckpointError, list_checkpoints
-from pilotfish.training.context import TrainingContext
 from safetensors.torch import load, load_file, save, save_file
 
 from pilotfish import bundled
 from pilotfish.checksums import ChecksumError, load_with_checksum, save_with_checksum
 from pilotfish.guides import Guide, TinyGuide
-from pilotfish.guides.files import weight_files
+from pilotfish.guides.saving import weight_files
 from pilotfish.interface import GuideError
+from pilotfish.training.checkpoint import CheckpointError, list_checkpoints
 from pilotfish.training.config import DistillConfig
+from pilotfish.training.context import TrainingContext
 from pilotfish.training.stages import GuidanceTrainer
 from tests.stress.page import LONG
 
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_loads_as_it_was_or_is_refused(
     model: Any, tmp_path: Path, record: Record
 ) -> None:
     config = DistillConfig(
-        output_dir=str(tmp_path / "run"), train_batch_size=4, max_train_steps=2, pool=4,
+        output=str(tmp_path / "run"), train_batch_size=4, max_train_steps=2, pool=4,
         replay_capacity=8, trajectory_steps_min=2, trajectory_steps_max=4, checkpointing_steps=1,
         validation_steps=2, lr_warmup_steps=1, report_to="none",
     )  # fmt: skip

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from pilotfish.training.checkpoint import PREFIX, list_checkpoints, load_checkpoint
 
 from pilotfish import bundled
+from pilotfish.training.checkpoint import PREFIX, list_checkpoints, load_checkpoint
 from pilotfish.training.config import DistillConfig
 from tests.stress.page import LONG
 
@@ -33,7 +33,7 @@ class Training:
     """A training in a process of its own."""
 
     def __init__(self, config: DistillConfig) -> None:
-        self.folder = Path(config.output_dir)
+        self.folder = Path(config.output)
         self.settings = self.folder.with_suffix(".json")
         replace(config, resume="latest").save(self.settings)
         self.log = self.folder.with_suffix(".log")
@@ -113,7 +113,7 @@ def test_kills_change_nothing(
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     steps, every = (120, 3) if LONG else (60, 5)
     config = DistillConfig(
-        output_dir=str(tmp_path / "whole"), prompts=str(tmp_path / "prompts.txt"),
+        output=str(tmp_path / "whole"), prompts=str(tmp_path / "prompts.txt"),
         validation_prompts=str(tmp_path / "prompts.txt"), train_batch_size=4, pool=8,
         replay_capacity=8, trajectory_steps_min=2, trajectory_steps_max=4, max_train_steps=steps,
         checkpointing_steps=every, validation_steps=steps, lr_warmup_steps=1, report_to="none",
@@ -122,7 +122,7 @@ def test_kills_change_nothing(
         make_pipe("epsilon").save_pretrained(tmp_path / "base")
         config = replace(config, pretrained_model_name_or_path=str(tmp_path / "base"))
     whole, killed = (
-        Training(replace(config, output_dir=str(tmp_path / name))) for name in ("whole", "killed")
+        Training(replace(config, output=str(tmp_path / name))) for name in ("whole", "killed")
     )
     whole.finish()
     start = time.monotonic()
