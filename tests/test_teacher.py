@@ -179,7 +179,8 @@ def test_a_guide_in_float32_trains_on_a_base_in_half_precision(
     with torch.no_grad():
         base = Denoiser(denoiser)(latents, TIME, prompts(PROMPT))
         one = student(latents, TIME, prompts(PROMPT), prompts.null, torch.ones(2))
-    torch.testing.assert_close(one, base)  # a matrix product may round by its input's layout
+    # a matrix product in half precision rounds in another order for another layout of its input
+    torch.testing.assert_close(one, base, atol=0.03, rtol=0.02)
 
 
 def test_the_checksum_depends_on_every_bit(family: components.Family) -> None:
