@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from pilotfish import cli
 from pilotfish.evaluation import processes as processes_module
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.processes import (
@@ -32,31 +33,26 @@ SEVEN = ("--samples", "7", "--num_inference_steps", "3", "--seed", "2")
 PROMPTS = ("--prompts", "names.txt", "--validation_prompts", "names.txt", "--scorer", "scorer")
 MODEL = ("--models", "./base", "--reference_images", "real")
 COMMANDS = {
-    "evaluate": (*MODEL, *SEVEN, "--batch_size", "2", "--rounds", "1", "--grid", "grid.png"),
-    "evaluate --negative_prompts": (
-        "--negative_prompts", *MODEL, "--num_inference_steps", "3", "--batch_size", "2",
-    ),
-    "evaluate --steps": (
-        "--steps", "2", "3", "--guide", "guide", "guidance-interval", *MODEL, *SEVEN,
-        "--batch_size", "2", "--rounds", "1",
-    ),
-}  # fmt: skip
+    "result": (*SEVEN, "--rounds", "1", "--grid", "grid.png"),
+    "negatives": ("--negative_prompts", "--num_inference_steps", "3"),
+    "steps": ("--steps", "2", "3", *SEVEN, "--rounds", "1"),
+}
 TIMES = ("cost", "wall_clock", "command")
+RUNNER = """
+import json, sys
+from pilotfish import cli
+for arguments in json.loads(sys.argv[1]):
+    assert cli.main(arguments) == 0
+"""
 
 
-def run(folder: Path, processes: int, name: str, *arguments: str) -> Any:
-    """The command on so many processes; what it wrote."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    given = (*PROMPTS, *(() if "--guide" in arguments else ("--guide", "guide")), *arguments)
-    command = [*(launcher if processes > 1 else []), "-m", "pilotfish", name, *given]
-    done = subprocess.run(
-        [sys.executable, *command, "--output", f"{processes}.json"], cwd=folder, check=False,
-        capture_output=True, text=True,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(f"saved {processes}.json") == 1
-    return json.loads((folder / f"{processes}.json").read_text())
+def evaluations(name: str) -> list[list[str]]:
+    """Command lines that write to a folder."""
+    same = ["--batch_size", "2", "--guide", "guide", *PROMPTS, *MODEL]
+    return [
+        ["evaluate", *same, *flags, "--output", f"{name}/{key}.json"]
+        for key, flags in COMMANDS.items()
+    ]
 
 
 def flat(value: Any, where: str = "") -> dict[str, Any]:
@@ -82,18 +78,32 @@ def folder(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_two_processes_measure_what_one_measures(name: str, folder: Path) -> None:
-    one, two = (flat(run(folder, n, name.split()[0], *COMMANDS[name])) for n in (1, 2))
-    assert one.keys() == two.keys()
-    figures = [place for place, figure in one.items() if isinstance(figure, float)]
-    assert len(figures) > 8
-    for place, figure in one.items():
-        if place in figures:
-            assert two[place] == pytest.approx(figure, rel=1e-3, abs=1e-5), place
-        else:
-            assert two[place] == figure, place
-    assert not list(folder.glob("*.unfinished"))
+def test_two_processes_measure_what_one_measures(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "runner.py").write_text(RUNNER)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "runner.py", json.dumps(evaluations("two"))],
+        cwd=folder, check=False, capture_output=True, text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.chdir(folder)
+    for arguments in evaluations("one"):
+        assert cli.main(arguments) == 0
+    for key in COMMANDS:
+        assert done.stdout.count(f"saved two/{key}.json") == 1
+        one, two = (flat(json.loads(Path(f"{n}/{key}.json").read_text())) for n in ("one", "two"))
+        assert one.keys() == two.keys()
+        figures = [place for place, figure in one.items() if isinstance(figure, float)]
+        assert len(figures) > 8
+        for place in figures:
+            assert two[place] == pytest.approx(one[place], rel=1e-3, abs=1e-5), (key, place)
+        assert {p: f for p, f in two.items() if p not in figures} == {
+            p: f for p, f in one.items() if p not in figures
+        }
+    assert not list(folder.rglob("*.unfinished"))
 
 
 @pytest.mark.parametrize(("count", "processes"), [(1, 3), (7, 2), (8, 4), (5, 4)])
