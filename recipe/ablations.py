@@ -24,8 +24,7 @@ from recipe.vocabulary import captions
 NOTHING = {"text": False, "attention": False, "modulation": False, "rank": 0, "head": 0}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "tiny": {},
-    "external-latents": {"guide_type": "external", "guide": {"reads": ("latents",)}},
-    "external-skips": {"guide_type": "external", "guide": {"reads": ("skips",)}},
+    "external": {"guide_type": "external"},
     "full": {"guide_type": "full"},
     "tiny-text": {"guide": {**NOTHING, "text": True}},
     "tiny-attention": {"guide": {**NOTHING, "attention": True}},
@@ -41,7 +40,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "tiny-negatives": {"negative_prompt_prob": 0.25},
     "tiny-finetunes": {"train_finetunes": tuple(TRAIN_FINETUNES)},
     # last, so that an interrupted run has the others
-    "external-both": {"guide_type": "external", "guide": {"reads": ("latents", "skips")}},
     "tiny-layers": {"guide": {**NOTHING, "rank": 28}},
     "tiny-head": {"guide": {**NOTHING, "head": 48}},
     "tiny-no-text": {"guide": {"text": False}},

@@ -86,7 +86,7 @@ class Student(nn.Module):
         self, guide: GuideProtocol, denoiser: nn.Module, sizes: torch.Tensor | None = None
     ) -> None:
         super().__init__()
-        self.guide = guide
+        self.guide: Any = guide
         self._base = (Denoiser(denoiser, sizes),)
         self.hooks = Backbone.of(denoiser).install(guide)
 

@@ -10,10 +10,13 @@ import torch
 import tyro
 
 from pilotfish import bundled
+from pilotfish.training.config import DistillConfig
 from recipe.__main__ import Recipe
+from recipe.ablations import ABLATIONS
 from recipe.autoencoder import new_autoencoder, normalize_latents
 from recipe.cards import write_cards
 from recipe.finetunes import DISTANT, STYLES, TRAIN_FINETUNES, finetune_folder, permuted
+from recipe.guides import BRANCHES, TRAININGS
 from recipe.loop import train
 from recipe.vocabulary import write_prompts
 
@@ -45,6 +48,12 @@ def test_bundled_finetunes_are_where_the_recipe_saves_them(tmp_path: Path) -> No
         assert finetune_folder(bundled.FOLDER, tmp_path, name).is_dir()
     for name in DISTANT:
         assert finetune_folder(bundled.FOLDER, tmp_path, name).is_relative_to(tmp_path)
+
+
+def test_the_settings_of_every_training_are_valid() -> None:
+    trainings = [part for parts in (*TRAININGS.values(), *BRANCHES.values()) for part in parts]
+    for settings in (*trainings, *ABLATIONS.values()):
+        DistillConfig(output="unused", **settings)
 
 
 def test_captions_are_permuted_within_their_category() -> None:
