@@ -87,9 +87,9 @@ def test_a_value_out_of_range_is_named(say: Say, flags: tuple[str, ...], sentenc
 
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("distill", "--output", "{out}", "--config", "{none}"), "no configuration could be read"),
-    (("distill", "--output", "{out}", "--config"), "--config needs the path"),
-    (("distill", "--output", "{out}", "--config={wrong}"), "guide must be one of tiny"),
-    (("distill", "--output", "{out}", "--config={half}"), "rank must be a whole number"),
+    (("distill", "--output", "{out}", "--config"), "--config needs a value"),
+    (("distill", "--output", "{out}", "--config={wrong}"), "guide_type must be one of"),
+    (("distill", "--output", "{out}", "--config={half}"), "rank must be a valid integer"),
     (("distill-steps", "--output", "{used}"), "holds rounds of an earlier run"),
     (("distill", "--output", "{out}", "--config", "{unknown}"), "unknown settings: colour"),
     (("distill", "--output", "{out}", "--prompts", "{none}"), "none.txt"),
@@ -145,6 +145,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("sample", "-p", "owl", "--batch_size", "-1"), "batch_size must be at least 1"),
     (("sample", "-p", "owl", "--num_images_per_prompt", "0"), "must be at least 1, not 0"),
     (("sample", "-p", "owl", "--models", "{none}"), "no pipeline could be loaded from"),
+    (("sample", "-p", "owl", "--models", "{base}", "--variant", "fp16"), "no pipeline could be"),
     (("sample", "-p", "owl", "--device", "nowhere"), "--device nowhere cannot be used"),
     (("app", "--models", "{base}", "--guide", "tiny"), "no guide fits the model"),
     (("app", "--models", "{base}", "--guide", "{none}"), "no guide could be read"),
@@ -308,7 +309,7 @@ def test_a_demo_shows_both_guides_and_the_recorded_figures(
 
     def distill(config: Any) -> Guide:
         trained.append(config)
-        history = Path(config.output_dir) / "history.json"
+        history = Path(config.output) / "history.json"
         history.write_text(json.dumps([{"step": 1, "guidance_error": 0.456}]))
         return bundled.load_guide()
 

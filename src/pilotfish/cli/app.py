@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import tyro
 
 from pilotfish import bundled
-from pilotfish.cli.names import open_guide, open_model
+from pilotfish.cli.names import Dtype, open_guide, open_model
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class AppConfig:
     """Pipelines to choose from: base, fluent, twemoji, emojione, or folders or hub ids."""
     guide: tuple[str, ...] = ("tiny", "tiny-16", "tiny-8", "tiny-4")
     """Guides to choose from: bundled ones, or folders or hub ids."""
+    variant: str | None = None
+    """Of the weight files, such as fp16."""
+    dtype: Dtype = "float32"
     host: str = "127.0.0.1"
     """Address to listen at. 0.0.0.0 admits everyone who can reach this machine."""
     port: int | None = None
@@ -35,6 +38,9 @@ def main(arguments: Sequence[str]) -> None:
     from pilotfish.app.session import Session
 
     guides = {name: open_guide(name) for name in config.guide}
-    models = {name: open_model(name).to(config.device) for name in config.models}
+    models = {
+        name: open_model(name, config.dtype, config.variant).to(config.device)
+        for name in config.models
+    }
     session = Session(models, guides)
     page.serve(page.build(session), config.host, config.port)

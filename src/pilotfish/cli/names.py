@@ -27,9 +27,10 @@ if TYPE_CHECKING:  # sample and app are installed without what evaluation needs
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def open_model(name: str, dtype: Dtype = "float32") -> Any:
+def open_model(name: str, dtype: Dtype = "float32", variant: str | None = None) -> Any:
     """A bundled model (base, fluent, twemoji, emojione) or a pipeline's folder or hub id."""
-    pipe = bundled.load_model(name) if name in bundled.MODELS else load_pipeline(name)
+    is_bundled = name in bundled.MODELS
+    pipe = bundled.load_model(name) if is_bundled else load_pipeline(name, variant=variant)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):  # diffusers' own method logs a warning
             nn.Module.to(part, dtype=getattr(torch, dtype))

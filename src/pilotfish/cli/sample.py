@@ -43,6 +43,8 @@ class SampleConfig:
     seed: int = 0
     """Of the first image; each further image has the next seed."""
     batch_size: int = 16
+    variant: str | None = None
+    """Of the weight files, such as fp16."""
     dtype: Dtype = "float32"
     device: str | None = None
     """Left out: an accelerator if there is one."""
@@ -68,16 +70,18 @@ def main(arguments: Sequence[str]) -> None:
     device = usable_device(config.device or get_device())
     for model, name in zip(config.models, names, strict=True):
         folder = Path(config.output) / (name if len(names) > 1 else "")
-        sample_model(open_model(model, config.dtype).to(device), prompts, folder, config)
+        pipe = open_model(model, config.dtype, config.variant).to(device)
+        sample_model(pipe, prompts, folder, config)
 
 
 def sample_model(pipe: Any, prompts: Sequence[str], folder: Path, config: SampleConfig) -> None:
     """Sample every prompt with one pipeline; save the images and their grid in ``folder``."""
+    mode = GuidanceMode(config.mode)
     texts = [text for text in prompts for _ in range(config.num_images_per_prompt)]
-    network = open_guide(config.guide) if config.mode == GuidanceMode.GUIDED else None
+    network = open_guide(config.guide) if mode == GuidanceMode.GUIDED else None
     samples = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
-        guidance_scale=1.0 if config.mode == GuidanceMode.NONE else config.guidance_scale,
+        guidance_scale=1.0 if mode == GuidanceMode.NONE else config.guidance_scale,
         num_inference_steps=sampling_steps(pipe, network, config.num_inference_steps),
         batch_size=config.batch_size, guide=network,
         negative_prompts=(
