@@ -80,7 +80,7 @@ class Recipe:
         """``bf16``, or its default."""
         if self.bf16 is not None:
             return self.bf16
-        from pilotfish.training.context import emulates_half_precision
+        from pilotfish.training.state import emulates_half_precision
 
         return not emulates_half_precision()
 

@@ -25,7 +25,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 class Numbered:
     """A source of numbered samples with random latents."""
 
-    kind = GuidanceSamples
+    samples_type = GuidanceSamples
 
     def __init__(self, stream: int = 0, model: int = 0) -> None:
         self.stream, self.next, self.draws = stream, 0, 0

@@ -18,9 +18,10 @@ from pilotfish.guides import Guide
 from pilotfish.training import stages, validation
 from pilotfish.training.checkpoint import list_checkpoints
 from pilotfish.training.config import ConfigError, DistillConfig
-from pilotfish.training.context import TrainingContext, slow_precision
+from pilotfish.training.context import TrainingContext
 from pilotfish.training.history import load_settings
 from pilotfish.training.stages import GuidanceTrainer, distill
+from pilotfish.training.state import slow_precision
 from pilotfish.training.trainer import TrainingError
 from tests.training.runs import PROMPTS, same, small_guide, train
 
@@ -165,7 +166,7 @@ def test_training_begins_with_that_note(
     config: DistillConfig, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "pilotfish.training.trainer.slow_precision", lambda precision, device: precision
+        "pilotfish.training.state.slow_precision", lambda precision, device: precision
     )
     given, lines = context(), list[str]()
     GuidanceTrainer(config, given, small_guide(given.pipe.unet), log=lines.append)

@@ -74,26 +74,19 @@ class CheckpointManager:
         self.base_sha256, self.settings, self.limit = base_sha256, settings, limit
 
     def save(self, streams: Streams) -> None:
-        """Write a checkpoint."""
-        main, wait = self.accelerator.is_main_process, self.accelerator.wait_for_everyone
-        step = self.progress.step
+        """Write a checkpoint. Every process writes its own streams."""
+        main, step = self.accelerator.is_main_process, self.progress.step
         final = self.folder / f"{PREFIX}{step}"
-        aside = _aside(final)
-        with _refusals(final):
-            if main:
-                _begin(final)
-            wait()
+        with atomic_folder(final, main, self.accelerator.wait_for_everyone) as folder:
             for number, tensors in streams.tensors().items():
-                save_with_checksum(tensors, aside / f"{STREAM}{number}.safetensors", number)
-            state = self.state.tensors()
-            wait()
+                save_with_checksum(tensors, folder / f"{STREAM}{number}.safetensors", number)
+            state = self.state.tensors()  # collective under FSDP
             if main:
                 facts = self.state.facts() | self.progress.facts()
                 facts |= {"base_sha256": self.base_sha256, "settings": self.settings}
-                _write(aside, step, state, facts)
-                _publish(final)
-                prune_checkpoints(self.folder, self.limit)
-            wait()
+                _write(folder, step, state, facts)
+        if main:
+            prune_checkpoints(self.folder, self.limit)
 
     def find(self, resume: str | None, log: Callable[[str], None]) -> Path | None:
         """The checkpoint to resume from.
@@ -148,29 +141,53 @@ class CheckpointManager:
                 streams.load(number, _read(path / f"{STREAM}{name}.safetensors", name))
 
 
-def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
-) -> Path:
-    """Write ``folder/checkpoint-<step>`` from one process.
+@contextmanager
+def atomic_folder(
+    final: Path, main: bool = True, wait: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
+    """A folder under a temporary name that is synced and renamed to ``final`` when the block ends.
+
+    Args:
+        main: whether this process creates and renames it.
+        wait: waits for all processes that write into it.
 
     Raises:
         CheckpointError: the disk refused (full, read-only). Earlier files are intact.
     """
+    folder = final.with_name(f".{final.name}.part")
+    try:
+        if main:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            for left in (folder, *final.parent.glob(f".{PREFIX}*.old")):  # by a killed run
+                shutil.rmtree(left, ignore_errors=True)
+            folder.mkdir()
+        wait()
+        yield folder
+        wait()
+        if main:
+            for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
+                _sync(path)
+            if final.exists():
+                _remove(final)
+            folder.rename(final)
+            _sync(final.parent)
+        wait()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(
+            f"could not write {final}: {error}. Earlier checkpoints are intact; free some space "
+            "and run the same command with --resume latest"
+        ) from error
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+) -> Path:
+    """Write ``folder/checkpoint-<step>`` from one process; raises as :func:`atomic_folder`."""
     final = folder / f"{PREFIX}{step}"
-    with _refusals(final):
-        _write(_begin(final), step, tensors, facts)
-        return _publish(final)
-
-
-def save_guide(guide: Any, folder: Path) -> None:
-    """``guide.save_pretrained(folder)``, so that the folder exists completely or not at all.
-
-    Raises:
-        CheckpointError: the disk refused. Earlier files are intact.
-    """
-    with _refusals(folder):
-        guide.save_pretrained(_begin(folder))
-        _publish(folder)
+    with atomic_folder(final) as aside:
+        _write(aside, step, tensors, facts)
+    return final
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -248,57 +265,19 @@ def module_tensors(modules: Mapping[str, torch.nn.Module]) -> Tensors:
     return {f"{name}.{k}": v for name, m in modules.items() for k, v in m.state_dict().items()}
 
 
-def _read(path: Path, beside: Any) -> Tensors:
+def _read(path: Path, config: Any) -> Tensors:
     with safe_open(str(path), "pt") as file:
         if METADATA_KEY not in (file.metadata() or {}):
-            raise CheckpointError(f"{path} has no SHA-256 checksum; delete its checkpoint to "
-                                  "resume from the one before")  # fmt: skip
-    return load_with_checksum(path, beside)
+            raise ValueError(f"{path.name} has no checksum")
+    return load_with_checksum(path, config)
 
 
 def _write(
-    aside: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
 ) -> None:
     text = json.dumps({"step": step, **facts})
-    save_with_checksum(tensors, aside / "state.safetensors", json.loads(text))
-    (aside / "state.json").write_text(text, encoding="utf-8")
-
-
-def _aside(final: Path) -> Path:
-    return final.with_name(f".{final.name}.part")
-
-
-def _begin(final: Path) -> Path:
-    """A new folder beside ``final``; remains of killed runs are removed."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for left in (_aside(final), *final.parent.glob(f".{PREFIX}*.old")):
-        shutil.rmtree(left, ignore_errors=True)
-    _aside(final).mkdir()
-    return _aside(final)
-
-
-def _publish(final: Path) -> Path:
-    """Rename the folder to ``final``, once its content is on the disk."""
-    aside = _aside(final)
-    for path in (*(p for p in aside.rglob("*") if p.is_file()), aside):
-        _sync(path)
-    if final.exists():
-        _remove(final)
-    aside.rename(final)
-    _sync(final.parent)
-    return final
-
-
-@contextmanager
-def _refusals(final: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(_aside(final), ignore_errors=True)
-        raise CheckpointError(
-            f"could not write {final}: {error}. Earlier checkpoints are intact; free some space "
-            "and run the same command with --resume latest"
-        ) from error
+    save_with_checksum(tensors, folder / "state.safetensors", json.loads(text))
+    (folder / "state.json").write_text(text, encoding="utf-8")
 
 
 def _remove(folder: Path) -> None:

@@ -172,19 +172,3 @@ class TrainingContext:
         prompt = torch.tensor([place[c] for c in images.captions])
         shift = vae.config.get("shift_factor") or 0
         return (torch.cat(latents).float().cpu() - shift) * vae.config.scaling_factor, prompt
-
-
-def emulates_half_precision() -> bool:
-    """Whether torch emulates half precision on this processor (x86 without AVX-512), where it is
-    many times slower than float32."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
-def slow_precision(precision: str, device: torch.device) -> str | None:
-    """A warning where ``no``, ``fp16`` or ``bf16`` is slow on a device."""
-    if precision == "no" or device.type != "cpu" or not emulates_half_precision():
-        return None
-    return (
-        f"this processor emulates {precision}, which is many times slower than float32; "
-        "use --mixed_precision no"
-    )

@@ -119,7 +119,7 @@ class Source(Protocol):
     """A source of samples. ``tensors`` holds its whole state, so that it resumes exactly."""
 
     @property
-    def kind(self) -> type[TrainingSamples]:
+    def samples_type(self) -> type[TrainingSamples]:
         """The class of the samples."""
         ...
 
@@ -190,7 +190,7 @@ class Replay:
         """Restore the result of :meth:`tensors`."""
         self.source.load(below("source", tensors))
         ring = {k: v.clone() for k, v in below("ring", tensors).items()}
-        self.ring = self.source.kind(**ring) if ring else None
+        self.ring = self.source.samples_type(**ring) if ring else None
         self.written = int(tensors["written"])
 
 

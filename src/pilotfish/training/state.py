@@ -7,12 +7,15 @@ resumed with or without FSDP.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -23,6 +26,9 @@ from pilotfish.teacher import Student
 from pilotfish.training.checkpoint import Checkpoint, optimizer_state, restore_optimizer
 from pilotfish.training.config import ConfigError, TrainingConfig
 from pilotfish.training.samples import Tensors
+
+TIMEOUT = timedelta(hours=6)
+"""How long processes wait for the first, which validates alone."""
 
 
 class TrainState:
@@ -43,8 +49,9 @@ class TrainState:
         self, student: Student, config: TrainingConfig, learning_rate: float,
         accelerator: Accelerator,
     ) -> None:  # fmt: skip
-        guide = student.guide
-        self.guide, self.config, self.accelerator = guide, config, accelerator
+        guide: Any = student.guide
+        self.guide: Guide = guide
+        self.config, self.accelerator = config, accelerator
         guide.to(accelerator.device).train()
         optimizer = _adam(config.use_8bit_adam)(
             guide.parameters(), learning_rate, (0.9, 0.99), weight_decay=config.adam_weight_decay
@@ -136,6 +143,42 @@ def _adam(in_8_bits: bool) -> Any:
             "--use_8bit_adam needs bitsandbytes: pip install 'pilotfish[8bit]'"
         ) from error
     return AdamW8bit
+
+
+def make_accelerator(config: TrainingConfig, log: Callable[[str], None]) -> Accelerator:
+    """The accelerator of a run; ``log`` is called where its precision is slow.
+
+    Raises:
+        ConfigError: see :func:`check_distributed`.
+    """
+    folder = Path(config.output)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(str(folder), str(folder / "logs")),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+    )
+    check_distributed(accelerator)
+    if warning := slow_precision(config.mixed_precision, accelerator.device):
+        log(warning)
+    return accelerator
+
+
+def emulates_half_precision() -> bool:
+    """Whether torch emulates half precision on this processor (x86 without AVX-512), where it is
+    many times slower than float32."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def slow_precision(precision: str, device: torch.device) -> str | None:
+    """A warning where ``no``, ``fp16`` or ``bf16`` is slow on a device."""
+    if precision == "no" or device.type != "cpu" or not emulates_half_precision():
+        return None
+    return (
+        f"this processor emulates {precision}, which is many times slower than float32; "
+        "use --mixed_precision no"
+    )
 
 
 def check_distributed(accelerator: Accelerator) -> None:

@@ -14,14 +14,11 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from tqdm import tqdm
 
 from pilotfish.backbones import Origin
@@ -31,9 +28,9 @@ from pilotfish.guidance import draw_guidance_scales
 from pilotfish.guides import Guide
 from pilotfish.interface import TextConditions
 from pilotfish.teacher import checkpoint_in_pass, checksum
-from pilotfish.training.checkpoint import CheckpointManager, list_checkpoints, save_guide
+from pilotfish.training.checkpoint import CheckpointManager, atomic_folder, list_checkpoints
 from pilotfish.training.config import ConfigError, TrainingConfig
-from pilotfish.training.context import BASE_DTYPES, TrainingContext, slow_precision
+from pilotfish.training.context import BASE_DTYPES, TrainingContext
 from pilotfish.training.finetunes import FineTunes
 from pilotfish.training.history import Progress
 from pilotfish.training.samples import (
@@ -45,16 +42,13 @@ from pilotfish.training.samples import (
     own_streams,
     shared_generator,
 )
-from pilotfish.training.state import TrainState, check_distributed, is_sharded
+from pilotfish.training.state import TrainState, is_sharded, make_accelerator
 from pilotfish.training.trajectories import Pool
 from pilotfish.training.validation import Validation
 
 SAME_SCALE = 0.5
 """Probability that a sample is trained at the scale of its trajectory, as at inference. The others
 draw another scale."""
-
-TIMEOUT = timedelta(hours=6)
-"""How long processes wait for the first, which validates alone."""
 
 
 class TrainingError(RuntimeError):
@@ -104,16 +98,7 @@ class Trainer:
         self.config, self.context, self.guide, self.log = config, context, guide, log
         self.folder = Path(config.output)
         self.stream_batch = config.train_batch_size
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_config=ProjectConfiguration(str(self.folder), str(self.folder / "logs")),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
-        )
-        check_distributed(self.accelerator)
-        if warning := slow_precision(config.mixed_precision, self.accelerator.device):
-            log(warning)
+        self.accelerator = make_accelerator(config, log)
         context.cast(BASE_DTYPES[config.base_dtype])
         context.pipe.to(self.accelerator.device)
         self.teacher = context.teacher()
@@ -295,7 +280,8 @@ class Trainer:
             config, processes = self.config, self.accelerator.num_processes
             batch = config.train_batch_size * config.gradient_accumulation_steps * processes
             self.progress.finish(batch, self.folder)
-            save_guide(guide, self.folder / "guide")
+            with atomic_folder(self.folder / "guide") as aside:
+                guide.save_pretrained(aside)
             self.log(f"saved {self.folder / 'guide'}")
         return guide
 

@@ -150,7 +150,7 @@ class Trajectories:
         student: steps the on-policy latents, if given.
     """
 
-    kind: type[TrainingSamples]
+    samples_type: type[TrainingSamples]
 
     def __init__(self, path: NoisePath, pool: Pool, student: Guided | None = None) -> None:
         self.path, self.pool, self.student = path, pool, student
@@ -191,7 +191,7 @@ class CFGTrajectories(Trajectories):
         teacher: the base's two passes.
     """
 
-    kind = GuidanceSamples
+    samples_type = GuidanceSamples
 
     def __init__(
         self, teacher: TwoPasses, path: NoisePath, pool: Pool, student: Guided | None = None
@@ -218,7 +218,7 @@ class HalvedTrajectories(Trajectories):
         pool: the latents, all with the same number of steps.
     """
 
-    kind = StepSamples
+    samples_type = StepSamples
 
     def __init__(
         self, teacher: Guided, path: NoisePath, pool: Pool, student: Guided | None = None
@@ -252,7 +252,7 @@ class NoisedImages:
         negative_prompt_prob: as of a :class:`Pool`.
     """
 
-    kind = GuidanceSamples
+    samples_type = GuidanceSamples
 
     def __init__(
         self, teacher: TwoPasses, path: NoisePath, latents: torch.Tensor, prompt: torch.Tensor,
