@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    PixArtSigmaPipeline,
     PNDMScheduler,
 )
 
@@ -22,10 +25,11 @@ from pilotfish.guidance import classifier_free_guidance
 from pilotfish.guides import Guide
 from pilotfish.interface import GuideError
 from pilotfish.teacher import checksum
-from pilotfish.training.config import ConfigError, StepsConfig
+from pilotfish.training.config import ConfigError, DistillConfig, StepsConfig
 from pilotfish.training.context import TrainingContext
 from pilotfish.training.stages import StepTrainer
-from tests.training.runs import same, small_guide, train_steps
+from tests import components
+from tests.training.runs import PROMPTS, VALIDATION, same, small_guide, train, train_steps
 
 Context = Callable[..., TrainingContext]
 Initial = Callable[..., Guide]
@@ -61,6 +65,40 @@ def test_it_learns_resumes_and_leaves_teacher_and_base_as_they_were(
     path = str(Path(config.output) / "checkpoint-40")
     again = replace(config, output=str(tmp_path / "again"), resume=path)
     assert same(student, train_steps(again, context("v_prediction"), initial("v_prediction")))
+
+
+@pytest.mark.parametrize("make", [components.sd3_pipeline, components.pixart_pipeline])
+def test_both_stages_train_every_family(
+    make: Callable[[], Any], config: DistillConfig, steps_config: StepsConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if make is components.pixart_pipeline:  # has resolution bins of full-size models only
+        call = PixArtSigmaPipeline.__call__
+
+        @wraps(call)
+        def without_bins(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return call(self, *args, use_resolution_binning=False, **kwargs)
+
+        monkeypatch.setattr(PixArtSigmaPipeline, "__call__", without_bins)
+
+    def context() -> TrainingContext:
+        return TrainingContext(make(), PROMPTS, VALIDATION)
+
+    config = replace(
+        config, training_samples="on_policy", negative_prompt_prob=0.5, learning_rate=1e-4,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    trained = train(config, context())
+    rows = json.loads((Path(config.output) / "history.json").read_text())
+    assert 0 < rows[-1]["guidance_error"] < 1.5
+    path = str(Path(config.output) / "checkpoint-2")
+    resumed = train(replace(config, output=str(tmp_path / "again"), resume=path), context())
+    assert same(trained, resumed)
+    with warnings.catch_warnings():  # validation takes the steps that are trained
+        warnings.filterwarnings("error", "this guide was distilled")
+        steps = replace(steps_config, output=str(tmp_path / "steps"), max_train_steps=1)
+        student = train_steps(steps, given := context(), trained)
+    assert student.times == tuple(given.path.grid(2)[:-1].tolist())
 
 
 def test_a_checkpoint_continues_under_its_own_teacher(

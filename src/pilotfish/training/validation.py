@@ -103,8 +103,11 @@ class StepValidation:
     def _sample(self, guide: Guide | None, w: float, steps: int) -> list[Sample]:
         texts = self.context.validation_prompts[:PROMPTS]
         seeds = range(self.config.seed, self.config.seed + len(texts))
+        grid = {}
+        if self.context.path.prediction_type == "flow":  # the scheduler's own grid is another
+            grid["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
         return list(sample(self.context.pipe, texts, seeds=seeds, guidance_scale=w,
-                           num_inference_steps=steps, guide=guide))  # fmt: skip
+                           num_inference_steps=steps, guide=guide, **grid))  # fmt: skip
 
 
 def _distance(a: Sequence[Sample], b: Sequence[Sample]) -> float:
