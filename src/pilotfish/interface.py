@@ -100,7 +100,8 @@ class TextConditions:
     def cat(parts: Sequence[TextConditions]) -> TextConditions:
         """Several batches as one. Where lengths differ, the shorter are padded and masked."""
         length = max(part.embeds.shape[1] for part in parts)
-        if any(part.embeds.shape[1] != length for part in parts):
+        alike = len({(part.embeds.shape[1], part.mask is None) for part in parts}) == 1
+        if not alike:
             parts = [part._padded(length) for part in parts]
         pooled = [part.pooled for part in parts if part.pooled is not None]
         masks = [part.mask for part in parts if part.mask is not None]

@@ -228,9 +228,11 @@ class GuidedPass:
 
     # -- what is kept for the whole call ------------------------------------------------
 
-    def cached(self, key: Any, make: Callable[[], T], parts: Iterable[nn.Module] = ()) -> T:
-        """A value made of the negative prompt by ``parts`` of the denoiser, made once a call where
-        it is sure to stay.
+    def cached(
+        self, module: nn.Module, make: Callable[[], T], parts: Iterable[nn.Module] = ()
+    ) -> T:
+        """A value made of the negative prompt by ``parts`` of a module, made once a call where it
+        is sure to stay.
 
         It is not cached while gradients are computed, nor where an adapter may be turned up or
         down between two steps or a part was patched. A compiled graph makes it again: taken in
@@ -239,9 +241,9 @@ class GuidedPass:
             return make()
         if any(isinstance(part, BaseTunerLayer) or _patched(part) for part in parts):
             return make()
-        if key not in self._cache:
-            self._cache[key] = make()
-        kept: T = self._cache[key]
+        if module not in self._cache:
+            self._cache[module] = make()
+        kept: T = self._cache[module]
         return kept
 
     def _scheduled(

@@ -53,7 +53,7 @@ class CrossAttentionDiTBackbone(Backbone):
         ) -> torch.Tensor:
             """The projection is not linear, so the text is extrapolated after it."""
             embeds = guided.cached(
-                "projected", lambda: module.forward(guided.negative.embeds), module.children()
+                module, lambda: module.forward(guided.negative.embeds), module.children()
             )
             negative = TextConditions(embeds, mask=guided.negative.mask)
             guided.scratch["negative"] = negative

@@ -58,7 +58,7 @@ def cross_attention(
         if q is None or gain is None:
             return None
         key, value, bias = guided.cached(
-            name, lambda: keys_and_values(guided), (layer.to_k, layer.to_v)
+            layer, lambda: keys_and_values(guided), (layer.to_k, layer.to_v)
         )
         n = len(q)  # one negative prompt may serve all
         negative = F.scaled_dot_product_attention(

@@ -62,10 +62,10 @@ class JointDiTBackbone(Backbone):
             embedding = module.forward(timestep, pooled.to(given.dtype).expand(n, -1))
             guided.scratch["negative temb"] = F.silu(embedding)
             if attention:
+                embedder = net.context_embedder
                 stream = guided.cached(
-                    "stream", lambda: net.context_embedder.forward(guided.negative.embeds),
-                    [net.context_embedder],
-                )  # fmt: skip
+                    embedder, lambda: embedder.forward(guided.negative.embeds), [embedder]
+                )
                 joint.begin(guided, stream.expand(n, -1, -1), embedding)
 
         if names:

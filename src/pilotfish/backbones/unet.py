@@ -34,7 +34,7 @@ class UNetBackbone(Backbone):
     def sites(self) -> dict[str, Any]:
         net = self.denoiser
         return {
-            "text_dim": net.config.cross_attention_dim,
+            "text_dim": self._text_dim(),
             "attention": [[name, layer.heads] for name, layer in self._cross_attentions()],
             "modulation": self._modulated(),
             "layers": list(self._decoder()),
@@ -46,6 +46,15 @@ class UNetBackbone(Backbone):
             "encoder": list(self._skips()),
             "middle": self._width(len(net.down_blocks) - 1),
         }
+
+    def _text_dim(self) -> int:
+        width = self.denoiser.config.cross_attention_dim
+        widths = {width} if isinstance(width, int) else set(width)
+        if len(widths) > 1:
+            raise GuideError(
+                f"this UNet takes in texts of several widths, {sorted(widths)}, which no guide fits"
+            )
+        return int(widths.pop())
 
     def _cross_attentions(self) -> Iterator[tuple[str, Any]]:
         """Of mid block and decoder, in running order."""
@@ -59,9 +68,10 @@ class UNetBackbone(Backbone):
                         yield name, inner.attn2
 
     def _modulated(self) -> list[str]:
-        """The residual layers, in running order, where the embedding holds the text."""
+        """The residual layers, in running order, where the embedding holds the text, added to
+        that of the timestep and not bent by an activation after that."""
         net = self.denoiser
-        if net.config.addition_embed_type not in TEXT_EMBEDDED:
+        if net.config.addition_embed_type not in TEXT_EMBEDDED or net.time_embed_act is not None:
             return []
         blocks = {f"down_blocks.{i}": block for i, block in enumerate(net.down_blocks)}
         blocks |= {"mid_block": net.mid_block}
@@ -127,7 +137,7 @@ class UNetBackbone(Backbone):
         if pooled is None:  # the hidden states are pooled here
             parts = [module for part in pooling.children() for module in part.modules()]
             negative = guided.cached(
-                "pooled", lambda: pooling.forward(guided.negative.embeds), parts
+                pooling, lambda: pooling.forward(guided.negative.embeds), parts
             )
         else:  # SDXL's pooled text, with the sizes after it
             sizes = args[0][:, pooled.shape[1] :]
@@ -144,7 +154,7 @@ class UNetBackbone(Backbone):
             # gradients each applies it anew, since checkpointing runs single layers again
             if torch.is_grad_enabled() or "negative temb" not in scratch:
                 temb = args[1] + scratch["to negative"]
-                scratch["negative temb"] = layer.nonlinearity(temb)
+                scratch["negative temb"] = temb if layer.skip_time_act else layer.nonlinearity(temb)
 
         def projected(
             guided: GuidedPass, module: Any, args: Any, output: torch.Tensor

@@ -70,9 +70,16 @@ class FullGuide(Guide, guide_type="full"):
                 f"the full guide copies a UNet's encoder and mid block, and {type(unet).__name__} "
                 "has not both; use the tiny guide"
             )
+        signature = backbone.signature(prediction_type)
+        # a guide is given the latents alone, without the mask and image of inpainting beside them
+        channels = signature["head"]["channels"]
         plain = {k: v for k, v in unet.config.items() if not k.startswith("_")}
-        guide = cls(backbone.signature(prediction_type), plain, **config)
-        guide.encoder.load_state_dict(unet.state_dict(), strict=False)
+        guide = cls(signature, plain | {"in_channels": channels}, **config)
+        # a LoRA wraps layers, whose own weights are copied
+        weights = {k.replace(".base_layer.", "."): v for k, v in unet.state_dict().items()}
+        weights["conv_in.weight"] = weights["conv_in.weight"][:, :channels]
+        if missing := guide.encoder.load_state_dict(weights, strict=False).missing_keys:
+            raise GuideError(f"the UNet has no {missing[0]}, which the full guide copies")
         return guide
 
     def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
