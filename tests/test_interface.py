@@ -66,6 +66,13 @@ def test_prompts_of_several_lengths_are_padded_and_masked(family: components.Fam
     torch.testing.assert_close(both.mean()[:2], long.mean())
 
 
+def test_prompts_with_and_without_a_mask_are_all_masked() -> None:
+    masked = components.FAMILIES["pixart"].text(2)
+    both = TextConditions.cat([masked, TextConditions(masked.embeds)])
+    assert both.mask is not None
+    assert torch.equal(both.mask, torch.cat([masked.mask, torch.ones(2, 8)]))
+
+
 def test_the_mean_is_over_the_tokens_that_count() -> None:
     embeds = torch.arange(6.0).reshape(1, 3, 2)
     assert TextConditions(embeds).mean().tolist() == [[2.0, 3.0]]

@@ -118,6 +118,17 @@ def test_another_negative_prompt_in_the_same_pass_counts(family: components.Fami
     assert not torch.allclose(*both)
 
 
+def test_two_denoisers_in_one_pass_have_caches_of_their_own(family: components.Family) -> None:
+    (one, guide), other = prepared(family), family.denoiser(seed=1)
+    Backbone.of(other).install(guide)
+
+    def last(*denoisers: Any) -> torch.Tensor:
+        with torch.no_grad(), opened(guide, family.text(1, 5, seed=3)).open():
+            return [call(family, denoiser) for denoiser in denoisers][-1]
+
+    assert torch.equal(last(one, other), last(other))
+
+
 def test_nothing_is_cached_while_gradients_are_computed(family: components.Family) -> None:
     denoiser, guide = prepared(family)
     with (
@@ -161,7 +172,7 @@ def test_an_adapter_that_a_callback_scales_is_not_cached(
 
     with guide.attached(pipe):
         made = turned()
-        monkeypatch.setattr(GuidedPass, "cached", lambda self, key, make, parts=(): make())
+        monkeypatch.setattr(GuidedPass, "cached", lambda self, module, make, parts=(): make())
         assert torch.equal(made, turned())
 
 

@@ -32,6 +32,7 @@ UNET_TEXT: list[dict[str, Any]] = [
     {},
     {"addition_embed_type": None},
     {"resnet_time_scale_shift": "scale_shift"},
+    {"resnet_skip_time_act": True},
     POOLED_TEXT,
 ]
 SD3_SHAPES: list[dict[str, Any]] = [
@@ -203,8 +204,9 @@ def test_pooled_text_enters_every_residual_layer(config: dict[str, Any]) -> None
     unet = components.unet(**config)
     there = [n for n, m in unet.named_modules() if isinstance(m, ResnetBlock2D)]
     assert sorted(Backbone.of(unet).sites()["modulation"]) == sorted(there)
-    without = components.unet(**config, addition_embed_type=None)
-    assert Backbone.of(without).sites()["modulation"] == []
+    for other in ({"addition_embed_type": None}, {"time_embedding_act_fn": "silu"}):
+        without = components.unet(**config, **other)
+        assert Backbone.of(without).sites()["modulation"] == []
 
 
 def test_custom_diffusion_is_refused() -> None:

@@ -11,10 +11,10 @@ import torch
 
 from pilotfish.backbones import Backbone
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
-from pilotfish.interface import GuideError, TextConditions
+from pilotfish.interface import GuideError, GuideOutput, TextConditions
 from pilotfish.teacher import Student, checkpoint_in_pass
 from tests import components
-from tests.backbones.stubs import TIME, count_hooks, guided, plain
+from tests.backbones.stubs import TIME, FixedGuide, count_hooks, guided, plain
 
 NO_PART: dict[str, Any] = {
     "text": False, "attention": False, "modulation": False, "rank": 0, "head": 0,
@@ -124,6 +124,31 @@ def test_samples_do_not_mix(
             scale=scale[one],
         )  # fmt: skip
         torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 4), (4, 8)])
+def test_latents_and_prediction_have_one_order_of_channels_and_tokens(
+    denoiser: Any, latents: torch.Tensor, text: Any, negative: Any, size: tuple[int, int]
+) -> None:
+    """What the head adds of its own latents arrives in the prediction pixel by pixel."""
+    z, guide = latents[..., : size[0], : size[1]], FixedGuide()
+    head = Backbone.of(denoiser).sites()["head"]["module"]
+
+    def add(entered: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        return made + guide.inputs[-1].latents
+
+    guide.output = GuideOutput(residuals={head: add})
+    made = guided(denoiser, guide, z, text, negative)
+    torch.testing.assert_close(made, plain(denoiser, z, text) + z)
+
+
+def test_a_guide_trained_at_one_size_serves_others(
+    denoiser: Any, trained: TinyGuide, latents: torch.Tensor, text: Any, negative: Any
+) -> None:
+    z = latents[..., :4]
+    made = guided(denoiser, trained, z, text, negative)
+    assert made.shape == z.shape
+    assert not torch.allclose(made, plain(denoiser, z, text), atol=1e-4)
 
 
 def test_removed_hooks_leave_no_trace(

@@ -272,6 +272,10 @@ def test_signatures_tell_unets_apart() -> None:
         ({"block_out_channels": (8, 16)}, {"block_out_channels": [8, 16]}),
         ({"layers_per_block": 1}, {"layers_per_block": [1, 1]}),
         ({"transformer_layers_per_block": 1}, {"transformer_layers_per_block": (1, 1)}),
+        (
+            {"cross_attention_dim": 16, "addition_embed_type": None},
+            {"cross_attention_dim": [16, 16], "addition_embed_type": None},
+        ),
         ({"only_cross_attention": False}, {"only_cross_attention": [False, False]}),
     ],
 )
@@ -280,6 +284,12 @@ def test_signatures_of_one_shape_are_equal_however_it_is_written(
 ) -> None:
     guide = TinyGuide.for_denoiser(components.unet(**one), "epsilon")
     guide.check(Backbone.of(components.unet(**other)).signature("epsilon"))
+
+
+def test_texts_of_several_widths_are_refused() -> None:
+    unet = components.unet(cross_attention_dim=(16, 24), addition_embed_type=None)
+    with pytest.raises(GuideError, match=r"several widths, \[16, 24\]"):
+        Backbone.of(unet).signature("epsilon")
 
 
 # -- unusual shapes ----------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 
+from pilotfish.backbones import Backbone
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 from pilotfish.interface import GuideError, GuideInputs, GuideOutput, TextConditions
 from tests import components
@@ -257,6 +259,23 @@ def test_the_full_guide_starts_from_a_copy_of_the_encoder(unet: UNet2DConditionM
     with torch.no_grad():
         guide.encoder.conv_in.weight.add_(1)
     assert not torch.equal(guide.encoder.conv_in.weight, unet.conv_in.weight)
+
+
+@pytest.mark.parametrize("change", ["inpainting", "LoRA"])
+def test_the_full_guide_copies_an_inpainting_unet_and_one_with_a_lora(
+    unet: UNet2DConditionModel, inputs: GuideInputs, change: str
+) -> None:
+    expected = unet.state_dict()["conv_in.weight"].clone()
+    if change == "inpainting":
+        unet = components.unet(in_channels=9)
+        expected = unet.conv_in.weight[:, :4]
+    else:
+        config = LoraConfig(r=2, target_modules=["to_k", "conv_in"], init_lora_weights=False)
+        unet.add_adapter(config)
+    guide = FullGuide.for_denoiser(unet, "epsilon")
+    assert torch.equal(guide.encoder.conv_in.weight, expected)
+    assert not any(tensor.any() for tensor in added(guide, inputs).values())
+    guide.check(Backbone.of(components.unet()).signature("epsilon"))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 7), (16, 12)])
