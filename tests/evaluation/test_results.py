@@ -19,7 +19,6 @@ from pilotfish.evaluation.results import (
     Result,
     ResultError,
     Scores,
-    cache_key,
     machine,
     versions,
 )
@@ -115,30 +114,32 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 
 def test_finished_parts_are_read_and_not_measured_again(tmp_path: Path) -> None:
     file, scores = tmp_path / "parts.json", Scores(0.5, 0.6, 0.1, math.nan)
-    assert PartialResults(file).get(Scores, lambda: "a", lambda: scores) is scores
+    assert PartialResults(file).get(Scores, {"w": 1}, lambda: scores) is scores
     again = PartialResults(file)
-    found = again.get(Scores, lambda: "a", pytest.fail)
+    found = again.get(Scores, {"w": 1}, pytest.fail)
     assert (found.top1, math.isnan(found.fd_clip)) == (0.5, True)
-    assert again.get(Scores, lambda: "b", lambda: scores) is scores, "another key"
+    assert again.get(Scores, {"w": 2}, lambda: scores) is scores, "another fact"
     interval = Interval(0.0, 1.0)
-    assert again.get(Interval, lambda: "a", lambda: interval) is interval, "another type"
+    assert again.get(Interval, {"w": 1}, lambda: interval) is interval, "another type"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": {"top1": "much"}}'])
-def test_parts_that_cannot_be_read_are_measured(tmp_path: Path, text: str) -> None:
-    (tmp_path / "parts.json").write_text(text)
-    scores = Scores(0.5, 0.6, 0.1, 2.0)
-    parts = PartialResults(tmp_path / "parts.json")
-    assert parts.get(Scores, lambda: "a", lambda: scores) is scores
+@pytest.mark.parametrize("text", ["{", "[]", None])
+def test_parts_that_cannot_be_read_are_measured(tmp_path: Path, text: str | None) -> None:
+    file, scores = tmp_path / "parts.json", Scores(0.5, 0.6, 0.1, 2.0)
+    PartialResults(file).get(Scores, {}, lambda: scores)
+    file.write_text(text or file.read_text().replace("0.5", '"much"'))
+    assert PartialResults(file).get(Scores, {}, lambda: scores) is scores
 
 
-def test_a_key_depends_on_weights_and_settings() -> None:
+def test_weights_are_facts(tmp_path: Path) -> None:
     layer = torch.nn.Linear(2, 2)
-    one, same, other = (cache_key({"layer": layer}, {"w": w}) for w in (1, 1, 2))
-    assert one == same != other
+    parts = PartialResults(tmp_path / "parts.json")
+    before = parts.checksums({"layer": layer})
+    assert before == parts.checksums({"layer": layer})
     with torch.no_grad():
         layer.bias.add_(1)
-    assert cache_key({"layer": layer}, {"w": 1}) != one
+    assert parts.checksums({"layer": layer}) != before
+    assert PartialResults(None).checksums({"layer": layer}) == {}
 
 
 def test_the_table_shows_every_model(result: Result, exported: Callable[[Any], str]) -> None:

@@ -23,7 +23,6 @@ from pilotfish.evaluation.results import (
     PartialResults,
     Point,
     Run,
-    cache_key,
     machine,
     modules,
     versions,
@@ -172,7 +171,10 @@ def _score(
             pipe, scorer, prompts=names, names=names, reference_images=source.reference_images,
             samples=samples, seed=seed, batch_size=batch_size,
         )  # fmt: skip
-        networks = {**modules(pipe), "scorer": scorer.model}
+        facts |= {
+            "weights": parts.checksums({**modules(pipe), "scorer": scorer.model}),
+            "reference_images": source.reference_images,
+        }
         by_model[model] = {name: {} for name in all_methods}
         for name, method in all_methods.items():
             for one in _of_method(method, settings, setting):
@@ -180,11 +182,8 @@ def _score(
                 guide = method.guide(steps)
                 title = f"{model}: {name}, {setting} {one.value}"
                 measure = partial(_point, images, w, steps, guide, progress, title)
-                key = partial(cache_key, networks, facts | {
-                    "w": w, "steps": steps, "method": descriptions.get(id(guide)),
-                    "reference_images": source.reference_images,
-                })  # fmt: skip
-                by_model[model][name][one.value] = parts.get(Point, key, measure)
+                of_point = {"w": w, "steps": steps, "method": descriptions.get(id(guide))}
+                by_model[model][name][one.value] = parts.get(Point, facts | of_point, measure)
     base = _load(next(iter(models.values())), setting)
     sizes = {
         f"{name}-{n}" if n else name: GuideSize.of(guide, base, name)

@@ -22,7 +22,6 @@ from pilotfish.evaluation.results import (
     NegativeResult,
     PartialResults,
     Run,
-    cache_key,
     machine,
     modules,
     versions,
@@ -30,7 +29,6 @@ from pilotfish.evaluation.results import (
 from pilotfish.evaluation.run import dtype_name
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
-from pilotfish.teacher import checksum
 
 CONDITIONS = ("conditioned", "ignoring")
 
@@ -126,7 +124,7 @@ def evaluate_negatives(
     same: dict[str, Any] = {
         "seed": seed, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps
     }  # fmt: skip
-    facts = same | {"prompts": list(prompts), "guide": checksum(guide)}
+    weights = parts.checksums({"guide": guide})  # before a model changes its precision
     for name, source in models.items():
         pipe = source.load()
         size, dtype = size or GuideSize.of(guide, pipe, guide_name), dtype_name(pipe)
@@ -134,8 +132,9 @@ def evaluate_negatives(
             evaluate_negatives_of_model, pipe, guide, prompts, negative_prompts, scorer,
             batch_size=batch_size, progress=named_progress(progress, name), **same,
         )  # fmt: skip
-        key = partial(cache_key, {**modules(pipe), "scorer": scorer.model}, facts)
-        results[name] = parts.get(NegativeModel, key, measure)
+        networks = parts.checksums({**modules(pipe), "scorer": scorer.model})
+        facts = same | {"prompts": list(prompts), "weights": weights | networks}
+        results[name] = parts.get(NegativeModel, facts, measure)
     assert size is not None
     run = Run(command, samples=len(prompts), machine=machine(), versions=versions(),
               dtype=dtype, **same)  # fmt: skip

@@ -257,8 +257,9 @@ class NegativeResult(Saved):
 class PartialResults:
     """The finished parts of a measurement in a file, from which the same measurement resumes.
 
-    A part is known by a key over everything that it depends on, see :func:`cache_key`. Of
-    several processes the first reads and writes.
+    A part is known by all facts that it depends on: with other weights or settings, on another
+    machine or with other versions it is measured again. Of several processes the first reads and
+    writes.
 
     Args:
         file: None: nothing is kept. A file that cannot be read is overwritten.
@@ -268,16 +269,24 @@ class PartialResults:
         self.file = Path(file) if file is not None else None
         self.parts: dict[str, Any] = on_main(self._read)
 
-    def get(self, kind: type[T], key: Callable[[], str], measure: Callable[[], T]) -> T:
-        """The part of a key; measured, and saved at once, if it is not known."""
+    def checksums(self, networks: Mapping[str, nn.Module]) -> dict[str, str]:
+        """The weights of networks, as facts; nothing where no part is kept."""
+        if self.file is None:
+            return {}
+        return on_main(lambda: {name: checksum(module) for name, module in networks.items()})
+
+    def get(self, kind: type[T], facts: Mapping[str, Any], measure: Callable[[], T]) -> T:
+        """The part of some facts (plain values, told apart by their ``repr``); measured, and
+        saved at once, if it is not there."""
         if self.file is None:
             return measure()
-        name = on_main(key)
+        text = repr((kind.__name__, sorted(facts.items()), machine(), versions()))
+        key = on_main(lambda: sha256(text.encode()).hexdigest())
         try:
-            return _validated(kind, self.parts[name])
+            return _validated(kind, self.parts[key])
         except (KeyError, ResultError):
             made = measure()
-        self.parts[name] = json.loads(TypeAdapter(kind).dump_json(made))
+        self.parts[key] = json.loads(TypeAdapter(kind).dump_json(made))
         if is_main():
             _write(self.file, json.dumps(self.parts, indent=1))
         return made
@@ -293,15 +302,6 @@ class PartialResults:
 def modules(pipe: Any) -> dict[str, nn.Module]:
     """The networks of a pipeline by name."""
     return {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
-
-
-def cache_key(networks: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> str:
-    """SHA-256 of weights and settings, the latter by their ``repr``, and of the machine."""
-    digest = sha256()
-    for name, module in sorted(networks.items()):
-        digest.update(f"{name} {checksum(module)}\n".encode())
-    digest.update(repr((sorted(settings.items()), machine(), versions())).encode())
-    return digest.hexdigest()
 
 
 def machine() -> str:

@@ -37,7 +37,6 @@ from pilotfish.evaluation.results import (
     PartialResults,
     Result,
     Run,
-    cache_key,
     machine,
     modules,
     versions,
@@ -46,7 +45,6 @@ from pilotfish.evaluation.speed import measure_cost
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guidance_error import SCALES, Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
-from pilotfish.teacher import checksum
 
 
 def evaluate_model(
@@ -176,7 +174,7 @@ def evaluate(
     total_batch_size(settings.get("batch_size", 1))  # or it would only be refused after the timing
     scorer = scorer or Scorer.bundled()
     parts = PartialResults(unfinished)
-    weights = checksum(guide)
+    weights = parts.checksums({"guide": guide})  # before a model changes its precision
     results: dict[str, ModelResult] = {}
     cost, size = None, None
     same: dict[str, Any] = {
@@ -184,20 +182,18 @@ def evaluate(
     }  # fmt: skip
     for name, source in models.items():
         pipe = source.load()
-        facts = same | settings | {"samples": samples, "seed": seed, "guide": weights}
-        key = partial(
-            cache_key, {**modules(pipe), "scorer": scorer.model},
-            facts | {"reference_images": source.reference_images},
-        )  # fmt: skip
+        networks = parts.checksums({**modules(pipe), "scorer": scorer.model})
+        facts = same | settings | {
+            "samples": samples, "seed": seed, "reference_images": source.reference_images,
+            "weights": weights | networks,
+        }  # fmt: skip
         if cost is None or size is None:
             size = GuideSize.of(guide, pipe, guide_name)
             measure = partial(
                 measure_cost, pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same
             )
-            timed = partial(
-                cache_key, modules(pipe), facts | {"rounds": rounds, "sizes": list(batch_sizes)}
-            )
-            cost = parts.get(Cost, timed, partial(on_main, measure))
+            timing = {"rounds": rounds, "batch_sizes": list(batch_sizes)}
+            cost = parts.get(Cost, facts | timing, partial(on_main, measure))
             run = Run(
                 command, seed, samples, machine=machine(), versions=versions(),
                 dtype=dtype_name(pipe), **same,
@@ -207,7 +203,7 @@ def evaluate(
             samples=samples, seed=seed, scorer=scorer, progress=named_progress(progress, name),
             **same, **settings,
         )  # fmt: skip
-        results[name] = parts.get(ModelResult, key, model)
+        results[name] = parts.get(ModelResult, facts, model)
     assert cost is not None and size is not None
     return Result(results, size, cost, run)
 
