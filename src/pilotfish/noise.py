@@ -42,7 +42,9 @@ def deterministic_scheduler(scheduler: Any) -> Any:
     """A scheduler of the same noise path that takes the steps of this module: DDIM on an even
     grid that ends at the clean image ("trailing"), or Euler for flow matching."""
     if prediction_type(scheduler) == "flow":
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        config = scheduler.config
+        shift = config.get("shift", config.get("flow_shift") or 1.0)  # solvers have another name
+        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
     # DDIM clips by default, which is meant for pixels
     given = {"clip_sample": False, **scheduler.config}
     return DDIMScheduler.from_config(given, timestep_spacing="trailing")
