@@ -112,7 +112,7 @@ def unet() -> UNet2DConditionModel:
 
 @pytest.fixture
 def schedule(prediction_type: str) -> NoisePath:
-    """OLD NAME: NoisePath.of(components.scheduler(prediction_type)) where it is needed."""
+    """The noise path of the pipelines, for epsilon and for v prediction."""
     return NoisePath.of(components.scheduler(prediction_type))
 
 

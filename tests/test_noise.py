@@ -222,6 +222,7 @@ def test_what_a_scheduler_predicts() -> None:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     assert prediction_type(solver) == "flow"
+    assert torch.equal(NoisePath.of(solver).grid(8), NoisePath.of(flow_scheduler()).grid(8))
 
 
 def test_a_scheduler_without_a_known_path_is_refused() -> None:

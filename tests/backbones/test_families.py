@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pilotfish.backbones import Backbone
+from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 from pilotfish.interface import GuideError, GuideOutput, TextConditions
 from pilotfish.teacher import Student, checkpoint_in_pass
@@ -162,6 +164,18 @@ def test_removed_hooks_leave_no_trace(
     hooks.remove()
     assert count_hooks(denoiser) == 0
     assert torch.equal(plain(denoiser, latents, text), expected)
+
+
+def test_a_copied_or_pickled_denoiser_takes_no_guide_along(
+    denoiser: Any, trained: TinyGuide, latents: torch.Tensor, text: Any, negative: Any
+) -> None:
+    expected = plain(denoiser, latents, text)
+    Backbone.of(denoiser).install(trained)
+    for copy in (deepcopy(denoiser), pickle.loads(pickle.dumps(denoiser))):  # noqa: S301
+        with torch.no_grad(), GuidedPass(trained, lambda: 4.0, lambda: negative).open():
+            made = Backbone.of(copy)(latents, TIME, text)
+            assert not torch.allclose(Backbone.of(denoiser)(latents, TIME, text), made)
+        assert torch.equal(made, expected)
 
 
 # -- training ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -210,6 +211,33 @@ def test_invalidating_forgets_the_table(schedule: Schedule) -> None:
         guided_pass.invalidate(schedule.hooks)
         schedule.step(schedule.timesteps[1].expand(2))
     assert schedule.tables == 2
+
+
+@pytest.mark.parametrize("name", ["SD", "SD3", "PixArt"])
+def test_pipelines_use_a_table(
+    make_pipe: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pipe = {"SD": make_pipe, "SD3": components.sd3_pipeline, "PixArt": components.pixart_pipeline}[
+        name
+    ]()
+    denoiser = Backbone.of_pipeline(pipe).denoiser
+    family = components.FAMILIES[{"SD": "unet"}.get(name, name.lower())]
+    guide, found, forward = tiny(family, denoiser), [], TinyGuide.forward
+
+    def seen(guide: TinyGuide, inputs: GuideInputs, known: Any = None) -> GuideOutput:
+        found.append(known is not None)
+        return forward(guide, inputs, known)
+
+    monkeypatch.setattr(TinyGuide, "forward", seen)
+    short = {} if name == "SD" else {"max_sequence_length": 8}
+    if name == "PixArt":
+        short |= {"use_resolution_binning": False, "clean_caption": False}
+    with guide.attached(pipe):
+        pipe(
+            ["cat", "a"], negative_prompt=["b", "cat"], num_inference_steps=3, guidance_scale=4.0,
+            output_type="latent", **short,
+        )  # fmt: skip
+    assert found == [True] * 3
 
 
 @pytest.mark.parametrize("changed", ["scale", "prompt", "prompt in place", "negative in place"])
