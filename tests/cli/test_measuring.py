@@ -81,9 +81,7 @@ def test_by_guidance_scale_and_by_steps_a_plot_is_drawn(
     assert list(json.loads((tmp_path / "steps.json").read_text())["wall_clock"]["cfg"]) == ["2"]
 
 
-def test_a_result_is_saved_whatever_the_terminal_can_show(
-    own: list[str], tmp_path: Path
-) -> None:
+def test_a_result_is_saved_whatever_the_terminal_can_show(own: list[str], tmp_path: Path) -> None:
     """Tables hold characters that ASCII and cp1251 have not."""
     for encoding in ("ascii", "cp1251"):
         output = tmp_path / f"{encoding}.json"
@@ -98,6 +96,20 @@ def test_a_result_is_saved_whatever_the_terminal_can_show(
         assert not list(tmp_path.glob("*.unfinished"))
 
 
+def test_models_that_come_in_a_variant_alone(
+    own: list[str], make_pipe: Any, say: Say, tmp_path: Path
+) -> None:
+    make_pipe("epsilon").save_pretrained(tmp_path / "base", variant="fp16")
+    for file in (tmp_path / "base").glob("*/*.safetensors"):
+        if ".fp16." not in file.name:
+            file.unlink()
+    options = ("--guidance_scales", "4", "--output", str(tmp_path / "result.json"))
+    code, error = say(*own, *options)
+    assert code == 1
+    assert "it holds the variant fp16" in error
+    assert say(*own, *options, "--variant", "fp16")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -108,9 +120,7 @@ def test_a_result_is_saved_whatever_the_terminal_can_show(
         (("--guidance_scales", "1", "--samples", "0"), "at least two samples"),
     ],
 )
-def test_options_that_exclude_one_another(
-    flags: tuple[str, ...], sentence: str, say: Say
-) -> None:
+def test_options_that_exclude_one_another(flags: tuple[str, ...], sentence: str, say: Say) -> None:
     code, error = say("evaluate", *flags)
     assert code == 1
     assert sentence in " ".join(error.split())

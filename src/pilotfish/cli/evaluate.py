@@ -74,6 +74,8 @@ class EvaluateConfig:
     batch_size: int = 32
     dtype: Dtype = "float32"
     """Precision of the models."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16, of models that come in no other."""
     rounds: int = 15
     """Rounds of the side-by-side timing."""
     inception_weights: str | None = None
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     _check(config)
     unfinished = Path(f"{config.output}.unfinished")
-    models = model_sources(config.models, config.reference_images, config.dtype)
+    models = model_sources(config.models, config.reference_images, config.dtype, config.variant)
     with progress_bars() as progress:
         found = _measure(
             config, models=models, scorer=open_scorer(config.scorer, config.models),

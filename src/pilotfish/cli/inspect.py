@@ -40,6 +40,8 @@ class InspectConfig:
     num_inference_steps: int | None = None
     """Left out: 25, or those that the guide was distilled to."""
     seed: int = 0
+    variant: str | None = None
+    """Variant of the weight files, such as fp16, of models that come in no other."""
     output_dir: str = "runs/inspect"
 
 
@@ -53,7 +55,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     if len(config.models) != 1:
         raise ValueError(f"{len(config.models)} models, but maps are of one; add --scales")
-    pipe, guide = model_on_device(config.models[0]), open_guide(config.guide)
+    pipe, guide = (
+        model_on_device(config.models[0], variant=config.variant),
+        open_guide(config.guide),
+    )
     found = inspect(
         pipe, guide, config.prompt, seed=config.seed, guidance_scales=config.guidance_scales,
         num_inference_steps=sampling_steps(pipe, guide, config.num_inference_steps),
@@ -77,7 +82,7 @@ def _draw_scales(config: InspectConfig, file: Path) -> None:
     guide, drawn = open_guide(config.guide), {}
     with progress_bars() as progress:
         for i, name in enumerate(config.models):
-            pipe = model_on_device(name)
+            pipe = model_on_device(name, variant=config.variant)
             drawn[name] = draw_scales(
                 pipe, guide, config.prompt, config.guidance_scales, seed=config.seed,
                 num_inference_steps=sampling_steps(pipe, guide, config.num_inference_steps),

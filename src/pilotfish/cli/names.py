@@ -37,16 +37,17 @@ def open_model(name: str, dtype: Dtype = "float32", variant: str | None = None) 
     return pipe
 
 
-def model_on_device(name: str, dtype: Dtype = "float32") -> Any:
+def model_on_device(name: str, dtype: Dtype = "float32", variant: str | None = None) -> Any:
     """A model on the device of this process."""
     from pilotfish.evaluation.processes import device
 
-    return open_model(name, dtype).to(device())
+    return open_model(name, dtype, variant).to(device())
 
 
 def model_sources(
-    names: Sequence[str], reference_images: Sequence[str], dtype: Dtype = "float32"
-) -> dict[str, ModelSource]:
+    names: Sequence[str], reference_images: Sequence[str], dtype: Dtype = "float32",
+    variant: str | None = None,
+) -> dict[str, ModelSource]:  # fmt: skip
     """Models by name. The folders of reference images belong to those that are not bundled, in
     order.
 
@@ -65,7 +66,7 @@ def model_sources(
             folder: Path | None = bundled.images(name)
         else:
             folder = Path(folders.pop(0)) if folders else None
-        models[called] = ModelSource(partial(model_on_device, name, dtype), folder)
+        models[called] = ModelSource(partial(model_on_device, name, dtype, variant), folder)
     if folders:
         raise ValueError(f"--reference_images {folders[0]} belongs to no model")
     return models
