@@ -103,7 +103,7 @@ def test_a_guide_for_few_steps_has_its_own_scheduler_for_one_request() -> None:
     pipe, expected = pipeline(0), pipeline(0)
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=False)
     use_deterministic_scheduler(expected)
-    few, before = guide(6, times=[1.0, 0.5]), pipe.scheduler
+    few, before = guide(6, times=[0.999, 0.499]), pipe.scheduler
     session = Session({"base": pipe}, {"few": few})
     batches = session.draw(Request.of(**GOOD | {"guide": "few"}))
     samples = sample(
