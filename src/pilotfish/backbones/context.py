@@ -19,6 +19,9 @@ from torch import nn
 from pilotfish.interface import GuideError, GuideInputs, GuideOutput, GuideProtocol, TextConditions
 
 T = TypeVar("T")
+TABLE_BYTES = 2**28
+"""Bytes that the modulations of a whole schedule may take; of a guide with more, each step's are
+computed at the step."""
 LARGEST = 1e4
 """Of a prediction, whose values are of the order of 1: sampler and decoder square them."""
 
@@ -87,9 +90,11 @@ class GuidedPass:
         """What hooks of one denoiser call hand to one another."""
         self._denoiser_dtype: torch.dtype | None = None
         self._untrained: float | None = None
+        self._weights: dict[str, torch.Tensor] = {}
         self._due: set[str] = set()
         self._cache: dict[Any, Any] = {}
         self._table: _Table | None = None
+        self._place: int | None = None
 
     @staticmethod
     def current() -> GuidedPass | None:
@@ -120,17 +125,13 @@ class GuidedPass:
             time: turns the denoiser's timesteps into normalised time.
         """
         self.active, self.output, self.call = False, GuideOutput(), call
-        self.scratch, self._due, self._untrained = {}, set(), None
+        self.scratch, self._due, self._weights, self._untrained = {}, set(), {}, None
         n, scale = len(call.latents), self.guidance_scale()
-        device = call.latents.device
-        if isinstance(scale, torch.Tensor):
-            w = scale.to(device, torch.float32).expand(n)
-        elif scale > 1:
+        if not isinstance(scale, torch.Tensor):
+            if scale <= 1:
+                return
             low, high = self.guide.guidance_scale_range
             self._untrained = None if low <= scale <= high else float(scale)
-            w = torch.full((n,), float(scale), device=device)
-        else:
-            return
         self.active = True
         # in training a guide may be finer than the denoiser that it is trained on
         same = self.guide.dtype == call.latents.dtype
@@ -140,20 +141,12 @@ class GuidedPass:
         if negative is not self.negative:
             self._cache, self._table = {}, None
         self.negative = negative
-        timestep = torch.as_tensor(call.timestep, device=device)
-        inputs = GuideInputs(
-            latents=self.to_guide(call.latents),
-            time=time(timestep).reshape(-1).expand(n),
-            guidance_scale=w,
-            text=self._text_to_guide(call.text),
-            negative=self._text_to_guide(negative),
-            added_cond_kwargs={k: self.to_guide(v) for k, v in call.added_cond_kwargs.items()},
-        )
-        known = None
-        if not isinstance(scale, torch.Tensor) and not torch.is_grad_enabled():
-            known = self._scheduled(inputs, call, timestep, float(scale), time)
-        self.output = self.guide(inputs, known)
-        self._due = {*self.output.residuals, *self.output.gains}
+        inputs, modulations = self._scheduled(call, scale, time)
+        self.output = self.guide(inputs, modulations)
+        gains = self.output.gains
+        if gains and self._denoiser_dtype is None:
+            self._weights = dict(zip(gains, torch._foreach_neg(tuple(gains.values())), strict=True))
+        self._due = {*self.output.residuals, *gains}
 
     def end(self, prediction: torch.Tensor) -> None:
         """The denoiser call is done.
@@ -207,15 +200,26 @@ class GuidedPass:
         self._due.discard(name)
         return self.to_denoiser(function(self.to_guide(entered), self.to_guide(made)))
 
-    def gain(self, name: str) -> torch.Tensor | None:
-        """The gain of a layer's extrapolation; None where the guide leaves the layer alone."""
-        return self.output.gains.get(name)
+    def extrapolates(self, name: str) -> bool:
+        """Whether the guide extrapolates a layer in the running call."""
+        return name in self.output.gains
 
     def extrapolate(
-        self, name: str, output: torch.Tensor, negative: torch.Tensor, gain: torch.Tensor
+        self, name: str, output: torch.Tensor, negative: torch.Tensor, by_head: bool = False
     ) -> torch.Tensor:
-        """``a + g (a - a_n)``, with a gain that multiplies ``output``."""
+        """``a + g (a - a_n)`` of a layer.
+
+        Args:
+            output: a, (N, channels), or by heads (N, tokens, heads, width).
+            negative: a_n, of the same shape.
+        """
         self._due.discard(name)
+        weight = self._weights.get(name)
+        if weight is not None:  # one operator in place of two
+            weight = weight[:, None, :, None] if by_head else weight
+            return torch.lerp(output, negative, weight)
+        gain = self.output.gains[name]
+        gain = gain[:, None, :, None] if by_head else gain
         return self.to_denoiser(torch.addcmul(output, gain, output - negative))
 
     def to_guide(self, x: Any) -> Any:
@@ -237,34 +241,68 @@ class GuidedPass:
         It is not cached while gradients are computed, nor where an adapter may be turned up or
         down between two steps or a part was patched. A compiled graph makes it again: taken in
         from outside, it would ask for another graph than the one that makes it."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return make()
-        if any(isinstance(part, BaseTunerLayer) or _patched(part) for part in parts):
+        if not _lasting(parts):
             return make()
         if module not in self._cache:
             self._cache[module] = make()
         kept: T = self._cache[module]
         return kept
 
-    def _scheduled(
-        self, inputs: GuideInputs, call: DenoiserCall, timestep: torch.Tensor, scale: float,
-        time: Callable[[Any], torch.Tensor],
-    ) -> Any:  # fmt: skip
-        """The guide's modulations at this step, from those of the whole schedule; None where the
-        step is not part of a known schedule."""
-        schedule = self.timesteps()
-        place = None if schedule is None else _place(timestep, schedule)
-        if schedule is None or place is None:
-            return None
+    def scheduled(
+        self, key: Any, make: Callable[[torch.Tensor], torch.Tensor],
+        parts: Iterable[nn.Module] = (),
+    ) -> torch.Tensor | None:  # fmt: skip
+        """A value made of time and the negative prompt by ``parts`` of the denoiser, at this step;
+        made for the whole schedule at its first step. None where the schedule is not known or
+        :meth:`cached` would not cache.
+
+        Args:
+            make: (T,) timesteps -> (T, ...).
+        """
         table = self._table
-        if table is None or not table.holds(schedule, scale, call.text, len(inputs.latents)):
-            n = len(inputs.latents)
-            times = time(schedule.to(inputs.time.device))[:, None].expand(-1, n)
-            w = inputs.guidance_scale[None, :1]  # one for all: what depends on w alone is small
-            made = self.guide.modulations(times, w, inputs.text, inputs.negative)
+        if table is None or self._place is None or not _lasting(parts):
+            return None
+        if key not in table.values:
+            table.values[key] = make(table.schedule.to(table.times.device)).unbind()
+        made: torch.Tensor = table.values[key][self._place]
+        return made
+
+    def _scheduled(
+        self, call: DenoiserCall, scale: float | torch.Tensor,
+        to_time: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[GuideInputs, Any]:  # fmt: skip
+        """The guide's inputs, and its modulations at this step from those of the whole schedule;
+        None where the step is not part of a known schedule."""
+        n, device = len(call.latents), call.latents.device
+        timestep = torch.as_tensor(call.timestep, device=device)
+        schedule, place = None, None
+        if not isinstance(scale, torch.Tensor) and not torch.is_grad_enabled():
+            schedule = self.timesteps()
+            place = None if schedule is None else _step_of(timestep, schedule)
+        table, self._place = self._table, place
+        if schedule is None or place is None:
+            w = torch.as_tensor(scale, dtype=torch.float32, device=device).expand(n)
+            return self._inputs(call, to_time(timestep).reshape(-1).expand(n), w), None
+        if table is None or not table.holds(schedule, float(scale), call.text, n):
+            times = to_time(schedule.to(device))[:, None]
+            w = torch.full((1, 1), float(scale), device=device)  # one for all
+            inputs = self._inputs(call, times[0].expand(n), w[0].expand(n))
+            size = sum(p.nbytes for p in self.guide.parameters()) * len(times) * n
+            made = None
+            if size <= TABLE_BYTES:
+                made = self.guide.modulations(times.expand(-1, n), w, inputs.text, inputs.negative)
             steps = None if made is None else made.unbind()
-            self._table = table = _Table(schedule, scale, call.text, n, steps)
-        return None if table.steps is None else table.steps[place]
+            table = _Table(schedule, float(scale), call.text, n, steps, times, w[0].expand(n))
+            self._table = table
+        inputs = self._inputs(call, table.times[place].expand(n), table.w)
+        return inputs, None if table.steps is None else table.steps[place]
+
+    def _inputs(self, call: DenoiserCall, time: torch.Tensor, w: torch.Tensor) -> GuideInputs:
+        return GuideInputs(
+            self.to_guide(call.latents), time, w, self._text_to_guide(call.text),
+            self._text_to_guide(self.negative),
+            {k: self.to_guide(v) for k, v in call.added_cond_kwargs.items()},
+        )  # fmt: skip
 
     def _text_to_guide(self, text: TextConditions) -> TextConditions:
         return text if self._denoiser_dtype is None else text.to(self.guide.dtype)
@@ -279,6 +317,9 @@ class _Table:
     text: TextConditions
     n: int
     steps: Any
+    times: torch.Tensor
+    w: torch.Tensor
+    values: dict[Any, Any] = field(default_factory=dict)
 
     def holds(self, schedule: torch.Tensor, scale: float, text: TextConditions, n: int) -> bool:
         same = schedule is self.schedule and scale == self.scale and n == self.n
@@ -288,7 +329,7 @@ class _Table:
         )
 
 
-def _place(timestep: torch.Tensor, schedule: torch.Tensor) -> int | None:
+def _step_of(timestep: torch.Tensor, schedule: torch.Tensor) -> int | None:
     """Which step of a schedule a timestep is: pipelines hand out views into the schedule's own
     memory, so a view's offset tells without waiting for the device. None for any other tensor."""
     if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
@@ -299,9 +340,18 @@ def _place(timestep: torch.Tensor, schedule: torch.Tensor) -> int | None:
     return place if single and dense and 0 <= place < len(schedule) else None
 
 
+def _lasting(parts: Iterable[nn.Module]) -> bool:
+    """Whether what parts of the denoiser make stays the same for the rest of a call."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return not any(isinstance(part, BaseTunerLayer) or _patched(part) for part in parts)
+
+
 def _patched(module: nn.Module) -> bool:
-    """Whether a module has hooks, or another ``forward`` than that of its class."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Whether a module has hooks of others, or another ``forward`` than that of its class."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    others = any(not getattr(hook, "of_guide", False) for hook in hooks)
+    return others or "forward" in vars(module)
 
 
 @contextmanager

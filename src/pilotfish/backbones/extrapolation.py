@@ -41,7 +41,7 @@ def cross_attention(
     asked = layer.norm_q if normed else layer.to_q
 
     def query(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-        if guided.gain(name) is not None:
+        if guided.extrapolates(name):
             guided.scratch[name] = output if normed else split_heads(output, layer.heads)
 
     def keys_and_values(guided: GuidedPass) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -54,8 +54,7 @@ def cross_attention(
 
     def answer(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
         q = guided.scratch.pop(name, None)
-        gain = guided.gain(name)
-        if q is None or gain is None:
+        if q is None:
             return None
         key, value, bias = guided.cached(
             layer, lambda: keys_and_values(guided), (layer.to_k, layer.to_v)
@@ -66,7 +65,7 @@ def cross_attention(
             attn_mask=None if bias is None else bias.to(q.dtype).expand(n, -1, q.shape[2], -1),
         ).transpose(1, 2)  # fmt: skip
         output = args[0].unflatten(-1, (layer.heads, -1))
-        changed = guided.extrapolate(name, output, negative, gain[:, None, :, None])
+        changed = guided.extrapolate(name, output, negative, by_head=True)
         return (changed.flatten(2), *args[1:]), kwargs
 
     hooks.after(asked, query)
@@ -139,11 +138,10 @@ class JointAttention:
                 hidden = block.norm2_context(stream) * (1 + scale) + shift
                 stream = stream + gate_ff * block.ff_context(hidden)
                 guided.scratch["stream", following] = stream
-            gain = guided.gain(name)
-            if gain is None:
+            if not guided.extrapolates(name):
                 return None
             output = args[0].unflatten(-1, (layer.heads, -1))
-            changed = guided.extrapolate(name, output, joined[:, :image], gain[:, None, :, None])
+            changed = guided.extrapolate(name, output, joined[:, :image], by_head=True)
             return (changed.flatten(2), *args[1:]), kwargs
 
         for part, norm, projection in (

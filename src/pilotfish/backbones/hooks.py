@@ -76,6 +76,8 @@ class Hooks:
 class _Hook:
     """A function of the active guided pass as a PyTorch hook."""
 
+    of_guide = True
+
     def __init__(self, hooks: Hooks, function: Callable[..., Any], opens: bool = False) -> None:
         self.hooks, self.function, self.opens = hooks, function, opens
 

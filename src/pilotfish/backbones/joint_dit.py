@@ -117,10 +117,9 @@ def _modulation(name: str) -> Callable[..., Any]:
     """Extrapolate what a linear layer makes of the embedding of time and pooled text."""
 
     def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> Any:
-        gain = guided.gain(name)
-        if gain is None:
+        if not guided.extrapolates(name):
             return None
         negative = module.forward(guided.scratch["negative temb"])
-        return guided.extrapolate(name, output, negative, gain)
+        return guided.extrapolate(name, output, negative)
 
     return after

@@ -131,39 +131,53 @@ class UNetBackbone(Backbone):
     def _pool_negative(
         self, guided: GuidedPass, pooling: Any, args: Any, made: torch.Tensor
     ) -> None:
-        """The denoiser embedded the text, (N, E): keep the step from there to the negative
-        prompt's embedding."""
-        pooled = guided.negative.pooled
-        if pooled is None:  # the hidden states are pooled here
-            parts = [module for part in pooling.children() for module in part.modules()]
-            negative = guided.cached(
-                pooling, lambda: pooling.forward(guided.negative.embeds), parts
-            )
-        else:  # SDXL's pooled text, with the sizes after it
-            sizes = args[0][:, pooled.shape[1] :]
+        """The denoiser embedded the text, (N, E): note how to embed the negative prompt."""
+
+        def pool() -> torch.Tensor:
+            pooled = guided.negative.pooled
+            if pooled is None:  # the hidden states are pooled here
+                embeds = guided.negative.embeds
+                return guided.cached(pooling, lambda: pooling.forward(embeds), _within(pooling))
+            sizes = args[0][:, pooled.shape[1] :]  # SDXL's pooled text, with the sizes after it
             pooled = pooled.to(args[0]).expand(len(sizes), -1)
-            negative = pooling.forward(torch.cat([pooled, sizes], 1))
-        guided.scratch["to negative"] = negative - made
+            embedded: torch.Tensor = pooling.forward(torch.cat([pooled, sizes], 1))
+            return embedded
+
+        guided.scratch["pool"], guided.scratch["pooled"] = pool, made
 
     def _place_modulation(self, hooks: Hooks, name: str, layer: Any) -> None:
+        net = self.denoiser
+        plain_time = net.class_embedding is None and net.time_embed_act is None
+        parts = [*_within(net.add_embedding), *_within(net.time_embedding), layer.time_emb_proj]
+
+        def negatives(timesteps: torch.Tensor) -> torch.Tensor:
+            """(T, N, channels) the layer's projection for the negative prompt, at all times."""
+            pooled = hooks.current().scratch["pool"]()  # type: ignore[union-attr]
+            time = net.time_embedding(net.time_proj(timesteps).to(pooled.dtype))
+            temb = time[:, None] + pooled
+            temb = temb if layer.skip_time_act else layer.nonlinearity(temb)
+            projected: torch.Tensor = layer.time_emb_proj.forward(temb)
+            return projected
+
         def embedding(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> None:
-            scratch = guided.scratch
-            if guided.gain(name) is None:
-                return
-            # all residual layers are given one embedding and apply one function to it; with
-            # gradients each applies it anew, since checkpointing runs single layers again
-            if torch.is_grad_enabled() or "negative temb" not in scratch:
-                temb = args[1] + scratch["to negative"]
-                scratch["negative temb"] = temb if layer.skip_time_act else layer.nonlinearity(temb)
+            guided.scratch["temb"] = args[1]  # all residual layers are given the same
 
         def projected(
             guided: GuidedPass, module: Any, args: Any, output: torch.Tensor
         ) -> torch.Tensor | None:
-            gain = guided.gain(name)
-            if gain is None:
+            if not guided.extrapolates(name):
                 return None
-            negative = module.forward(guided.scratch["negative temb"])
-            return guided.extrapolate(name, output, negative, gain)
+            negative = guided.scheduled(name, negatives, parts) if plain_time else None
+            if negative is None:
+                scratch = guided.scratch
+                # all residual layers are given one embedding and apply one function to it; with
+                # gradients each applies it anew, since checkpointing runs single layers again
+                if torch.is_grad_enabled() or "negative temb" not in scratch:
+                    temb = scratch["temb"] + (scratch["pool"]() - scratch["pooled"])
+                    temb = temb if layer.skip_time_act else layer.nonlinearity(temb)
+                    scratch["negative temb"] = temb
+                negative = module.forward(scratch["negative temb"])
+            return guided.extrapolate(name, output, negative.expand_as(output))
 
         hooks.before(layer, embedding)
         hooks.after(layer.time_emb_proj, projected)
@@ -234,3 +248,8 @@ class UNetBackbone(Backbone):
         if getattr(pipe.config, "requires_aesthetics_score", False):
             return torch.tensor([[high, wide, 0, 0, 6.0]])
         return torch.tensor([[high, wide, 0, 0, high, wide]], dtype=torch.float32)
+
+
+def _within(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules inside another."""
+    return [part for child in module.children() for part in child.modules()]

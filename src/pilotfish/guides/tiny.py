@@ -11,8 +11,8 @@ The guide adds in five places of the one pass:
   values (NAG, arXiv 2505.21179, with learned gains).
 - *Modulation.* Where pooled text enters the embedding of the timestep, what each layer takes
   from that embedding is extrapolated in the same way.
-- *Layers.* A convolution of low rank, modulated by w, time and text, adds to the output of each
-  decoder layer.
+- *Layers.* A convolution of low rank, modulated by w, time and text, adds to the output of some
+  of the decoder's layers.
 - *Prediction.* A small head, linear in ``w - 1`` as CFG is, adds to the prediction. It reads the
   latents as well, and may be given a learned unconditional template of the negative prompt.
 
@@ -61,7 +61,9 @@ class TinySettings:
     difference to the prompt. Worth its few parameters where ``--negative_prompt_prob`` is
     large."""
     rank: int = 28
-    """Channels of the addition to each decoder layer; 0 for none."""
+    """Channels of the addition to a decoder layer; 0 for none."""
+    layers: int = 4
+    """How many of the decoder's layers get one: evenly spaced, the last among them."""
     head: int = 48
     """Channels of the head at the prediction; 0 for none."""
     uncond_templates: int = 0
@@ -97,6 +99,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         modulation: bool = True,
         condition_on_negative: bool = False,
         rank: int = 28,
+        layers: int = 4,
         head: int = 48,
         uncond_templates: int = 0,
         condition_dim: int = 32,
@@ -120,9 +123,9 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         self.sites = sites
         gains = sum(sites.values())
         self.gains = zero_module(nn.Linear(condition_dim, gains)) if gains else None
-        layers = dict(signature["layers"]) if rank else {}
-        self.names = tuple(layers)
-        self.layers = nn.ModuleList([LowRank(c, c, rank) for c in layers.values()])
+        added = dict(spread(signature["layers"], layers)) if rank else {}
+        self.names = tuple(added)
+        self.additions = nn.ModuleList([LowRank(c, c, rank) for c in added.values()])
         self.head_name, features, channels = (
             signature["head"][key] for key in ("module", "features", "channels")
         )
@@ -131,7 +134,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
             Templates(condition_dim, channels, uncond_templates) if uncond_templates else None
         )
         # gain and shift of every layer and of the head, then the head's two scalings
-        self.widths = [2 * r for r in (*[rank] * len(layers), head) if r]
+        self.widths = [2 * r for r in (*[rank] * len(added), head) if r]
         self.scalings = 2 * channels if head else 0
         total = sum(self.widths) + self.scalings
         self.modulate = nn.Linear(condition_dim, total) if total else None
@@ -172,63 +175,73 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
             text_gain = (inside[..., None] * self.text_gain(condition))[..., None]
         if self.gains is not None:
             gains = (inside[..., None] * self.gains(condition)).split([*self.sites.values()], -1)
+        networks = self.networks()
         if self.modulate is not None:
             modulated = self.modulate(condition).split([*self.widths, self.scalings], -1)
-            strengths = [inside] * len(self.layers) + [strength] * (
-                self.prediction_head is not None
-            )
-            networks = [
-                *self.layers,
-                *([] if self.prediction_head is None else [self.prediction_head]),
-            ]
-            for network, values, factor in zip(networks, modulated, strengths, strict=False):
+            factors = [*[inside] * len(self.additions), strength]
+            for network, values, factor in zip(networks, modulated, factors, strict=False):
                 gain, shift = values[..., None].chunk(2, -2)
-                paths.append(Path(gain, shift, factor[..., None, None] * network.up))
+                up = factor[..., None, None] * network.up
+                paths.append(Path(gain * network.down, shift, up))
             if self.prediction_head is not None:
                 scalings = (strength[..., None] * modulated[-1])[..., None, None].chunk(2, -3)
         if self.templates is not None:
             made = self.templates(self.condition.of_negative(negative), condition)
             template = strength[..., None, None, None] * made
-        return Modulations(text_gain, tuple(gains), tuple(paths), tuple(scalings), template)
+        return Modulations(
+            text_gain, tuple(gains), tuple(paths), tuple(scalings), template,
+            tuple(network.kernel() for network in networks),
+        )  # fmt: skip
+
+    def networks(self) -> list[LowRank]:
+        """Those of the layers, then the head's."""
+        head = [] if self.prediction_head is None else [self.prediction_head]
+        return [*self.additions, *head]
 
     def forward(self, inputs: GuideInputs, modulations: Modulations | None = None) -> GuideOutput:
         m = modulations or self.modulations(
             inputs.time, inputs.guidance_scale, inputs.text, inputs.negative
         )
         residuals: dict[str, ResidualFunction] = {
-            name: partial(add_to_layer, layer, path)  # type: ignore[arg-type]
-            for name, layer, path in zip(self.names, self.layers, m.paths, strict=False)
+            name: partial(add_to_layer, path, kernel)
+            for name, path, kernel in zip(self.names, m.paths, m.kernels, strict=False)
         }
         if self.prediction_head is not None:
             residuals[self.head_name] = partial(
-                add_to_prediction,
-                self.prediction_head,
-                m.paths[-1],
-                m.scalings,
-                m.template,
+                add_to_prediction, m.paths[-1], m.kernels[-1], m.scalings, m.template,
                 inputs.latents,
-            )
+            )  # fmt: skip
         gains = dict(zip(self.sites, m.gains, strict=True)) if m.gains else {}
         return GuideOutput(text_gain=m.text_gain, gains=gains, residuals=residuals)
 
 
-class Path(NamedTuple):
-    """Modulation of a :class:`LowRank`: gain and shift (..., N, rank, 1), and the last matrix
-    times the strength, (..., N, leaving, rank)."""
+def spread(layers: Sequence[Any], count: int) -> list[Any]:
+    """``count`` of the layers, or all where there are fewer: evenly spaced, the last among them."""
+    n = len(layers)
+    if count >= n:
+        return list(layers)
+    return [layers[round((i + 1) * n / count) - 1] for i in range(count)]
 
-    gain: torch.Tensor
+
+class Path(NamedTuple):
+    """A :class:`LowRank` modulated: the first matrix times the gain (..., N, rank, entering), the
+    shift (..., N, rank, 1), the last matrix times the strength (..., N, leaving, rank)."""
+
+    down: torch.Tensor
     shift: torch.Tensor
     up: torch.Tensor
 
 
 class Modulations(NamedTuple):
-    """What a tiny guide makes of time, scale and text; leading dimensions (..., N)."""
+    """What a tiny guide makes of time, scale and text; leading dimensions (..., N). The kernels
+    depend on none of them."""
 
     text_gain: torch.Tensor | None
     gains: tuple[torch.Tensor, ...]
     paths: tuple[Path, ...]
     scalings: tuple[torch.Tensor, ...]
     template: torch.Tensor | None
+    kernels: tuple[torch.Tensor, ...]
 
     def unbind(self) -> list[Modulations]:
         """Those of each step of a schedule, which is the first dimension."""
@@ -239,12 +252,11 @@ class Modulations(NamedTuple):
         apart = [
             [None] * steps if t is None else t.expand(steps, *t.shape[1:]).unbind() for t in tensors
         ]
-        n, k = len(self.gains), len(self.paths)
+        n, k = 1 + len(self.gains), len(self.paths)
         return [
             Modulations(
-                step[0], step[1 : 1 + n],
-                tuple(Path(*step[i : i + 3]) for i in range(1 + n, 1 + n + 3 * k, 3)),
-                step[1 + n + 3 * k : -1], step[-1],
+                step[0], step[1:n], tuple(Path(*step[n + 3 * i : n + 3 * i + 3]) for i in range(k)),
+                step[n + 3 * k : -1], step[-1], self.kernels,
             )
             for step in zip(*apart, strict=True)
         ]  # fmt: skip
@@ -266,27 +278,31 @@ class LowRank(nn.Module):
         nn.init.uniform_(self.down, -(entering**-0.5), entering**-0.5)
         nn.init.zeros_(self.near.weight)
 
-    def forward(self, x: torch.Tensor, made: torch.Tensor, path: Path) -> torch.Tensor:
-        """(N, entering, h, w) and (N, leaving, h, w) -> the latter with the answer added."""
-        n = len(x)
-        down = (path.gain * self.down).expand(n, -1, -1)
-        hidden = torch.baddbmm(path.shift.expand(n, -1, -1), down, x.flatten(2))
-        hidden = hidden.view(n, -1, *x.shape[-2:])
-        hidden = F.silu(hidden + self.near(hidden)).flatten(2)
-        added = torch.baddbmm(made.flatten(2), path.up.expand(n, -1, -1), hidden)
-        return added.view_as(made)
+    def kernel(self) -> torch.Tensor:
+        """(rank, 1, 3, 3) ``h + near h`` as one convolution."""
+        identity = F.pad(self.near.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        return self.near.weight + identity
+
+
+def low_rank(x: torch.Tensor, made: torch.Tensor, path: Path, kernel: torch.Tensor) -> torch.Tensor:
+    """A modulated :class:`LowRank` of x (N, entering, h, w), added to ``made`` (N, leaving, h, w),
+    in as few operators as it has products."""
+    n = len(x)
+    down, shift, up = (t.expand(n, -1, -1) for t in path)
+    hidden = torch.baddbmm(shift, down, x.flatten(2)).view(n, -1, *x.shape[-2:])
+    hidden = F.silu(F.conv2d(hidden, kernel, padding=1, groups=len(kernel)))
+    return torch.baddbmm(made.flatten(2), up, hidden.flatten(2)).view_as(made)
 
 
 def add_to_layer(
-    network: LowRank, path: Path, entered: torch.Tensor, made: torch.Tensor
+    path: Path, kernel: torch.Tensor, entered: torch.Tensor, made: torch.Tensor
 ) -> torch.Tensor:
     """The output of a decoder layer, (N, channels, h, w), with a function of itself added."""
-    added: torch.Tensor = network(F.group_norm(made, 1), made, path)
-    return added
+    return low_rank(F.group_norm(made, 1), made, path, kernel)
 
 
 def add_to_prediction(
-    network: LowRank, path: Path, scalings: tuple[torch.Tensor, ...],
+    path: Path, kernel: torch.Tensor, scalings: tuple[torch.Tensor, ...],
     template: torch.Tensor | None, latents: torch.Tensor, features: torch.Tensor,
     prediction: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
@@ -303,7 +319,7 @@ def add_to_prediction(
         template: (N, C, SIDE, SIDE) or None.
     """
     of_prediction, of_latents = scalings
-    made: torch.Tensor = network(torch.cat([features, prediction, latents], 1), prediction, path)
+    made = low_rank(torch.cat([features, prediction, latents], 1), prediction, path, kernel)
     made = torch.addcmul(made, of_prediction, prediction)
     made = torch.addcmul(made, of_latents, latents)
     if template is not None:
