@@ -55,9 +55,10 @@ def test_a_fresh_guide_adds_nothing(pipe: Any) -> None:
 
 
 def test_more_is_added_at_a_larger_scale(pipe: Any, guide: Guide) -> None:
-    found = [a for a in look(pipe, guide) if a.site == "text"]
-    first = {a.guidance_scale: a.strength for a in found if a.time == found[0].time}
-    assert first[6.0] > first[2.0] > 0
+    found = look(pipe, guide)
+    for site in guide.target_modules:
+        first = {a.guidance_scale: a.strength for a in found[::-1] if a.site == site}
+        assert first[6.0] > first[2.0] > 0
 
 
 def test_looking_changes_nothing(pipe: Any, guide: Guide) -> None:
