@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
+from peft import LoraConfig, inject_adapter_in_model
 
 from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.interface import GuideError, GuideOutput, TextConditions
@@ -93,6 +94,29 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
     )
 
 
+@torch.no_grad()
+def test_a_controlnet_of_sd3_adds_to_both() -> None:
+    """And a block that is skipped, which no gain reaches, is reported."""
+    family = components.FAMILIES["sd3"]
+    denoiser, negative = family.denoiser(), family.text(1, 5, seed=3)
+    residuals = [torch.randn(2, 16, 16) for _ in range(3)]
+
+    def call(text: TextConditions, **more: Any) -> torch.Tensor:
+        made: torch.Tensor = denoiser(
+            family.latents(2), text.embeds, text.pooled, 1000 * TIME, residuals,
+            return_dict=False, **more,
+        )[0]  # fmt: skip
+        return made
+
+    expected = call(negative[torch.tensor([0, 0])])
+    guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, -1.0)))
+    Backbone.of(denoiser).install(guide)
+    with GuidedPass(guide, lambda: 4.0, lambda: negative).open():
+        torch.testing.assert_close(call(family.text(2)), expected, atol=1e-5, rtol=1e-4)
+        with pytest.raises(GuideError, match=r"went past transformer_blocks\.1\.attn"):
+            call(family.text(2), skip_layers=[1])
+
+
 @pytest.mark.parametrize("masks", ["both", "prompt", "negative", "none"])
 @pytest.mark.parametrize("length", [8, 5, 11])
 @pytest.mark.parametrize("config", PIXART_SHAPES)
@@ -106,6 +130,21 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_pixart(
     if masks in ("prompt", "none"):
         negative = TextConditions(negative.embeds)
     assert_negative_is_recovered(family.denoiser(**config), text, negative)
+
+
+def test_a_gain_of_minus_1_holds_with_a_lora_on_every_layer(family: components.Family) -> None:
+    """The negative prompt passes the adapters as well."""
+    down = (
+        {"down_block_types": ("DownBlock2D",) * 2} if family is components.FAMILIES["unet"] else {}
+    )
+    denoiser = family.denoiser(**down)
+    sites = Backbone.of(denoiser).sites()
+    linear = [n for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)]
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, target_modules=linear, init_lora_weights=False)
+    inject_adapter_in_model(config, denoiser)
+    assert Backbone.of(denoiser).sites() == sites
+    assert_negative_is_recovered(denoiser, family.text(2), family.text(1, 5, seed=3))
 
 
 def test_what_is_masked_does_not_count() -> None:
