@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
-from functools import wraps
+from functools import cache, wraps
 from itertools import pairwise
 from pathlib import Path
 from reprlib import Repr
@@ -328,14 +328,19 @@ def guide_settings(guide_type: str, value: Any) -> Any:
     if not isinstance(given, Mapping):
         raise ConfigError(f"guide must be settings of {guide_type}, not {given!r}")
     try:
-        # a validating subclass: the settings class itself needs no pydantic
-        made = kind(**vars(pydantic_dataclass(kind, frozen=True, config=RULES)(**_tuples(given))))
+        made = kind(**vars(_validating(kind)(**_tuples(given))))
     except ValidationError as error:
         raise ConfigError(first_error(error)) from error
     for name, number in vars(made).items():
         if isinstance(number, int | float) and number < 0:
             raise ConfigError(f"{name} must be at least 0, not {number}")
     return made
+
+
+@cache
+def _validating(kind: type[Any]) -> Any:
+    """A subclass that validates: the core, which has the settings classes, needs no pydantic."""
+    return pydantic_dataclass(kind, frozen=True, config=RULES)
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> str:
