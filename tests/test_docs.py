@@ -66,8 +66,8 @@ def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_command_is_one(words: list[str], parse_only: None) -> None:
     name, *flags = words
     assert name in cli.COMMANDS
-    if name in ("distill", "distill-steps") and "--output_dir" not in flags:
-        flags += ["--output_dir", "unused"]  # named in passing
+    if name in ("distill", "distill-steps") and "--output" not in flags:
+        flags += ["--output", "unused"]  # named in passing
     with pytest.raises(Parsed):
         cli.command(name)(flags)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -103,7 +103,7 @@ class StepValidation:
     def _sample(self, guide: Guide | None, w: float, steps: int) -> list[Sample]:
         texts = self.context.validation_prompts[:PROMPTS]
         seeds = range(self.config.seed, self.config.seed + len(texts))
-        grid = {}
+        grid: dict[str, Any] = {}
         if self.context.path.prediction_type == "flow":  # the scheduler's own grid is another
             grid["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
         return list(sample(self.context.pipe, texts, seeds=seeds, guidance_scale=w,
