@@ -1,4 +1,4 @@
-"""Other methods that remove the second pass of CFG, measured beside the library's own guides.
+"""Other methods that remove the second pass of CFG, compared with the library's own guides.
 
 One file is one method: its paper, its equation, its settings and its network. A trained method is
 a :class:`~pilotfish.guides.Guide` and a training-free one a :class:`~baselines.training_free.Rule`.

@@ -1,4 +1,4 @@
-"""Adapter guidance distillation (AGD), arXiv 2503.07274: adapters beside the cross-attentions.
+"""Adapter guidance distillation (AGD), arXiv 2503.07274: adapters for the cross-attentions.
 
 The base stays frozen. An adapter of w, t and the prompt c is added to every cross-attention A::
 

@@ -1,6 +1,6 @@
 """Guided distillation (Meng et al., arXiv 2210.03142): the whole denoiser is trained.
 
-The denoiser's weights are trained, and w is embedded beside the timestep. The guide holds a change
+The denoiser's weights are trained, and w is embedded like the timestep. The guide holds a change
 of every linear and convolutional layer, ``(W + dW) x + b + db``, so it is as large as the
 denoiser; it is added to the layer's output, so that it attaches to a fine-tune like other guides.
 Norms and the timestep embedding's own layers stay as they are. Merged into the weights it would

@@ -210,7 +210,7 @@ def shapes_table(result: ShapesResult) -> Table:
     columns = (
         "denoiser", "", "parameters", "FLOPs", "speed-up over CFG", "peak memory", "largest batch",
     )  # fmt: skip
-    table = Table(title="Full size, random weights; FLOPs beside no guidance")
+    table = Table(title="Full size, random weights; FLOPs relative to no guidance")
     for name in columns:
         table.add_column(name, justify="left" if name in ("denoiser", "") else "right")
 

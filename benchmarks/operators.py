@@ -94,9 +94,9 @@ def count_operators(pipe: Any, guide: Guide, guidance_scale: float = 4.0) -> Ope
         {n: _call(pipe, g, w, n) for n in (2, 3)} for g, w in ((guide, guidance_scale), (None, 1.0))
     )
 
-    def step(calls: dict[int, OperatorCounter], kind: str) -> Counter[str]:
-        difference = Counter(getattr(calls[3], kind))
-        difference.subtract(getattr(calls[2], kind))
+    def step(calls: dict[int, OperatorCounter], counter: str) -> Counter[str]:
+        difference = Counter(getattr(calls[3], counter))
+        difference.subtract(getattr(calls[2], counter))
         return difference
 
     added, added_views = step(guided, "operators"), step(guided, "views")

@@ -46,7 +46,7 @@ def comparison_markdown(found: ComparisonResult, budget: str) -> str:
 def pareto(found: ComparisonResult, budget: str, theme: Theme = LIGHT) -> Figure:
     """FLOPs of an image against the CFG gain retained: on the base, and mean over the fine-tunes.
 
-    CFG is at (1, 1) by definition and no guidance at (0.5, 0). The default is drawn larger.
+    CFG is at (1, 1) by definition and no guidance at (0.5, 0). The default has a larger marker.
     """
     sides = {"base": lambda name: found.gain_kept(name, found.base, budget)}
     if found.fine_tunes:

@@ -50,8 +50,8 @@ FREE = ("methods", "equal_seconds", "seeds", "rounds", "gradient_checkpointing",
 def titles() -> dict[str, str]:
     """The titles of all methods by name: guide types and rules, the default first."""
     found = {DEFAULT: TITLES[DEFAULT]}
-    for name, kind in (Guide.registry | RULES).items():
-        found.setdefault(name, getattr(kind, "title", TITLES.get(name, name)))
+    for name, method in (Guide.registry | RULES).items():
+        found.setdefault(name, getattr(method, "title", TITLES.get(name, name)))
     return found
 
 

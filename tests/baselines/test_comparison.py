@@ -20,7 +20,6 @@ from baselines.comparison.run import DEFAULT, Comparison, ComparisonConfig, Mode
 from pilotfish import cli
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import ModelSource
-from pilotfish.evaluation.plots import png
 from pilotfish.guides import TinyGuide
 from pilotfish.training.config import ConfigError
 
@@ -109,7 +108,7 @@ def test_a_whole_comparison_is_measured_shown_and_not_repeated(
     assert comparison_table(found, "samples").row_count == len(CONFIG.methods)
     kept = [found.gain_kept_on_fine_tunes(n, "samples") for n in found.ranked("samples")]
     assert all(math.isnan(k) for k in kept) or kept == sorted(kept, reverse=True)
-    assert png(pareto(found, "samples")).startswith(b"\x89PNG")
+    assert len(pareto(found, "samples").axes) == 2
 
     for name in ("distill", "ModelEvaluator", "take_turns"):
         monkeypatch.setattr(run, name, pytest.fail)
@@ -175,14 +174,13 @@ def test_resumed_with_less_it_shows_what_is_complete(
         patch.setattr(Comparison, "_measure", stop)
         with pytest.raises(KeyboardInterrupt):
             start(config=config).run()
-    for less in ({"methods": ("tiny",)}, {"seeds": (1,)}):
-        fewer = replace(config, **{"equal_seconds": False} | less)  # type: ignore[arg-type]
-        found = start(config=fewer).run()
-        assert found.methods["dice"].runs.keys() >= {"samples-0", "samples-1", "seconds-0"}
-        assert found.budgets == ["samples"]
-        assert set(found.ranked("samples")) == set(fewer.methods)
-        assert comparison_table(found, "samples").row_count == len(fewer.methods)
-        assert png(pareto(found, "samples")).startswith(b"\x89PNG")
+    fewer = replace(config, equal_seconds=False, seeds=(1,))
+    found = start(config=fewer).run()
+    assert found.methods["dice"].runs.keys() >= {"samples-0", "samples-1", "seconds-0"}
+    assert found.budgets == ["samples"]
+    assert set(found.ranked("samples")) == set(fewer.methods)
+    assert comparison_table(found, "samples").row_count == len(fewer.methods)
+    assert len(pareto(found, "samples").axes) == 2
     whole = start(config=config).run()
     assert whole.budgets == ["samples", "seconds"]
     assert set(whole.ranked("seconds")) == {"tiny", "dice"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,8 @@ def test_counting_keeps_what_was_timed_and_adds_largest_batch_and_operators(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "shapes.json"
-    flags = ["benchmark", "--shape", "sd15", "--batch_sizes", "1", "--output", str(file)]
+    flags = ["benchmark", "--shape", "sd15", "--batch_sizes", "1", "--guide_type", "tiny",
+             "--output", str(file)]  # fmt: skip
     assert cli.main([*flags, "--rounds", "1"]) == 0
     timed = ShapesResult.load(file)
     assert cli.main([*flags, "--count_only"]) == 0
@@ -63,7 +63,7 @@ def test_counting_keeps_what_was_timed_and_adds_largest_batch_and_operators(
     reserved = sum(pipeline_parts("sd15", torch.float16).values())
     expected = largest_batches(SMALL, torch.float16, 0.6 * 2**30, reserved)
     assert found.largest_batch == {"float16, 0.6 GiB": expected}
-    assert set(found.operators) == {"tiny", "full"}
+    assert set(found.operators) == {"tiny"}
     assert replace(found, largest_batch={}, operators={}) == timed.shapes["sd15"]
 
 
@@ -71,9 +71,7 @@ def test_counting_keeps_what_was_timed_and_adds_largest_batch_and_operators(
 def test_another_precision_and_compilation_are_kept_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.compiler.reset()
-    quickly = partialmethod(torch.nn.Module.compile, backend="eager")
-    monkeypatch.setattr(UNet2DConditionModel, "compile", quickly)
+    monkeypatch.setattr(UNet2DConditionModel, "compile", lambda unet: None)  # takes long
     file = tmp_path / "shapes.json"
     flags = ["benchmark", "--shape", "sd15", "--batch_sizes", "1", "--output", str(file),
              "--guide_type", "tiny", "--rounds", "1"]  # fmt: skip
