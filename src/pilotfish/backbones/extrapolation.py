@@ -142,7 +142,12 @@ class JointAttention:
                 return None
             output = args[0].unflatten(-1, (layer.heads, -1))
             changed = guided.extrapolate(name, output, joined[:, :image], by_head=True)
-            return (changed.flatten(2), *args[1:]), kwargs
+            if torch.is_grad_enabled() or args[0].is_contiguous():
+                return (changed.flatten(2), *args[1:]), kwargs
+            # a linear layer rounds otherwise where its input lies in memory as a part of the
+            # joined tokens: keep that, so that a fresh guide changes no bit in half precision
+            output.copy_(changed)
+            return None
 
         for part, norm, projection in (
             ("q", layer.norm_q, layer.to_q), ("k", layer.norm_k, layer.to_k),
