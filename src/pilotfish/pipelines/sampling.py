@@ -115,15 +115,16 @@ def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     if overflows:
         vae.to(torch.float32)
     height, width = (side * int(pipe.vae_scale_factor) for side in latents.shape[2:])
-    latents = latents / config.scaling_factor
+    latents = latents.to(vae.dtype)
     mean, std = (config.get(f"latents_{name}") for name in ("mean", "std"))
     if mean is not None and std is not None:  # one for each channel
         shift, scale = (torch.tensor(x).to(latents).view(1, -1, 1, 1) for x in (mean, std))
-        latents = latents * scale + shift
-    latents = latents + (config.get("shift_factor") or 0)
+        latents = latents * scale / config.scaling_factor + shift
+    else:
+        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
     try:
         parts = [
-            vae.decode(part.to(vae.dtype), return_dict=False)[0]
+            vae.decode(part, return_dict=False)[0]
             for part in latents.split(at_once(height, width))
         ]
     finally:
