@@ -169,18 +169,23 @@ class RunningCall:
         encodes further texts while the call runs, such as a callback, gets what is asked for."""
         if not self.needs_guidance or self.negative is not None:
             return plain(*args, **kwargs)
-        named = bind(type(self.pipe).encode_prompt, (self.pipe, *args), kwargs)
-        given = dict(named.arguments)
-        given |= given.pop("kwargs", {})
-        del given["self"]
-        encoded = plain(**given | {CFG_FLAG: True})
-        _, negative = self.backbone.split_encoded(encoded)
-        if negative is None:
+        # encode_prompt may have been replaced by one with other names for its arguments
+        place = list(signature(type(self.pipe).encode_prompt).parameters).index(CFG_FLAG) - 1
+        if place < len(args):
+            args = (*args[:place], True, *args[place + 1 :])
+        else:
+            kwargs = {**kwargs, CFG_FLAG: True}
+        encoded = plain(*args, **kwargs)
+        prompt, negative = self.backbone.split_encoded(encoded)
+        found = 0 if negative is None else len(negative)
+        self.images = len(prompt)
+        if negative is None or found not in (1, self.images):
             raise GuideError(
-                f"encode_prompt of this {type(self.pipe).__name__} returned no negative prompt, "
-                "which the guide needs; return it where do_classifier_free_guidance is True"
+                f"encode_prompt of this {type(self.pipe).__name__} returned "
+                f"{found or 'no'} negative prompt{'s' if found > 1 else ''} for {self.images} "
+                "images, and the guide needs one, or one for each image; return them where "
+                "do_classifier_free_guidance is True"
             )
-        self.images = len(negative)
         self.keep(negative.clone())  # they may be the caller's own
         return encoded
 
