@@ -66,7 +66,7 @@ class Guided:
         if call.arguments.get("callback_on_step_end"):
             call.arguments["callback_on_step_end"] = CallbackAdapter(call, running)
         own = vars(self).get("encode_prompt")  # replaced on the object, to weight prompts say
-        encode = self.encode_prompt  # type: ignore[attr-defined]
+        encode: Any = self.encode_prompt  # type: ignore[has-type]
         self._pilotfish_running = running
         self.encode_prompt = lambda *a, **k: running.encode_prompt(encode, a, k)
         try:
@@ -119,7 +119,7 @@ class Guided:
 def _rebuild(plain: type, state: dict[str, Any], guide: GuideProtocol) -> Any:
     from pilotfish.pipelines.attach import attach
 
-    made = plain.__new__(plain)
+    made: Any = plain.__new__(plain)  # type: ignore[call-overload]
     vars(made).update(state)
     attach(guide, made)
     return made
@@ -285,7 +285,7 @@ def warn_of_arguments(guide: GuideProtocol, call: BoundArguments, pipe: Any) -> 
     """Warn of what a call asks for that a guide cannot give.
 
     Raises:
-        GuideError: a guidance scale that is no finite number.
+        GuideError: a guidance scale that is no finite number; perturbed-attention guidance.
     """
     usual = {name: p.default for name, p in call.signature.parameters.items()}
     given = usual | call.arguments
@@ -297,6 +297,12 @@ def warn_of_arguments(guide: GuideProtocol, call: BoundArguments, pipe: Any) -> 
         raise GuideError(f"guidance_scale must be a finite number in single precision, not {scale}")
     if scale <= 1:
         return
+    if given.get("pag_scale", 0) > 0 and getattr(pipe, "pag_applied_layers", None):
+        # found only at the denoiser, diffusers would leave its attention processors perturbed
+        raise GuideError(
+            f"{type(pipe).__name__} makes a further pass at a pag_scale above 0, and a guide makes "
+            "none; call it with pag_scale=0"
+        )
     low, high = guide.guidance_scale_range
     if not low <= scale <= high:
         warnings.warn(
