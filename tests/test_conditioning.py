@@ -19,12 +19,12 @@ from pilotfish.conditioning import (
 )
 from pilotfish.interface import TextConditions
 from tests import components
-from tests.pipelines import hosts
+from tests.pipelines import pipelines
 
 TEXTS = ["cat", "a red cat", "dog"]
 PIPELINES = {
-    "SD": lambda: hosts.host("SD").pipe,
-    "SDXL": lambda: hosts.host("SDXL").pipe,
+    "SD": lambda: pipelines.build("SD").pipe,
+    "SDXL": lambda: pipelines.build("SDXL").pipe,
     "SD3": components.sd3_pipeline,
     "PixArt": components.pixart_pipeline,
 }

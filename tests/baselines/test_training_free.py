@@ -11,7 +11,7 @@ from diffusers import PNDMScheduler
 
 from baselines import AdaptiveGuidance, GuidanceInterval, Rule
 from pilotfish.evaluation.speed import counted_rows
-from tests.pipelines import hosts
+from tests.pipelines import pipelines
 from tests.pipelines.test_conditions import WIDTH, load_ip_adapter
 
 STEPS = 6
@@ -95,16 +95,16 @@ def test_an_empty_interval_is_refused() -> None:
 @pytest.mark.parametrize("name", ["SD ControlNet", "SDXL ControlNet", "SD", "SDXL"])
 def test_guidance_nowhere_is_the_conditional_model_with_other_conditions(name: str) -> None:
     """ControlNet residuals come in tuples and IP-Adapter images in lists; both are halved."""
-    host = hosts.host(name)
+    model = pipelines.build(name)
     call: dict[str, Any] = {}
     if "ControlNet" not in name:
-        load_ip_adapter(host)
+        load_ip_adapter(model)
         generator = torch.Generator().manual_seed(1)
         call["ip_adapter_image_embeds"] = [torch.randn(2, 1, WIDTH, generator=generator)]
-    cfg = host.draw(**call)
+    cfg = model.latents(**call)
     one = {k: [v[0].chunk(2)[1]] for k, v in call.items()}
-    conditional = host.draw(guidance_scale=1.0, **one)
-    with GuidanceInterval(-2, -1).attached(host.pipe):
-        found = host.draw(**call)
+    conditional = model.latents(guidance_scale=1.0, **one)
+    with GuidanceInterval(-2, -1).attached(model.pipe):
+        found = model.latents(**call)
     torch.testing.assert_close(found, conditional, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found, cfg, atol=1e-2)

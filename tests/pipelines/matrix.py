@@ -12,21 +12,31 @@ from dataclasses import dataclass
 
 import diffusers
 
-from tests.pipelines.hosts import KINDS
-from tests.pipelines.refused import ATTACHED, PAG, UNETS, WHY
+from tests.pipelines.pipelines import PIPELINES
+from tests.pipelines.refused import ATTACHED, CONFIG, PAG, WHY
 
-EVERY = tuple(KINDS)
-XL = tuple(n for n in EVERY if KINDS[n].xl)
-SD = tuple(n for n in EVERY if n not in XL)
+EVERY = tuple(PIPELINES)
+
+
+def family(*names: str) -> tuple[str, ...]:
+    """The pipelines of some families."""
+    return tuple(n for n in EVERY if PIPELINES[n].family in names)
+
+
+UNET, SD3, PIXART = family("SD", "SDXL"), family("SD3"), family("PixArt")
+ONE = ("SD", "SDXL", "SD3", "PixArt-Sigma")
+"""One of each family."""
 PLAIN = ("SD", "SD, v", "SDXL")
-SOME = ("SD", "SD, v", "SD ControlNet", "SDXL")
+SOME = (*PLAIN, "SD ControlNet")
 ADAPTED = (*SOME, "SD img2img", "SDXL ControlNet")
+MORE = (*SOME, "SD3", "PixArt-Sigma")
 
 
 def taking(*arguments: str) -> tuple[str, ...]:
     """The pipelines whose call takes these arguments."""
     calls = {
-        n: inspect.signature(getattr(diffusers, k.pipeline).__call__) for n, k in KINDS.items()
+        n: inspect.signature(getattr(diffusers, spec.pipeline).__call__)
+        for n, spec in PIPELINES.items()
     }
     return tuple(n for n, call in calls.items() if set(arguments) <= set(call.parameters))
 
@@ -47,7 +57,8 @@ class Feature:
 
 
 STEP_END = taking("callback_on_step_end")
-CUTOFF = tuple(n for n in STEP_END if "depth2img" not in n)
+CUTOFF = (*(n for n in STEP_END if n in UNET and "depth2img" not in n), "SD3")
+SAME = "the same"
 
 FEATURES = {
     "one pass": Feature("one denoiser call a step, at batch N: for one prompt, or a list", EVERY),
@@ -56,64 +67,112 @@ FEATURES = {
     "detach": Feature("CFG is back, bit for bit", EVERY),
     "shared denoiser": Feature("a plain pipeline on the same denoiser does CFG", EVERY),
     "shared and guided": Feature(
-        "another guided one there may get a LoRA, and lose its guide, in the middle of a call", SOME
+        "another guided one there may get a LoRA, and lose its guide, in the middle of a call",
+        (*SOME, "SD3"),
     ),
-    "negative_prompt": Feature("reaches the guide picture by picture", EVERY),
-    "no negative prompt": Feature("zeros reach the guide, as they do CFG", XL),
+    "negative_prompt": Feature("reaches the guide image by image", EVERY),
+    "no negative prompt": Feature(
+        "the guide is given what CFG would take: the empty text, or zeros (SDXL)", EVERY
+    ),
+    "negative prompt of another length": Feature(
+        "than the prompt, which CFG in one batch cannot take", ONE
+    ),
     "num_images_per_prompt": Feature("one call a step at N times as many", EVERY),
     "prompt_embeds": Feature("given embeddings are as good as prompts", EVERY),
-    "clip_skip": Feature("holds for the prompt; the negative prompt is that of CFG", XL),
-    "callback_on_step_end": Feature("sees and changes the latents", STEP_END),
-    "conditions from a callback": Feature(
-        "for both halves, as CFG needs them: the guide has the negative prompt's", SOME
+    "prompt_embeds, other precision": Feature(
+        "half precision given float32, as CFG", (*PLAIN, "PixArt-Sigma")
     ),
-    "LoRA from a callback": Feature("loaded between two steps, as enabled then", SOME),
-    "denoiser from a callback": Feature("exchanged between two steps: guided as before", SOME),
-    "weights from a callback": Feature("changed between two steps: the guide sees it", SOME),
+    "encode_prompt replaced": Feature(
+        "on the object, to weight prompts; one that returns no negative prompt is refused", ONE
+    ),
+    "clip_skip": Feature(
+        "holds for the prompt; the negative prompt is that of CFG", (*family("SDXL"), *SD3)
+    ),
+    "callback_on_step_end": Feature("sees and changes the latents", STEP_END),
+    "callback": Feature("the older kind: sees the latents", (*PIXART, "SD T2I-Adapter")),
+    "conditions from a callback": Feature(
+        "for both halves, as CFG needs them: the guide has the negative prompt's", (*SOME, "SD3")
+    ),
+    "LoRA from a callback": Feature("loaded between two steps, as enabled then", (*SOME, "SD3")),
+    "denoiser from a callback": Feature(
+        "exchanged between two steps: guided as before", (*SOME, "SD3")
+    ),
+    "weights from a callback": Feature(
+        "changed between two steps: the guide sees it", (*SOME, "SD3")
+    ),
     "CFG cutoff": Feature("diffusers' own callback turns the guide off for the rest", CUTOFF),
     "dynamic CFG": Feature(
         "a callback that takes `prompt_embeds.chunk(2)[-1]` turns the guide off for the rest",
-        [n for n in CUTOFF if n in SD],
+        [n for n in CUTOFF if PIPELINES[n].family != "SDXL"],
     ),
-    "IP-Adapter, image": Feature("the picture's embeddings, not doubled", ADAPTED),
+    "IP-Adapter, image": Feature("the image's embeddings, not doubled", ADAPTED),
     "IP-Adapter, embeds": Feature("given as for CFG, doubled", ADAPTED),
-    "LoRA": Feature("loaded before or after attaching, the same bit for bit", ADAPTED),
-    "LoRA scale": Feature("`cross_attention_kwargs` reaches the denoiser", ADAPTED),
-    "LoRA unloaded": Feature("the guide is as before, up to rounding", ADAPTED),
+    "LoRA": Feature(
+        "loaded before or after attaching, the same bit for bit; unloaded, the guide is as before, "
+        "up to rounding",
+        (*ADAPTED, *SD3, *PIXART),
+    ),
+    "LoRA scale": Feature(
+        "`cross_attention_kwargs` or `joint_attention_kwargs` reach the denoiser",
+        (*ADAPTED, "SD3"),
+    ),
     "textual inversion": Feature("a learned token in both prompts", SOME),
-    "DDIMScheduler": Feature("one call a step, fresh is conditional", PLAIN),
-    "DDPMScheduler": Feature("the same", PLAIN),
-    "PNDMScheduler": Feature("the same", PLAIN),
-    "EulerDiscreteScheduler": Feature("the same", PLAIN),
-    "EulerAncestralDiscreteScheduler": Feature("the same", PLAIN),
-    "DPMSolverMultistepScheduler": Feature("the same", PLAIN),
-    "UniPCMultistepScheduler": Feature("the same", PLAIN),
-    "LMSDiscreteScheduler": Feature("the same", PLAIN),
+    "DDIMScheduler": Feature(
+        "one call a step, fresh is conditional", (*PLAIN, "PixArt-Sigma")
+    ),
+    "DDPMScheduler": Feature(SAME, (*PLAIN, "PixArt-Sigma")),
+    "PNDMScheduler": Feature(SAME, PLAIN),
+    "EulerDiscreteScheduler": Feature(SAME, (*PLAIN, "PixArt-Sigma")),
+    "EulerAncestralDiscreteScheduler": Feature(SAME, (*PLAIN, "PixArt-Sigma")),
+    "DPMSolverMultistepScheduler": Feature(SAME, ("SD3", *PLAIN, *PIXART)),
+    "UniPCMultistepScheduler": Feature(SAME, ("SD3", *PLAIN, "PixArt-Sigma")),
+    "LMSDiscreteScheduler": Feature(SAME, PLAIN),
     "HeunDiscreteScheduler": Feature("the same, with its further calls in between", PLAIN),
-    "LCMScheduler": Feature("the same", PLAIN),
-    "prompt_embeds, other precision": Feature("half precision given float32, as CFG", PLAIN),
-    "half precision": Feature("the guide follows into bfloat16 and float16", SOME),
-    "model offload": Feature("with accelerate's hooks, CPU to CPU", SOME),
-    "sequential offload": Feature("with weights on no device, CPU to CPU", SOME),
-    "attention slicing": Feature("the same pictures, up to rounding", SOME),
-    "fuse_qkv_projections": Feature("the same pictures, up to rounding", SOME),
+    "LCMScheduler": Feature(SAME, (*PLAIN, "PixArt-Sigma")),
+    "FlowMatchEulerDiscreteScheduler": Feature(SAME, SD3),
+    "FlowMatchHeunDiscreteScheduler": Feature(
+        "the same, with its further calls in between", ("SD3",)
+    ),
+    "prediction_type": Feature(
+        "changed after attaching, or from a callback: refused, naming both", ("SD", "SD, v", "SD3")
+    ),
+    "half precision": Feature("bfloat16 and float16; the guide itself stays as it is", MORE),
+    "model offload": Feature("with accelerate's hooks, CPU to CPU", MORE),
+    "sequential offload": Feature("with weights on no device, CPU to CPU", MORE),
+    "attention slicing": Feature("the same images, up to rounding", SOME),
+    "fuse_qkv_projections": Feature(
+        "the same images, up to rounding", (*SOME, "PixArt-Sigma")
+    ),
     "FreeU": Feature("one call a step, fresh is conditional", SOME),
     "torch.compile": Feature(
         "with `fullgraph=True`, before or after attaching, the same up to rounding; another w, "
         "prompt, negative prompt or number of steps compiles nothing anew (captured by "
         "torch.compile; its kernels are not what is tested)",
-        SOME,
+        ONE,
     ),
     "compile_repeated_blocks": Feature(
         "block by block with `fullgraph=True`, of a denoiser with many; the same up to rounding",
         ("SD",),
     ),
-    "threads": Feature("guided and plain on one denoiser at the same time", ("SD", "SDXL")),
-    "save_pretrained": Feature("nothing of the guide is saved", SOME),
-    "from_pipe": Feature("another pipeline from a guided one does CFG", ("SD", "SDXL")),
-    "another denoiser": Feature("`pipe.unet = ...`: guided if it fits, else refused", SOME),
-    "ExternalGuide": Feature("fresh it is conditional, trained it is not, one call a step", SOME),
-    "FullGuide": Feature("the same", SOME),
+    "threads": Feature("guided and plain on one denoiser at the same time", ONE),
+    "threads, two precisions": Feature(
+        "one guide on a float32 and a bfloat16 pipeline at the same time", ONE
+    ),
+    "save_pretrained": Feature("nothing of the guide is saved", MORE),
+    "pickle": Feature(
+        "also to a spawned process: with its guide; a plain pipeline on the same denoiser, and the "
+        "denoiser, without",
+        ONE,
+    ),
+    "copy": Feature("`copy` and `deepcopy`: the copy has the guide as well", ONE),
+    "from_pipe": Feature("another pipeline from a guided one does CFG", ("SD", "SDXL", "SD3")),
+    "another denoiser": Feature(
+        "`pipe.unet = ...`, `pipe.transformer = ...`: guided if it fits, else refused", MORE
+    ),
+    "ExternalGuide": Feature(
+        "fresh it is conditional, trained it is not, one call a step", SOME
+    ),
+    "FullGuide": Feature(SAME, SOME),
     "guidance_rescale": Feature("acts on the second pass", taking("guidance_rescale"), True),
     "guess_mode": Feature(
         "leaves ControlNet out of the second pass", taking("guess_mode"), True
@@ -121,16 +180,23 @@ FEATURES = {
     "negative_original_size": Feature(
         "is the second pass's size", taking("negative_original_size"), True
     ),
+    "skip_guidance_layers": Feature(
+        "makes a further pass", taking("skip_guidance_layers"), True
+    ),
 }  # fmt: skip
 
+
+IP_ADAPTER = """\
+A layer's output holds the image's part as well as the text's, and the output for the negative \
+prompt holds no image, so a guide extrapolates the image along with the prompt."""
 
 PAGE = """\
 # Where a guide works
 
 Every mark on this page is a test in `tests/pipelines`: diffusers' own pipelines on tiny random \
-components, with a tiny guide attached. It is the wiring that is tested, not the pictures: \
+components, with a tiny guide attached. It is the wiring that is tested, not the images: \
 {works} cells work, {warns} work with a warning, {refuses} pipelines are refused. What has no mark \
-has no test. *SD, v* is what Stable Diffusion 2.x is: v prediction. The page is made of the \
+has no test. *SD, v* is what Stable Diffusion 2.x is: v prediction. The page is generated from the \
 tests' parametrisation by `python -m tests.pipelines.matrix > docs/compatibility.md`.
 
 A guide is made for one denoiser and works in all pipelines around it. A pipeline whose denoiser \
@@ -143,6 +209,20 @@ differs in shape needs a guide of its own.
 ## Stable Diffusion XL
 
 {xl}
+
+## Stable Diffusion 3
+
+{sd3}
+
+## PixArt
+
+{pixart}
+
+## Notes
+
+- *IP-Adapter.* {ip_adapter}
+- *PixArt-Alpha at 1024 pixels* gives its denoiser resolution and aspect ratio, and is refused \
+(`use_additional_conditions`).
 
 ## Warned of
 
@@ -161,7 +241,7 @@ In a call, as long as `pag_scale` is above 0: {pag}.
 """
 
 
-def pipelines(feature: str) -> list[str]:
+def covered(feature: str) -> list[str]:
     """The pipelines on which a feature is tested."""
     return list(FEATURES[feature].pipelines)
 
@@ -179,7 +259,7 @@ def table(names: Sequence[str]) -> str:
 
 def shown(name: str) -> str:
     """A refused pipeline, and what it is refused with."""
-    config = ", ".join(f"`{k}={v}`" for k, v in UNETS.get(name, {}).items())
+    config = ", ".join(f"`{k}={v}`" for k, v in CONFIG.get(name, {}).items())
     return f"`{name}`" + (f" with {config}" if config else "")
 
 
@@ -189,8 +269,9 @@ def page() -> str:
     warns = sum(len(f.pipelines) for f in FEATURES.values() if f.warns)
     refused = "\n".join(f"| {why} | {', '.join(map(shown, names))} |" for why, names in WHY.items())
     return PAGE.format(
-        works=works, warns=warns, refuses=len(ATTACHED) + len(PAG), sd=table(SD), xl=table(XL),
-        refused=refused, pag=", ".join(map(shown, PAG)),
+        works=works, warns=warns, refuses=len(ATTACHED) + len(PAG), sd=table(family("SD")),
+        xl=table(family("SDXL")), sd3=table(SD3), pixart=table(PIXART), refused=refused,
+        pag=", ".join(map(shown, PAG)), ip_adapter=IP_ADAPTER,
     )  # fmt: skip
 
 

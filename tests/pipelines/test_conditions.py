@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import (
+    LoraConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
-from tests.pipelines import hosts
-from tests.pipelines.hosts import KINDS, SIDE, Host
-from tests.pipelines.matrix import pipelines
+from pilotfish.backbones import Backbone, GuidedPass
+from pilotfish.interface import GuideOutput, TextConditions
+from tests.pipelines import pipelines
+from tests.pipelines.matrix import covered
+from tests.pipelines.pipelines import PIPELINES, SIDE, Pipeline, build, guide, guided, plain
 
 WIDTH = 16
 
 
-def load_ip_adapter(host: Host) -> None:
-    """A random IP-Adapter of one picture, and the image encoder that goes with it."""
-    unet = host.pipe.unet
+def load_ip_adapter(one: Pipeline) -> None:
+    """A random IP-Adapter of one image, and the image encoder that goes with it."""
+    unet = one.pipe.unet
     torch.manual_seed(10)
     width = unet.config.cross_attention_dim
-    layers = [p for name, p in unet.named_parameters() if name.endswith("attn2.to_k.weight")]
     names = [name for name in unet.attn_processors if "attn2" in name]
     hidden = {n: unet.get_submodule(n.removesuffix(".processor")).inner_dim for n in names}
     keys = {2 * i + 1: hidden[n] for i, n in enumerate(names)}
-    assert len(layers) == len(keys)
     adapter = {
         f"{key}.to_{part}_ip.weight": torch.randn(size, width)
         for key, size in keys.items()
@@ -50,103 +57,180 @@ def load_ip_adapter(host: Host) -> None:
     size = {"height": SIDE, "width": SIDE}
     processor = CLIPImageProcessorPil(size=size, crop_size=size)
     encoder = CLIPVisionModelWithProjection(config).eval()
-    host.pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
+    one.pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
 
 
-def shows(host: Host, name: str, call: dict[str, Any], plain: dict[str, Any]) -> None:
-    """A fresh guide is the conditional model that sees the picture, and leaves CFG as it was."""
-    conditional, cfg = host.draw(guidance_scale=1.0, **plain), host.draw(**call)
-    with hosts.guide(name, trained=False).attached(host.pipe), host.batches() as sizes:
-        assert torch.equal(host.draw(**call), conditional)
+def shows(one: Pipeline, name: str, call: dict[str, Any], conditional: dict[str, Any]) -> None:
+    """A fresh guide is the conditional model that sees the image, and leaves CFG as it was."""
+    expected, cfg = one.latents(guidance_scale=1.0, **conditional), one.latents(**call)
+    with guide(name, trained=False).attached(one.pipe), one.batches() as sizes:
+        assert torch.equal(one.latents(**call), expected)
     assert set(sizes) == {2}
-    with hosts.guide(name).attached(host.pipe):
-        assert not torch.allclose(host.draw(**call), conditional)
-    assert torch.equal(host.draw(**call), cfg)
+    with guide(name).attached(one.pipe):
+        assert not torch.allclose(one.latents(**call), expected)
+    assert torch.equal(one.latents(**call), cfg)
 
 
-@pytest.mark.parametrize("name", pipelines("IP-Adapter, image"))
-def test_a_picture_as_a_prompt(name: str) -> None:
-    host = hosts.host(name)
-    load_ip_adapter(host)
-    picture = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(11))
-    pictures = host.pipe.image_processor.postprocess(2 * picture - 1)
-    asked = {"ip_adapter_image": [pictures]}
-    shows(host, name, asked, asked)
+@pytest.mark.parametrize("name", covered("IP-Adapter, image"))
+def test_an_image_as_a_prompt(name: str) -> None:
+    one = build(name)
+    load_ip_adapter(one)
+    image = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(11))
+    call = {"ip_adapter_image": [one.pipe.image_processor.postprocess(2 * image - 1)]}
+    shows(one, name, call, call)
 
 
-@pytest.mark.parametrize("name", pipelines("IP-Adapter, embeds"))
-def test_a_picture_given_by_its_doubled_embeddings(name: str) -> None:
-    host = hosts.host(name)
-    load_ip_adapter(host)
+@pytest.mark.parametrize("name", covered("IP-Adapter, embeds"))
+def test_an_image_given_by_its_doubled_embeddings(name: str) -> None:
+    one = build(name)
+    load_ip_adapter(one)
     embeds = torch.randn(4, 1, WIDTH, generator=torch.Generator().manual_seed(11))
-    shows(
-        host, name, {"ip_adapter_image_embeds": [embeds]}, {"ip_adapter_image_embeds": [embeds[2:]]}
+    doubled, image = (
+        {"ip_adapter_image_embeds": [embeds]},
+        {"ip_adapter_image_embeds": [embeds[2:]]},
     )
+    shows(one, name, doubled, image)
 
 
+class Extrapolating:
+    """A guide that extrapolates one attention layer with the same gain for all heads."""
+
+    target_modules = ()
+    dtype = torch.float32
+    guidance_scale_range = (1.0, 8.0)
+
+    def __init__(self, layer: str, heads: int, gain: float) -> None:
+        self.extrapolated = (layer,)
+        self.output = GuideOutput(gains={layer: torch.full((1, heads), gain)})
+
+    def modulations(self, *given: Any) -> None:
+        return None
+
+    def __call__(self, inputs: Any, modulations: Any = None) -> GuideOutput:
+        return self.output
+
+
+def test_the_image_of_an_ip_adapter_is_extrapolated_with_the_text() -> None:
+    """``a`` has the image's part and ``a_n``, the negative prompt's, has none: with the gain -1
+    only the negative prompt is left, without the image."""
+    one = build("SD")
+    text, negative = torch.randn(2, 8, WIDTH), torch.randn(2, 8, WIDTH)
+    backbone = Backbone.of(one.denoiser)
+    layer, heads = backbone.signature("epsilon")["attention"][0]
+    attention = one.denoiser.get_submodule(layer)
+    entered: list[torch.Tensor] = []
+    given = torch.randn(2, 4, attention.query_dim)
+
+    def attend(states: Any, gain: float | None = None, image: Any = None) -> torch.Tensor:
+        """The layer's output, with or without a guide."""
+        used = Extrapolating(layer, heads, gain or 0.0)
+        hooks = backbone.install(used)  # type: ignore[arg-type]
+        guided = GuidedPass(used, lambda: 2.0, lambda: TextConditions(negative))  # type: ignore[arg-type]
+        guided.active, guided.output = gain is not None, used.output
+        guided.negative = TextConditions(negative)
+        note = attention.to_out[0].register_forward_hook(lambda m, a, o: entered.append(a[0]))
+        with torch.no_grad(), guided.open():
+            attention(given, states if image is None else (states, image))
+        note.remove()
+        hooks.remove()
+        return entered.pop()
+
+    plain_negative = attend(negative)
+    load_ip_adapter(one)
+    image = [torch.randn(2, 1, 4, WIDTH)]
+    both = attend(text, image=image)
+    torch.testing.assert_close(attend(text, -1.0, image), plain_negative)
+    expected = both + 0.5 * (both - plain_negative)
+    torch.testing.assert_close(attend(text, 0.5, image), expected)
+
+
+def _lora_config(name: str) -> LoraConfig:
+    """Of a LoRA on what a guide has hooks on, and more."""
+    layers = ["to_q", "to_k", "to_v", "to_out.0"]
+    layers += {
+        "SD3": ["context_embedder", "norm1.linear", "add_k_proj", "proj_out"],
+        "PixArt": ["caption_projection.linear_1", "proj_out"],
+    }.get(PIPELINES[name].family, ["conv1", "time_emb_proj", "conv_out"])
+    return LoraConfig(r=2, lora_alpha=2, target_modules=layers)
+
+
+@cache
 def lora(name: str) -> dict[str, torch.Tensor]:
-    """A LoRA on what a guide has hooks on, and more."""
-    unet = hosts.host(name).pipe.unet
-    layers = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "time_emb_proj", "conv_out"]
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers))
+    """The weights of a LoRA."""
+    one = build(name)
+    inject_adapter_in_model(_lora_config(name), one.denoiser)
     torch.manual_seed(12)
-    state = get_peft_model_state_dict(unet)
-    return {f"unet.{k}": 0.3 * torch.randn(v.shape) for k, v in state.items()}
+    state = get_peft_model_state_dict(one.denoiser)
+    return {f"{one.component}.{k}": 0.3 * torch.randn(v.shape) for k, v in state.items()}
 
 
-@pytest.mark.parametrize("name", pipelines("LoRA"))
+def load_lora(one: Pipeline, name: str) -> None:
+    """By the pipeline, or where it cannot by the denoiser."""
+    if hasattr(one.pipe, "load_lora_weights"):
+        one.pipe.load_lora_weights(dict(lora(name)))
+    else:  # PixArt has no loader
+        inject_adapter_in_model(_lora_config(name), one.denoiser)
+        state = {k.removeprefix(f"{one.component}."): v for k, v in lora(name).items()}
+        set_peft_model_state_dict(one.denoiser, state)
+
+
+def unload_lora(one: Pipeline) -> None:
+    if hasattr(one.pipe, "unload_lora_weights"):
+        one.pipe.unload_lora_weights()
+    else:
+        recurse_remove_peft_layers(one.denoiser)
+
+
+@pytest.mark.parametrize("name", covered("LoRA"))
 def test_a_lora_loaded_before_or_after(name: str) -> None:
-    host, guide = hosts.host(name), hosts.guide(name)
-    with guide.attached(host.pipe):
-        alone = host.draw()
-        host.pipe.load_lora_weights(lora(name))
-        after = host.draw()
-    assert not torch.allclose(after, alone)
-    with guide.attached(host.pipe):
-        assert torch.equal(host.draw(), after)
-    conditional = host.draw(guidance_scale=1.0)
-    with hosts.guide(name, trained=False).attached(host.pipe):
-        assert torch.equal(host.draw(), conditional)
+    one, used = build(name), guide(name)
+    with used.attached(one.pipe):
+        one.latents()
+        load_lora(one, name)
+        after = one.latents()
+    assert not torch.allclose(after, guided(name))
+    conditional = one.latents(guidance_scale=1.0)
+    with used.attached(one.pipe):
+        assert torch.equal(one.latents(), after)
+        unload_lora(one)
+        torch.testing.assert_close(one.latents(), guided(name), atol=1e-3, rtol=1e-3)
+        load_lora(one, name)
+    with guide(name, trained=False).attached(one.pipe):
+        assert torch.equal(one.latents(), conditional)
 
 
-@pytest.mark.parametrize("name", pipelines("LoRA scale"))
+@pytest.mark.parametrize("name", covered("LoRA scale"))
 def test_the_scale_of_a_lora_reaches_the_denoiser(name: str) -> None:
-    host, half = hosts.host(name), {"cross_attention_kwargs": {"scale": 0.5}}
-    host.pipe.load_lora_weights(lora(name))
-    conditional = host.draw(guidance_scale=1.0, **half)
-    with hosts.guide(name, trained=False).attached(host.pipe):
-        assert torch.equal(host.draw(**half), conditional)
-    with hosts.guide(name).attached(host.pipe):
-        none = host.draw(cross_attention_kwargs={"scale": 0.0})
-        assert not torch.allclose(host.draw(**half), none)
-        host.pipe.disable_lora()
-        torch.testing.assert_close(host.draw(), none)
+    one = build(name)
+    which = "joint" if PIPELINES[name].family == "SD3" else "cross"
+    half, none = ({f"{which}_attention_kwargs": {"scale": s}} for s in (0.5, 0.0))
+    load_lora(one, name)
+    conditional = one.latents(guidance_scale=1.0, **half)
+    with guide(name, trained=False).attached(one.pipe):
+        assert torch.equal(one.latents(**half), conditional)
+    with guide(name).attached(one.pipe):
+        without = one.latents(**none)
+        assert not torch.allclose(one.latents(**half), without)
+        one.pipe.disable_lora()
+        torch.testing.assert_close(one.latents(), without)
 
 
-@pytest.mark.parametrize("name", pipelines("LoRA unloaded"))
-def test_an_unloaded_lora_leaves_no_trace(name: str) -> None:
-    host = hosts.host(name)
-    with hosts.guide(name).attached(host.pipe):
-        alone = host.draw()
-        host.pipe.load_lora_weights(lora(name))
-        host.draw()
-        host.pipe.unload_lora_weights()
-        torch.testing.assert_close(host.draw(), alone, atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("name", pipelines("textual inversion"))
+@pytest.mark.parametrize("name", covered("textual inversion"))
 def test_a_learned_token(name: str) -> None:
-    texts = {k: v for k, v in hosts.shared(name).items() if k.startswith(("tok", "text"))}
-    host = hosts.host(name, **{k: copy.deepcopy(v) for k, v in texts.items()})
-    for which in ("", "_2") if KINDS[name].xl else ("",):
-        host.pipe.load_textual_inversion(
-            {"<thing>": torch.randn(WIDTH)}, tokenizer=getattr(host.pipe, f"tokenizer{which}"),
-            text_encoder=getattr(host.pipe, f"text_encoder{which}"),
+    texts = {k: v for k, v in pipelines.shared(name).items() if k.startswith(("tok", "text"))}
+    one = build(name, **{k: copy.deepcopy(v) for k, v in texts.items()})
+    for which in ("", "_2") if PIPELINES[name].family == "SDXL" else ("",):
+        one.pipe.load_textual_inversion(
+            {"<thing>": torch.randn(WIDTH)}, tokenizer=getattr(one.pipe, f"tokenizer{which}"),
+            text_encoder=getattr(one.pipe, f"text_encoder{which}"),
         )  # fmt: skip
-    asked = {"prompt": ["<thing>", "a <thing>"], "negative_prompt": ["<thing>", "red"]}
-    conditional = host.draw(guidance_scale=1.0, **asked)
-    with hosts.guide(name, trained=False).attached(host.pipe):
-        assert torch.equal(host.draw(**asked), conditional)
-    with hosts.guide(name).attached(host.pipe):
-        guided = host.draw(**asked)
-        assert not torch.allclose(guided, host.draw(**(asked | {"negative_prompt": ["red"] * 2})))
+    call = {"prompt": ["<thing>", "a <thing>"], "negative_prompt": ["<thing>", "red"]}
+    conditional = one.latents(guidance_scale=1.0, **call)
+    assert not torch.equal(conditional, plain(name, 1.0))
+    with guide(name, trained=False).attached(one.pipe):
+        assert torch.equal(one.latents(**call), conditional)
+    with guide(name).attached(one.pipe):
+        with_token = one.latents(**call)
+        assert not torch.allclose(
+            with_token, one.latents(**(call | {"negative_prompt": ["red"] * 2}))
+        )

@@ -9,175 +9,262 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pipelines import hosts
-from tests.pipelines.hosts import PROMPTS
-from tests.pipelines.matrix import pipelines
-from tests.pipelines.test_conditions import lora
+from pilotfish.interface import TextConditions
+from tests.pipelines import pipelines
+from tests.pipelines.matrix import covered
+from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, plain, twin
+from tests.pipelines.test_conditions import load_lora, unload_lora
+
+NEGATIVE = ["red", "blue"]
 
 
-@pytest.mark.parametrize("name", pipelines("one pass"))
+@pytest.mark.parametrize("name", covered("one pass"))
 def test_one_pass_a_step(name: str) -> None:
-    host = hosts.host(name)
-    with host.batches() as cfg:
-        host.draw()
-    with hosts.guide(name).attached(host.pipe), host.batches() as guided, warnings.catch_warnings():
+    one = build(name)
+    with one.batches() as cfg:
+        one.latents()
+    with guide(name).attached(one.pipe), one.batches() as sizes, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert len(host.draw()) == 2
-        assert guided == [2] * len(cfg)
-        guided.clear()
-        assert len(host.draw(hosts.PROMPTS[0])) == 1
-    assert guided == [1] * len(cfg)
+        assert len(one.latents()) == 2
+        assert sizes == [2] * len(cfg)
+        sizes.clear()
+        assert len(one.latents(PROMPTS[0])) == 1
+    assert sizes == [1] * len(cfg)
     assert cfg == [4] * len(cfg)
 
 
-@pytest.mark.parametrize("name", pipelines("fresh"))
+@pytest.mark.parametrize("name", covered("fresh"))
 def test_a_fresh_guide_is_the_conditional_model(name: str) -> None:
-    host = hosts.host(name)
-    conditional = host.draw(guidance_scale=1.0)
-    with hosts.guide(name, trained=False).attached(host.pipe):
-        assert torch.equal(host.draw(), conditional)
+    one = build(name)
+    with guide(name, trained=False).attached(one.pipe):
+        assert torch.equal(one.latents(), plain(name, 1.0))
 
 
-@pytest.mark.parametrize("name", pipelines("w ≤ 1"))
-def test_up_to_one_the_guide_is_not_asked(name: str) -> None:
-    host = hosts.host(name)
-    conditional = host.draw(guidance_scale=1.0)
-    with hosts.guide(name).attached(host.pipe):
-        assert torch.equal(host.draw(guidance_scale=1.0), conditional)
-        assert torch.equal(host.draw(guidance_scale=0.0), conditional)
-        assert not torch.allclose(host.draw(), conditional)
+@pytest.mark.parametrize("name", covered("w ≤ 1"))
+def test_up_to_one_a_guide_changes_nothing(name: str) -> None:
+    one = build(name)
+    with guide(name).attached(one.pipe):
+        assert torch.equal(one.latents(guidance_scale=1.0), plain(name, 1.0))
+        assert torch.equal(one.latents(guidance_scale=0.0), plain(name, 1.0))
+    assert not torch.allclose(guided(name), plain(name, 1.0))
 
 
-@pytest.mark.parametrize("name", pipelines("detach"))
+@pytest.mark.parametrize("name", covered("detach"))
 def test_detaching_restores_cfg(name: str) -> None:
-    host = hosts.host(name)
-    before, cfg = type(host.pipe), host.draw()
-    with hosts.guide(name).attached(host.pipe):
-        assert not torch.allclose(host.draw(), cfg)
-    assert type(host.pipe) is before
-    assert torch.equal(host.draw(), cfg)
+    one = build(name)
+    before = type(one.pipe), set(vars(one.pipe)), one.hooks()
+    with guide(name).attached(one.pipe):
+        assert not torch.allclose(one.latents(), plain(name))
+    assert torch.equal(one.latents(), plain(name))
+    assert (type(one.pipe), set(vars(one.pipe)) & before[1], one.hooks()) == before
 
 
-@pytest.mark.parametrize("name", pipelines("shared denoiser"))
+@pytest.mark.parametrize("name", covered("shared denoiser"))
 def test_a_plain_pipeline_on_the_denoiser_does_cfg(name: str) -> None:
-    host = hosts.host(name)
-    other, cfg = hosts.sibling(host), host.draw()
-    with hosts.guide(name).attached(host.pipe):
-        host.draw()
-        assert torch.equal(other.draw(), cfg)
+    one = build(name)
+    other = twin(one)
+    with guide(name).attached(one.pipe):
+        assert torch.equal(other.latents(), plain(name))
 
 
-def negatives_seen(host: hosts.Host, name: str, **call: Any) -> list[torch.Tensor]:
-    """The negative prompts that a guide is shown in a call."""
-    seen: list[torch.Tensor] = []
-    guide = hosts.guide(name)
-    guide.register_forward_pre_hook(lambda _, args: seen.append(args[0].negative_hidden_states))
-    with guide.attached(host.pipe):
-        host.draw(**call)
+def negatives(one: Pipeline, name: str, **call: Any) -> list[TextConditions]:
+    """The negative prompts that a guide is given in a call."""
+    seen: list[TextConditions] = []
+    used = guide(name, trained=False)
+    used.register_forward_pre_hook(lambda _, args: seen.append(args[0].negative))
+    with used.attached(one.pipe):
+        one.latents(**call)
     return seen
 
 
-def encode(host: hosts.Host, prompt: list[str], **call: Any) -> tuple[torch.Tensor, ...]:
-    """What the plain pipeline makes of prompts."""
-    given = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False} | call
-    return host.pipe.encode_prompt(prompt=prompt, device="cpu", **given)
+@torch.no_grad()
+def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor, ...]:
+    """What the plain pipeline makes of prompts, with classifier-free guidance: the prompts'
+    tensors and the negative prompts' take turns."""
+    given = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True} | call
+    if "Diffusion3" in type(one.pipe).__name__:
+        given |= {"prompt_2": None, "prompt_3": None}
+    encoder = {k: v for k, v in one.call.items() if k in ("max_sequence_length", "clean_caption")}
+    made = one.pipe.encode_prompt(prompt=prompt, device="cpu", **(encoder | given))
+    if "PixArt" in type(one.pipe).__name__:  # prompt, mask, negative, mask
+        made = (made[0], made[2], made[1], made[3])
+    return tuple(made)
 
 
-@pytest.mark.parametrize("name", pipelines("negative_prompt"))
+def parts(text: TextConditions) -> list[torch.Tensor]:
+    return [t for t in (text.embeds, text.pooled, text.mask) if t is not None]
+
+
+def shows(seen: list[TextConditions], expected: tuple[torch.Tensor, ...]) -> None:
+    """Every step of a call was given these negative prompts."""
+    assert seen
+    for text in seen:
+        assert len(parts(text)) == len(expected) // 2
+        for part, other in zip(parts(text), expected[1::2], strict=True):
+            torch.testing.assert_close(part.expand_as(other), other)
+
+
+@pytest.mark.parametrize("name", covered("negative_prompt"))
 def test_the_negative_prompt_reaches_the_guide(name: str) -> None:
-    host = hosts.host(name)
-    seen = negatives_seen(host, name, negative_prompt=["red", "blue"])
-    expected = encode(host, ["red", "blue"])[0]
-    assert seen
-    for states in seen:
-        torch.testing.assert_close(states, expected)
+    one = build(name)
+    seen = negatives(one, name, negative_prompt=NEGATIVE)
+    assert len(seen[0]) == 2
+    shows(seen, encode(one, list(PROMPTS), negative_prompt=NEGATIVE))
 
 
-@pytest.mark.parametrize("name", pipelines("no negative prompt"))
-def test_without_a_negative_prompt_the_guide_sees_zeros(name: str) -> None:
-    host = hosts.host(name)
-    assert host.pipe.config.force_zeros_for_empty_prompt
-    seen = negatives_seen(host, name)
-    assert seen
-    assert not any(states.any() for states in seen)
+@pytest.mark.parametrize("name", covered("no negative prompt"))
+def test_without_a_negative_prompt_the_guide_is_given_that_of_cfg(name: str) -> None:
+    one = build(name)
+    seen = negatives(one, name)
+    assert len(seen[0]) == 1  # one serves all
+    shows(seen, encode(one, list(PROMPTS)))
+    if pipelines.PIPELINES[name].family == "SDXL":
+        assert one.pipe.config.force_zeros_for_empty_prompt
+        assert not seen[0].embeds.any()
 
 
-@pytest.mark.parametrize("name", pipelines("num_images_per_prompt"))
-def test_several_pictures_of_a_prompt(name: str) -> None:
-    host = hosts.host(name)
-    asked = {"num_images_per_prompt": 2}
-    conditional = host.draw(guidance_scale=1.0, **asked)
-    with hosts.guide(name, trained=False).attached(host.pipe), host.batches() as sizes:
-        assert torch.equal(host.draw(**asked), conditional)
+@pytest.mark.parametrize("name", covered("negative prompt of another length"))
+def test_the_negative_prompt_may_have_another_length(name: str) -> None:
+    """Two passes in one batch could not take it."""
+    one = build(name)
+    encode_prompt = one.pipe.encode_prompt
+
+    def shorter(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        made = encode_prompt(*args, **kwargs)
+        if pipelines.PIPELINES[name].family == "PixArt":
+            return (*made[:2], *(None if x is None else x[:, :5] for x in made[2:]))
+        return (made[0], None if made[1] is None else made[1][:, :5], *made[2:])
+
+    one.pipe.encode_prompt = shorter
+    seen = negatives(one, name, negative_prompt=NEGATIVE)
+    assert {text.embeds.shape[1] for text in seen} == {5}
+    with guide(name).attached(one.pipe):
+        one.latents(negative_prompt=NEGATIVE)
+    assert one.pipe.encode_prompt is shorter
+    with pytest.raises(RuntimeError):
+        one.latents(negative_prompt=NEGATIVE)
+
+
+@pytest.mark.parametrize("name", covered("num_images_per_prompt"))
+def test_several_images_of_a_prompt(name: str) -> None:
+    one = build(name)
+    call: dict[str, Any] = {"num_images_per_prompt": 2}
+    with one.batches() as sizes:
+        conditional = one.latents(guidance_scale=1.0, negative_prompt=NEGATIVE, **call)
+        seen: list[TextConditions] = []
+        used = guide(name, trained=False)
+        used.register_forward_pre_hook(lambda _, args: seen.append(args[0].negative))
+        with used.attached(one.pipe):
+            assert torch.equal(one.latents(negative_prompt=NEGATIVE, **call), conditional)
     assert set(sizes) == {4}
-    seen = negatives_seen(host, name, negative_prompt=["red", "blue"], **asked)
-    torch.testing.assert_close(seen[0], encode(host, ["red", "blue"], **asked)[0])
+    shows(seen, encode(one, list(PROMPTS), negative_prompt=NEGATIVE, **call))
 
 
-@pytest.mark.parametrize("name", pipelines("prompt_embeds"))
+def given_embeddings(one: Pipeline, name: str) -> dict[str, torch.Tensor]:
+    """Prompt and negative prompt as arguments of a call."""
+    made = encode(one, list(PROMPTS), negative_prompt=NEGATIVE)
+    names = ["prompt_embeds", "negative_prompt_embeds"]
+    if pipelines.PIPELINES[name].family == "PixArt":
+        names += ["prompt_attention_mask", "negative_prompt_attention_mask"]
+    else:
+        names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    return dict(zip(names, made, strict=False))
+
+
+@pytest.mark.parametrize("name", covered("prompt_embeds"))
 def test_embeddings_are_as_good_as_prompts(name: str) -> None:
-    host = hosts.host(name)
-    made = encode(
-        host, list(PROMPTS), do_classifier_free_guidance=True, negative_prompt=["red", "blue"]
-    )
-    which = ("prompt_embeds", "negative_prompt_embeds")
-    pooled = tuple(w.replace("prompt", "pooled_prompt") for w in which)
-    given = dict(zip((*which, *pooled), made, strict=False))
-    with hosts.guide(name).attached(host.pipe):
-        expected = host.draw(negative_prompt=["red", "blue"])
-        assert torch.equal(host.draw(prompt=None, **given), expected)
+    one = build(name)
+    given: dict[str, Any] = given_embeddings(one, name)
+    if pipelines.PIPELINES[name].family == "PixArt":
+        given["negative_prompt"] = None
+    with guide(name).attached(one.pipe):
+        expected = one.latents(negative_prompt=NEGATIVE)
+        assert torch.equal(one.latents(prompt=None, **given), expected)
 
 
-@pytest.mark.parametrize("name", pipelines("prompt_embeds, other precision"))
+@pytest.mark.parametrize("name", covered("prompt_embeds, other precision"))
 def test_embeddings_may_be_of_another_precision_than_the_denoiser(name: str) -> None:
-    host = hosts.host(name)
-    cfg = {"do_classifier_free_guidance": True, "negative_prompt": ["red", "blue"]}
-    made = encode(host, list(PROMPTS), **cfg)
-    names = ("prompt_embeds", "negative_prompt_embeds",
-             "pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # fmt: skip
-    given = dict(zip(names, made, strict=False))
-    halves = {k: v.bfloat16() for k, v in given.items()}
-    host.pipe.unet.to(torch.bfloat16)
-    host.pipe.text_encoder = copy.deepcopy(host.pipe.text_encoder).to(torch.bfloat16)
-    if hosts.KINDS[name].xl:
-        host.pipe.text_encoder_2 = copy.deepcopy(host.pipe.text_encoder_2).to(torch.bfloat16)
-    with hosts.guide(name).attached(host.pipe):
-        found = host.draw(prompt=None, **given)
-        torch.testing.assert_close(found, host.draw(prompt=None, **halves))
+    one = build(name, alone=True)
+    given: dict[str, Any] = given_embeddings(one, name)
+    if pipelines.PIPELINES[name].family == "PixArt":
+        given["negative_prompt"] = None
+    halves = {
+        k: v.bfloat16() if v is not None and v.is_floating_point() else v for k, v in given.items()
+    }
+    one.pipe.to(torch.bfloat16)
+    with guide(name).attached(one.pipe):
+        found = one.latents(prompt=None, **given)
+        torch.testing.assert_close(found, one.latents(prompt=None, **halves))
 
 
-@pytest.mark.parametrize("name", pipelines("shared and guided"))
+@pytest.mark.parametrize("name", covered("shared and guided"))
 def test_each_of_two_guided_pipelines_on_a_denoiser_is_on_its_own(name: str) -> None:
-    one, layers = hosts.host(name), lora(name)
-    two, guide = hosts.sibling(one), hosts.guide(name)
+    one = build(name)
+    two, used = twin(one), guide(name)
 
     def without(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == 0:
-            guide.detach(two.pipe)
+            used.detach(two.pipe)
         return tensors
 
-    with guide.attached(one.pipe):
-        plain = one.draw()
-        one.pipe.load_lora_weights(layers)
-        expected = one.draw()
-        one.pipe.unload_lora_weights()
-        guide.attach(two.pipe)
-        two.draw()
-        two.pipe.load_lora_weights(layers)  # of which the other pipeline learns by itself
-        found = one.draw(callback_on_step_end=without)
+    with used.attached(one.pipe):
+        load_lora(one, name)
+        expected = one.latents()
+        unload_lora(one)
+        used.attach(two.pipe)
+        load_lora(two, name)  # of which the other pipeline learns by itself
+        found = one.latents(callback_on_step_end=without)
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
-        one.pipe.unload_lora_weights()
-        torch.testing.assert_close(one.draw(), plain, atol=1e-3, rtol=1e-3)
-    assert not torch.allclose(expected, plain, atol=1e-1)
+        unload_lora(one)
+        torch.testing.assert_close(one.latents(), guided(name), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(expected, guided(name), atol=1e-2)
 
 
-@pytest.mark.parametrize("name", pipelines("clip_skip"))
+@pytest.mark.parametrize("name", covered("clip_skip"))
 def test_layers_of_the_text_encoder_are_skipped(name: str) -> None:
-    host = hosts.host(name)
-    conditional = host.draw(guidance_scale=1.0, clip_skip=1)
-    assert not torch.equal(conditional, host.draw(guidance_scale=1.0))
-    with hosts.guide(name, trained=False).attached(host.pipe):
-        assert torch.equal(host.draw(clip_skip=1), conditional)
-    seen = negatives_seen(host, name, negative_prompt=["red", "blue"], clip_skip=1)
-    cfg = {"do_classifier_free_guidance": True, "negative_prompt": ["red", "blue"]}
-    torch.testing.assert_close(seen[0], encode(host, list(PROMPTS), clip_skip=1, **cfg)[1])
+    one = build(name)
+    conditional = one.latents(guidance_scale=1.0, clip_skip=1)
+    assert not torch.equal(conditional, plain(name, 1.0))
+    with guide(name, trained=False).attached(one.pipe):
+        assert torch.equal(one.latents(clip_skip=1), conditional)
+    seen = negatives(one, name, negative_prompt=NEGATIVE, clip_skip=1)
+    shows(seen, encode(one, list(PROMPTS), negative_prompt=NEGATIVE, clip_skip=1))
+
+
+@pytest.mark.parametrize("name", covered("encode_prompt replaced"))
+def test_encode_prompt_may_be_replaced_on_the_object(name: str) -> None:
+    """As is done to weight prompts; its arguments may have other names where the pipeline gives
+    them by their places."""
+    one = build(name)
+    plain_encode = one.pipe.encode_prompt
+
+    def weighted(*given: Any, **more: Any) -> tuple[Any, ...]:
+        made = plain_encode(*given, **more)
+        return (1.5 * made[0], *made[1:])
+
+    one.pipe.encode_prompt = weighted
+    conditional = one.latents(guidance_scale=1.0)
+    cfg = one.latents()
+    assert not torch.equal(cfg, plain(name))
+    with guide(name, trained=False).attached(one.pipe):
+        assert torch.equal(one.latents(), conditional)
+    assert one.pipe.encode_prompt is weighted
+    assert torch.equal(one.latents(), cfg)
+
+    def without(*given: Any, **more: Any) -> tuple[Any, ...]:
+        made = plain_encode(*given, **more)
+        place = 2 if pipelines.PIPELINES[name].family == "PixArt" else 1
+        return (*made[:place], None, *made[place + 1 :])
+
+    one.pipe.encode_prompt = without
+    hooks = one.hooks()
+    kind = type(one.pipe).__name__
+    with guide(name).attached(one.pipe):
+        refused = f"^encode_prompt of this {kind} returned no negative prompt for 2 images, and"
+        with pytest.raises(ValueError, match=refused):
+            one.latents()
+        one.pipe.encode_prompt = copy.copy(weighted)
+        one.latents()
+        del one.pipe.encode_prompt
+        assert torch.equal(one.latents(), guided(name))
+    assert one.hooks() == hooks

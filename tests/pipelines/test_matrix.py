@@ -12,10 +12,10 @@ HERE = Path(__file__).parent
 
 def test_every_feature_has_a_test() -> None:
     text = "".join(path.read_text() for path in HERE.glob("test_*.py"))
-    named = re.findall(r'parametrize\("name", pipelines\("(.+?)"\)\)', text)
+    named = re.findall(r'parametrize\("name", covered\("(.+?)"\)\)', text)
     schedulers = [name for name in matrix.FEATURES if name.endswith("Scheduler")]
     assert sorted([*named, *schedulers]) == sorted(matrix.FEATURES)
 
 
-def test_the_page_in_the_docs_is_made_of_the_matrix() -> None:
+def test_the_page_in_the_docs_is_generated_from_the_matrix() -> None:
     assert (HERE.parents[1] / "docs" / "compatibility.md").read_text() == matrix.page()

@@ -2,89 +2,181 @@
 
 from __future__ import annotations
 
-import copy
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+from torch import nn
 
-from pilotfish import GuideError
-from tests.pipelines import hosts, refused
-from tests.pipelines.matrix import pipelines
+from pilotfish import GuideError, TinyGuide
+from tests import components
+from tests.pipelines import pipelines, refused
+from tests.pipelines.matrix import covered
+from tests.pipelines.pipelines import build, guide, guided
 
 
 @pytest.mark.parametrize(("name", "why"), refused.ATTACHED)
 def test_refused_when_attached(name: str, why: str) -> None:
     pipe = refused.build(name)
     before = set(vars(pipe))
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
     with pytest.raises(GuideError) as caught:
-        hosts.guide("SD").attach(pipe)
+        guide("SD").attach(pipe)
     assert str(caught.value) == refused.sentence(name, why)
     assert (type(pipe).__name__, set(vars(pipe))) == (name, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in denoiser.modules())
 
 
-@pytest.mark.parametrize(("name", "pipeline"), zip(("SD", "SDXL"), refused.PAG, strict=True))
-def test_perturbed_attention_is_refused_in_a_call(name: str, pipeline: str) -> None:
-    layers = {"pag_applied_layers": ["mid"]}
-    host, guide = hosts.host(name, pipeline, **layers), hosts.guide(name)
-    perturbed = host.draw(pag_scale=3.0)
-    with guide.attached(host.pipe):
+class NewTransformer(nn.Module):
+    """A family that came out yesterday."""
+
+
+@pytest.mark.parametrize("name", ["SD3", "PixArt-Sigma"])
+def test_a_transformer_that_nobody_knows_is_refused(name: str) -> None:
+    one = build(name)
+    one.pipe.transformer = NewTransformer()
+    with pytest.raises(GuideError, match=r"cannot take a guide: NewTransformer belongs to no fam"):
+        guide(name).attach(one.pipe)
+    one.pipe.transformer = None
+    with pytest.raises(GuideError, match="has neither a unet nor a transformer; use it without"):
+        guide(name).attach(one.pipe)
+
+
+def test_what_is_no_pipeline_is_refused() -> None:
+    with pytest.raises(GuideError, match="dict cannot take a guide: dict has neither a unet nor"):
+        guide("SD").attach({})
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "differs"),
+    [
+        ("SD", "SD3", "family: guide unet, denoiser joint-dit"),
+        ("SD", "PixArt-Sigma", "family: guide unet, denoiser cross-attention-dit"),
+        ("SD3", "SD", "family: guide joint-dit, denoiser unet"),
+        ("PixArt-Sigma", "SD3", "family: guide cross-attention-dit, denoiser joint-dit"),
+        ("SD", "SDXL", "text_dim: guide 16, denoiser 32"),
+        ("SD, v", "SD", "prediction_type: guide v_prediction, denoiser epsilon"),
+    ],
+)
+def test_a_guide_of_another_family_is_refused_naming_both(
+    name: str, other: str, differs: str
+) -> None:
+    one, used = build(other), guide(name)
+    before = type(one.pipe), set(vars(one.pipe)), one.hooks()
+    with pytest.raises(GuideError, match="was made for another denoiser") as caught:
+        used.attach(one.pipe)
+    assert differs in str(caught.value)
+    assert (type(one.pipe), set(vars(one.pipe)), one.hooks()) == before
+
+
+@pytest.mark.parametrize("name", ["SD", "SD3"])
+def test_a_guide_of_another_version_of_the_signature_is_refused(name: str) -> None:
+    one, used = build(name), guide(name)
+    used.register_to_config(signature={**used.config.signature, "version": 0})
+    with pytest.raises(GuideError, match=r"version: guide 0, denoiser 1\b"):
+        used.attach(one.pipe)
+    assert one.hooks() == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "sides"),
+    [
+        ({"block_out_channels": (8, 32)}, r"layers: guide \['up_blocks.0.resnets.0', 16\]"),
+        ({"cross_attention_dim": 24}, "text_dim: guide 16, denoiser 24"),
+        ({"layers_per_block": 2}, "attention: guide .*, denoiser .*of 8"),
+    ],
+)
+def test_a_denoiser_of_another_shape_is_refused_naming_both(
+    config: dict[str, Any], sides: str
+) -> None:
+    one = build("SD", unet=components.unet(addition_embed_type=None, **config))
+    with pytest.raises(GuideError, match=sides):
+        guide("SD").attach(one.pipe)
+    assert one.hooks() == 0
+
+
+@pytest.mark.parametrize(("pipeline", "name"), refused.PAG.items())
+def test_perturbed_attention_is_refused_in_a_call(pipeline: str, name: str) -> None:
+    layers = {"SD3": "blocks.0", "PixArt-Sigma": "blocks.1"}.get(name, "mid")
+    parts: dict[str, Any] = {"pag_applied_layers": [layers]}
+    if name == "SD3":  # diffusers' own processor has no norms
+        parts["transformer"] = components.sd3_transformer(
+            in_channels=16, out_channels=16, dual_attention_layers=(), qk_norm=None
+        )
+    one = build(name, pipeline, **parts)
+    used = TinyGuide.for_denoiser(one.denoiser, pipelines.PIPELINES[name].prediction_type).eval()
+    perturbed, conditional = (
+        one.latents(pag_scale=3.0),
+        one.latents(pag_scale=3.0, guidance_scale=1.0),
+    )
+    without = one.latents(pag_scale=0.0, guidance_scale=1.0)
+    with used.attached(one.pipe):
         with pytest.raises(GuideError) as caught:
-            host.draw(pag_scale=3.0)
+            one.latents(pag_scale=3.0)
         assert str(caught.value) == refused.sentence(pipeline)
-        with host.batches() as sizes:
-            host.draw(pag_scale=0.0)
+        with one.batches() as sizes:
+            assert torch.equal(one.latents(pag_scale=0.0), without)
         assert sizes == [2, 2]
-    assert torch.equal(host.draw(pag_scale=3.0), perturbed)
+        assert torch.equal(one.latents(pag_scale=3.0, guidance_scale=1.0), conditional)
+    assert torch.equal(one.latents(pag_scale=3.0), perturbed)
 
 
-@pytest.mark.parametrize("name", pipelines("guidance_rescale"))
+@pytest.mark.parametrize("name", covered("guidance_rescale"))
 def test_rescaling_warns(name: str) -> None:
-    host = hosts.host(name)
-    with hosts.guide(name).attached(host.pipe):
-        guided = host.draw()
-        with pytest.warns(UserWarning, match="guidance_rescale acts on the second pass"):
-            assert torch.equal(host.draw(guidance_rescale=0.7), guided)
-
-
-@pytest.mark.parametrize("name", pipelines("guess_mode"))
-def test_guess_mode_warns(name: str) -> None:
-    host = hosts.host(name)
-    conditional = host.draw(guidance_scale=1.0, guess_mode=True)
+    one = build(name)
     with (
-        hosts.guide(name, trained=False).attached(host.pipe),
+        guide(name).attached(one.pipe),
+        pytest.warns(UserWarning, match="guidance_rescale acts on the second pass"),
+    ):
+        assert torch.equal(one.latents(guidance_rescale=0.7), guided(name))
+
+
+@pytest.mark.parametrize("name", covered("guess_mode"))
+def test_guess_mode_warns(name: str) -> None:
+    one = build(name)
+    conditional = one.latents(guidance_scale=1.0, guess_mode=True)
+    with (
+        guide(name, trained=False).attached(one.pipe),
         pytest.warns(UserWarning, match="guess_mode acts on the second pass"),
     ):
-        assert torch.equal(host.draw(guess_mode=True), conditional)
+        assert torch.equal(one.latents(guess_mode=True), conditional)
 
 
 def test_a_controlnet_that_guesses_by_itself_warns() -> None:
-    host = hosts.host("SD ControlNet", **copy.deepcopy(hosts.shared("SD ControlNet")))
-    host.pipe.controlnet.register_to_config(global_pool_conditions=True)
+    one = build("SD ControlNet", alone=True)
+    one.pipe.controlnet.register_to_config(global_pool_conditions=True)
     with (
-        hosts.guide("SD ControlNet").attached(host.pipe),
+        guide("SD ControlNet").attached(one.pipe),
         pytest.warns(UserWarning, match="guess_mode acts on the second pass"),
     ):
-        host.draw()
+        one.latents()
 
 
-@pytest.mark.parametrize("name", pipelines("negative_original_size"))
+@pytest.mark.parametrize("name", covered("negative_original_size"))
 def test_sizes_of_the_second_pass_warn(name: str) -> None:
-    host = hosts.host(name)
+    one = build(name)
     sizes = {"negative_original_size": (8, 8), "negative_target_size": (8, 8)}
-    with hosts.guide(name).attached(host.pipe):
-        guided = host.draw()
-        with pytest.warns(UserWarning, match="negative_original_size acts on the second pass"):
-            assert torch.equal(host.draw(**sizes), guided)
+    with (
+        guide(name).attached(one.pipe),
+        pytest.warns(UserWarning, match="negative_original_size acts on the second pass"),
+    ):
+        assert torch.equal(one.latents(**sizes), guided(name))
+
+
+@pytest.mark.parametrize("name", covered("skip_guidance_layers"))
+def test_skipped_layers_warn(name: str) -> None:
+    one = build(name)
+    with (
+        guide(name).attached(one.pipe),
+        pytest.warns(UserWarning, match="skip_guidance_layers acts on the second pass"),
+    ):
+        assert torch.equal(one.latents(skip_guidance_layers=[0]), guided(name))
 
 
 def test_custom_diffusion_is_refused_and_nothing_is_left() -> None:
-    host = hosts.host("SD")
-    unet = host.pipe.unet
-
-    def hooked() -> int:
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
-
+    one = build("SD")
+    unet = one.pipe.unet
     processors = {
         name: CustomDiffusionAttnProcessor2_0(
             hidden_size=unet.get_submodule(name.removesuffix(".processor")).inner_dim,
@@ -95,6 +187,6 @@ def test_custom_diffusion_is_refused_and_nothing_is_left() -> None:
         for name, processor in unet.attn_processors.items()
     }
     unet.set_attn_processor(processors)
-    with pytest.raises(GuideError, match="keys and values of Custom Diffusion's own"):
-        hosts.guide("SD").attach(host.pipe)
-    assert hooked() == 0
+    with pytest.raises(GuideError, match="keys and values of Custom Diffusion, which cannot be"):
+        guide("SD").attach(one.pipe)
+    assert one.hooks() == 0

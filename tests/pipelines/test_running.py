@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import threading
 from typing import Any
 
 import accelerate
@@ -11,145 +9,204 @@ import diffusers
 import pytest
 import torch
 
-from pilotfish import ExternalGuide, FullGuide, Guide, TinyGuide
+from pilotfish import ExternalGuide, FullGuide, Guide, GuideError, TinyGuide
 from tests import components
-from tests.pipelines import hosts
-from tests.pipelines.hosts import Host
-from tests.pipelines.matrix import FEATURES, pipelines
+from tests.pipelines.matrix import FEATURES, covered
+from tests.pipelines.pipelines import (
+    PIPELINES,
+    PROMPTS,
+    Pipeline,
+    build,
+    guide,
+    guided,
+    plain,
+    scheduler,
+)
 
 SCHEDULERS = [
     pytest.param(name, feature, id=f"{name}-{feature}")
     for feature in FEATURES
     if feature.endswith("Scheduler")
-    for name in pipelines(feature)
+    for name in covered(feature)
 ]
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 
 
-def alone(name: str) -> Host:
-    """A host that shares no component with others."""
-    return hosts.host(name, **copy.deepcopy(hosts.shared(name)))
-
-
-def is_conditional(host: Host, name: str, kind: type[Guide] = TinyGuide) -> None:
-    """A fresh guide is the conditional model in one pass a step."""
-    with host.batches() as plain:
-        conditional = host.draw(guidance_scale=1.0)
-    with hosts.guide(name, False, kind).attached(host.pipe), host.batches() as sizes:
-        assert torch.equal(host.draw(), conditional)
-    assert sizes == plain
-    with hosts.guide(name, kind=kind).attached(host.pipe):
-        assert not torch.allclose(host.draw(), conditional)
+def is_conditional(
+    one: Pipeline, name: str, kind: type[Guide] = TinyGuide, changes: bool = True
+) -> None:
+    """A fresh guide is the conditional model in one pass a step, and a trained one is not."""
+    with one.batches() as expected:
+        conditional = one.latents(guidance_scale=1.0)
+    with guide(name, False, kind).attached(one.pipe), one.batches() as sizes:
+        assert torch.equal(one.latents(), conditional)
+    assert sizes == expected
+    if changes:
+        with guide(name, kind=kind).attached(one.pipe):
+            assert not torch.allclose(one.latents(), conditional)
 
 
 @pytest.mark.parametrize(("name", "scheduler"), SCHEDULERS)
 def test_schedulers(name: str, scheduler: str) -> None:
-    host = hosts.host(name)
-    config = host.pipe.scheduler.config | {"skip_prk_steps": True}  # as PNDM's own has it
-    host.pipe.scheduler = getattr(diffusers, scheduler).from_config(config)
-    is_conditional(host, name)
+    one = build(name)
+    config = {**one.pipe.scheduler.config, "skip_prk_steps": True}  # as PNDM's own has it
+    if PIPELINES[name].family == "SD3" and not scheduler.startswith("FlowMatch"):
+        config = FLOW
+    one.pipe.scheduler = getattr(diffusers, scheduler).from_config(config)
+    is_conditional(one, name, changes=False)
 
 
-@pytest.mark.parametrize("name", pipelines("ExternalGuide"))
+CHANGES = {
+    "SD": ("epsilon", components.scheduler("v_prediction"), "v_prediction"),
+    "SD, v": ("v_prediction", components.scheduler("epsilon"), "epsilon"),
+    "SD3": ("flow", components.scheduler("epsilon"), "epsilon"),
+}
+"""The prediction of a pipeline's denoiser, and a scheduler for another."""
+
+
+@pytest.mark.parametrize("how", ["replaced", "edited"])
+@pytest.mark.parametrize("name", covered("prediction_type"))
+def test_another_prediction_type_is_refused_naming_both(name: str, how: str) -> None:
+    one, used = build(name), guide(name)
+    trained, other, predicted = CHANGES[name]
+    both = f"predicts {trained}, and the pipeline's scheduler takes its prediction for {predicted};"
+
+    def change(pipe: Any) -> None:
+        if how == "replaced" or name == "SD3":  # whose scheduler has nothing to edit
+            pipe.scheduler = other
+        else:
+            pipe.scheduler.register_to_config(prediction_type=predicted)
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        change(pipe)
+        return tensors
+
+    with used.attached(one.pipe):
+        with one.batches() as sizes, pytest.raises(GuideError, match=both):
+            one.latents(callback_on_step_end=callback)
+        assert sizes == [2]
+        with one.batches() as sizes, pytest.raises(GuideError, match=both):
+            one.latents()
+        assert sizes == []
+        one.pipe.scheduler = scheduler(name)
+        assert torch.equal(one.latents(), guided(name))
+    change(one.pipe)
+    with pytest.raises(GuideError, match=f"guide {trained}, denoiser {predicted}"):
+        used.attach(one.pipe)
+    assert one.hooks() == 0
+
+
+@pytest.mark.parametrize("name", covered("ExternalGuide"))
 def test_an_external_guide(name: str) -> None:
-    is_conditional(hosts.host(name), name, ExternalGuide)
+    is_conditional(build(name), name, ExternalGuide)
 
 
-@pytest.mark.parametrize("name", pipelines("FullGuide"))
+@pytest.mark.parametrize("name", covered("FullGuide"))
 def test_a_full_guide(name: str) -> None:
-    is_conditional(hosts.host(name), name, FullGuide)
+    is_conditional(build(name), name, FullGuide)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", pipelines("half precision"))
+@pytest.mark.parametrize("name", covered("half precision"))
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    host, guide = alone(name), hosts.guide(name)
-    host.pipe.to(dtype)
-    with guide.attached(host.pipe):
-        assert host.draw().dtype == guide.dtype == dtype
-    is_conditional(host, name)
+    one, used = build(name, alone=True), guide(name)
+    one.pipe.to(dtype)
+    with used.attached(one.pipe):
+        found = one.latents()
+    assert found.dtype == dtype
+    assert used.dtype == torch.float32
+    assert found.isfinite().all()
+    is_conditional(one, name, changes=False)
 
 
-@pytest.mark.parametrize("name", pipelines("model offload"))
+@pytest.mark.parametrize("name", covered("model offload"))
 def test_the_denoiser_offloaded_as_a_whole(name: str) -> None:
-    host = alone(name)
-    with hosts.guide(name).attached(host.pipe):
-        guided = host.draw()
-        host.pipe.enable_model_cpu_offload(device="cpu")
-        assert torch.equal(host.draw(), guided)
-    is_conditional(host, name)
+    one = build(name, alone=True)
+    with guide(name).attached(one.pipe):
+        one.pipe.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(one.latents(), guided(name))
+    is_conditional(one, name, changes=False)
 
 
-@pytest.mark.parametrize("name", pipelines("sequential offload"))
+@pytest.mark.parametrize("name", covered("sequential offload"))
 def test_the_denoiser_offloaded_layer_by_layer(name: str) -> None:
-    host, guide = alone(name), hosts.guide(name)
-    with guide.attached(host.pipe):
-        guided = host.draw()
-        accelerate.cpu_offload(host.pipe.unet, torch.device("cpu"))
-        assert host.pipe.unet.device.type == "meta"
-        assert torch.equal(host.draw(), guided)
-    assert guide.device.type == "cpu"
-    is_conditional(host, name)
+    one, used = build(name, alone=True), guide(name)
+    with used.attached(one.pipe):
+        accelerate.cpu_offload(one.denoiser, torch.device("cpu"))
+        assert one.denoiser.device.type == "meta"
+        assert torch.equal(one.latents(), guided(name))
+    assert used.device.type == "cpu"
+    is_conditional(one, name, changes=False)
 
 
-@pytest.mark.parametrize("name", pipelines("attention slicing"))
+@pytest.mark.parametrize("name", covered("attention slicing"))
 def test_attention_in_slices(name: str) -> None:
-    host = hosts.host(name)
-    with hosts.guide(name).attached(host.pipe):
-        guided = host.draw()
-        host.pipe.enable_attention_slicing(1)
-        torch.testing.assert_close(host.draw(), guided, atol=1e-3, rtol=1e-3)
-    is_conditional(host, name)
+    one = build(name)
+    with guide(name).attached(one.pipe):
+        one.pipe.enable_attention_slicing(1)
+        torch.testing.assert_close(one.latents(), guided(name), atol=1e-3, rtol=1e-3)
+    is_conditional(one, name, changes=False)
 
 
-@pytest.mark.parametrize("name", pipelines("fuse_qkv_projections"))
+@pytest.mark.parametrize("name", covered("fuse_qkv_projections"))
 def test_fused_projections(name: str) -> None:
-    host = hosts.host(name)
-    with hosts.guide(name).attached(host.pipe):
-        guided = host.draw()
-        host.pipe.fuse_qkv_projections(vae=False)
-        torch.testing.assert_close(host.draw(), guided, atol=1e-3, rtol=1e-3)
-    is_conditional(host, name)
+    one = build(name)
+    with guide(name).attached(one.pipe):
+        one.denoiser.fuse_qkv_projections()
+        torch.testing.assert_close(one.latents(), guided(name), atol=1e-3, rtol=1e-3)
+    is_conditional(one, name, changes=False)
 
 
-@pytest.mark.parametrize("name", pipelines("FreeU"))
+def test_fused_joint_attention_is_refused_in_a_call() -> None:
+    whole = {"in_channels": 16, "out_channels": 16, "dual_attention_layers": ()}  # as diffusers can
+    one = build("SD3", transformer=components.sd3_transformer(**whole))
+    used = TinyGuide.for_denoiser(one.denoiser, "flow").eval()
+    one.denoiser.fuse_qkv_projections()
+    with (
+        used.attached(one.pipe),
+        pytest.raises(GuideError, match=r"went past transformer_blocks\.0\.attn, to which"),
+    ):
+        one.latents()
+
+
+@pytest.mark.parametrize("name", covered("FreeU"))
 def test_freeu(name: str) -> None:
-    host = hosts.host(name)
-    host.pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
-    is_conditional(host, name)
+    one = build(name)
+    one.pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    is_conditional(one, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["attached", "compiled"])
-@pytest.mark.parametrize("name", pipelines("torch.compile"))
-def test_a_compiled_denoiser(name: str, first: str) -> None:
+@pytest.mark.parametrize("name", covered("torch.compile"))
+def test_a_compiled_denoiser(name: str) -> None:
+    first = "compiled" if name == "SDXL" else "attached"
     torch.compiler.reset()
-    host, guide = hosts.host(name), hosts.guide(name)
-    cfg = host.draw()
+    one, used = build(name), guide(name)
     calls: list[dict[str, Any]] = [
         {}, {"guidance_scale": 2.5}, {"num_inference_steps": 3},
-        {"negative_prompt": ["a cat"] * len(hosts.PROMPTS)}, {"negative_prompt": ["a cat", "red"]},
+        {"negative_prompt": ["a cat"] * len(PROMPTS)}, {"negative_prompt": ["a cat", "red"]},
         {"prompt": ["red", "a"]},
     ]  # fmt: skip
-    with guide.attached(host.pipe):
-        guided = [host.draw(**call) for call in calls]
+    with used.attached(one.pipe):
+        expected = [one.latents(**call) for call in calls]
     if first == "compiled":
-        host.pipe.unet = torch.compile(host.pipe.unet, backend="eager", fullgraph=True)
-        torch.testing.assert_close(host.draw(), cfg)
-    with guide.attached(host.pipe):
+        one.denoiser = torch.compile(one.denoiser, backend="eager", fullgraph=True)
+        torch.testing.assert_close(one.latents(), plain(name))
+    with used.attached(one.pipe):
         if first == "attached":
-            host.pipe.unet.compile(backend="eager", fullgraph=True)  # in place
-        torch.testing.assert_close(host.draw(), guided[0])
+            one.denoiser.compile(backend="eager", fullgraph=True)  # in place
+        torch.testing.assert_close(one.latents(), expected[0])
         made = graphs()
-        for call, expected in zip(calls, guided, strict=True):
-            torch.testing.assert_close(host.draw(**call), expected)
+        for call, other in zip(calls, expected, strict=True):
+            torch.testing.assert_close(one.latents(**call), other)
         assert graphs() == made
-    torch.testing.assert_close(host.draw(), cfg)
+    torch.testing.assert_close(one.latents(), plain(name))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", pipelines("compile_repeated_blocks"))
+@pytest.mark.parametrize("name", covered("compile_repeated_blocks"))
 def test_a_denoiser_compiled_block_by_block(name: str) -> None:
-    """Its blocks are one piece of code, and each is pushed in its own way."""
+    """Its blocks are one piece of code, and each is extrapolated in its own way."""
     torch.compiler.reset()
     unet = components.unet(
         addition_embed_type=None, block_out_channels=(8, 16, 16), layers_per_block=2,
@@ -157,42 +214,18 @@ def test_a_denoiser_compiled_block_by_block(name: str) -> None:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     torch.manual_seed(3)
-    guide = TinyGuide.for_denoiser(unet, "epsilon").eval()
-    with torch.no_grad():
-        for parameter in guide.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    host = hosts.host(name, unet=unet)
-    cfg = host.draw()
-    with guide.attached(host.pipe):
-        guided = host.draw()
+    used = components.randomise(TinyGuide.for_denoiser(unet, "epsilon"), by=0.05)
+    one = build(name, unet=unet)
+    cfg = one.latents()
+    with used.attached(one.pipe):
+        expected = one.latents()
         unet.compile_repeated_blocks(backend="eager", fullgraph=True)
-        torch.testing.assert_close(host.draw(), guided)
+        torch.testing.assert_close(one.latents(), expected)
         for prompts in (["red"], ["a", "cat", "dog"]):
-            host.draw(prompt=prompts)
-    torch.testing.assert_close(host.draw(), cfg)
+            one.latents(prompt=prompts)
+    torch.testing.assert_close(one.latents(), cfg)
 
 
 def graphs() -> int:
     """Those that torch.compile has made."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-
-@pytest.mark.parametrize("name", pipelines("threads"))
-def test_guided_and_plain_threads_share_a_denoiser(name: str) -> None:
-    host = hosts.host(name)
-    both = {"guided": host, "plain": hosts.sibling(host)}
-    drawn: dict[str, torch.Tensor] = {}
-    start = threading.Barrier(2)
-
-    def work(which: str) -> None:
-        start.wait()
-        drawn[which] = both[which].draw(num_inference_steps=6)
-
-    with hosts.guide(name).attached(host.pipe):
-        expected = {which: one.draw(num_inference_steps=6) for which, one in both.items()}
-        threads: list[Any] = [threading.Thread(target=work, args=(which,)) for which in both]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert all(torch.equal(drawn[which], expected[which]) for which in both)

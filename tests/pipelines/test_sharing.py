@@ -8,140 +8,120 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 
-from pilotfish.guides import Guide
 from pilotfish.interface import GuideError
-from pilotfish.pipelines import loading as pipelines
-from tests import components
-
-Pipe = StableDiffusionPipeline
-Draw = Callable[..., torch.Tensor]
+from pilotfish.pipelines.loading import share_weights
+from tests.pipelines.matrix import covered
+from tests.pipelines.pipelines import Pipeline, build, guide, guided, twin
 
 
-def sibling(pipe: Pipe) -> Pipe:
-    """Another pipeline on the same denoiser, with scheduler and tokenizer of its own."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    parts = components.own_tokenizers({**pipe.components, "scheduler": scheduler})
-    other = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    return other
+def at_once(**tasks: Callable[[], Any]) -> dict[str, Any]:
+    """What each returns or raises, in a thread of its own, all begun together."""
+    start, found = threading.Barrier(len(tasks)), {}
 
-
-def at_once(*tasks: Callable[[], None]) -> None:
-    """Each in a thread of its own, all begun together."""
-    start = threading.Barrier(len(tasks))
-
-    def run(task: Callable[[], None]) -> None:
+    def run(name: str) -> None:
         start.wait()
-        task()
+        try:
+            found[name] = tasks[name]()
+        except Exception as error:
+            found[name] = error
 
-    threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
+    threads = [threading.Thread(target=run, args=(name,)) for name in tasks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return found
 
 
-def test_a_plain_pipeline_on_the_same_denoiser_goes_on_doing_cfg(
-    trained: Guide, pipe: Pipe, draw: Draw, batches: Callable[..., Any]
-) -> None:
-    plain = sibling(pipe)
-    cfg = draw(plain)
-    with trained.attached(pipe), batches(pipe.unet) as sizes:
-        assert not torch.equal(draw(pipe), cfg)
-        assert torch.equal(draw(plain), cfg)
-    assert sizes == [1] * 3 + [2] * 3
+def several(one: Pipeline, **call: Any) -> list[torch.Tensor]:
+    return [one.latents(num_inference_steps=6, **call) for _ in range(2)]
 
 
-def test_two_pipelines_on_one_denoiser_carry_the_same_guide(
-    trained: Guide, pipe: Pipe, draw: Draw
-) -> None:
-    other = sibling(pipe)
-    with trained.attached(pipe):
-        guided = draw(pipe)
-        with trained.attached(other):
-            assert torch.equal(draw(pipe), guided)
-            assert torch.equal(draw(other), guided)
-        assert torch.equal(draw(pipe), guided)
+@pytest.mark.parametrize("name", covered("threads"))
+def test_guided_and_plain_threads_share_a_denoiser(name: str) -> None:
+    one = build(name)
+    other = twin(one)
+    with guide(name).attached(one.pipe):
+        expected = {"guided": several(one)[0], "plain": several(other)[0]}
+        found = at_once(guided=lambda: several(one), plain=lambda: several(other))
+    assert not torch.allclose(expected["guided"], expected["plain"])
+    for which, made in found.items():
+        assert [torch.equal(latents, expected[which]) for latents in made] == [True] * 2
 
 
-def test_two_guides_on_one_denoiser_keep_apart(
-    trained: Guide, pipe: Pipe, draw: Draw, randomise: Callable[..., Guide]
-) -> None:
-    other = sibling(pipe)
-    second = randomise(type(trained).for_denoiser(pipe.unet, "epsilon"), seed=12)
-    with trained.attached(pipe):
-        one = draw(pipe)
-    with second.attached(other):
-        two = draw(other)
-    assert not torch.allclose(one, two)
-    with trained.attached(pipe), second.attached(other):
-        assert torch.equal(draw(pipe), one)
-        assert torch.equal(draw(other), two)
+@pytest.mark.parametrize("name", covered("threads, two precisions"))
+def test_one_guide_serves_two_precisions_at_once(name: str) -> None:
+    """The pipelines keep what they need of the guide; it stays as it is."""
+    one, half, used = build(name, alone=True), build(name, alone=True), guide(name)
+    half.pipe.to(torch.bfloat16)
+    before = {k: v.clone() for k, v in used.state_dict().items()}
+    with used.attached(one.pipe), used.attached(half.pipe):
+        expected = {"single": several(one)[0], "half": several(half)[0]}
+        found = at_once(single=lambda: several(one), half=lambda: several(half))
+        assert used.dtype == torch.float32
+    assert expected["half"].dtype == torch.bfloat16
+    for which, made in found.items():
+        assert [torch.equal(latents, expected[which]) for latents in made] == [True] * 2
+    assert all(torch.equal(v, before[k]) for k, v in used.state_dict().items())
 
 
-def test_guided_and_plain_threads_share_a_denoiser(trained: Guide, pipe: Pipe, draw: Draw) -> None:
-    plain = sibling(pipe)
-    cfg = draw(plain, num_inference_steps=8)
-    found: dict[str, list[torch.Tensor]] = {"guided": [], "plain": []}
-
-    def work(name: str, pipe: Pipe) -> None:
-        found[name] = [draw(pipe, num_inference_steps=8) for _ in range(3)]
-
-    with trained.attached(pipe):
-        guided = draw(pipe, num_inference_steps=8)
-        at_once(lambda: work("guided", pipe), lambda: work("plain", plain))
-    assert [torch.equal(z, guided) for z in found["guided"]] == [True] * 3
-    assert [torch.equal(z, cfg) for z in found["plain"]] == [True] * 3
+def test_two_pipelines_on_one_denoiser_have_the_same_guide() -> None:
+    one, used = build("SD"), guide("SD")
+    other = twin(one)
+    with used.attached(one.pipe):
+        with used.attached(other.pipe):
+            assert torch.equal(one.latents(), guided("SD"))
+            assert torch.equal(other.latents(), guided("SD"))
+        assert torch.equal(one.latents(), guided("SD"))
 
 
-def test_threads_each_have_a_guided_pipeline_on_the_same_weights(
-    trained: Guide, pipe: Pipe, draw: Draw
-) -> None:
-    other = pipelines.sibling(pipe)
-    ways: dict[str, Callable[[], torch.Tensor]] = {
-        "one": lambda: draw(pipe, "cat", negative_prompt="red"),
-        "two": lambda: draw(other, ["dog", "a bee"], negative_prompt=["blue", ""]),
+@pytest.mark.parametrize("name", ["SD", "SD3"])
+def test_two_guides_on_one_denoiser_keep_apart(name: str) -> None:
+    one, second = build(name), guide(name, seed=12)
+    other = twin(one)
+    with second.attached(other.pipe):
+        two = other.latents()
+    assert not torch.allclose(guided(name), two)
+    with guide(name).attached(one.pipe), second.attached(other.pipe):
+        assert torch.equal(one.latents(), guided(name))
+        assert torch.equal(other.latents(), two)
+
+
+@pytest.mark.parametrize("name", ["SD", "PixArt-Sigma"])
+def test_threads_each_have_a_guided_pipeline_on_the_same_weights(name: str) -> None:
+    one = build(name)
+    calls: dict[str, dict[str, Any]] = {
+        "one": {"prompt": "cat", "negative_prompt": "red"},
+        "two": {"prompt": ["dog", "a bee"], "negative_prompt": ["blue", ""]},
     }
-    found: dict[str, list[torch.Tensor]] = {}
-
-    def work(name: str) -> None:
-        found[name] = [ways[name]() for _ in range(3)]
-
-    with trained.attached(pipe), trained.attached(other):
-        expected = {name: way() for name, way in ways.items()}
-        at_once(lambda: work("one"), lambda: work("two"))
-    for name, drawn in found.items():
-        assert [torch.equal(z, expected[name]) for z in drawn] == [True] * 3
-    assert len(found) == 2
-
-
-def test_a_second_call_before_the_first_is_done_is_refused(
-    trained: Guide, pipe: Pipe, draw: Draw
-) -> None:
-    def again(pipe: Pipe, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        with pytest.raises(GuideError, match="drawing already; for another thread make one"):
-            draw(pipe, "dog")
-        return given
-
-    with trained.attached(pipe):
-        guided = draw(pipe)
-        assert torch.equal(draw(pipe, callback_on_step_end=again), guided)
+    with guide(name).attached(one.pipe):
+        other = Pipeline(share_weights(one.pipe), one.images, one.call)
+        assert other.denoiser is not one.denoiser
+        weights = zip(one.denoiser.parameters(), other.denoiser.parameters(), strict=True)
+        assert all(a is b for a, b in weights)
+        both = {"one": one, "two": other}
+        expected = {which: several(p, **calls[which])[0] for which, p in both.items()}
+        found = at_once(
+            one=lambda: several(one, **calls["one"]), two=lambda: several(other, **calls["two"])
+        )
+    for which, made in found.items():
+        assert [torch.equal(latents, expected[which]) for latents in made] == [True] * 2
 
 
-def test_of_two_calls_at_once_one_is_refused(trained: Guide, pipe: Pipe, draw: Draw) -> None:
-    found: list[torch.Tensor | GuideError] = []
+def test_a_second_call_before_the_first_is_done_is_refused() -> None:
+    one = build("SD")
 
-    def work() -> None:
-        try:
-            found.append(draw(pipe, num_inference_steps=20))
-        except GuideError as error:
-            found.append(error)
+    def again(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(GuideError, match="this pipeline is running in another thread; give"):
+            one.latents("dog")
+        return tensors
 
-    with trained.attached(pipe):
-        guided = draw(pipe, num_inference_steps=20)
-        at_once(work, work)
-    refused, drawn = found
-    assert "drawing already" in str(refused)
-    assert torch.equal(drawn, guided)  # type: ignore[arg-type]
+    with guide("SD").attached(one.pipe):
+        assert torch.equal(one.latents(callback_on_step_end=again), guided("SD"))
+        found = at_once(a=lambda: several(one), b=lambda: several(one))
+        expected = several(one)[0]
+    kinds = sorted(type(made).__name__ for made in found.values())
+    assert kinds == ["GuideError", "list"]
+    made = next(made for made in found.values() if isinstance(made, list))
+    assert torch.equal(made[0], expected)

@@ -1,0 +1,367 @@
+"""Diffusers' pipelines on tiny random components, each with what its call needs beside a prompt."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    FlowMatchEulerDiscreteScheduler,
+    SD3ControlNetModel,
+    T2IAdapter,
+)
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from pilotfish import Guide, TinyGuide
+from tests import components
+
+SIDE = 16
+PROMPTS = ("cat", "a bee")
+CHANNELS = 16
+"""Of SD3's latents; its inpainting pipelines take no other number."""
+
+
+@dataclass
+class Pipeline:
+    """A pipeline of diffusers and the rest of its call.
+
+    Attributes:
+        pipe: the pipeline.
+        images: tensors of its call, one row for each of the PROMPTS.
+        call: other arguments.
+    """
+
+    pipe: Any
+    images: dict[str, torch.Tensor] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def component(self) -> str:
+        """Name of the denoiser among the pipeline's components."""
+        return "unet" if "unet" in self.pipe.config else "transformer"
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipe, self.component)
+
+    @denoiser.setter
+    def denoiser(self, denoiser: Any) -> None:
+        setattr(self.pipe, self.component, denoiser)
+
+    def latents(
+        self, prompt: str | Sequence[str] | None = PROMPTS, guidance_scale: float = 4.0, **call: Any
+    ) -> torch.Tensor:
+        """The final latents, from fixed noise."""
+        rows = 1 if isinstance(prompt, str) else len(PROMPTS)
+        given: dict[str, Any] = {
+            "prompt": prompt if prompt is None or isinstance(prompt, str) else list(prompt),
+            "guidance_scale": guidance_scale,
+            "num_inference_steps": 2,
+            "generator": torch.Generator().manual_seed(5),
+            "output_type": "latent",
+        }
+        images = {name: image[:rows] for name, image in self.images.items()}
+        torch.manual_seed(0)  # some pipelines encode control images without their generator
+        return self.pipe(**(given | images | self.call | call)).images
+
+    @contextmanager
+    def batches(self) -> Iterator[list[int]]:
+        """The batch size of every call of the denoiser."""
+        sizes: list[int] = []
+
+        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sizes.append(
+                len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")))
+            )
+
+        handle = self.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield sizes
+        finally:
+            handle.remove()
+
+    def hooks(self) -> int:
+        """Hooks on the denoiser."""
+        modules = self.denoiser.modules()
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a pipeline is built.
+
+    Attributes:
+        pipeline: the name of its class in diffusers.
+        images: which images its call takes.
+        denoiser: what is particular in the denoiser's configuration.
+        prediction_type: what the denoiser predicts.
+        helper: the name and maker of a further component.
+        call: further arguments of its call.
+    """
+
+    pipeline: str
+    images: tuple[str, ...] = ()
+    denoiser: dict[str, Any] = field(default_factory=dict)
+    prediction_type: str = "epsilon"
+    helper: tuple[str, Callable[[Any], Any]] | None = None
+    call: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        """SD, SDXL, SD3 or PixArt."""
+        if "Diffusion3" in self.pipeline:
+            return "SD3"
+        if "PixArt" in self.pipeline:
+            return "PixArt"
+        return "SDXL" if "XL" in self.pipeline else "SD"
+
+
+def controlnet(denoiser: Any) -> Any:
+    """One whose every layer adds something."""
+    torch.manual_seed(7)
+    if isinstance(denoiser, diffusers.UNet2DConditionModel):
+        made: Any = ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=(4, 8))
+    else:
+        made = SD3ControlNetModel.from_transformer(
+            denoiser, num_layers=2, num_extra_conditioning_channels=0
+        )
+    return components.randomise(made, by=0.05)
+
+
+def control_with_mask(transformer: Any) -> Any:
+    """The same with one more channel for the mask."""
+    torch.manual_seed(7)
+    made = SD3ControlNetModel.from_transformer(
+        transformer, num_layers=2, num_extra_conditioning_channels=1,
+        load_weights_from_transformer=False,
+    )  # fmt: skip
+    return components.randomise(made, by=0.05)
+
+
+def adapter(unet: Any) -> T2IAdapter:
+    torch.manual_seed(8)
+    channels = list(unet.config.block_out_channels)
+    return T2IAdapter(3, channels, num_res_blocks=1, downscale_factor=2).eval()
+
+
+CONTROLNET, ADAPTER = ("controlnet", controlnet), ("adapter", adapter)
+IMAGE, MASK, CONTROL = ("image",), ("image", "mask_image"), ("image", "control_image")
+PARTLY = {"strength": 0.7, "num_inference_steps": 3}
+SD3_CALL: dict[str, Any] = {"max_sequence_length": 4}
+PIXART_CALL: dict[str, Any] = {
+    "use_resolution_binning": False, "clean_caption": False,
+    "max_sequence_length": components.TOKENS,
+}  # fmt: skip
+
+
+def _sd3(pipeline: str, images: tuple[str, ...] = (), helper: Any = None, **call: Any) -> Spec:
+    return Spec(pipeline, images, {}, "flow", helper, SD3_CALL | call)
+
+
+PIPELINES = {
+    "SD": Spec("StableDiffusionPipeline"),
+    "SD, v": Spec("StableDiffusionPipeline", prediction_type="v_prediction"),
+    "SD img2img": Spec("StableDiffusionImg2ImgPipeline", IMAGE, call=PARTLY),
+    "SD inpaint": Spec("StableDiffusionInpaintPipeline", MASK, call=PARTLY),
+    "SD inpaint, 9 channels": Spec(
+        "StableDiffusionInpaintPipeline", MASK, {"in_channels": 9}, call=PARTLY
+    ),
+    "SD depth2img": Spec(
+        "StableDiffusionDepth2ImgPipeline", ("image", "depth_map"), {"in_channels": 5}, call=PARTLY
+    ),
+    "SD ControlNet": Spec("StableDiffusionControlNetPipeline", IMAGE, helper=CONTROLNET),
+    "SD ControlNet img2img": Spec(
+        "StableDiffusionControlNetImg2ImgPipeline", CONTROL, helper=CONTROLNET, call=PARTLY
+    ),
+    "SD ControlNet inpaint": Spec(
+        "StableDiffusionControlNetInpaintPipeline", (*MASK, "control_image"), helper=CONTROLNET,
+        call=PARTLY,
+    ),
+    "SD T2I-Adapter": Spec("StableDiffusionAdapterPipeline", IMAGE, helper=ADAPTER),
+    "SDXL": Spec("StableDiffusionXLPipeline"),
+    "SDXL img2img": Spec("StableDiffusionXLImg2ImgPipeline", IMAGE, call=PARTLY),
+    "SDXL inpaint": Spec("StableDiffusionXLInpaintPipeline", MASK, call=PARTLY),
+    "SDXL inpaint, 9 channels": Spec(
+        "StableDiffusionXLInpaintPipeline", MASK, {"in_channels": 9}, call=PARTLY
+    ),
+    "SDXL ControlNet": Spec("StableDiffusionXLControlNetPipeline", IMAGE, helper=CONTROLNET),
+    "SDXL ControlNet img2img": Spec(
+        "StableDiffusionXLControlNetImg2ImgPipeline", CONTROL, helper=CONTROLNET, call=PARTLY
+    ),
+    "SDXL ControlNet inpaint": Spec(
+        "StableDiffusionXLControlNetInpaintPipeline", (*MASK, "control_image"), helper=CONTROLNET,
+        call=PARTLY,
+    ),
+    "SDXL T2I-Adapter": Spec("StableDiffusionXLAdapterPipeline", IMAGE, helper=ADAPTER),
+    "SD3": _sd3("StableDiffusion3Pipeline"),
+    "SD3 img2img": _sd3("StableDiffusion3Img2ImgPipeline", IMAGE, **PARTLY),
+    "SD3 inpaint": _sd3("StableDiffusion3InpaintPipeline", MASK, **PARTLY),
+    "SD3 inpaint, 33 channels": Spec(
+        "StableDiffusion3InpaintPipeline", MASK, {"in_channels": 33, "out_channels": CHANNELS},
+        "flow", call=SD3_CALL | PARTLY,
+    ),
+    "SD3 ControlNet": _sd3("StableDiffusion3ControlNetPipeline", ("control_image",), CONTROLNET),
+    "SD3 ControlNet inpaint": _sd3(
+        "StableDiffusion3ControlNetInpaintingPipeline", ("control_image", "control_mask"),
+        ("controlnet", control_with_mask),
+    ),
+    "PixArt-Sigma": Spec("PixArtSigmaPipeline", call=PIXART_CALL),
+    "PixArt-Alpha": Spec("PixArtAlphaPipeline", call=PIXART_CALL),
+}  # fmt: skip
+"""Pipelines that a guide works on, by the name they have in the docs."""
+
+
+@cache
+def _tokenizer() -> Any:
+    return components.tokenizer()
+
+
+@cache
+def _part(name: str) -> Any:
+    """A component that pipelines share."""
+    tokenizer = _tokenizer()
+    if name == "text_encoder":
+        return components.text_encoder(tokenizer, 2)
+    if name == "text_encoder_2":
+        return components.text_encoder(tokenizer, 2, CLIPTextModelWithProjection)
+    if name == "vae":
+        return components.autoencoder()
+    if name == "vae of SD3":
+        config = {k: v for k, v in components.autoencoder().config.items() if k[0] != "_"}
+        torch.manual_seed(2)
+        config |= {"latent_channels": CHANNELS, "shift_factor": 0.1}
+        return AutoencoderKL(**config).eval()
+    assert name == "t5"
+    torch.manual_seed(3)
+    width = components.WIDTH
+    return T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1,
+                 num_heads=2)
+    ).eval()  # fmt: skip
+
+
+def shared(name: str, alone: bool = False) -> dict[str, Any]:
+    """What a pipeline is made of, beside its denoiser and scheduler; made anew, if it is to stand
+    alone."""
+    spec = PIPELINES[name]
+    part = _part.__wrapped__ if alone else _part
+    made: dict[str, Any] = {"vae": part("vae"), "tokenizer": _tokenizer()}
+    if spec.family == "PixArt":
+        return made | {"text_encoder": part("t5")}
+    made["text_encoder"] = part("text_encoder_2" if spec.family == "SD3" else "text_encoder")
+    if spec.family != "SD":
+        made |= {"tokenizer_2": _tokenizer(), "text_encoder_2": part("text_encoder_2")}
+    if spec.family == "SD3":
+        made |= {"vae": part("vae of SD3"), "text_encoder_3": None, "tokenizer_3": None}
+    elif spec.family == "SD":
+        made |= {"feature_extractor": None}
+        if "Depth" in spec.pipeline:
+            made |= {"depth_estimator": None}
+        else:
+            made |= {"safety_checker": None, "requires_safety_checker": False}
+    return made | (copy.deepcopy(_helper(name)) if alone else _helper(name))
+
+
+@cache
+def _denoiser(name: str) -> Any:
+    spec = PIPELINES[name]
+    if spec.family == "SD3":
+        return components.sd3_transformer(
+            **({"in_channels": CHANNELS, "out_channels": CHANNELS} | spec.denoiser)
+        )
+    if spec.family == "PixArt":
+        return components.pixart_transformer(**spec.denoiser)
+    xl = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + components.WIDTH,
+        "cross_attention_dim": 2 * components.WIDTH,  # of two text encoders side by side
+        "use_linear_projection": True,
+        "transformer_layers_per_block": [1, 2],
+    }
+    plain = {"addition_embed_type": None}
+    return components.unet(**(xl if spec.family == "SDXL" else plain) | spec.denoiser)
+
+
+@cache
+def _helper(name: str) -> dict[str, Any]:
+    helper = PIPELINES[name].helper
+    return {helper[0]: helper[1](_denoiser(name))} if helper else {}
+
+
+def scheduler(name: str) -> Any:
+    """A fresh one."""
+    spec = PIPELINES[name]
+    if spec.family == "SD3":
+        return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return components.scheduler(spec.prediction_type)
+
+
+def guide(
+    name: str, trained: bool = True, kind: type[Guide] = TinyGuide, seed: int = 3, **settings: Any
+) -> Guide:
+    """One for the pipeline's denoiser; trained, every parameter of it has moved."""
+    torch.manual_seed(seed)
+    if kind is TinyGuide and not settings:
+        settings = {"condition_on_negative": True, "uncond_templates": 2}
+    spec = PIPELINES[name]
+    made = kind.for_denoiser(_denoiser(name), spec.prediction_type, **settings)
+    return components.randomise(made, seed, 0.05) if trained else made.eval()
+
+
+def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: Any) -> Pipeline:
+    """A fresh one, with a denoiser of its own.
+
+    Args:
+        pipeline: another class.
+        alone: share no component with others.
+        parts: others of its components.
+    """
+    spec = PIPELINES[name]
+    component = "transformer" if spec.family in ("SD3", "PixArt") else "unet"
+    others = components.own_tokenizers(shared(name, alone)) if alone else shared(name)
+    own: dict[str, Any] = {"scheduler": scheduler(name)}
+    if component not in parts:
+        own[component] = copy.deepcopy(_denoiser(name))
+    pipe = getattr(diffusers, pipeline or spec.pipeline)(**(others | own | parts))
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(9)
+    sizes = {"mask_image": (1, SIDE, SIDE), "control_mask": (1, SIDE, SIDE),
+             "depth_map": (SIDE, SIDE)}  # fmt: skip
+    images = {
+        what: torch.rand(len(PROMPTS), *sizes.get(what, (3, SIDE, SIDE)), generator=generator)
+        for what in spec.images
+    }
+    return Pipeline(pipe, images, spec.call)
+
+
+@cache
+def plain(name: str, guidance_scale: float = 4.0) -> torch.Tensor:
+    """The latents of the pipeline without a guide: 4 is CFG, 1 the conditional model."""
+    return build(name).latents(guidance_scale=guidance_scale)
+
+
+@cache
+def guided(name: str) -> torch.Tensor:
+    """The latents of the pipeline with the trained :func:`guide`."""
+    one = build(name)
+    with guide(name).attached(one.pipe):
+        return one.latents()
+
+
+def twin(one: Pipeline, **parts: Any) -> Pipeline:
+    """Another plain pipeline on the same denoiser, with scheduler and tokenizers of its own."""
+    scheduler = type(one.pipe.scheduler).from_config(one.pipe.scheduler.config)
+    plain = {k: v for k, v in one.pipe.config.items() if k == "requires_safety_checker"}
+    given = components.own_tokenizers({**one.pipe.components, "scheduler": scheduler} | parts)
+    pipe = getattr(diffusers, type(one.pipe).__name__)(**given, **plain)
+    pipe.set_progress_bar_config(disable=True)
+    return Pipeline(pipe, one.images, one.call)
