@@ -1,6 +1,6 @@
 """Prompts by their index, encoded by a pipeline as its user's call would encode them.
 
-Few prompts are encoded once and kept. Of many, each batch is encoded when it is asked for, so that
+Few prompts are encoded once and kept. Of many, each batch is encoded when it is needed, so that
 neither the texts nor their embeddings need to lie in memory.
 """
 
@@ -49,7 +49,7 @@ class PromptTable:
 
 
 class PromptEncoder:
-    """Prompts that are encoded when they are asked for.
+    """Prompts that are encoded when they are needed.
 
     Args:
         pipe: the pipeline that encodes them.

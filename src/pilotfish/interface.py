@@ -1,4 +1,4 @@
-"""What a guide sees, what it answers, and which parts of a denoiser it may touch.
+"""What a guide receives and what it returns.
 
 Everything between a denoiser family (:mod:`pilotfish.backbones`) and a guide
 (:mod:`pilotfish.guides`) passes through these classes, so that neither knows the other.
@@ -80,7 +80,7 @@ class TextConditions:
         return (self.embeds * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def minus(self, other: TextConditions) -> torch.Tensor:
-        """(N, L, D) what these have and ``other`` (N or 1) has not.
+        """(N, L, D) the difference to ``other`` (N or 1).
 
         Token by token where both have one length and no mask. Otherwise token i of the one says
         nothing of token i of the other, and the mean of ``other`` is taken from every token that
@@ -122,7 +122,7 @@ class TextConditions:
 
 @dataclass(frozen=True)
 class GuideInputs:
-    """What a guide sees of one denoiser call of batch size N.
+    """The inputs of a guide: one denoiser call of batch size N.
 
     Attributes:
         latents: (N, C, h, w) the noisy latents on the denoiser's grid of tokens. For patches of
@@ -131,7 +131,7 @@ class GuideInputs:
         guidance_scale: (N,) w, at least 1 (a value below counts as 1).
         text: N prompts.
         negative: N null or negative prompts, or one that serves all.
-        added_cond_kwargs: what else the denoiser was given (SDXL's pooled text and sizes).
+        added_cond_kwargs: further conditions of the denoiser (SDXL's pooled text and sizes).
     """
 
     latents: torch.Tensor
@@ -149,7 +149,7 @@ added."""
 
 @dataclass(frozen=True)
 class GuideOutput:
-    """What a guide adds to a pass; it is asked once, before the pass.
+    """What a guide adds to a pass. The guide runs once, before the pass.
 
     Attributes:
         text: (N, L, D) added to the text's embeddings.
@@ -171,7 +171,7 @@ class GuideOutput:
 
 
 class GuideProtocol(Protocol):
-    """A guide as the backbones and pipelines below it see it."""
+    """The part of a guide that backbones and pipelines use."""
 
     @property
     def config(self) -> Any: ...

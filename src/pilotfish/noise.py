@@ -31,7 +31,7 @@ PREDICTION_TYPES = get_args(PredictionType)
 
 
 def prediction_type(scheduler: Any) -> str:
-    """What a pipeline's scheduler takes the denoiser's prediction for."""
+    """The type of prediction that a scheduler expects of the denoiser."""
     if type(scheduler).__name__.startswith("FlowMatch"):
         return "flow"
     stated = scheduler.config.get("prediction_type", "epsilon")  # few know of no other

@@ -1,4 +1,4 @@
-"""The protocol of a denoiser family: all that is known of one family lies in one file.
+"""The protocol of a denoiser family. All that is specific to a family lies in one file.
 
 A :class:`Backbone` wraps a denoiser of diffusers and says how it is called, which of its modules
 a guide may touch, how its pipeline encodes text and runs classifier-free guidance, and how
@@ -182,7 +182,7 @@ class Backbone(ABC):
             latents: (N, C, h, w).
             time: (N,) normalised.
             text: N prompts.
-            sizes: what :meth:`sizes` gave.
+            sizes: from :meth:`sizes`.
         """
 
     num_train_timesteps: int = 1000
@@ -203,7 +203,7 @@ class Backbone(ABC):
     ``guidance_scale`` with 1, and have no property for it."""
 
     guidance_rule: Callable[..., torch.Tensor] = staticmethod(classifier_free_guidance)
-    """The teacher: what the pipeline makes of the two predictions."""
+    """The teacher's rule: how the pipeline combines the two predictions."""
 
     def refusal(self, pipe: Any) -> str | None:
         """Why a pipeline with this denoiser cannot take a guide, in words; None if it can."""
@@ -218,7 +218,7 @@ class Backbone(ABC):
         """Prompt and negative prompt in what the pipeline's ``encode_prompt`` returned."""
 
     def sizes(self, pipe: Any) -> torch.Tensor | None:
-        """(1, k) sizes that the denoiser is told for whole images of the pipeline's own size."""
+        """(1, k) size conditions of the denoiser for whole images of the pipeline's default size."""
         return None
 
     def latent_shape(self) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""One guided use of a denoiser: it asks the guide and keeps what the guide answered.
+"""One guided pass of a denoiser: it runs the guide and keeps the output for the hooks.
 
 Hooks find the guided pass that is open in their thread here (:meth:`GuidedPass.current`), so a
 plain pipeline that shares the denoiser is never guided.
@@ -28,11 +28,11 @@ LARGEST = 1e4
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """The arguments of one denoiser call, by what they mean.
+    """The arguments of one denoiser call, by their meaning.
 
     Attributes:
         latents: (N, C, h, w), on the grid of tokens; see :class:`GuideInputs`.
-        timestep: as the denoiser is given it.
+        timestep: in the denoiser's own convention.
         text: N prompts.
         added_cond_kwargs: see :class:`GuideInputs`.
     """
@@ -87,7 +87,7 @@ class GuidedPass:
         self.call: DenoiserCall | None = None
         self.negative: TextConditions = TextConditions(torch.empty(0))
         self.scratch: dict[Any, Any] = {}
-        """What hooks of one denoiser call hand to one another."""
+        """Values that hooks of one denoiser call pass to later hooks."""
         self._denoiser_dtype: torch.dtype | None = None
         self._untrained: float | None = None
         self._weights: dict[str, torch.Tensor] = {}
@@ -112,14 +112,17 @@ class GuidedPass:
             self._due, self._cache, self._table = set(), {}, None
 
     def invalidate(self, hooks: object) -> None:
-        """Forget what is cached: between two denoiser calls somebody had the chance to change the
-        denoiser, whose hooks are these now."""
+        """Clear the cache after a callback, which may have changed the denoiser.
+
+        Args:
+            hooks: of the denoiser as it is now.
+        """
         self.hooks, self._cache, self._table = hooks, {}, None
 
     # -- one denoiser call --------------------------------------------------------------
 
     def begin(self, call: DenoiserCall, time: Callable[[Any], torch.Tensor]) -> None:
-        """A denoiser call starts: ask the guide. A scale of at most 1 leaves it alone.
+        """A denoiser call starts: run the guide, unless the scale is at most 1.
 
         Args:
             time: turns the denoiser's timesteps into normalised time.

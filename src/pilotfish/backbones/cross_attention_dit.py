@@ -114,7 +114,7 @@ class CrossAttentionDiTBackbone(Backbone):
 
     def refusal(self, pipe: Any) -> str | None:
         if self.denoiser.config.use_additional_conditions:
-            return "its denoiser is told resolution and aspect ratio (PixArt-Alpha at 1024 pixels)"
+            return "its denoiser takes resolution and aspect ratio (PixArt-Alpha at 1024 pixels)"
         return None
 
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:

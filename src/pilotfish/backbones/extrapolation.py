@@ -38,7 +38,7 @@ def cross_attention(
             D), and the bias (1 or N, 1, 1, L) that masks it, or None.
     """
     normed = layer.norm_q is not None
-    asked = layer.norm_q if normed else layer.to_q
+    query_layer = layer.norm_q if normed else layer.to_q
 
     def query(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
         if guided.extrapolates(name):
@@ -52,7 +52,7 @@ def cross_attention(
         key = key if layer.norm_k is None else layer.norm_k(key)
         return key, split_heads(layer.to_v(states), layer.heads), bias
 
-    def answer(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
+    def extrapolated(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
         q = guided.scratch.pop(name, None)
         if q is None:
             return None
@@ -68,8 +68,8 @@ def cross_attention(
         changed = guided.extrapolate(name, output, negative, by_head=True)
         return (changed.flatten(2), *args[1:]), kwargs
 
-    hooks.after(asked, query)
-    hooks.before(layer.to_out[0], answer)
+    hooks.after(query_layer, query)
+    hooks.before(layer.to_out[0], extrapolated)
 
 
 class JointAttention:
@@ -113,7 +113,7 @@ class JointAttention:
 
             return after
 
-        def answer(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
+        def extrapolated(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
             stream = guided.scratch.get(("stream", name))
             q, k, v = (guided.scratch.pop((name, part), None) for part in "qkv")
             if stream is None or q is None or k is None or v is None:
@@ -154,4 +154,4 @@ class JointAttention:
             ("v", None, layer.to_v),
         ):  # fmt: skip
             hooks.after(projection if norm is None else norm, keep(part, norm is None))
-        hooks.before(layer.to_out[0], answer)
+        hooks.before(layer.to_out[0], extrapolated)

@@ -4,8 +4,8 @@ A plain pipeline that shares the denoiser never notices them, and :meth:`Hooks.r
 trace. A copied or pickled denoiser takes none of them along.
 
 ``torch.compile`` makes one graph of a guided denoiser, as of a plain one. What happens once a
-call, before and after it, stays outside the graph: scale, prompts and the guide's answer differ
-from call to call, and the graph takes that answer in as tensors.
+call, before and after it, stays outside the graph: scale, prompts and the guide's output differ
+from call to call, and the graph takes that output in as tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a denoiser's weights come from, as far as it may be told: a hub id, or the last part of
+"""Where a denoiser's weights come from, as far as it may be published: a hub id, or the last part of
 a folder's path, never the path itself."""
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Origin:
 
 
 def public_name(where: str | Path) -> str:
-    """A hub id as it is; of a path its last part, so that no machine's folders are told."""
+    """A hub id as it is; of a path its last part, so that no folder of a machine is published."""
     text = str(where)
     if Path(text).exists():
         return Path(text).resolve().name

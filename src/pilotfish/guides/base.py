@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Of a guide of which nothing can be chosen."""
+    """Settings of a guide type that has none."""
 
 
 class Guide(ModelMixin, ConfigMixin):
@@ -132,7 +132,8 @@ class Guide(ModelMixin, ConfigMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its parameters; asked at every step, and diffusers' own looks at all of them."""
+        """Precision of the first parameter. The property of diffusers reads all of them, at every
+        step."""
         first = next(self.parameters(), None)
         return super().dtype if first is None else first.dtype
 
@@ -147,12 +148,12 @@ class Guide(ModelMixin, ConfigMixin):
         return ()
 
     def check(self, signature: Mapping[str, Any], used_on: Origin | None = None) -> None:
-        """Refuse a denoiser that the guide was not made for; one that it was made for, but not
-        trained on, is noted in the log.
+        """Refuse a denoiser whose signature differs from the guide's. A denoiser of the same
+        signature under another name, such as a fine-tune, is noted in the log.
 
         Args:
             signature: of the denoiser.
-            used_on: what the denoiser is called, where it is known.
+            used_on: name and revision of the denoiser's weights, where they are known.
 
         Raises:
             GuideError: naming both, and every field that differs, guide's and denoiser's value.
@@ -167,7 +168,7 @@ class Guide(ModelMixin, ConfigMixin):
             logger.info("%s: %s; the shapes match", type(self).__name__, names)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As any module; diffusers' own warns of every dtype, though nothing is to be kept."""
+        """``nn.Module.to``. The method of diffusers warns about precision at every call."""
         return nn.Module.to(self, *args, **kwargs)  # type: ignore[return-value]
 
     def attach(self, pipe: Any) -> Self:
@@ -196,7 +197,7 @@ class Guide(ModelMixin, ConfigMixin):
         card, to the hub.
 
         Raises:
-            GuideError: pickles are asked for, which would never be read.
+            GuideError: ``safe_serialization=False``: pickles are never read.
         """
         if not kwargs.get("safe_serialization", True):
             raise GuideError("a guide is saved as safetensors only; leave safe_serialization out")

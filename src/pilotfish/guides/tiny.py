@@ -1,4 +1,4 @@
-"""The tiny guide: it lets the base itself do most of the work.
+"""The tiny guide: most of its effect comes from the base's own weights.
 
 CFG adds to the conditional prediction its difference to the unconditional one, ``w - 1`` times.
 The guide adds in five places of the one pass:
@@ -306,7 +306,7 @@ def add_to_prediction(
     template: torch.Tensor | None, latents: torch.Tensor, features: torch.Tensor,
     prediction: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """The prediction (N, C, h, w) with the head's answer added.
+    """The prediction (N, C, h, w) with the head's output added.
 
     The head reads the last features, the prediction and the latents. The features come out of the
     denoiser's last normalisation and need none here. Beside that path the head scales prediction
