@@ -81,6 +81,7 @@ def main(arguments: Sequence[str]) -> None:
 def _draw_scales(config: InspectConfig, file: Path) -> None:
     guide, drawn = open_guide(config.guide), {}
     with progress_bars() as progress:
+        progress("models", 0, len(config.models))
         for i, name in enumerate(config.models):
             pipe = model_on_device(name, variant=config.variant)
             drawn[name] = draw_scales(

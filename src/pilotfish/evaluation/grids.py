@@ -28,6 +28,8 @@ def draw_models(
     """Images of every prompt by model and guidance mode, prompt i from seed ``seed + i``. One
     model is loaded at a time."""
     drawn, seeds = {}, [seed + i for i in range(len(prompts))]
+    report = progress or (lambda what, done, total: None)
+    report("grids", 0, len(sources))
     for i, (name, source) in enumerate(sources.items()):
         batches = list(
             draw_modes(
@@ -38,8 +40,7 @@ def draw_models(
         drawn[name] = {
             mode.value: torch.cat([b[mode].images for b in batches]) for mode in GuidanceMode
         }
-        if progress:
-            progress("grids", i + 1, len(sources))
+        report("grids", i + 1, len(sources))
     return drawn
 
 

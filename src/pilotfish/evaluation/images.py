@@ -196,6 +196,8 @@ class ModelScorer:
     ) -> ScoredImages:  # fmt: skip
         """All images of one mode: with a method at w, or with the pipeline's own CFG."""
         meter, latents, samples, drawn = self.meter(), [], len(self.texts), 0
+        report = progress or (lambda what, done, total: None)
+        report(title, 0, samples)
         with counted_rows(Backbone.of_pipeline(self.pipe).denoiser) as rows:
             for i in range(0, samples, self.batch_size):
                 part = slice(i, i + self.batch_size)
@@ -206,8 +208,7 @@ class ModelScorer:
                 drawn += len(share(len(batch.prompts)))
                 meter.update(batch.images, self.scorer.images(batch.images), self.prompt[part])
                 latents.append(batch.latents)
-                if progress:
-                    progress(title, min(i + self.batch_size, samples), samples)
+                report(title, min(i + self.batch_size, samples), samples)
         passes = sum(gather_objects(sum(rows))) / sum(gather_objects(drawn))
         return ScoredImages(meter.compute(), meter.retrieval.hits(), torch.cat(latents), passes)
 

@@ -6,13 +6,14 @@ Each meter is updated batch by batch and holds sums, not images.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
@@ -250,10 +251,12 @@ def gain_kept_interval(
         with np.errstate(invalid="ignore", divide="ignore"):
             return (guided - none).sum(axis) / (cfg - none).sum(axis)
 
-    found = bootstrap(
-        [x.double().numpy() for x in sums], ratio, paired=True, vectorized=True,
-        n_resamples=resamples, method="percentile", rng=np.random.default_rng(0),
-    )  # fmt: skip
+    with warnings.catch_warnings():  # of resamples in which CFG gains nothing
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        found = bootstrap(
+            [x.double().numpy() for x in sums], ratio, paired=True, vectorized=True,
+            n_resamples=resamples, method="percentile", rng=np.random.default_rng(0),
+        )  # fmt: skip
     drawn = found.bootstrap_distribution
     low, high = np.quantile(drawn[np.isfinite(drawn)], (0.025, 0.975))
     return Interval(float(low), float(high))

@@ -69,11 +69,13 @@ def evaluate_negatives_of_model(
         Trajectories.of_pipeline, pipe, prompts, seed=seed, batch_size=batch_size,
         num_inference_steps=num_inference_steps, process=process(),
     )  # fmt: skip
+    report("guidance error", 0, 1)
     error = partial(pipeline_guidance_error, pipe, guide, gather=gather_objects)
     null = error(trajectories())
     cfg_walk = trajectories(negative_prompts=negative_prompts, cache=True)
     conditioned, ignoring = error(cfg_walk), error(cfg_walk, with_negative=False)
     report("guidance error", 1, 1)
+    report("images", 0, len(prompts))
     latents, agreement = LatentMeter(), {name: AgreementMeter() for name in CONDITIONS}
     batch_size = total_batch_size(batch_size)
     for i in range(0, len(prompts), batch_size):

@@ -105,6 +105,7 @@ def evaluate_model(
     )  # fmt: skip
     error = pipeline_guidance_error(pipe, guide, trajectories, gather=gather_objects)
     report("guidance error", 1, 1)
+    report("images", 0, samples)
     done = 0
     for batches in draw_modes(
         pipe, guide, model.texts, model.seeds, guidance_scale=guidance_scale,
