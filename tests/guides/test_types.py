@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig
 
 from pilotfish.backbones import Backbone
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
+from pilotfish.guides.tiny import spread
 from pilotfish.interface import GuideError, GuideInputs, GuideOutput, TextConditions
 from tests import components
 
@@ -165,7 +169,7 @@ NO_PART: dict[str, Any] = {
         ({"text": True}, {"text_gain"}),
         ({"attention": True}, {"attn2"}),
         ({"modulation": True}, {"resnets (gain)"}),
-        ({"rank": 4}, {"resnets", "attentions"}),
+        ({"rank": 4, "layers": 8}, {"resnets", "attentions"}),
         ({"head": 4}, {"conv_out"}),
     ],
     ids=lambda value: next(iter(value)),
@@ -179,6 +183,15 @@ def test_each_part_of_a_tiny_guide_alone(
     found |= {"conv_out" if n == "conv_out" else n.split(".")[-2] for n in output.residuals}
     assert found == names
     assert output.encoder is None
+
+
+@given(n=st.integers(1, 40), count=st.integers(1, 50))
+def test_additions_are_spread_evenly_and_the_last_layer_has_one(n: int, count: int) -> None:
+    chosen = spread(list(range(n)), count)
+    assert len(chosen) == min(n, count)
+    assert chosen[-1] == n - 1
+    steps = {b - a for a, b in pairwise([-1, *chosen])}
+    assert max(steps) - min(steps) <= 1
 
 
 def test_a_tiny_guide_without_any_part_is_refused(unet: UNet2DConditionModel) -> None:

@@ -218,7 +218,7 @@ class Backbone(ABC):
         """Prompt and negative prompt in what the pipeline's ``encode_prompt`` returned."""
 
     def sizes(self, pipe: Any) -> torch.Tensor | None:
-        """(1, k) size conditions of the denoiser for whole images of the pipeline's default size."""
+        """(1, k) size conditions of the denoiser, for images of the pipeline's default size."""
         return None
 
     def latent_shape(self) -> tuple[int, int, int]:

@@ -1,5 +1,5 @@
-"""Where a denoiser's weights come from, as far as it may be published: a hub id, or the last part of
-a folder's path, never the path itself."""
+"""The public name of a denoiser's weights: a hub id, or the last part of a folder's path, never the
+path itself."""
 
 from __future__ import annotations
 
