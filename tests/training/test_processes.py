@@ -13,11 +13,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from pilotfish.guides import Guide
+from pilotfish.training import trainer
 from pilotfish.training.checkpoint import list_checkpoints, saved_streams
 from pilotfish.training.config import ConfigError, DistillConfig, StepsConfig, TrainingConfig
 from pilotfish.training.stages import distill, distill_steps
 from pilotfish.training.state import check_distributed
-from tests.training.runs import close, on_two_processes, small_guide
+from tests.training.runs import close, on_two_processes, small_guide, train
 
 # accelerate shards on accelerators alone; this does the same on two CPU processes
 SHARDED = """
@@ -119,10 +120,15 @@ def test_a_sharded_guide_is_the_guide(saved_base: DistillConfig, tmp_path: Path)
     first, middle = list_checkpoints(plain)[0], list_checkpoints(sharded)[0]
     assert close(plain, on_two(elsewhere("there", resume=str(first)), script=script))
     assert close(plain, on_one(elsewhere("back", resume=str(middle))))
-    on_policy = elsewhere("on_policy", training_samples="on_policy", on_policy_ratio=1.0)
-    done = on_two_processes(on_policy, script=script)
-    assert done.returncode != 0
-    assert "on-policy samples are not supported under FSDP" in done.stderr
+
+
+def test_on_policy_samples_are_refused_under_fsdp(
+    config: DistillConfig, context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "is_sharded", lambda guide: True)
+    on_policy = replace(config, training_samples="on_policy", on_policy_ratio=1.0)
+    with pytest.raises(ConfigError, match="on-policy samples are not supported under FSDP"):
+        train(on_policy, context())
 
 
 def test_accelerate_reads_the_examples() -> None:

@@ -79,7 +79,7 @@ import torch
 def peak(call):
     return peak_bytes(call, torch.device("cpu"))
 
-context.encoded = lambda pipe, texts: encoded(pipe, texts, kept=0)
+context.encoded = lambda pipe, texts: encoded(pipe, texts, cache_bytes=0)
 found = []
 for prompts in sys.argv[2:]:
     config = DistillConfig.load(Path(sys.argv[1]))
