@@ -167,7 +167,7 @@ class UNetBackbone(Backbone):
         ) -> torch.Tensor | None:
             if not guided.extrapolates(name):
                 return None
-            negative = guided.scheduled(name, negatives, parts) if plain_time else None
+            negative = guided.scheduled(layer, negatives, parts) if plain_time else None
             if negative is None:
                 scratch = guided.scratch
                 # all residual layers are given one embedding and apply one function to it; with
