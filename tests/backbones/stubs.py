@@ -31,6 +31,9 @@ class FixedGuide:
     def extrapolated(self) -> tuple[str, ...]:
         return tuple(self.output.gains)
 
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        return ()
+
     def modulations(self, *_: Any) -> None:
         return None
 

@@ -95,6 +95,41 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("sd3", {}), ("pixart", {}), *(("unet", config) for config in UNET_TEXT)],
+)
+def test_a_gain_of_minus_1_holds_at_each_step_of_a_schedule(
+    name: str, config: dict[str, Any]
+) -> None:
+    """Where what depends on time and negative prompt is computed for all steps at once; and of
+    two denoisers in one pass each has its own."""
+    family, down = components.FAMILIES[name], {"down_block_types": ("DownBlock2D",) * 2}
+    config = config | (down if name == "unet" else {})
+    denoisers = [components.randomise(family.denoiser(seed=seed, **config)) for seed in (0, 1)]
+    text, negative = (
+        unet_text(denoisers[0], n, length, seed) if name == "unet" else family.text(n, length, seed)
+        for n, length, seed in ((2, 8, 6), (1, 5, 3))
+    )
+    guide = FixedGuide(GuideOutput(gains=equal_gains(denoisers[0], -1.0)))
+    timesteps = torch.tensor([900, 500, 100])
+    guided_pass = GuidedPass(guide, lambda: 4.0, lambda: negative, timesteps=lambda: timesteps)
+
+    def call(backbone: Backbone, t: torch.Tensor, given: TextConditions) -> torch.Tensor:
+        backbone.timestep = lambda time: t.expand(2)  # type: ignore[method-assign]
+        return backbone(family.latents(2), TIME, given, SIZES)
+
+    for denoiser in denoisers:
+        Backbone.of(denoiser).install(guide)
+    with guided_pass.open():
+        made = [call(Backbone.of(net), t, text) for t in timesteps for net in denoisers]
+    both = negative[torch.tensor([0, 0])]
+    expected = [call(Backbone.of(net), t, both) for t in timesteps for net in denoisers]
+    for one, other in zip(made, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_a_controlnet_of_sd3_adds_to_both() -> None:
     """And a block that is skipped, which no gain reaches, is reported."""
     family = components.FAMILIES["sd3"]
