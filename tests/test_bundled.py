@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from pilotfish import bundled
 from pilotfish.data.images import load_images
 from pilotfish.errors import MissingPackageError
+from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.pipelines.loading import fine_tuned_weights
 from recipe.images import STYLES, TRAIN_STYLES
 
@@ -176,3 +177,27 @@ def test_without_the_package_everything_says_how_to_get_it(
                 needs()
     finally:
         bundled._package.cache_clear()
+
+
+ERRORS = {
+    ("base", False): 0.2536724, ("base", True): 0.3324536,
+    ("fluent", False): 0.3934543, ("fluent", True): 0.4674343,
+    ("twemoji", False): 0.3667172, ("twemoji", True): 0.4865062,
+    ("emojione", False): 0.4252017, ("emojione", True): 0.5244419,
+}  # fmt: skip
+"""Guidance error of the bundled guide at w = 4 on eight held-out prompts and six steps, with the
+null prompt and with negative prompts."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({name for name, _ in ERRORS}))
+def test_the_bundled_guide_keeps_its_guidance_error(name: str, models: dict[str, Any]) -> None:
+    """On the base and, with no further training, on the fine-tunes."""
+    prompts = bundled.prompts("held_out")[:8]
+    for negative in (False, True):
+        trajectories = Trajectories.of_pipeline(
+            models[name], prompts, num_inference_steps=6, guidance_scales=(4.0,),
+            negative_prompts=[*prompts[4:], *prompts[:4]] if negative else None,
+        )  # fmt: skip
+        error = pipeline_guidance_error(models[name], bundled.load_guide(), trajectories)
+        assert error.mean == pytest.approx(ERRORS[name, negative], rel=1e-4)
