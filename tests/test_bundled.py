@@ -149,10 +149,10 @@ def test_a_folder_takes_precedence_over_a_bundled_name(
     Path("lit").mkdir()
     assert bundled.train_finetune("lit") == "lit"
     opened, tiny = bundled.open_guide("tiny"), bundled.open_guide("tiny-4")
-    assert opened.timesteps is not None
-    assert len(opened.timesteps) == 8
-    assert tiny.timesteps is not None
-    assert len(tiny.timesteps) == 4
+    assert opened.times is not None
+    assert len(opened.times) == 8
+    assert tiny.times is not None
+    assert len(tiny.times) == 4
 
 
 def test_without_the_package_everything_says_how_to_get_it(

@@ -107,8 +107,3 @@ def _encode(
         do_classifier_free_guidance=negative,
     )  # fmt: skip
     return backbone.split_encoded(made)
-
-
-def time_ids(pipe: Any) -> torch.Tensor | None:
-    """OLD NAME."""
-    return Backbone.of_pipeline(pipe).sizes(pipe)

@@ -100,7 +100,6 @@ class NoisePath:
         """(N,) times -> (N,) alpha and sigma."""
         if self.alphas_cumprod is None:
             return 1 - time, time
-        time = time if time.is_floating_point() else time / 1000  # OLD: whole timesteps
         table = self.alphas_cumprod.to(time.device)
         last = len(table) - 1
         index = (time * len(table)).round().long()
@@ -147,8 +146,6 @@ class NoisePath:
         stepped: torch.Tensor = alpha * x + sigma * eps
         return stepped
 
-    ddim_step = step  # OLD NAME
-
     def prediction_between(
         self, z: torch.Tensor, goal: torch.Tensor, time: torch.Tensor, to: torch.Tensor
     ) -> torch.Tensor:
@@ -181,14 +178,3 @@ class NoisePath:
         timesteps = scheduler.timesteps[:steps]  # diffusers may append a -1 by rounding
         grid = torch.cat([timesteps.float(), torch.tensor([-1.0])])
         return grid / self.num_train_timesteps
-
-
-# -- until every caller speaks of normalised time -------------------------------------------------
-
-
-def sampling_timesteps(steps: int, train_timesteps: int = 1000) -> torch.Tensor:
-    """OLD NAME. The grid as whole timesteps, closed by -1."""
-    import numpy as np
-
-    grid = np.arange(train_timesteps, 0, -train_timesteps / steps)[:steps].round().astype(np.int64)
-    return torch.from_numpy(np.append(grid - 1, -1))

@@ -31,7 +31,6 @@ class Denoiser:
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions
     ) -> torch.Tensor:
         """The prediction (N, C, h, w) at times (N,)."""
-        time = time if time.is_floating_point() else time / 1000  # OLD: whole timesteps
         place = text.device
         made = self.backbone(latents.to(place, text.dtype), time.to(place), text, self.sizes)
         return made.to(latents.device)

@@ -27,15 +27,3 @@ __all__ = [
     "public_name",
     "watch_hooks",
 ]
-
-heed_hooks = watch_hooks  # OLD NAME
-
-
-def install(guide, denoiser):  # type: ignore[no-untyped-def]
-    """OLD NAME."""
-    return Backbone.of(denoiser).install(guide)
-
-
-def fingerprint(unet, prediction_type):  # type: ignore[no-untyped-def]
-    """OLD NAME."""
-    return Backbone.of(unet).signature(prediction_type)

@@ -121,11 +121,6 @@ class Guide(ModelMixin, ConfigMixin):
         return None if given is None else tuple(given)
 
     @property
-    def timesteps(self) -> tuple[int, ...] | None:
-        """OLD NAME."""
-        return None if self.times is None else tuple(round(t * 1000) for t in self.times)
-
-    @property
     def trained_on(self) -> Origin | None:
         """The base that it was trained on, where that is known."""
         return Origin.saved(self.config.trained_on)

@@ -66,6 +66,3 @@ def _difference(text: TextConditions, negative: TextConditions) -> torch.Tensor:
     if text.mask is None and text.embeds.shape[1] == negative.embeds.shape[1]:
         return (text.embeds - negative.embeds).mean(1)
     return text.mean() - negative.mean()
-
-
-silent = zero_module  # OLD NAME

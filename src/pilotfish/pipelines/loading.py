@@ -132,6 +132,3 @@ def fine_tuned_weights(
     if differs := sorted(k for k, v in shapes.items() if k not in weights or weights[k].shape != v):
         raise PipelineError(f"{where} is no fine-tune of this base; they differ in {differs[0]}")
     return weights
-
-
-take_ddim_steps, sibling = use_deterministic_scheduler, share_weights  # OLD NAMES

@@ -124,8 +124,7 @@ def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
     try:
         parts = [
-            vae.decode(part, return_dict=False)[0]
-            for part in latents.split(at_once(height, width))
+            vae.decode(part, return_dict=False)[0] for part in latents.split(at_once(height, width))
         ]
     finally:
         if overflows:
@@ -158,11 +157,6 @@ class TeacherStep:
     negative: torch.Tensor
     conditional: torch.Tensor
     cfg: torch.Tensor
-
-    @property
-    def timestep(self) -> torch.Tensor:
-        """OLD NAME."""
-        return (self.time * 1000).round().long()
 
 
 def cfg_trajectories(
