@@ -68,3 +68,11 @@ def test_a_narrow_pass_has_as_many_operators_as_a_full_one() -> None:
     pipe = narrow_pipeline(SHAPES["sd15"])
     guide = AddsText.for_denoiser(pipe.unet, "epsilon")
     assert count_operators(pipe, guide).plain == full.operators.total()
+
+
+@pytest.mark.parametrize(("name", "limit"), [("sd15", 0.08), ("sd21", 0.08), ("sdxl", 0.08)])
+def test_a_tiny_guide_adds_few_operators(name: str, limit: float) -> None:
+    """A pass at batch 1 on a fast accelerator is bound by their number."""
+    pipe = narrow_pipeline(SHAPES[name])
+    guide = TinyGuide.for_denoiser(pipe.unet, SHAPES[name].prediction_type)
+    assert count_operators(pipe, guide).share <= limit
