@@ -221,6 +221,8 @@ differs in shape needs a guide of its own.
 ## Notes
 
 - *IP-Adapter.* {ip_adapter}
+- *Pickle.* The text encoders of transformers cannot be pickled once they have given their hidden \
+states (SDXL, SD3), in a plain pipeline as in a guided one: pickle before the first call.
 - *PixArt-Alpha at 1024 pixels* gives its denoiser resolution and aspect ratio, and is refused \
 (`use_additional_conditions`).
 

@@ -23,7 +23,8 @@ def test_attach_gives_the_guide_back(one: Pipeline, tmp_path: Path) -> None:
     """``guide = Guide.from_pretrained(...).attach(pipe)`` can be detached."""
     guide("SD").save_pretrained(tmp_path)
     loaded = Guide.from_pretrained(tmp_path).attach(one.pipe)
-    assert torch.equal(one.latents(), guided("SD"))
+    # weights read from a file lie elsewhere in memory, which a matrix product may round by
+    torch.testing.assert_close(one.latents(), guided("SD"), atol=1e-3, rtol=1e-4)
     loaded.detach(one.pipe)
     assert torch.equal(one.latents(), plain("SD"))
 

@@ -107,7 +107,7 @@ def test_a_copied_denoiser_takes_the_guide_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", covered("pickle"))
 def test_pickled_with_the_guide_and_without(name: str) -> None:
-    # text encoders that have given their hidden states cannot be pickled: so is transformers
+    # transformers' text encoders cannot be pickled once they have given their hidden states
     one = build(name, alone=True)
     with guide(name).attached(one.pipe):
         other, unguided = (another(one, again(pipe)) for pipe in (one.pipe, twin(one).pipe))
