@@ -80,7 +80,7 @@ def test_the_command_draws_maps_and_strength(pipe: Any, guide: Guide, tmp_path: 
         "--guide", str(tmp_path / "guide"), "--models",
         str(tmp_path / "base"), "--num_inference_steps", "3", "-p", "a cat",
     )  # fmt: skip
-    assert cli.main(["inspect", *flags, "--output_dir", str(tmp_path / "out")]) == 0
+    assert cli.main(["inspect", *flags, "--output", str(tmp_path / "out")]) == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"maps.png", "strength.png"}
-    wrong = ("--site", "attic", "--output_dir", str(tmp_path / "none"))
+    wrong = ("--site", "attic", "--output", str(tmp_path / "none"))
     assert cli.main(["inspect", *flags, *wrong]) == 1

@@ -1,7 +1,7 @@
 """Stress tests: small in the default run, at length with ``STRESS=1``.
 
 At length they run on the bundled model, and write what they counted and measured into
-``results/holding_up.json``. ``python -m tests.stress.page`` puts that into ``docs/holding_up.md``.
+``results/stress.json``. ``python -m tests.stress.page`` puts that into ``docs/stress.md``.
 """
 
 from __future__ import annotations

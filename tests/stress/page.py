@@ -1,4 +1,4 @@
-"""The figures of ``docs/holding_up.md``, from ``results/holding_up.json``.
+"""The figures of ``docs/stress.md``, from ``results/stress.json``.
 
 ``python -m tests.stress.page`` writes them between the two marks of the page.
 """
@@ -14,8 +14,8 @@ from typing import Any
 LONG = os.environ.get("STRESS") == "1"
 """Whether the stress tests run at length."""
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "results" / "holding_up.json"
-PAGE = ROOT / "docs" / "holding_up.md"
+RESULTS = ROOT / "results" / "stress.json"
+PAGE = ROOT / "docs" / "stress.md"
 MARKED = re.compile(r"(<!-- held -->\n).*?(<!-- /held -->)", re.DOTALL)
 
 

@@ -42,7 +42,7 @@ class InspectConfig:
     seed: int = 0
     variant: str | None = None
     """Variant of the weight files, such as fp16, of models that come in no other."""
-    output_dir: str = "runs/inspect"
+    output: str = "runs/inspect"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     site = config.site or (inner or sites)[-1]
     if site not in sites:
         raise ValueError(f"nothing is added at {site}; there are {', '.join(sites)}")
-    folder = Path(config.output_dir)
+    folder = Path(config.output)
     for name, figure in (
         ("maps", added_maps(found, site)), ("strength", added_strength(found, site)),
     ):  # fmt: skip
