@@ -88,6 +88,7 @@ def test_a_copy_has_the_guide_as_well(name: str, copied: Callable[[Any], Any]) -
             used.attach(other.pipe)
         detach(other.pipe)
         assert type(other.pipe).__name__ == PIPELINES[name].pipeline
+        assert copied is copy or other.hooks() == 0
         assert torch.equal(other.latents(), plain(name))
         assert torch.equal(one.latents(), guided(name))
     assert torch.equal(one.latents(), plain(name))

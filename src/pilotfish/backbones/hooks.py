@@ -31,6 +31,8 @@ class Hooks:
     def __init__(self, guide: GuideProtocol, denoiser: nn.Module) -> None:
         self.guide = guide
         self.modules: dict[str, Any] = dict(denoiser.named_modules())
+        for module in self.modules.values():
+            _drop_copied(module)
         self.handles: list[RemovableHandle] = []
 
     def fit(self, denoiser: nn.Module) -> bool:
@@ -95,6 +97,18 @@ class _OutsideHook(_Hook):
     """A hook that is never part of a compiled graph."""
 
     __call__ = torch.compiler.disable(_Hook.__call__)
+
+
+def _drop_copied(module: nn.Module) -> None:
+    """Take off what a copied or unpickled module has in place of a guide's hooks, which would be
+    taken for hooks of others."""
+    for hooks, flags in (
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if hook is _nothing]:
+            del hooks[key]
+            flags.pop(key, None)
 
 
 def _no_hook() -> Callable[..., None]:
