@@ -40,7 +40,7 @@ WHY = {
         "LatentConsistencyModelPipeline",
     ),
     "its denoiser projects the text once more (text_proj)": ("StableDiffusionXLPipeline",),
-    "its denoiser is told resolution and aspect ratio (PixArt-Alpha at 1024 pixels)": (
+    "its denoiser takes resolution and aspect ratio (PixArt-Alpha at 1024 pixels)": (
         "PixArtAlphaPipeline",
     ),
 }

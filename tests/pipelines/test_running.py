@@ -134,7 +134,8 @@ def test_the_denoiser_offloaded_layer_by_layer(name: str) -> None:
     with used.attached(one.pipe):
         accelerate.cpu_offload(one.denoiser, torch.device("cpu"))
         assert one.denoiser.device.type == "meta"
-        assert torch.equal(one.latents(), guided(name))
+        # what depends on time and text is computed step by step, where weights come and go
+        torch.testing.assert_close(one.latents(), guided(name), atol=1e-3, rtol=1e-4)
     assert used.device.type == "cpu"
     is_conditional(one, name, changes=False)
 
