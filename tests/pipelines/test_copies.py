@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from pilotfish import GuideError
 from pilotfish.pipelines import detach
-from pilotfish.pipelines.guided import Guided
+from pilotfish.pipelines.attach import Guided
 from pilotfish.pipelines.loading import share_weights
 from tests import components
 from tests.pipelines.matrix import covered

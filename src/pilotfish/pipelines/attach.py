@@ -10,14 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import signature
+from copy import deepcopy
+from inspect import BoundArguments, signature
 from threading import Lock
 from typing import Any
 
-from pilotfish.backbones import Backbone, Origin
+import torch
+
+from pilotfish.backbones import Backbone, Hooks, Origin
 from pilotfish.interface import GuideError, GuideProtocol
 from pilotfish.noise import prediction_type
-from pilotfish.pipelines.guided import CFG_FLAG, Guided
+from pilotfish.pipelines.call import (
+    CFG_FLAG,
+    CallbackAdapter,
+    RunningCall,
+    bind,
+    sync,
+    warn_of_arguments,
+)
 
 
 def attach(guide: GuideProtocol, pipe: Any) -> None:
@@ -98,3 +108,89 @@ def check(guide: GuideProtocol, pipe: Any) -> Backbone:
 
 def _refused(pipe: Any, why: str) -> GuideError:
     return GuideError(f"{type(pipe).__name__} cannot take a guide: {why}; use it without one")
+
+
+class Guided:
+    """Mixed in before a pipeline's own class while a guide is attached to it."""
+
+    _pilotfish_guide: GuideProtocol
+    _pilotfish_hooks: Hooks
+    _pilotfish_lock: Lock
+    _pilotfish_copy: GuideProtocol | None = None
+    """The guide in the precision and on the device of the pipeline, where they differ."""
+    _pilotfish_running: RunningCall | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        lock = self._pilotfish_lock
+        if not lock.acquire(blocking=False):
+            raise GuideError(
+                "this pipeline is running in another thread; give each thread a pipeline on the "
+                "same weights (pilotfish.pipelines.loading.share_weights) with the guide attached"
+            )
+        try:
+            return self._pilotfish_run(bind(super().__call__, args, kwargs))  # type: ignore[misc]
+        finally:
+            lock.release()
+
+    def _pilotfish_run(self, call: BoundArguments) -> Any:
+        guide = sync(self)
+        warn_of_arguments(guide, call, self)
+        running = RunningCall(self, guide, call)
+        if call.arguments.get("callback_on_step_end"):
+            call.arguments["callback_on_step_end"] = CallbackAdapter(call, running)
+        own = vars(self).get("encode_prompt")  # replaced on the object, to weight prompts say
+        encode: Any = self.encode_prompt  # type: ignore[has-type]
+        self._pilotfish_running = running
+        self.encode_prompt = lambda *a, **k: running.encode_prompt(encode, a, k)
+        try:
+            with running.guided.open():
+                return super().__call__(*call.args, **call.kwargs)  # type: ignore[misc]
+        finally:
+            self._pilotfish_running = None
+            del self.encode_prompt
+            if own is not None:
+                self.encode_prompt = own
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """False while a guided call runs: the guide takes the second pass's place."""
+        plain = super().do_classifier_free_guidance  # type: ignore[misc]
+        return self._pilotfish_running is None and bool(plain)
+
+    def prepare_ip_adapter_image_embeds(self, *args: Any, **kwargs: Any) -> Any:
+        """The embeddings of the images alone, given or made together with the negative ones, as
+        with classifier-free guidance."""
+        plain = super().prepare_ip_adapter_image_embeds  # type: ignore[misc]
+        if self._pilotfish_running is None or not self._pilotfish_running.needs_guidance:
+            return plain(*args, **kwargs)
+        call = bind(plain, args, kwargs, **{CFG_FLAG: True})
+        made = plain(*call.args, **call.kwargs)
+        if isinstance(made, torch.Tensor):
+            return made.chunk(2)[1]
+        return [both.chunk(2)[1] for both in made]
+
+    # -- copies -----------------------------------------------------------------------------
+
+    def __copy__(self) -> Any:
+        """A pipeline on the same components, with the guide attached as well."""
+        return _rebuild(type(self).__bases__[1], self._pilotfish_state(), self._pilotfish_guide)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The same on components of its own."""
+        state = {k: deepcopy(v, memo) for k, v in self._pilotfish_state().items()}
+        return _rebuild(type(self).__bases__[1], state, self._pilotfish_guide)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as the plain pipeline with the guide beside it."""
+        plain = type(self).__bases__[1]
+        return _rebuild, (plain, self._pilotfish_state(), self._pilotfish_guide)
+
+    def _pilotfish_state(self) -> dict[str, Any]:
+        return {n: v for n, v in vars(self).items() if not n.startswith("_pilotfish_")}
+
+
+def _rebuild(plain: type, state: dict[str, Any], guide: GuideProtocol) -> Any:
+    made: Any = plain.__new__(plain)  # type: ignore[call-overload]
+    vars(made).update(state)
+    attach(guide, made)
+    return made

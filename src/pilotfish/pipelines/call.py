@@ -1,9 +1,9 @@
-"""A pipeline with a guide attached.
+"""One call of a guided pipeline: its scale, its negative prompts, its callbacks.
 
-A pipeline of diffusers decides on classifier-free guidance either by a property of that name,
-which is overridden here, or by comparing the argument ``guidance_scale`` with 1 inside its call,
-where that argument is replaced. In both cases ``encode_prompt`` still encodes the negative prompt,
-which is kept for the guide, and the denoiser runs once a step on a batch of N.
+A pipeline of diffusers decides on classifier-free guidance either by a property, or by comparing
+the argument ``guidance_scale`` with 1 inside its call. The argument is replaced here, the property
+in :mod:`pilotfish.pipelines.attach`. In both cases ``encode_prompt`` still encodes the negative
+prompt, which is kept for the guide, and the denoiser runs once a step on a batch of N.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from inspect import BoundArguments, signature
-from threading import Lock
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks
 
-from pilotfish.backbones import Backbone, GuidedPass, Hooks, Origin, is_compiled, watch_hooks
+from pilotfish.backbones import Backbone, GuidedPass, Origin, is_compiled, watch_hooks
 from pilotfish.interface import GuideError, GuideProtocol, TextConditions
 from pilotfish.noise import prediction_type
 
@@ -33,96 +34,6 @@ SECOND_PASS = (
     "skip_guidance_layers",
 )
 """Arguments of a pipeline's call that act on the second pass only."""
-
-
-class Guided:
-    """Mixed in before a pipeline's own class while a guide is attached to it."""
-
-    _pilotfish_guide: GuideProtocol
-    _pilotfish_hooks: Hooks
-    _pilotfish_lock: Lock
-    _pilotfish_copy: GuideProtocol | None = None
-    """The guide in the precision and on the device of the pipeline, where they differ."""
-    _pilotfish_running: RunningCall | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        lock = self._pilotfish_lock
-        if not lock.acquire(blocking=False):
-            raise GuideError(
-                "this pipeline is running in another thread; give each thread a pipeline on the "
-                "same weights (pilotfish.pipelines.loading.share_weights) with the guide attached"
-            )
-        try:
-            return self._pilotfish_run(bind(super().__call__, args, kwargs))  # type: ignore[misc]
-        finally:
-            lock.release()
-
-    def _pilotfish_run(self, call: BoundArguments) -> Any:
-        from pilotfish.pipelines.callbacks import CallbackAdapter
-
-        guide = sync(self)
-        warn_of_arguments(guide, call, self)
-        running = RunningCall(self, guide, call)
-        if call.arguments.get("callback_on_step_end"):
-            call.arguments["callback_on_step_end"] = CallbackAdapter(call, running)
-        own = vars(self).get("encode_prompt")  # replaced on the object, to weight prompts say
-        encode: Any = self.encode_prompt  # type: ignore[has-type]
-        self._pilotfish_running = running
-        self.encode_prompt = lambda *a, **k: running.encode_prompt(encode, a, k)
-        try:
-            with running.guided.open():
-                return super().__call__(*call.args, **call.kwargs)  # type: ignore[misc]
-        finally:
-            self._pilotfish_running = None
-            del self.encode_prompt
-            if own is not None:
-                self.encode_prompt = own
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """False while a guided call runs: the guide takes the second pass's place."""
-        plain = super().do_classifier_free_guidance  # type: ignore[misc]
-        return self._pilotfish_running is None and bool(plain)
-
-    def prepare_ip_adapter_image_embeds(self, *args: Any, **kwargs: Any) -> Any:
-        """The embeddings of the images alone, given or made together with the negative ones, as
-        with classifier-free guidance."""
-        plain = super().prepare_ip_adapter_image_embeds  # type: ignore[misc]
-        if self._pilotfish_running is None or not self._pilotfish_running.needs_guidance:
-            return plain(*args, **kwargs)
-        call = bind(plain, args, kwargs, **{CFG_FLAG: True})
-        made = plain(*call.args, **call.kwargs)
-        if isinstance(made, torch.Tensor):
-            return made.chunk(2)[1]
-        return [both.chunk(2)[1] for both in made]
-
-    # -- copies -----------------------------------------------------------------------------
-
-    def __copy__(self) -> Any:
-        """A pipeline on the same components, with the guide attached as well."""
-        return _rebuild(type(self).__bases__[1], self._pilotfish_state(), self._pilotfish_guide)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """The same on components of its own."""
-        state = {k: deepcopy(v, memo) for k, v in self._pilotfish_state().items()}
-        return _rebuild(type(self).__bases__[1], state, self._pilotfish_guide)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled as the plain pipeline with the guide beside it."""
-        plain = type(self).__bases__[1]
-        return _rebuild, (plain, self._pilotfish_state(), self._pilotfish_guide)
-
-    def _pilotfish_state(self) -> dict[str, Any]:
-        return {n: v for n, v in vars(self).items() if not n.startswith("_pilotfish_")}
-
-
-def _rebuild(plain: type, state: dict[str, Any], guide: GuideProtocol) -> Any:
-    from pilotfish.pipelines.attach import attach
-
-    made: Any = plain.__new__(plain)  # type: ignore[call-overload]
-    vars(made).update(state)
-    attach(guide, made)
-    return made
 
 
 class RunningCall:
@@ -316,3 +227,55 @@ def warn_of_arguments(guide: GuideProtocol, call: BoundArguments, pipe: Any) -> 
 
 def _listed(times: Any) -> str:
     return ", ".join(f"{time:.4g}" for time in times)
+
+
+TEXT = ("prompt_embeds",)
+POOLED = ("add_text_embeds", "pooled_prompt_embeds")
+"""Conditions of which a doubled batch has the negative prompt's in its first half."""
+
+
+class CallbackAdapter(MultiPipelineCallbacks):
+    """A user's callback in a call that is not doubled.
+
+    Callbacks that end guidance on the way keep of each condition the second half of a doubled
+    batch, or its last row. Here there is that half only, and it stays whole. Others give a
+    condition for both halves; the first is the negative prompt's. Either may have changed the
+    denoiser.
+    """
+
+    def __init__(self, call: BoundArguments, running: RunningCall) -> None:
+        super().__init__([call.arguments["callback_on_step_end"]])
+        self.running = running
+        self.asked = call.arguments.get("callback_on_step_end_tensor_inputs", ["latents"])
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        return getattr(self.callbacks[0], "tensor_inputs", self.asked)
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> Any:
+        running = self.running
+        before = dict(given)
+        after = super().__call__(pipe, step, timestep, given)
+        running.guided.guide = sync(pipe)
+        running.guided.invalidate(pipe._pilotfish_hooks)
+        doubled = {
+            name: value.chunk(2)
+            for name, value in after.items()
+            if 0 < 2 * _rows(before.get(name), running.images) == _rows(value)
+        }
+        if running.negative is not None and doubled.keys() & {*TEXT, *POOLED}:
+            halves = {name: first for name, (first, _) in doubled.items()}
+            embeds = next((halves[n] for n in TEXT if n in halves), running.negative.embeds)
+            pooled = next((halves[n] for n in POOLED if n in halves), running.negative.pooled)
+            running.keep(replace(running.negative, embeds=embeds, pooled=pooled))
+        shorter = {
+            k: before[k]
+            for k, v in after.items()
+            if isinstance(v, torch.Tensor) and _rows(v) < _rows(before.get(k))
+        }
+        return after | shorter | {name: second for name, (_, second) in doubled.items()}
+
+
+def _rows(value: Any, unknown: int = 0) -> int:
+    """Of a tensor; of anything else that is not known."""
+    return len(value) if isinstance(value, torch.Tensor) and value.ndim else unknown
