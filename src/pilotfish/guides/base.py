@@ -280,6 +280,10 @@ class Guide(ModelMixin, ConfigMixin):
         for what in ("missing", "unexpected"):
             if keys := sorted(loaded[f"{what}_keys"]):
                 raise GuideError(f"the weights in {where} have {what} tensors, first {keys[0]}")
+        for parameter in guide.parameters():
+            # out of the mapped file, whose tensors are not aligned: products of unaligned memory
+            # are rounded differently on some processors
+            parameter.data = parameter.data.clone()
         broken = [n for n, p in guide.named_parameters() if not p.isfinite().all()]
         if broken:
             raise GuideError(f"the guide in {where} has values that are not finite in {broken[0]}")
