@@ -23,7 +23,7 @@ LAUNCHED = re.compile(r"^(?:accelerate launch|torchrun) .*-m pilotfish ")
 
 
 class Parsed(Exception):
-    """The arguments were understood."""
+    """The arguments were parsed."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -37,8 +37,8 @@ def commands(page: Path) -> Iterator[str]:
     yield from INLINE.findall(BLOCK.sub("", page.read_text()))
 
 
-def spoken(program: str) -> list[Any]:
-    """The words after a program's name, of all its command lines."""
+def command_lines(program: str) -> list[Any]:
+    """The arguments of all command lines of a program."""
     found = []
     for page in PAGES:
         for line in commands(page):
@@ -52,45 +52,45 @@ def spoken(program: str) -> list[Any]:
 
 @pytest.fixture
 def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands stop as soon as their arguments are understood."""
-    understand = tyro.cli
+    """Commands stop as soon as their arguments are parsed."""
+    parse = tyro.cli
 
     def stop(*args: Any, **kwargs: Any) -> None:
-        understand(*args, **kwargs)
+        parse(*args, **kwargs)
         raise Parsed
 
     monkeypatch.setattr(tyro, "cli", stop)
 
 
-@pytest.mark.parametrize("words", spoken("pilotfish"))
-def test_a_command_is_one(words: list[str], parse_only: None) -> None:
+@pytest.mark.parametrize("words", command_lines("pilotfish"))
+def test_a_command_parses(words: list[str], parse_only: None) -> None:
     name, *flags = words
     assert name in cli.COMMANDS
     if name in ("distill", "distill-steps") and "--output" not in flags:
-        flags += ["--output", "unused"]  # named in passing
+        flags += ["--output", "unused"]  # mentioned in a sentence
     with pytest.raises(Parsed):
         cli.command(name)(flags)
 
 
-@pytest.mark.parametrize("words", spoken("python -m recipe"))
-def test_a_stage_of_the_recipe_is_one(words: list[str]) -> None:
+@pytest.mark.parametrize("words", command_lines("python -m recipe"))
+def test_a_stage_of_the_recipe_exists(words: list[str]) -> None:
     assert tyro.cli(Recipe, args=words, use_underscores=True).stage == words[0]
 
 
-@pytest.mark.parametrize("target", spoken("make"))
-def test_a_target_is_one(target: list[str]) -> None:
+@pytest.mark.parametrize("target", command_lines("make"))
+def test_a_target_exists(target: list[str]) -> None:
     assert re.search(rf"^{target[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_every_command_is_told_of() -> None:
-    told = {param.values[0][0] for param in spoken("pilotfish")}
-    assert told == set(cli.COMMANDS)
+def test_every_command_is_documented() -> None:
+    documented = {param.values[0][0] for param in command_lines("pilotfish")}
+    assert documented == set(cli.COMMANDS)
 
 
 def test_there_are_commands_on_the_pages() -> None:
     """A page whose blocks are no longer found would pass the rest."""
     for page in ("README", "serve", "publish", "compare", "scale", "method"):
-        assert any(str(p.id).startswith(f"{page}.md: ") for p in spoken("pilotfish")), page
+        assert any(str(p.id).startswith(f"{page}.md: ") for p in command_lines("pilotfish")), page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -110,7 +110,7 @@ def test_its_links_lead_to_headings(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_its_links_stay_on_the_site(page: Path) -> None:
-    """`make docs` fails on a link to what is no page and no picture of it."""
+    """`make docs` fails on a link to what is no page and no image of it."""
     for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
         if "://" not in link:
             there = (page.parent / link).resolve()
@@ -118,14 +118,14 @@ def test_its_links_stay_on_the_site(page: Path) -> None:
             assert there.is_relative_to(ROOT / "docs"), (page.name, link)
 
 
-def test_every_page_is_on_the_menu() -> None:
+def test_every_page_is_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text()
     assert all(f": {page.name}\n" in menu for page in PAGES[1:])
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_what_a_service_does_runs_as_it_stands() -> None:
+def test_the_example_of_a_service_runs() -> None:
     (block,) = (b for b in blocks(ROOT / "docs" / "serve.md", "python") if "bundled" in b)
     names: dict[str, Any] = {}
     exec(block, names)
