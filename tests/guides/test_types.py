@@ -172,7 +172,7 @@ NO_PART: dict[str, Any] = {
         ({"rank": 4, "layers": 8}, {"resnets", "attentions"}),
         ({"head": 4}, {"conv_out"}),
     ],
-    ids=lambda value: next(iter(value)),
+    ids=["text", "attention", "modulation", "layers", "head"],
 )
 def test_each_part_of_a_tiny_guide_alone(
     unet: UNet2DConditionModel, inputs: GuideInputs, settings: dict[str, Any], names: set[str]
