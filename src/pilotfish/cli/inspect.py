@@ -14,6 +14,7 @@ from pilotfish.cli.progress import progress_bars
 from pilotfish.evaluation import plots
 from pilotfish.evaluation.grids import draw_scales, scales_grid
 from pilotfish.evaluation.inspection import added_maps, added_strength, inspect
+from pilotfish.pipelines.attach import check
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ def main(arguments: Sequence[str]) -> None:
 def _draw_scales(config: InspectConfig, file: Path) -> None:
     guide, drawn = open_guide(config.guide), {}
     with progress_bars() as progress:
-        progress("models", 0, len(config.models))
         for i, name in enumerate(config.models):
             pipe = model_on_device(name, variant=config.variant)
+            check(guide, pipe)  # before a bar is shown
+            progress("models", i, len(config.models))
             drawn[name] = draw_scales(
                 pipe, guide, config.prompt, config.guidance_scales, seed=config.seed,
                 num_inference_steps=sampling_steps(pipe, guide, config.num_inference_steps),
