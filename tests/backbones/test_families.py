@@ -305,3 +305,14 @@ def refusal(guide: Guide, signature: dict[str, Any]) -> str:
         guide.check(signature)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_what_is_added_to_the_text_is_as_wide_as_the_text() -> None:
+    """PixArt projects its text: the addition comes before, the extrapolation after."""
+    denoiser = components.pixart_transformer(caption_channels=24)
+    z = components.FAMILIES["pixart"].latents(2)
+    text, negative = (TextConditions(torch.randn(2, 5, 24)) for _ in range(2))
+    guide = FixedGuide(GuideOutput(text=torch.ones(1, 1, 24)))
+    made = guided(denoiser, guide, z, text, negative)
+    expected = plain(denoiser, z, TextConditions(text.embeds + 1))
+    torch.testing.assert_close(made, expected)

@@ -293,3 +293,13 @@ def test_inputs_are_read_as_they_are_given(family: components.Family) -> None:
     patch = getattr(denoiser.config, "patch_size", 1)
     assert first.latents.shape == (2, 4 * patch**2, 8 // patch, 8 // patch)
     assert isinstance(first.text, TextConditions)
+
+
+def test_a_change_at_every_step_makes_few_tables(schedule: Schedule) -> None:
+    """As a callback at every step does: from the third step on each computes its own."""
+    with schedule.open() as guided_pass:
+        for timestep in schedule.timesteps:
+            schedule.step(timestep.expand(2))
+            guided_pass.invalidate(schedule.hooks)
+    assert schedule.tables == 2
+    assert schedule.from_table == [True, True, False]

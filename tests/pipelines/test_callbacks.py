@@ -214,7 +214,9 @@ def test_what_cfg_has_made_a_copy_of_may_be_overwritten(name: str) -> None:
     inputs = {"callback_on_step_end_tensor_inputs": ["negative_prompt_embeds"]}
     with guide(name).attached(one.pipe):
         expected = one.latents(**call)
-        assert torch.equal(one.latents(callback_on_step_end=clear, **inputs, **call), expected)
+        made = one.latents(callback_on_step_end=clear, **inputs, **call)
+        # with a callback at every step, modulations are computed at the step
+        torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["SD", "SD3"])

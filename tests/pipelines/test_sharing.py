@@ -125,3 +125,47 @@ def test_a_second_call_before_the_first_is_done_is_refused() -> None:
     assert kinds == ["GuideError", "list"]
     made = next(made for made in found.values() if isinstance(made, list))
     assert torch.equal(made[0], expected)
+
+
+def test_a_guide_is_not_detached_while_a_call_runs() -> None:
+    one, used = build("SD"), guide("SD")
+    refused: list[str] = []
+
+    def leave(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(GuideError, match="detach its guide when the call has ended") as error:
+            used.detach(pipe)
+        refused.append(str(error.value))
+        return tensors
+
+    with used.attached(one.pipe):
+        assert torch.equal(one.latents(callback_on_step_end=leave), guided("SD"))
+    assert len(refused) == 2
+
+
+def test_a_plain_pipeline_called_in_a_callback_is_plain() -> None:
+    one = build("SD")
+    other, seen = twin(one), []
+    expected = other.latents()
+
+    def preview(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(other.latents())
+        return tensors
+
+    with guide("SD").attached(one.pipe):
+        assert torch.equal(one.latents(callback_on_step_end=preview), guided("SD"))
+    assert [torch.equal(latents, expected) for latents in seen] == [True] * 2
+
+
+def test_a_copy_made_during_a_call_is_its_own() -> None:
+    one, copies = build("SD"), []
+
+    def copied(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        copies.append(share_weights(pipe))
+        return tensors
+
+    with guide("SD").attached(one.pipe):
+        one.latents(callback_on_step_end=copied)
+        assert "encode_prompt" not in vars(copies[0])
+        one.pipe.text_encoder = None  # the copy's prompts are encoded by the copy
+        other = Pipeline(copies[0], one.images, one.call)
+        assert torch.equal(other.latents(), guided("SD"))

@@ -170,7 +170,8 @@ class Backbone(ABC):
 
     def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that the guide changes, by name."""
-        return {"encoder_hidden_states": guided.extrapolated_text(given["encoder_hidden_states"])}
+        text = guided.extrapolated_text(given["encoder_hidden_states"])
+        return {"encoder_hidden_states": guided.added_text(text)}
 
     @abstractmethod
     def __call__(

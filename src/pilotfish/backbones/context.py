@@ -22,6 +22,9 @@ T = TypeVar("T")
 TABLE_BYTES = 2**28
 """Bytes that the modulations of a whole schedule may take; of a guide with more, each step's are
 computed at the step."""
+TABLES = 2
+"""Tables of a whole schedule that one call makes. A callback at every step makes each useless
+after one step; from then on modulations are computed at the step."""
 LARGEST = 1e4
 """Of a prediction, whose values are of the order of 1: sampler and decoder square them."""
 
@@ -95,6 +98,7 @@ class GuidedPass:
         self._cache: dict[Any, Any] = {}
         self._table: _Table | None = None
         self._place: int | None = None
+        self._tables = 0
 
     @staticmethod
     def current() -> GuidedPass | None:
@@ -109,7 +113,7 @@ class GuidedPass:
                 yield self
         finally:
             # the output stays: gradient checkpointing runs blocks again in the backward pass
-            self._due, self._cache, self._table = set(), {}, None
+            self._due, self._cache, self._table, self._tables = set(), {}, None, 0
 
     def invalidate(self, hooks: object) -> None:
         """Clear the cache after a callback, which may have changed the denoiser.
@@ -174,7 +178,7 @@ class GuidedPass:
     def extrapolated_text(
         self, text: torch.Tensor, negative: TextConditions | None = None
     ) -> torch.Tensor:
-        """``c + g (c - n)`` of the embeddings of the running call, and what else the guide adds.
+        """``c + g (c - n)`` of the embeddings of the running call.
 
         Args:
             text: (N, L, D) the embeddings c.
@@ -193,7 +197,12 @@ class GuidedPass:
             difference = kept[1]
             text = self.to_denoiser(torch.addcmul(self.to_guide(text), output.text_gain,
                                                   self.to_guide(difference)))  # fmt: skip
-        return text if output.text is None else self.to_denoiser(text + output.text)
+        return text
+
+    def added_text(self, text: torch.Tensor) -> torch.Tensor:
+        """The embeddings of the running call, (N, L, D), with the guide's own addition."""
+        added = self.output.text
+        return text if added is None else self.to_denoiser(text + added)
 
     def residual(self, name: str, entered: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         """The output of a module (N, channels, h, w) with the guide's residual."""
@@ -262,7 +271,7 @@ class GuidedPass:
         Args:
             make: (T,) timesteps -> (T, ...).
         """
-        if not _lasting(parts):  # first: a compiled graph that read the step would serve it alone
+        if not _lasting(parts):  # first: a graph that reads the step is compiled for it alone
             return None
         table = self._table
         if table is None or self._place is None:
@@ -289,6 +298,11 @@ class GuidedPass:
             w = torch.as_tensor(scale, dtype=torch.float32, device=device).expand(n)
             return self._inputs(call, to_time(timestep).reshape(-1).expand(n), w), None
         if table is None or not table.holds(schedule, float(scale), call.text, n):
+            self._table = None
+            if self._tables == TABLES:
+                w = torch.full((n,), float(scale), device=device)
+                return self._inputs(call, to_time(timestep).reshape(-1).expand(n), w), None
+            self._tables += 1
             times = to_time(schedule.to(device))[:, None]
             w = torch.full((1, 1), float(scale), device=device)  # one for all
             inputs = self._inputs(call, times[0].expand(n), w[0].expand(n))

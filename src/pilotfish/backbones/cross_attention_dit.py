@@ -99,7 +99,8 @@ class CrossAttentionDiTBackbone(Backbone):
         return DenoiserCall(latents, given["timestep"], text)
 
     def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {}  # the text is extrapolated after its projection
+        # the text is extrapolated after its projection
+        return {"encoder_hidden_states": guided.added_text(given["encoder_hidden_states"])}
 
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None

@@ -57,12 +57,14 @@ def detach(pipe: Any, guide: GuideProtocol | None = None) -> None:
         guide: the one that is expected there, if it matters.
 
     Raises:
-        GuideError: no guide is attached, or another.
+        GuideError: no guide is attached, or another, or a call is running.
     """
     if not isinstance(pipe, Guided):
         raise GuideError("no guide is attached to this pipeline")
     if guide is not None and pipe._pilotfish_guide is not guide:
         raise GuideError("this guide is not attached to this pipeline; another is")
+    if not pipe._pilotfish_lock.acquire(blocking=False):
+        raise GuideError("this pipeline is running; detach its guide when the call has ended")
     pipe._pilotfish_hooks.remove()
     for name in [n for n in vars(pipe) if n.startswith("_pilotfish_")]:
         delattr(pipe, name)
@@ -119,6 +121,7 @@ class Guided:
     _pilotfish_copy: GuideProtocol | None = None
     """The guide in the precision and on the device of the pipeline, where they differ."""
     _pilotfish_running: RunningCall | None = None
+    _pilotfish_encode: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lock = self._pilotfish_lock
@@ -138,7 +141,8 @@ class Guided:
         running = RunningCall(self, guide, call)
         if call.arguments.get("callback_on_step_end"):
             call.arguments["callback_on_step_end"] = CallbackAdapter(call, running)
-        own = vars(self).get("encode_prompt")  # replaced on the object, to weight prompts say
+        # an encode_prompt of the object's own, to weight prompts for example
+        own = self._pilotfish_encode = vars(self).get("encode_prompt")
         encode: Any = self.encode_prompt  # type: ignore[has-type]
         self._pilotfish_running = running
         self.encode_prompt = lambda *a, **k: running.encode_prompt(encode, a, k)
@@ -186,7 +190,13 @@ class Guided:
         return _rebuild, (plain, self._pilotfish_state(), self._pilotfish_guide)
 
     def _pilotfish_state(self) -> dict[str, Any]:
-        return {n: v for n, v in vars(self).items() if not n.startswith("_pilotfish_")}
+        """The attributes of the plain pipeline, during a call as well."""
+        state = {n: v for n, v in vars(self).items() if not n.startswith("_pilotfish_")}
+        if self._pilotfish_running is not None:
+            del state["encode_prompt"]
+            if self._pilotfish_encode is not None:
+                state["encode_prompt"] = self._pilotfish_encode
+        return state
 
 
 def _rebuild(plain: type, state: dict[str, Any], guide: GuideProtocol) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks
 
-from pilotfish.backbones import Backbone, GuidedPass, Origin, is_compiled, watch_hooks
+from pilotfish.backbones import Backbone, GuidedPass, Origin, current_pass, is_compiled, watch_hooks
 from pilotfish.interface import GuideError, GuideProtocol, TextConditions
 from pilotfish.noise import prediction_type
 
@@ -68,7 +68,9 @@ class RunningCall:
     @property
     def guidance_scale(self) -> Any:
         """The scale of the call; callbacks may change it between two steps."""
-        return self.pipe.guidance_scale if self._argument is None else self._argument
+        scale = self.pipe.guidance_scale if self._argument is None else self._argument
+        single = isinstance(scale, torch.Tensor) and scale.ndim == 0
+        return float(scale) if single else scale
 
     @property
     def needs_guidance(self) -> bool:
@@ -255,7 +257,8 @@ class CallbackAdapter(MultiPipelineCallbacks):
     def __call__(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> Any:
         running = self.running
         before = dict(given)
-        after = super().__call__(pipe, step, timestep, given)
+        with current_pass(None):  # a plain pipeline called by the callback is not guided
+            after = super().__call__(pipe, step, timestep, given)
         running.guided.guide = sync(pipe)
         running.guided.invalidate(pipe._pilotfish_hooks)
         doubled = {
