@@ -16,7 +16,7 @@ from diffusers import DDIMPipeline, UNet2DModel
 from PIL import Image
 
 from pilotfish import bundled, cli
-from pilotfish.cli import demo
+from pilotfish.cli import demo, names
 from pilotfish.guides import Guide
 from tests import components
 from tests.cli.conftest import Say
@@ -363,6 +363,24 @@ def test_a_missing_package_is_one_sentence(
     (line,) = error.strip().splitlines()
     assert code == 1
     assert sentence in line
+
+
+@pytest.mark.parametrize("files", [("__init__.py",), ("__init__.py", "command.py")])
+def test_another_package_called_baselines_counts_as_none(
+    say: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: tuple[str, ...]
+) -> None:
+    for name in [m for m in sys.modules if m.partition(".")[0] == "baselines"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "baselines").mkdir()
+    for file in files:
+        (tmp_path / "baselines" / file).write_text("" if len(files) > 1 else "import gym_of_none")
+    monkeypatch.syspath_prepend(tmp_path)
+    cli.command("sample")
+    assert names.named_methods([]) == {}
+    code, error = say("compare")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "clone the repository and run pip install -e . there" in error
+    sys.modules.pop("baselines", None)  # the other one
 
 
 def test_sample_and_app_need_nothing_of_training_and_evaluation() -> None:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -78,13 +80,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command(name: str) -> Callable[[Sequence[str]], None]:
     """The function of a command. Its module is imported here, so that the usage stays quick."""
     with _quiet_libraries():
-        try:
-            import_module("baselines")  # registers their guides, for every command
-        except ModuleNotFoundError as error:
-            if error.name != "baselines":
-                raise
-        run: Callable[[Sequence[str]], None] = import_module(COMMANDS[name][1]).main
+        module = COMMANDS[name][1]
+        if own_baselines() is None and module.startswith("baselines."):
+            raise ModuleNotFoundError("no package baselines of a clone", name="baselines")
+        run: Callable[[Sequence[str]], None] = import_module(module).main
     return run
+
+
+def own_baselines() -> Any:
+    """The package ``baselines`` of a clone, which registers its guides when it is imported; None
+    where there is none. Another package of that name is not imported."""
+    try:
+        spec = find_spec("baselines")
+    except ValueError:  # a module that was made by hand
+        return None
+    folders = (spec and spec.submodule_search_locations) or ()
+    if not any((Path(folder) / "command.py").is_file() for folder in folders):
+        return None
+    module = import_module("baselines")
+    return module if hasattr(module, "RULES") else None
 
 
 @contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from pilotfish import bundled
+from pilotfish.cli import own_baselines
 from pilotfish.errors import in_brief
 from pilotfish.guides import Guide
 from pilotfish.pipelines.attach import check
@@ -82,9 +81,8 @@ def named_methods(texts: Sequence[str]) -> dict[str, list[Attachable]]:
     """Guides, and rules of ``baselines`` in a clone, by name: ``NAME=GUIDE``, or by the last part
     of their path. A path may hold a ``=`` of its own.
     """
-    rules: dict[str, Any] = {}
-    if find_spec("baselines") is not None:
-        rules = import_module("baselines").RULES
+    baselines = own_baselines()
+    rules: dict[str, Any] = baselines.RULES if baselines else {}
     found: dict[str, list[Attachable]] = {}
     for text in texts:
         name, given = split_name(text)

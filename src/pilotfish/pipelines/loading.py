@@ -54,7 +54,7 @@ def load_pipeline(
         ) from error
     for part in pipe.components.values():
         # left alone, transformers loads what was saved in half precision as halves, diffusers
-        # as whole numbers, and the first pass fails
+        # in float32, and the first pass fails
         if isinstance(part, nn.Module):
             nn.Module.to(part, dtype)
     pipe.set_progress_bar_config(disable=True)

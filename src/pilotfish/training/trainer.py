@@ -2,8 +2,8 @@
 
 A stage (:mod:`pilotfish.training.stages`) adds its source of samples, its loss and its validation.
 All random draws come from the streams (:mod:`pilotfish.training.samples`), and everything else that
-changes is in the checkpoint. So a resumed run gives the same weights as an uninterrupted one, and
-several processes give the same as one.
+changes is in the checkpoint. So a resumed run gives the same weights as an uninterrupted one. With
+a fixed ``--streams`` several processes give the same as one, up to the order of sums.
 """
 
 from __future__ import annotations
