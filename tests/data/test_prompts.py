@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pilotfish.data import prompts
-from pilotfish.data.prompts import ConcatTexts, load_prompts, open_prompts
+from pilotfish.data.prompts import ConcatTexts, fingerprint, load_prompts, open_prompts
 
 TEXTS = ["red cat", " a dog ", "\ufefftac"]
 FOUND = ["red cat", "a dog", "tac"]
@@ -255,3 +255,31 @@ def test_the_package_that_reads_it_is_named(
         open_prompts(parquet(tmp_path / "p.parquet"))
     (tmp_path / "p.txt").write_text("cat")  # a text file needs no package
     assert list(open_prompts(tmp_path / "p.txt")) == ["cat"]
+
+
+def test_the_fingerprint_is_that_of_the_texts_not_of_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [str(i) for i in range(10)]
+    (tmp_path / "p.txt").write_text("\n".join(texts))
+    plain = fingerprint(texts)
+    assert plain.startswith("10 texts with the SHA-256 ")
+    assert fingerprint(open_prompts(tmp_path / "p.txt")) == plain
+    others = (texts[::-1], [*texts[:5], "x", *texts[6:]], texts[:-1], ["01", "", *texts[2:]])
+    assert plain not in map(fingerprint, others)
+    monkeypatch.setattr(prompts, "FINGERPRINT_ENDS", 2)
+    read = Unread(texts)
+    assert fingerprint(read) != fingerprint([*texts[:-1], "x"])
+    assert read.indices == [0, 1, 8, 9]
+
+
+class Unread(list[str]):
+    """Notes what is read."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        super().__init__(texts)
+        self.indices: list[int] = []
+
+    def __getitem__(self, index: Any) -> Any:
+        self.indices.append(index)
+        return super().__getitem__(index)

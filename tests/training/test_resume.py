@@ -24,7 +24,7 @@ from pilotfish.training.config import ConfigError, DistillConfig
 from pilotfish.training.context import TrainingContext
 from pilotfish.training.trainer import Interrupted
 from pilotfish.training.validation import GuidanceValidation
-from tests.training.runs import WEIGHTS, same, train
+from tests.training.runs import PROMPTS, WEIGHTS, same, train
 
 Context = Callable[..., TrainingContext]
 
@@ -75,6 +75,10 @@ def test_another_run_is_refused_and_changes_nothing(
     for changes, words in (
         ({"negative_prompt_prob": 0.5}, r"negative_prompt_prob is 0\.0 in the checkpoint, 0\.5"),
         ({"guide": {"rank": 5}}, r"Cannot continue training .*: rank is 4 in the checkpoint, 5"),
+        (
+            {"base_dtype": "bf16"},
+            "base_dtype is fp32 in the checkpoint, bf16 in the configuration",
+        ),
         ({"pool": 16}, "the pool has 8 latents in the checkpoint, 16 in the configuration"),
         ({"resume": str(folder / "checkpoint-2")}, "later than checkpoint-2, up to checkpoint-4"),
     ):
@@ -83,6 +87,11 @@ def test_another_run_is_refused_and_changes_nothing(
     other = context()
     other.pipe.unet.conv_in.bias.data.add_(1.0)
     with pytest.raises(ConfigError, match="another base; its SHA-256 differs"):
+        train(latest, other)
+    other = context()
+    other.prompts = [*PROMPTS[1:], PROMPTS[0]]
+    words = r": prompts is 6 texts with the SHA-256 \w+ in the checkpoint, 6 texts with the SHA-256"
+    with pytest.raises(ConfigError, match=words):
         train(latest, other)
     assert file.read_text() == before
     train(replace(latest, max_train_steps=6), context())

@@ -10,6 +10,7 @@ import warnings
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from itertools import chain, count
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -27,6 +28,7 @@ from pilotfish.data.text_files import (
 )
 from pilotfish.errors import in_brief
 
+FINGERPRINT_ENDS = 4096
 _TEXTS = (".txt", *TABLES)
 _FORMATS = {
     ".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow",
@@ -83,6 +85,16 @@ def open_prompts(
     if not texts:
         raise ValueError(f"{name} holds no prompt")
     return texts
+
+
+def fingerprint(texts: Sequence[str]) -> str:
+    """The number of texts and the start of their SHA-256, as words. Of more than
+    ``2 * FINGERPRINT_ENDS`` only the first and the last are read, which takes no memory."""
+    digest, count = sha256(), len(texts)
+    ends = (range(min(count, FINGERPRINT_ENDS)), range(max(count - FINGERPRINT_ENDS, 0), count))
+    for index in dict.fromkeys(chain(*ends)):
+        digest.update(texts[index].encode() + b"\0")  # no text holds a NUL
+    return f"{count} texts with the SHA-256 {digest.hexdigest()[:16]}"
 
 
 class TextSequence(Sequence[str]):

@@ -123,11 +123,12 @@ class CheckpointManager:
             ConfigError: its base or its settings are others.
         """
         checkpoint = load_checkpoint(path)
-        if checkpoint.facts.get("base_sha256") != self.base_sha256:
+        found = checkpoint.facts.get("settings", {})
+        dtype = {k: v for k, v in self.settings.items() if k == "base_dtype"}
+        differs = differences(found, dtype, "checkpoint")  # it changes the SHA-256 as well
+        if not differs and checkpoint.facts.get("base_sha256") != self.base_sha256:
             raise ConfigError(f"{path} was trained on another base; its SHA-256 differs")
-        if differs := differences(
-            checkpoint.facts.get("settings", {}), self.settings, "checkpoint"
-        ):
+        if differs := differs or differences(found, self.settings, "checkpoint"):
             raise ConfigError(f"Cannot continue training {path}: {differs}.")
         saved = saved_streams(path)
         if not saved:

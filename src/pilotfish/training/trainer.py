@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from pilotfish.backbones import Origin
 from pilotfish.conditioning import some_or_one
+from pilotfish.data.prompts import fingerprint
 from pilotfish.errors import Interrupted
 from pilotfish.guidance import draw_guidance_scales
 from pilotfish.guides import Guide
@@ -67,7 +68,9 @@ class Trainer:
 
     measure: ClassVar[str]
     """Name of the stage's relative error, 1 for an untrained student."""
-    fixed_settings: ClassVar[tuple[str, ...]] = ("train_finetunes", "negative_prompt_prob")
+    fixed_settings: ClassVar[tuple[str, ...]] = (
+        "base_dtype", "train_finetunes", "negative_prompt_prob",
+    )  # fmt: skip
     """Settings that a resumed run must share."""
     rate_factor: ClassVar[float] = 1.0
     """Factor of the guide's own learning rate, where the settings have none."""
@@ -294,9 +297,10 @@ class Trainer:
 
     def _fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share, in plain JSON. The base is compared by its
-        checksum, not by its name."""
+        checksum and the prompts by theirs, not by their names."""
         fixed = {
             "measure": self.measure,
+            "prompts": fingerprint(self.context.prompts),
             "guide_type": self.guide.guide_type,
             **self.guide.settings(),
         }
