@@ -15,6 +15,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from safetensors.torch import load_file
 
 from pilotfish.guides import Guide
+from pilotfish.interface import GuideError
 from pilotfish.training import stages, validation
 from pilotfish.training.checkpoint import list_checkpoints
 from pilotfish.training.config import ConfigError, DistillConfig
@@ -82,6 +83,13 @@ def test_a_guide_is_trained_further(
         distill(replace(again, guide={"rank": 8}))
     with pytest.raises(ConfigError, match=r": guide_type is tiny in the guide, full in the conf"):
         distill(replace(again, guide_type="full", guide=None))
+    made = context("v_prediction")
+    words = (
+        r"^this TinyGuide was made for another denoiser: [^{]*prediction_type: guide epsilon, de"
+    )
+    with pytest.raises(GuideError, match=words):
+        distill(replace(again, output=str(tmp_path / "other")))
+    made = context()
     for name, value in (("init_from", None), ("training_samples", "on_policy")):
         with pytest.raises(ConfigError, match=f"Cannot continue training .*: {name} is "):
             distill(replace(again, resume="latest", **{name: value}))
@@ -148,6 +156,13 @@ def test_a_base_that_needs_an_image_is_refused(make_pipe: Callable[[str], Any]) 
     inpainting.unet.register_to_config(in_channels=9)
     with pytest.raises(ConfigError, match="takes 9 channels and predicts 4"):
         TrainingContext(inpainting, PROMPTS, PROMPTS)
+
+
+def test_a_scheduler_of_other_timesteps_is_refused(make_pipe: Callable[[str], Any]) -> None:
+    pipe = make_pipe("epsilon")
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, num_train_timesteps=50)
+    with pytest.raises(ConfigError, match=r"has 50 num_train_timesteps, but .* with 1000"):
+        TrainingContext(pipe, PROMPTS, PROMPTS)
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])

@@ -45,7 +45,8 @@ class TrainingContext:
         backbone: the family's view of the denoiser.
 
     Raises:
-        ConfigError: the base is not one of text to image.
+        ConfigError: the base is not one of text to image, or its scheduler counts other timesteps
+            than its denoiser.
     """
 
     pipe: Any
@@ -69,6 +70,13 @@ class TrainingContext:
             raise ConfigError(
                 f"the base takes {shape.in_channels} channels and predicts {shape.out_channels}: "
                 "it needs an image as input; train a guide on a text-to-image model"
+            )
+        own, scheduled = self.backbone.num_train_timesteps, self.path.num_train_timesteps
+        if scheduled != own:
+            raise ConfigError(
+                f"the base's scheduler has {scheduled} num_train_timesteps, but a "
+                f"{type(self.denoiser).__name__} is trained with {own}; give the pipeline a "
+                f"scheduler with {own}"
             )
 
     @classmethod

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pilotfish import bundled
+from pilotfish.backbones import Origin
 from pilotfish.guides import Guide
 from pilotfish.noise import NoisePath
 from pilotfish.training.config import (
@@ -177,14 +178,17 @@ def distill(config: DistillConfig) -> Guide:
     """Stage 1; the guide is saved in ``output/guide``.
 
     Raises:
-        ConfigError: the guide of ``init_from`` is of another type or base, or a setting that is not
-            at its default differs from its own.
-        GuideError: it cannot be read.
+        ConfigError: the guide of ``init_from`` is of another type, or a setting that is not at its
+            default differs from its own.
+        GuideError: it cannot be read, or was made for another base.
     """
     found = bundled.open_guide(config.init_from) if config.init_from else None
     if found is not None:
         config = with_settings_of(found, config)
     context = TrainingContext.from_config(config)
+    if found is not None:
+        signature = context.backbone.signature(context.path.prediction_type)
+        found.check(signature, Origin.of(context.denoiser))
     guide = new_guide(config, context)
     if found is not None:
         if differs := differences(found.settings(), guide.settings(), "guide"):
