@@ -20,6 +20,8 @@ from pilotfish.training.config import TrainingConfig
 from pilotfish.training.context import TrainingContext
 
 PROMPTS, STEPS, SHOWN = 16, 12, 4
+SHOWN_SCALE = 4.0
+"""The images are sampled at the validated scale that is nearest to this."""
 
 
 class Validation(Protocol):
@@ -34,18 +36,43 @@ class Validation(Protocol):
         ...
 
 
-class GuidanceValidation:
+def validation_scales(config: TrainingConfig) -> tuple[float, ...]:
+    """Those of the usual scales in the range of training; where there are none, its ends, but not
+    1, which is no guidance."""
+    low, high = config.guidance_scale_min, config.guidance_scale_max
+    inside = [w for w in SCALES if low <= w <= high]
+    return tuple(inside or sorted({w for w in (low, high) if w > 1}))
+
+
+class _Settings:
+    """What both validations take from a configuration.
+
+    Attributes:
+        scales: to measure at.
+        shown: that of the images.
+        batch_size: one that the training has memory for.
+    """
+
+    def __init__(self, config: TrainingConfig, context: TrainingContext) -> None:
+        self.config, self.context = config, context
+        self.scales = validation_scales(config)
+        self.shown = min(self.scales, key=lambda w: abs(w - SHOWN_SCALE))
+        self.batch_size = min(32, config.train_batch_size)
+
+
+class GuidanceValidation(_Settings):
     """Stage 1: the guidance error on a few held-out prompts."""
 
     def __init__(self, config: TrainingConfig, context: TrainingContext, teacher: Teacher) -> None:
-        self.context = context
+        super().__init__(config, context)
         count = min(PROMPTS, len(context.validation_prompts))
         prompt = torch.arange(len(context.prompts), len(context.prompts) + count)
         generator = torch.Generator().manual_seed(config.seed)
         self.trajectories = Trajectories(
             teacher, context.path, prompt, torch.full_like(prompt, NULL),
             torch.randn(count, *context.latent_shape, generator=generator),
-            guidance_scales=SCALES, num_inference_steps=STEPS, cache=True,
+            guidance_scales=self.scales, num_inference_steps=STEPS, batch_size=self.batch_size,
+            cache=True,
         )  # fmt: skip
 
     def run(self, guide: Guide, step: int, folder: Path) -> dict[str, float]:
@@ -59,15 +86,15 @@ class GuidanceValidation:
 
         def column(w: float, with_guide: Guide | None) -> list[Sample]:
             return list(sample(pipe, texts, seeds=range(len(texts)), guidance_scale=w,
-                               num_inference_steps=STEPS, guide=with_guide))  # fmt: skip
+                               num_inference_steps=STEPS, guide=with_guide,
+                               batch_size=self.batch_size))  # fmt: skip
 
-        save_columns(
-            [column(1.0, None), column(4.0, None), column(4.0, guide)], folder, f"step-{step}"
-        )
+        w = self.shown
+        save_columns([column(1.0, None), column(w, None), column(w, guide)], folder, f"step-{step}")
         return mean_and_each("guidance_error", error.by_w)
 
 
-class StepValidation:
+class StepValidation(_Settings):
     """Stage 2: ``E||student - teacher||^2 / E||untrained - teacher||^2`` of final latents. The
     teacher takes twice as many steps; *untrained* is the teacher with the student's steps.
 
@@ -79,14 +106,15 @@ class StepValidation:
     def __init__(
         self, config: TrainingConfig, context: TrainingContext, teacher: Guide | None, steps: int
     ) -> None:
-        self.config, self.context, self.teacher, self.steps = config, context, teacher, steps
+        super().__init__(config, context)
+        self.teacher, self.steps = teacher, steps
         self.cached: dict[float, tuple[list[Sample], list[Sample]]] = {}
 
     def run(self, guide: Guide, step: int, folder: Path) -> dict[str, float]:
         """See :class:`Validation`. The images: the teacher with its own steps and with the
         student's, the student."""
         errors, columns = {}, []
-        for w in SCALES:
+        for w in self.scales:
             if w not in self.cached:
                 own = self._sample(self.teacher, w, 2 * self.steps)
                 with warnings.catch_warnings():  # the teacher does not take its own steps here
@@ -95,7 +123,7 @@ class StepValidation:
             goal, untrained = self.cached[w]
             made = self._sample(guide, w, self.steps)
             errors[f"{w:g}"] = _distance(made, goal) / _distance(untrained, goal)
-            if w == SCALES[1]:
+            if w == self.shown:
                 columns = [c[:SHOWN] for c in (goal, untrained, made)]
         save_columns(columns, folder, f"step-{step}")
         return mean_and_each("latent_error", errors)
@@ -107,7 +135,8 @@ class StepValidation:
         if self.context.path.prediction_type == "flow":  # the scheduler's own grid is another
             grid["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
         return list(sample(self.context.pipe, texts, seeds=seeds, guidance_scale=w,
-                           num_inference_steps=steps, guide=guide, **grid))  # fmt: skip
+                           num_inference_steps=steps, guide=guide, batch_size=self.batch_size,
+                           **grid))  # fmt: skip
 
 
 def _distance(a: Sequence[Sample], b: Sequence[Sample]) -> float:
