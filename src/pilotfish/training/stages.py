@@ -209,7 +209,8 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
 
     Raises:
         ConfigError: the folder holds an earlier run and ``resume`` is not set, or ``resume`` names
-            a checkpoint, though every round has its own.
+            a checkpoint, though every round has its own, or a finished round had other settings.
+        GuideError: the guide does not fit the base.
     """
     if config.resume not in (None, "latest"):
         raise ConfigError(f"stage 2 resumes with --resume latest only, not {config.resume}")
@@ -219,6 +220,9 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
             f"{config.output} holds rounds of an earlier run; --resume latest continues it, "
             "another --output keeps it"
         )
+    for steps, folder in folders.items():
+        if (folder / "guide").is_dir():
+            check_finished(folder, config, steps)
     context, made = TrainingContext.from_config(config), {}
     for steps, folder in folders.items():
         if (folder / "guide").is_dir():
@@ -228,6 +232,32 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
             student = StepTrainer(settings, context, initial, steps).run()
         made[steps] = initial = student
     return made
+
+
+FREE = (
+    "output", "resume", "steps", "report_to", "checkpointing_steps", "checkpoints_total_limit",
+    "validation_steps", "validation_prompts", "gradient_checkpointing",
+)  # fmt: skip
+"""Settings that do not change a finished round; of ``steps``, those after it."""
+
+
+def check_finished(folder: Path, config: StepsConfig, steps: int) -> None:
+    """Refuse a finished round that was trained with other settings.
+
+    Raises:
+        ConfigError: naming them, or the round's own cannot be read.
+    """
+
+    def relevant(some: StepsConfig) -> dict[str, Any]:
+        until = some.steps[: some.steps.index(steps) + 1] if steps in some.steps else some.steps
+        return {k: v for k, v in asdict(some).items() if k not in FREE} | {"steps": until}
+
+    found = relevant(StepsConfig.load(folder / "config.json"))
+    if differs := differences(found, relevant(config), "finished round"):
+        raise ConfigError(
+            f"Cannot continue after {folder}: {differs}; give the same settings or another "
+            "--output."
+        )
 
 
 def new_guide(config: DistillConfig, context: TrainingContext) -> Guide:
