@@ -287,9 +287,11 @@ class LowRank(nn.Module):
 def low_rank(x: torch.Tensor, made: torch.Tensor, path: Path, kernel: torch.Tensor) -> torch.Tensor:
     """A modulated :class:`LowRank` of x (N, entering, h, w), added to ``made`` (N, leaving, h, w),
     in as few operators as it has products."""
-    n = len(x)
-    down, shift, up = (t.expand(n, -1, -1) for t in path)
-    hidden = torch.baddbmm(shift, down, x.flatten(2)).view(n, -1, *x.shape[-2:])
+    n, _, height, width = x.shape
+    down, shift, up = (t if len(t) == n else t.expand(n, -1, -1) for t in path)
+    # (N, pixels, rank): the layout in which a depthwise convolution is fastest
+    hidden = torch.baddbmm(shift.mT, x.flatten(2).mT, down.mT)
+    hidden = hidden.mT.unflatten(2, (height, width))
     hidden = F.silu(F.conv2d(hidden, kernel, padding=1, groups=len(kernel)))
     return torch.baddbmm(made.flatten(2), up, hidden.flatten(2)).view_as(made)
 
