@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass  # noqa: F401  of the example
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from pilotfish import GuideOutput  # noqa: F401
 from pilotfish.backbones import Backbone, DenoiserCall, Hooks
-from pilotfish.guidance import guidance_strength  # noqa: F401
 from pilotfish.guides import Guide, TinyGuide
-from pilotfish.guides.layers import zero_module  # noqa: F401
 from pilotfish.interface import GuideError, TextConditions
 from pilotfish.teacher import Student
 
@@ -105,10 +101,10 @@ def test_without_its_file_the_family_is_refused() -> None:
 
 
 def test_the_guide_of_the_documents_works(tmp_path: Path, pipe: Any) -> None:
-    code = re.search(r"```python\n(@dataclass.*?)```", ARCHITECTURE.read_text(), re.DOTALL)
+    code = re.search(r"```python\n(from dataclasses.*?)```", ARCHITECTURE.read_text(), re.DOTALL)
     assert code is not None
     try:
-        exec(code[1], dict(globals()))
+        exec(code[1], {"__name__": __name__})
         made = Guide.registry["mine"].for_denoiser(pipe.unet, "epsilon")
         made.save_pretrained(tmp_path)
         guide = Guide.from_pretrained(tmp_path)

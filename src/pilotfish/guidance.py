@@ -13,7 +13,7 @@ import torch
 
 
 class GuidanceMode(StrEnum):
-    """The three ways to sample that are compared everywhere."""
+    """The three guidance modes that are compared everywhere."""
 
     NONE = "none"
     """One pass, the prompt alone."""

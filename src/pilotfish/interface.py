@@ -82,9 +82,8 @@ class TextConditions:
     def minus(self, other: TextConditions) -> torch.Tensor:
         """(N, L, D) the difference to ``other`` (N or 1).
 
-        Token by token where both have one length and no mask. Otherwise token i of the one says
-        nothing of token i of the other, and the mean of ``other`` is taken from every token that
-        counts.
+        Token by token where both have one length and no mask. Otherwise tokens do not
+        correspond, and the mean of ``other`` is subtracted from every token that counts.
         """
         if self.mask is None and self.embeds.shape[1] == other.embeds.shape[1]:
             return self.embeds - other.embeds

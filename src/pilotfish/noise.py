@@ -34,7 +34,8 @@ def prediction_type(scheduler: Any) -> str:
     """The type of prediction that a scheduler expects of the denoiser."""
     if type(scheduler).__name__.startswith("FlowMatch"):
         return "flow"
-    stated = scheduler.config.get("prediction_type", "epsilon")  # few know of no other
+    # schedulers without this field predict epsilon
+    stated = scheduler.config.get("prediction_type", "epsilon")
     return "flow" if stated == "flow_prediction" else str(stated)
 
 

@@ -1,4 +1,4 @@
-"""Families of denoisers: what a guide may touch in each, and how it is called.
+"""Families of denoisers: what a guide may change in each, and how it is called.
 
 A new family is one file with a subclass of :class:`Backbone`, and one line here.
 """

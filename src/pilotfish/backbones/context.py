@@ -20,8 +20,7 @@ from pilotfish.interface import GuideError, GuideInputs, GuideOutput, GuideProto
 
 T = TypeVar("T")
 TABLE_BYTES = 2**28
-"""Bytes that the modulations of a whole schedule may take; of a guide with more, each step's are
-computed at the step."""
+"""Largest table of modulations; above it they are computed at each step."""
 TABLES = 2
 """Tables of a whole schedule that one call makes. A callback at every step makes each useless
 after one step; from then on modulations are computed at the step."""
@@ -251,8 +250,9 @@ class GuidedPass:
         is sure to stay.
 
         It is not cached while gradients are computed, nor where an adapter may be turned up or
-        down between two steps or a part was patched. A compiled graph makes it again: taken in
-        from outside, it would ask for another graph than the one that makes it."""
+        down between two steps or a part was patched. Inside a compiled graph the value is
+        computed again; passing it in would need a second graph.
+        """
         if not _lasting(parts):
             return make()
         if module not in self._cache:

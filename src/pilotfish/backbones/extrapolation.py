@@ -1,7 +1,8 @@
 """Layers that take in the text, extrapolated away from the negative prompt: ``a + g (a - a_n)``.
 
 ``a`` is a layer's output in the pass, ``a_n`` what it would be with the negative prompt. With
-``g = -1`` in every such layer the pass is the unconditional one.
+``g = -1`` in every layer that takes in the text the pass is the unconditional one; the encoder of a
+UNet is left out.
 
 - Cross-attention (NAG, arXiv 2505.21179, with learned gains): ``a_n`` costs one attention to the
   negative prompt's few tokens; their keys and values are made once a call.

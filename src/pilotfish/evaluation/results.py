@@ -276,7 +276,7 @@ class PartialResults:
         return on_main(lambda: {name: checksum(module) for name, module in networks.items()})
 
     def get(self, kind: type[T], facts: Mapping[str, Any], measure: Callable[[], T]) -> T:
-        """The part of some facts (plain values, told apart by their ``repr``); measured, and
+        """The part of some facts (plain values, distinguished by their ``repr``); measured, and
         saved at once, if it is not there."""
         if self.file is None:
             return measure()

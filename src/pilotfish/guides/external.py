@@ -39,7 +39,7 @@ class ExternalGuide(Guide, guide_type="external", settings=ExternalSettings):
     Args:
         signature: of the denoiser, a UNet.
         guidance_scale_range: the (low, high) of w in training.
-        times: of a guide distilled to few steps, the only ones that it knows.
+        times: of a guide distilled to few steps, those that it was trained at.
         trained_on: name and revision of the base, where they are known.
 
     The others are those of :class:`ExternalSettings`.

@@ -22,13 +22,13 @@ SCALE_FEATURES = 64
 
 
 class FullGuide(Guide, guide_type="full"):
-    """The most accurate and the most expensive of the guides, about 40 % of the base's parameters.
+    """The largest of the guides, about 40 % of the base's parameters.
 
     Args:
         signature: of the denoiser, a UNet.
         unet_config: the configuration of the UNet whose encoder is copied.
         guidance_scale_range: the (low, high) of w in training.
-        times: of a guide distilled to few steps, the only ones that it knows.
+        times: of a guide distilled to few steps, those that it was trained at.
         trained_on: name and revision of the base, where they are known.
     """
 

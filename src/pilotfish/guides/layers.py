@@ -29,7 +29,7 @@ class Condition(nn.Module):
         text_dim: width of the text's embeddings.
         width: of the vector.
         negative: whether it is conditioned on the negative prompt itself as well. The difference
-            to the prompt says which way to go; how far that leads depends on where it starts.
+            gives the direction; its effect also depends on the negative prompt.
     """
 
     def __init__(self, text_dim: int, width: int, negative: bool = False) -> None:
@@ -54,7 +54,7 @@ class Condition(nn.Module):
         return F.silu(seen if of_negative is None else seen + of_negative)
 
     def of_negative(self, negative: TextConditions) -> torch.Tensor | None:
-        """(N or 1, width) what is seen of the negative prompt itself, if anything."""
+        """(N or 1, width) the projected mean of the negative prompt, if the guide has one."""
         if self.negative is None:
             return None
         seen: torch.Tensor = self.negative(negative.mean())

@@ -79,7 +79,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
     Args:
         signature: of the denoiser (:meth:`pilotfish.backbones.Backbone.signature`).
         guidance_scale_range: the (low, high) of w in training.
-        times: of a guide distilled to few steps, the only ones that it knows.
+        times: of a guide distilled to few steps, those that it was trained at.
         trained_on: name and revision of the base, where they are known.
 
     The others are those of :class:`TinySettings`.

@@ -128,12 +128,12 @@ class RunningCall:
             return
         known, self._times = self._times, None
         scheduler = self.pipe.scheduler
-        asked = self.backbone.time(scheduler.timesteps).tolist()
-        # Euler's steps are those of DDIM; solvers that use earlier steps would do twice what the
-        # guide has learnt to do
+        taken = self.backbone.time(scheduler.timesteps).tolist()
+        # Euler's steps are those of DDIM; multistep solvers would repeat what the guide was
+        # distilled to do
         name = type(scheduler).__name__
-        same = len(asked) == len(known) and all(
-            abs(a - k) < 1e-4 for a, k in zip(asked, known, strict=True)
+        same = len(taken) == len(known) and all(
+            abs(a - k) < 1e-4 for a, k in zip(taken, known, strict=True)
         )
         if same and name.startswith(("DDIM", "Euler", "FlowMatchEuler")):
             return
@@ -143,7 +143,7 @@ class RunningCall:
         )  # fmt: skip
         warnings.warn(
             f"this guide was distilled for {len(known)} steps at the times {_listed(known)}, but "
-            f"{name} takes {len(asked)} at {_listed(asked)}; use num_inference_steps={len(known)} "
+            f"{name} takes {len(taken)} at {_listed(taken)}; use num_inference_steps={len(known)} "
             f"and {how}", stacklevel=2,
         )  # fmt: skip
 

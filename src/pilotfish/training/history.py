@@ -26,7 +26,7 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        seconds: spent on them, with the teacher's passes.
+        seconds: taken by them, with the teacher's passes.
         smooth: the smoothed loss and relative error.
         history: a row for each validation.
     """
