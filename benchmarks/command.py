@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     counts: dict[tuple[str, str], OperatorCount] = {}
     for model in config.models:
-        pipe = open_model(model)
+        pipe = open_model(model, config.dtype)
         network, name = _guide(config, pipe)
         check(network, pipe)
         if config.operators:
@@ -129,12 +129,12 @@ def _guide(config: BenchmarkConfig, pipe: Any) -> tuple[Guide, str]:
         return open_guide(config.guide), config.guide
     (name,) = config.guide_type
     denoiser = Backbone.of_pipeline(pipe).denoiser
-    fresh = Guide.registry[name].for_denoiser(denoiser, prediction_type(pipe))
+    fresh = Guide.registry[name].for_denoiser(denoiser, prediction_type(pipe.scheduler))
     return fresh.eval(), f"fresh {name}"
 
 
 def _time(config: BenchmarkConfig, model: str, pipe: Any, network: Guide, name: str) -> None:
-    pipe.to(config.device, getattr(torch, config.dtype))
+    pipe.to(config.device)
     size = GuideSize.of(network, pipe, name)
     found = measure_cost(
         pipe, network, batch_sizes=config.batch_sizes, rounds=config.rounds,

@@ -19,8 +19,8 @@ MODES = ("none", "cfg", "tiny", "full")
 
 @pytest.fixture
 def base(make_pipe: Callable[[str], Any], tmp_path: Path) -> str:
-    """A pipeline's folder."""
-    make_pipe("epsilon").save_pretrained(tmp_path / "base")
+    """A pipeline's folder, of one that does not predict what most do."""
+    make_pipe("v_prediction").save_pretrained(tmp_path / "base")
     return str(tmp_path / "base")
 
 
