@@ -187,7 +187,7 @@ class GuidedPass:
         if output.text_gain is not None:
             assert call is not None
             conditions = TextConditions(text, mask=call.text.mask)
-            against = negative or self.negative
+            against = self.negative if negative is None else negative
             kept = self._cache.get("text")
             if kept is None or kept[0] is not text:
                 kept = text, conditions.minus(against)

@@ -1,7 +1,7 @@
 """PixArtTransformer2DModel: PixArt-Alpha and PixArt-Sigma.
 
 Text enters through cross-attention after a projection, padded to one length and masked. The
-denoiser predicts epsilon and, beside it, a variance that sampling leaves aside.
+denoiser predicts epsilon and a variance, which sampling does not use.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Held-out prompts are paired with negative prompts. A guide is measured against CFG with the same
 pair: once conditioned on the negative prompt and once on the null prompt, as a guide that
-ignores it. The guidance error with the null prompt stands beside both.
+ignores it. The guidance error with the null prompt is reported with both.
 """
 
 from __future__ import annotations

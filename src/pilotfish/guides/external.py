@@ -1,4 +1,4 @@
-"""The paper's tiny guide: a small network of its own that runs beside the base. UNets only.
+"""The paper's tiny guide: a small separate network. UNets only.
 
 It adds to each skip feature and to the mid block's output, and reads the latents, time, w and the
 text, and nothing of the base.

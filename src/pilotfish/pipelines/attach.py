@@ -185,7 +185,7 @@ class Guided:
         return _rebuild(type(self).__bases__[1], state, self._pilotfish_guide)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled as the plain pipeline with the guide beside it."""
+        """Pickled as the plain pipeline together with the guide."""
         plain = type(self).__bases__[1]
         return _rebuild, (plain, self._pilotfish_state(), self._pilotfish_guide)
 

@@ -1,4 +1,4 @@
-"""The training loop of both stages: a guide is trained beside its frozen base.
+"""The training loop of both stages: a guide is trained against its frozen base.
 
 A stage (:mod:`pilotfish.training.stages`) adds its source of samples, its loss and its validation.
 All random draws come from the streams (:mod:`pilotfish.training.samples`), and everything else that
