@@ -39,7 +39,10 @@ def classifier_free_guidance(
     Returns:
         (N, C, H, W)
     """
-    return unconditional + per_sample(guidance_scale, conditional) * (conditional - unconditional)
+    # a number multiplies as it does in pipelines: as a tensor it would be rounded to half precision
+    single = not isinstance(guidance_scale, torch.Tensor)
+    w = guidance_scale if single else per_sample(guidance_scale, conditional)
+    return unconditional + w * (conditional - unconditional)
 
 
 def renormalised_guidance(

@@ -7,7 +7,7 @@ Everything between a denoiser family (:mod:`pilotfish.backbones`) and a guide
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -120,6 +120,30 @@ class TextConditions:
 
 
 @dataclass(frozen=True)
+class Refresh:
+    """What the last step with both passes found, for N samples.
+
+    Attributes:
+        time: (N,) normalised time of that step.
+        difference: (N, C, h, w) its conditional prediction minus its unconditional one, on the grid
+            of :class:`GuideInputs`.
+        conditional: (N, C, h, w) its conditional prediction.
+        known: (N,) 1 where there was such a step; 0 where there was none, and all else is 0.
+    """
+
+    time: torch.Tensor
+    difference: torch.Tensor
+    conditional: torch.Tensor
+    known: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> Refresh:
+        """Predictions in another precision."""
+        return replace(
+            self, difference=self.difference.to(dtype), conditional=self.conditional.to(dtype)
+        )
+
+
+@dataclass(frozen=True)
 class GuideInputs:
     """The inputs of a guide: one denoiser call of batch size N.
 
@@ -131,6 +155,7 @@ class GuideInputs:
         text: N prompts.
         negative: N null or negative prompts, or one that serves all.
         added_cond_kwargs: further conditions of the denoiser (SDXL's pooled text and sizes).
+        refresh: what the last step with both passes found; None where there was none.
     """
 
     latents: torch.Tensor
@@ -139,6 +164,7 @@ class GuideInputs:
     text: TextConditions
     negative: TextConditions
     added_cond_kwargs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    refresh: Refresh | None = None
 
 
 ResidualFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -188,6 +214,9 @@ class GuideProtocol(Protocol):
     def times(self) -> tuple[float, ...] | None: ...
 
     @property
+    def corrects_refresh(self) -> bool: ...
+
+    @property
     def target_modules(self) -> tuple[str, ...]: ...
 
     @property
@@ -195,7 +224,7 @@ class GuideProtocol(Protocol):
 
     def modulations(
         self, time: torch.Tensor, guidance_scale: torch.Tensor, text: TextConditions,
-        negative: TextConditions,
+        negative: TextConditions, refresh: Refresh | None = None,
     ) -> Any: ...  # fmt: skip
 
     def __call__(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pilotfish.backbones import Backbone, GuidedPass, current_pass
 from pilotfish.conditioning import Prompts
-from pilotfish.interface import GuideProtocol, TextConditions
+from pilotfish.interface import GuideProtocol, Refresh, TextConditions
 
 
 class Denoiser:
@@ -96,6 +97,8 @@ class Student(nn.Module):
         text: TextConditions,
         negative: TextConditions,
         guidance_scale: torch.Tensor,
+        refresh: Refresh | None = None,
+        both_passes: bool = False,
     ) -> torch.Tensor:
         """The guided prediction, (N, C, h, w).
 
@@ -104,9 +107,20 @@ class Student(nn.Module):
             text: N prompts, on the denoiser's device.
             negative: N negative prompts, or one that serves all; there as well.
             guidance_scale: (N,).
+            refresh: what the last step with both passes found, in the shape of the latents.
+            both_passes: whether this step is one.
         """
         (base,) = self._base
-        guided = GuidedPass(self.guide, lambda: guidance_scale, lambda: negative, hooks=self.hooks)
+        guided = GuidedPass(
+            self.guide, lambda: guidance_scale, lambda: negative, hooks=self.hooks,
+            refresh_at=lambda steps: (0,) if both_passes else (),
+        )  # fmt: skip
+        if refresh is not None:
+            on_grid = base.backbone.on_grid
+            guided.refresh = replace(
+                refresh, difference=on_grid(refresh.difference),
+                conditional=on_grid(refresh.conditional),
+            )  # fmt: skip
         with guided.open():
             return base(latents, time, text)
 

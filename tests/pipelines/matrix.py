@@ -143,6 +143,11 @@ FEATURES = {
     "fuse_qkv_projections": Feature(
         "the same images, up to rounding", (*SOME, "PixArt-Sigma")
     ),
+    "refresh": Feature(
+        "both passes in some steps: in all of them CFG's images, up to rounding; the steps and "
+        "passes are counted; nothing is kept after the call",
+        EVERY,
+    ),
     "FreeU": Feature("one call a step, fresh is conditional", SOME),
     "torch.compile": Feature(
         "with `fullgraph=True`, before or after attaching, the same up to rounding; another w, "

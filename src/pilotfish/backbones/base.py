@@ -115,15 +115,23 @@ class Backbone(ABC):
 
         def residual(name: str) -> Callable[..., Any]:
             def after(guided: GuidedPass, module: Any, args: Any, output: Any) -> Any:
+                if not (guided.active or guided.doubled):
+                    return None
                 made = self.image_map(guided, name, output)
                 entered = self.image_map(guided, "", args[0]) if args else made
-                changed = guided.residual(name, entered, made)
+                if guided.doubled:
+                    changed = guided.corrected(name, entered, made)
+                    if changed is None:
+                        return None
+                else:
+                    changed = guided.residual(name, entered, made)
                 return self.with_image_map(guided, name, output, changed)
 
             return after
 
+        last = self.sites()["head"]["module"]
         for name in hooks.guide.target_modules:
-            hooks.after(hooks.modules[name], residual(name))
+            hooks.after(hooks.modules[name], residual(name), doubled=name == last)
 
     def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
         """The image in the output of a target module as a map (N, channels, h, w)."""
@@ -155,12 +163,22 @@ class Backbone(ABC):
     def _begin(self, guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
         guided.begin(self.read_call(given), self.time)
+        if guided.doubled:
+            return with_arguments(args, kwargs, self.parameters, self.doubled(guided, given))
         if not guided.active:
             return None
         return with_arguments(args, kwargs, self.parameters, self.changed(guided, given))
 
-    def _end(self, guided: GuidedPass, module: Any, args: Any, output: Any) -> None:
-        guided.end(output[0])
+    def _end(self, guided: GuidedPass, module: Any, args: Any, output: Any) -> Any:
+        if guided.doubled:
+            unconditional, conditional = output[0].chunk(2)
+            scale = guided.refreshed(self.on_grid(unconditional), self.on_grid(conditional))
+            if scale is not None:
+                conditional = self.guidance_rule(unconditional, conditional, scale)
+            return with_first(output, conditional)
+        if guided.active:
+            guided.end(output[0])
+        return None
 
     # -- how the denoiser is called -------------------------------------------------------
 
@@ -172,6 +190,29 @@ class Backbone(ABC):
         """The arguments that the guide changes, by name."""
         text = guided.extrapolated_text(given["encoder_hidden_states"])
         return {"encoder_hidden_states": guided.added_text(text)}
+
+    def doubled(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call with both passes, by name: every batch twice, the first time with
+        the negative prompts."""
+        assert guided.call is not None
+        n, text = len(guided.call.latents), guided.call.text
+        repeated = {name: twice(value, n) for name, value in given.items()}
+        both = TextConditions.cat([guided.negative.expand(n).to(text.dtype), text])
+        return repeated | self.text_arguments(both, repeated)
+
+    @abstractmethod
+    def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call that hold the prompts, by name.
+
+        Args:
+            given: the other arguments, of the same batch size.
+        """
+
+    @abstractmethod
+    def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents or a prediction, (N, C, H, W), on the grid of
+        :class:`~pilotfish.interface.GuideInputs`. Further channels, such as a mask or a variance,
+        are left out."""
 
     @abstractmethod
     def __call__(
@@ -227,3 +268,14 @@ class Backbone(ABC):
         size = self.denoiser.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.denoiser.config.in_channels), int(height), int(width)
+
+
+def twice(value: Any, n: int) -> Any:
+    """Every tensor of n rows, here or in lists and mappings, repeated; all else as it is."""
+    if isinstance(value, torch.Tensor):
+        return torch.cat([value, value]) if value.ndim and len(value) == n else value
+    if isinstance(value, list | tuple):
+        return type(value)(twice(v, n) for v in value)
+    if isinstance(value, Mapping):
+        return {k: twice(v, n) for k, v in value.items()}
+    return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import local
 from typing import Any, TypeVar
 
@@ -16,7 +16,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from pilotfish.interface import GuideError, GuideInputs, GuideOutput, GuideProtocol, TextConditions
+from pilotfish.backbones.schedule import ScheduleTable, step_of
+from pilotfish.interface import (
+    GuideError,
+    GuideInputs,
+    GuideOutput,
+    GuideProtocol,
+    Refresh,
+    TextConditions,
+)
 
 T = TypeVar("T")
 TABLE_BYTES = 2**28
@@ -67,6 +75,8 @@ class GuidedPass:
         negative: gives the N negative prompts, or one that serves all.
         timesteps: gives the timesteps of the whole schedule, where they are known: what depends
             on time, scale and text alone is then computed for all of them at once.
+        refresh_at: gives the denoiser calls, counted from 0, that run both passes, from the number
+            of calls.
         check_batch: called before every guided call with its batch size N.
         hooks: those that serve it. A guide can be installed several times on one denoiser (two
             pipelines that share it), and each pass is served once. Left out: any.
@@ -79,13 +89,26 @@ class GuidedPass:
         negative: Callable[[], TextConditions],
         *,
         timesteps: Callable[[], torch.Tensor | None] = lambda: None,
+        refresh_at: Callable[[int], tuple[int, ...]] = lambda steps: (),
         check_batch: Callable[[int], None] = lambda n: None,
         hooks: object | None = None,
     ) -> None:
         self.guide, self.guidance_scale, self._negative = guide, guidance_scale, negative
         self.timesteps, self.check_batch, self.hooks = timesteps, check_batch, hooks
+        self.refresh_at = refresh_at
         self.output = GuideOutput()
         self.active = False
+        self.doubled = False
+        """Whether the running denoiser call runs both passes, in one doubled batch."""
+        self.refreshing = False
+        """Whether it has not found the difference yet."""
+        self.refresh: Refresh | None = None
+        """What the last of them found."""
+        self.negative_images: list[torch.Tensor] | None = None
+        """Embeddings that stand for no image, where an IP-Adapter is used."""
+        self._calls = 0
+        self._places: tuple[int, ...] | None = None
+        self._began: tuple[Any, GuideInputs] | None = None
         self.call: DenoiserCall | None = None
         self.negative: TextConditions = TextConditions(torch.empty(0))
         self.scratch: dict[Any, Any] = {}
@@ -95,7 +118,7 @@ class GuidedPass:
         self._weights: dict[str, torch.Tensor] = {}
         self._due: set[str] = set()
         self._cache: dict[Any, Any] = {}
-        self._table: _Table | None = None
+        self._table: ScheduleTable | None = None
         self._place: int | None = None
         self._tables = 0
 
@@ -113,6 +136,11 @@ class GuidedPass:
         finally:
             # the output stays: gradient checkpointing runs blocks again in the backward pass
             self._due, self._cache, self._table, self._tables = set(), {}, None, 0
+            self.refresh, self._calls, self._places = None, 0, None
+
+    def forget_refresh(self) -> None:
+        """Forget what the last refresh found, after the prompts have changed."""
+        self.refresh = None
 
     def invalidate(self, hooks: object) -> None:
         """Clear the cache after a callback, which may have changed the denoiser.
@@ -125,12 +153,15 @@ class GuidedPass:
     # -- one denoiser call --------------------------------------------------------------
 
     def begin(self, call: DenoiserCall, time: Callable[[Any], torch.Tensor]) -> None:
-        """A denoiser call starts: run the guide, unless the scale is at most 1.
+        """A denoiser call starts: run the guide, unless the scale is at most 1 or the call runs
+        both passes.
 
         Args:
             time: turns the denoiser's timesteps into normalised time.
         """
-        self.active, self.output, self.call = False, GuideOutput(), call
+        self.active = self.doubled = self.refreshing = False
+        self.output, self.call = GuideOutput(), call
+        number, self._calls = self._calls, self._calls + 1
         self.scratch, self._due, self._weights, self._untrained = {}, set(), {}, None
         n, scale = len(call.latents), self.guidance_scale()
         if not isinstance(scale, torch.Tensor):
@@ -138,7 +169,6 @@ class GuidedPass:
                 return
             low, high = self.guide.guidance_scale_range
             self._untrained = None if low <= scale <= high else float(scale)
-        self.active = True
         # in training a guide may be finer than the denoiser that it is trained on
         same = self.guide.dtype == call.latents.dtype
         self._denoiser_dtype = None if same else call.latents.dtype
@@ -147,12 +177,99 @@ class GuidedPass:
         if negative is not self.negative:
             self._cache, self._table = {}, None
         self.negative = negative
-        inputs, modulations = self._scheduled(call, scale, time)
+        if number in self._refreshes(call.timestep, number):
+            self.doubled = self.refreshing = True
+            place = call.latents.device
+            now = time(torch.as_tensor(call.timestep, device=place)).reshape(-1).expand(n)
+            w = torch.as_tensor(scale, dtype=torch.float32, device=place).expand(n)
+            self._began = scale, self._inputs(call, now, w)
+            return
+        self.active = True
+        inputs, modulations = self._scheduled(call, number, scale, time)
         self.output = self.guide(inputs, modulations)
         gains = self.output.gains
         if gains and self._denoiser_dtype is None:
             self._weights = dict(zip(gains, torch._foreach_neg(tuple(gains.values())), strict=True))
         self._due = {*self.output.residuals, *gains}
+
+    def negative_prompts(self) -> TextConditions:
+        """N negative prompts, or one that serves all."""
+        return self._negative()
+
+    def will_double(self, timestep: Any) -> bool:
+        """Whether the next denoiser call, at this timestep, runs both passes."""
+        scale = self.guidance_scale()
+        guided = isinstance(scale, torch.Tensor) or scale > 1
+        return guided and self._calls in self._refreshes(timestep, self._calls)
+
+    def _refreshes(self, timestep: Any, number: int) -> tuple[int, ...]:
+        """The denoiser calls that run both passes. Their number is known at the first one: image
+        to image begins inside the schedule."""
+        if self._places is None:
+            schedule = self.timesteps()
+            steps = 0
+            if schedule is not None and len(schedule):
+                timestep = torch.as_tensor(timestep, device=schedule.device).reshape(-1)[:1]
+                first = step_of(timestep, schedule)
+                if first is None:  # a copy of the timestep: the nearest one of the schedule
+                    first = int((schedule.float() - timestep.float()).abs().argmin())
+                steps = number + len(schedule) - first
+            self._places = self.refresh_at(steps)
+        return self._places
+
+    def corrected(
+        self, name: str, entered: torch.Tensor, made: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Inside a call with both passes, the output of the last module with what the guide adds to
+        CFG itself, because each of its steps is longer than one of CFG. None where it adds nothing.
+
+        Args:
+            entered: (2 N, features, h, w) the input of the module, negative prompts first.
+            made: (2 N, C, h, w) its output, the predictions.
+
+        Returns:
+            (2 N, C, h, w), the second half of which is the guided prediction.
+        """
+        if not self.guide.corrects_refresh:
+            return None
+        assert self._began is not None
+        unconditional, conditional = made.chunk(2)
+        self._found(unconditional, conditional)
+        output = self.guide(replace(self._began[1], refresh=self.refresh))
+        features = self.to_guide(entered.chunk(2)[1])
+        guided = output.residuals[name](features, self.to_guide(conditional))
+        return torch.cat([unconditional, self.to_denoiser(guided)])
+
+    def _found(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> None:
+        assert self._began is not None
+        time = self._began[1].time
+        difference = self.to_guide(conditional - unconditional)
+        self.refresh = Refresh(
+            time, difference, self.to_guide(conditional), torch.ones_like(time)
+        )  # fmt: skip
+        self.refreshing = False
+
+    def refreshed(
+        self, unconditional: torch.Tensor, conditional: torch.Tensor
+    ) -> float | torch.Tensor | None:
+        """A denoiser call with both passes is done.
+
+        Args:
+            unconditional: (N, C, h, w) its prediction for the negative prompts, on the grid of
+                :class:`GuideInputs`.
+            conditional: (N, C, h, w) that for the prompts.
+
+        Returns:
+            The guidance scale with which the two are combined; None where the second is guided
+            already.
+        """
+        assert self._began is not None
+        scale = None
+        if self.refreshing:
+            scale = self._began[0]
+            self._found(unconditional, conditional)
+        self.doubled, self._began = False, None
+        return scale
 
     def end(self, prediction: torch.Tensor) -> None:
         """The denoiser call is done.
@@ -282,17 +399,17 @@ class GuidedPass:
         return made
 
     def _scheduled(
-        self, call: DenoiserCall, scale: float | torch.Tensor,
+        self, call: DenoiserCall, number: int, scale: float | torch.Tensor,
         to_time: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[GuideInputs, Any]:  # fmt: skip
-        """The guide's inputs, and its modulations at this step from those of the whole schedule;
-        None where the step is not part of a known schedule."""
+        """The guide's inputs, and its modulations at this step from those of all steps until the
+        next refresh; None where the step is not part of a known schedule."""
         n, device = len(call.latents), call.latents.device
         timestep = torch.as_tensor(call.timestep, device=device)
         schedule, place = None, None
         if not isinstance(scale, torch.Tensor) and not torch.is_grad_enabled():
             schedule = self.timesteps()
-            place = None if schedule is None else _step_of(timestep, schedule)
+            place = None if schedule is None else step_of(timestep, schedule)
         table, self._place = self._table, place
         if schedule is None or place is None:
             w = torch.as_tensor(scale, dtype=torch.float32, device=device).expand(n)
@@ -304,59 +421,34 @@ class GuidedPass:
                 return self._inputs(call, to_time(timestep).reshape(-1).expand(n), w), None
             self._tables += 1
             times = to_time(schedule.to(device))[:, None]
-            w = torch.full((1, 1), float(scale), device=device)  # one for all
-            inputs = self._inputs(call, times[0].expand(n), w[0].expand(n))
-            size = sum(p.nbytes for p in self.guide.parameters()) * len(times) * n
-            made = None
-            if size <= TABLE_BYTES:
-                made = self.guide.modulations(times.expand(-1, n), w, inputs.text, inputs.negative)
-            steps = None if made is None else made.unbind()
-            table = _Table(schedule, float(scale), call.text, n, steps, times, w[0].expand(n))
-            self._table = table
+            w = torch.full((n,), float(scale), device=device)
+            table = self._table = ScheduleTable(schedule, float(scale), call.text, n, times, w)
         inputs = self._inputs(call, table.times[place].expand(n), table.w)
-        return inputs, None if table.steps is None else table.steps[place]
+        found = table.modulations_at(place, self.refresh)
+        if found is None:
+            following = [i for i in self._places or () if i > number]
+            steps = following[0] - number if following else len(table.times) - place
+            size = sum(p.nbytes for p in self.guide.parameters()) * steps * n
+            if size > TABLE_BYTES:
+                return inputs, None
+            made = self.guide.modulations(
+                table.times[place : place + steps].expand(-1, n), table.w[None, :1], inputs.text,
+                inputs.negative, self.refresh,
+            )  # fmt: skip
+            table.modulations = None if made is None else made.unbind()
+            table.first, table.refresh = place, self.refresh
+            found = table.modulations_at(place, self.refresh)
+        return inputs, found
 
     def _inputs(self, call: DenoiserCall, time: torch.Tensor, w: torch.Tensor) -> GuideInputs:
         return GuideInputs(
             self.to_guide(call.latents), time, w, self._text_to_guide(call.text),
             self._text_to_guide(self.negative),
-            {k: self.to_guide(v) for k, v in call.added_cond_kwargs.items()},
+            {k: self.to_guide(v) for k, v in call.added_cond_kwargs.items()}, self.refresh,
         )  # fmt: skip
 
     def _text_to_guide(self, text: TextConditions) -> TextConditions:
         return text if self._denoiser_dtype is None else text.to(self.guide.dtype)
-
-
-@dataclass
-class _Table:
-    """Modulations at every step of a schedule, and what they were made of."""
-
-    schedule: torch.Tensor
-    scale: float
-    text: TextConditions
-    n: int
-    steps: Any
-    times: torch.Tensor
-    w: torch.Tensor
-    values: dict[Any, Any] = field(default_factory=dict)
-
-    def holds(self, schedule: torch.Tensor, scale: float, text: TextConditions, n: int) -> bool:
-        same = schedule is self.schedule and scale == self.scale and n == self.n
-        mine = self.text
-        return same and all(
-            getattr(text, name) is getattr(mine, name) for name in ("embeds", "pooled", "mask")
-        )
-
-
-def _step_of(timestep: torch.Tensor, schedule: torch.Tensor) -> int | None:
-    """Which step of a schedule a timestep is: pipelines hand out views into the schedule's own
-    memory, so a view's offset tells without waiting for the device. None for any other tensor."""
-    if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
-        return None
-    place = int(timestep.storage_offset() - schedule.storage_offset())
-    single = timestep.numel() == 1 or set(timestep.stride()) == {0}
-    dense = schedule.stride() == (1,) and schedule.dtype == timestep.dtype
-    return place if single and dense and 0 <= place < len(schedule) else None
 
 
 def _lasting(parts: Iterable[nn.Module]) -> bool:

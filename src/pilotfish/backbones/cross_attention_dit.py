@@ -95,8 +95,14 @@ class CrossAttentionDiTBackbone(Backbone):
     def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
         mask = given.get("encoder_attention_mask")
         text = TextConditions(given["encoder_hidden_states"], mask=mask)
-        latents = patchify(given["hidden_states"], self.denoiser.config.patch_size)
-        return DenoiserCall(latents, given["timestep"], text)
+        return DenoiserCall(self.on_grid(given["hidden_states"]), given["timestep"], text)
+
+    def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
+        latents = latents[:, : self.denoiser.config.in_channels]  # without the variance
+        return patchify(latents, self.denoiser.config.patch_size)
+
+    def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"encoder_hidden_states": text.embeds, "encoder_attention_mask": text.mask}
 
     def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
         # the text is extrapolated after its projection

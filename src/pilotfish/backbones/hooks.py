@@ -53,10 +53,16 @@ class Hooks:
         handle = module.register_forward_pre_hook(_Hook(self, function), with_kwargs=True)
         self.handles.append(handle)
 
-    def after(self, module: nn.Module, function: Callable[..., Any]) -> None:
+    def after(
+        self, module: nn.Module, function: Callable[..., Any], doubled: bool = False
+    ) -> None:  # fmt: skip
         """``function(guided, module, args, output)`` after a module; it returns the output, or
-        None to leave it as it is."""
-        self.handles.append(module.register_forward_hook(_Hook(self, function)))
+        None to leave it as it is.
+
+        Args:
+            doubled: call it in denoiser calls with both passes, too.
+        """
+        self.handles.append(module.register_forward_hook(_Hook(self, function, opens=doubled)))
 
     def around(
         self, denoiser: nn.Module, begin: Callable[..., Any], end: Callable[..., Any]
@@ -65,7 +71,7 @@ class Hooks:
         opens = _OutsideHook(self, begin, opens=True)
         self.handles += [
             denoiser.register_forward_pre_hook(opens, with_kwargs=True),
-            denoiser.register_forward_hook(_OutsideHook(self, end)),
+            denoiser.register_forward_hook(_OutsideHook(self, end, opens=True)),
         ]
 
     def remove(self) -> None:

@@ -18,7 +18,7 @@ from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.extrapolation import JointAttention
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.tokens import patchify, to_map, to_tokens
-from pilotfish.interface import TextConditions
+from pilotfish.interface import GuideError, TextConditions
 
 
 class JointDiTBackbone(Backbone):
@@ -90,10 +90,20 @@ class JointDiTBackbone(Backbone):
 
     def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
         text = TextConditions(given["encoder_hidden_states"], given["pooled_projections"])
+        return DenoiserCall(self.on_grid(given["hidden_states"]), given["timestep"], text)
+
+    def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
         # inpainting has a mask and an image beside the latents
-        latents = given["hidden_states"][:, : self.denoiser.out_channels]
-        latents = patchify(latents, self.denoiser.config.patch_size)
-        return DenoiserCall(latents, given["timestep"], text)
+        latents = latents[:, : self.denoiser.out_channels]
+        return patchify(latents, self.denoiser.config.patch_size)
+
+    def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
+        if text.mask is not None:
+            raise GuideError(
+                "prompt and negative prompt are of two lengths, which this denoiser cannot take in "
+                "one batch: encode both to the same length, or use refresh=0"
+            )
+        return {"encoder_hidden_states": text.embeds, "pooled_projections": text.pooled}
 
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None

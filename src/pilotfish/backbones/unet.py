@@ -183,15 +183,36 @@ class UNetBackbone(Backbone):
         hooks.after(layer.time_emb_proj, projected)
 
     def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
-        channels = plain(
-            self.denoiser.conv_out
-        ).out_channels  # inpainting has a mask and an image beside
         added = given.get("added_cond_kwargs") or {}
         return DenoiserCall(
-            given["sample"][:, :channels], given["timestep"],
+            self.on_grid(given["sample"]), given["timestep"],
             TextConditions(given["encoder_hidden_states"], added.get("text_embeds")),
             {k: v for k, v in added.items() if isinstance(v, torch.Tensor)},
         )  # fmt: skip
+
+    def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
+        # inpainting has a mask and an image beside
+        return latents[:, : plain(self.denoiser.conv_out).out_channels]
+
+    def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {"encoder_hidden_states": text.embeds}
+        if text.mask is not None:  # prompts of two lengths
+            found["encoder_attention_mask"] = text.mask
+        if text.pooled is not None:
+            found["added_cond_kwargs"] = {
+                **given["added_cond_kwargs"], "text_embeds": text.pooled
+            }  # fmt: skip
+        return found
+
+    def doubled(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
+        changed = super().doubled(guided, given)
+        added = changed.get("added_cond_kwargs") or {}
+        if guided.negative_images is not None and "image_embeds" in added:
+            n = len(given["sample"])
+            pairs = zip(guided.negative_images, added["image_embeds"], strict=True)
+            images = [torch.cat([negative, both[n:]]) for negative, both in pairs]
+            changed["added_cond_kwargs"] = {**added, "image_embeds": images}
+        return changed
 
     def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
         changed = super().changed(guided, given)

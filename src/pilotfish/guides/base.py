@@ -22,8 +22,9 @@ from pilotfish.checksums import add_checksum, load_with_checksum
 from pilotfish.errors import in_brief
 from pilotfish.guides import hub
 from pilotfish.guides.saving import check_config, hub_arguments, saved_in, weight_files
-from pilotfish.interface import GuideError, GuideInputs, GuideOutput, TextConditions
+from pilotfish.interface import GuideError, GuideInputs, GuideOutput, Refresh, TextConditions
 from pilotfish.pipelines import attach, attached, detach
+from pilotfish.refresh import RefreshSteps
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +76,17 @@ class Guide(ModelMixin, ConfigMixin):
 
     def modulations(
         self, time: torch.Tensor, guidance_scale: torch.Tensor, text: TextConditions,
-        negative: TextConditions,
+        negative: TextConditions, refresh: Refresh | None = None,
     ) -> Any:  # fmt: skip
-        """What of the guide depends on time, scale and text alone, so that a pipeline computes it
-        for its whole schedule before the first step.
+        """What of the guide depends on time, scale, text and the last refresh alone, so that a
+        pipeline computes it for all steps until the next one at once.
 
         Args:
             time: (..., N), for example (steps, N).
             guidance_scale: as many dimensions, of a size that broadcasts with them.
             text: N prompts.
             negative: N or 1.
+            refresh: of N samples.
 
         Returns:
             An object whose ``unbind()`` gives one for each index of the first dimension, as
@@ -119,6 +121,12 @@ class Guide(ModelMixin, ConfigMixin):
         """Normalised times of a guide distilled to few steps; None: any will do."""
         given = self.config.times
         return None if given is None else tuple(given)
+
+    @property
+    def corrects_refresh(self) -> bool:
+        """Whether it adds to the prediction of a step with both passes, too: the steps of a guide
+        distilled to few steps are longer than those of CFG."""
+        return False
 
     @property
     def trained_on(self) -> Origin | None:
@@ -166,22 +174,26 @@ class Guide(ModelMixin, ConfigMixin):
         """``nn.Module.to``. The method of diffusers warns about precision at every call."""
         return nn.Module.to(self, *args, **kwargs)  # type: ignore[return-value]
 
-    def attach(self, pipe: Any) -> Self:
+    def attach(self, pipe: Any, refresh: RefreshSteps = 0) -> Self:
         """Put the guide on a pipeline: the same call, one denoiser pass a step.
+
+        Args:
+            refresh: how many of a call's steps run both passes, or which, counted from 0. After
+                such a step the guide is given the difference between the two predictions.
 
         Returns:
             The guide, so that ``guide = Guide.from_pretrained(...).attach(pipe)`` can be detached.
         """
-        attach(self, pipe)
+        attach(self, pipe, refresh)
         return self
 
     def detach(self, pipe: Any) -> None:
         """Take the guide off; classifier-free guidance is back, bit for bit."""
         detach(pipe, self)
 
-    def attached(self, pipe: Any) -> AbstractContextManager[Any]:
+    def attached(self, pipe: Any, refresh: RefreshSteps = 0) -> AbstractContextManager[Any]:
         """``with guide.attached(pipe): ...`` attaches for the length of a block."""
-        return attached(self, pipe)
+        return attached(self, pipe, refresh)
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: Any, *, variant: str | None = None, push_to_hub: bool = False,

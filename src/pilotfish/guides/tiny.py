@@ -17,6 +17,12 @@ The guide adds in five places of the one pass:
   latents as well, and may be given a learned unconditional template of the negative prompt.
 
 The first three act through the model's own weights, so they transfer to fine-tunes.
+
+After a refresh, a step with both passes, the last difference between the two predictions and its
+age are known. The head then adds ``w - 1`` times that difference as well, channel by channel with
+learned gains around 1, reads it, and all other parts are turned down by learned shares in [0, 1].
+With the shares at 1 and the head's own addition at 0 that is plain reuse of the difference; with
+its gains at 0, the shares at 0 and the head blind to it, it is the guide without refresh.
 """
 
 from __future__ import annotations
@@ -31,13 +37,14 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from pilotfish.guidance import guidance_strength
+from pilotfish.guidance import fourier_features, guidance_strength
 from pilotfish.guides.base import Guide
-from pilotfish.guides.layers import Condition, zero_module
+from pilotfish.guides.layers import FEATURES, Condition, zero_module
 from pilotfish.interface import (
     GuideError,
     GuideInputs,
     GuideOutput,
+    Refresh,
     ResidualFunction,
     TextConditions,
 )
@@ -71,6 +78,8 @@ class TinySettings:
     ``condition_on_negative`` and a head."""
     condition_dim: int = 32
     """Width of the embedding of time, w and text."""
+    refresh: bool = True
+    """Whether it takes in what a refresh found."""
 
 
 class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
@@ -103,6 +112,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         head: int = 48,
         uncond_templates: int = 0,
         condition_dim: int = 32,
+        refresh: bool = True,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         times: Sequence[float] | None = None,
         trained_on: dict[str, str] | None = None,
@@ -129,17 +139,28 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         self.head_name, features, channels = (
             signature["head"][key] for key in ("module", "features", "channels")
         )
-        self.prediction_head = LowRank(features + 2 * channels, channels, head) if head else None
+        seen = features + (4 if refresh else 2) * channels
+        self.prediction_head = LowRank(seen, channels, head) if head else None
         self.templates = (
             Templates(condition_dim, channels, uncond_templates) if uncond_templates else None
         )
-        # gain and shift of every layer and of the head, then the head's two scalings
+        # gain and shift of every layer and of the head, then the head's scalings
         self.widths = [2 * r for r in (*[rank] * len(added), head) if r]
-        self.scalings = 2 * channels if head else 0
+        self.scalings = (3 if refresh else 2) * channels if head else 0
+        self.age = Age(condition_dim) if refresh else None
+        # of the text, of each site, of each layer, of the templates
+        parts = 1 + len(sites) + len(added) + 1
+        self.turned_down = nn.Linear(condition_dim, parts) if refresh else None
         total = sum(self.widths) + self.scalings
         self.modulate = nn.Linear(condition_dim, total) if total else None
         if self.modulate is not None:
             self._reset(self.modulate)
+
+    @property
+    def corrects_refresh(self) -> bool:
+        """With a head, where it was distilled to few steps."""
+        refresh = self.age is not None and self.prediction_head is not None
+        return refresh and self.times is not None
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -163,35 +184,63 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
 
     def modulations(
         self, time: torch.Tensor, guidance_scale: torch.Tensor, text: TextConditions,
-        negative: TextConditions,
+        negative: TextConditions, refresh: Refresh | None = None,
     ) -> Modulations:  # fmt: skip
-        """What depends on time, scale and text alone; see :meth:`Guide.modulations`."""
-        condition = self.condition(time, guidance_scale, text, negative)
+        """What depends on time, scale, text and refresh alone; see :meth:`Guide.modulations`."""
+        refresh = None if self.age is None else refresh
+        age = None if self.age is None or refresh is None else self.age(time, refresh)
+        condition = self.condition(time, guidance_scale, text, negative, age)
         strength = guidance_strength(guidance_scale).to(condition.dtype)
         # inside the network the effect of a change saturates; at the prediction it is linear
-        inside = torch.log1p(strength)
+        inside = torch.log1p(strength)[..., None]
+        strength = strength[..., None]
+        of_text, of_sites, of_layers, of_templates = inside, inside, [inside] * len(self.names), 1
+        if self.turned_down is not None and refresh is not None:
+            known = refresh.known.to(condition.dtype)[:, None]
+            kept = 1 - known * self.turned_down(condition).sigmoid()
+            of_text, of_templates = inside * kept[..., :1], kept[..., -1:]
+            sites = [
+                kept[..., 1 + i : 2 + i].expand(*kept.shape[:-1], heads)
+                for i, heads in enumerate(self.sites.values())
+            ]
+            of_sites = inside * torch.cat(sites, -1) if sites else inside
+            of_layers = [inside * k for k in kept[..., 1 + len(self.sites) : -1].split(1, -1)]
         text_gain, gains, paths, scalings, template = None, [], [], [], None
         if self.text_gain is not None:
-            text_gain = (inside[..., None] * self.text_gain(condition))[..., None]
+            text_gain = (of_text * self.text_gain(condition))[..., None]
         if self.gains is not None:
-            gains = (inside[..., None] * self.gains(condition)).split([*self.sites.values()], -1)
+            gains = (of_sites * self.gains(condition)).split([*self.sites.values()], -1)
         networks = self.networks()
         if self.modulate is not None:
             modulated = self.modulate(condition).split([*self.widths, self.scalings], -1)
-            factors = [*[inside] * len(self.additions), strength]
+            factors = [*of_layers, strength]
             for network, values, factor in zip(networks, modulated, factors, strict=False):
                 gain, shift = values[..., None].chunk(2, -2)
-                up = factor[..., None, None] * network.up
+                up = factor[..., None] * network.up
                 paths.append(Path(gain * network.down, shift, up))
             if self.prediction_head is not None:
-                scalings = (strength[..., None] * modulated[-1])[..., None, None].chunk(2, -3)
+                scalings = self._scalings(strength, modulated[-1], refresh)
         if self.templates is not None:
             made = self.templates(self.condition.of_negative(negative), condition)
-            template = strength[..., None, None, None] * made
+            template = (strength * of_templates)[..., None, None] * made
         return Modulations(
             text_gain, tuple(gains), tuple(paths), tuple(scalings), template,
             tuple(network.kernel() for network in networks),
         )  # fmt: skip
+
+    def _scalings(
+        self, strength: torch.Tensor, made: torch.Tensor, refresh: Refresh | None
+    ) -> list[torch.Tensor]:
+        """Those of prediction and latents, and that of the last difference where it is known,
+        (..., N, C, 1, 1) each."""
+        if self.age is None:
+            return [*(strength * made)[..., None, None].chunk(2, -3)]
+        two, third = made.split([2 * made.shape[-1] // 3, made.shape[-1] // 3], -1)
+        found = [*(strength * two)[..., None, None].chunk(2, -3)]
+        if refresh is not None:
+            known = refresh.known.to(made.dtype)[:, None]
+            found.append((known * strength * (1 + third))[..., None, None])
+        return found
 
     def networks(self) -> list[LowRank]:
         """Those of the layers, then the head's."""
@@ -200,7 +249,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
 
     def forward(self, inputs: GuideInputs, modulations: Modulations | None = None) -> GuideOutput:
         m = modulations or self.modulations(
-            inputs.time, inputs.guidance_scale, inputs.text, inputs.negative
+            inputs.time, inputs.guidance_scale, inputs.text, inputs.negative, inputs.refresh
         )
         residuals: dict[str, ResidualFunction] = {
             name: partial(add_to_layer, path, kernel)
@@ -209,7 +258,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         if self.prediction_head is not None:
             residuals[self.head_name] = partial(
                 add_to_prediction, m.paths[-1], m.kernels[-1], m.scalings, m.template,
-                inputs.latents,
+                inputs.latents, inputs.refresh if len(m.scalings) > 2 else None,
             )  # fmt: skip
         gains = dict(zip(self.sites, m.gains, strict=True)) if m.gains else {}
         return GuideOutput(text_gain=m.text_gain, gains=gains, residuals=residuals)
@@ -287,7 +336,8 @@ class LowRank(nn.Module):
 def low_rank(x: torch.Tensor, made: torch.Tensor, path: Path, kernel: torch.Tensor) -> torch.Tensor:
     """A modulated :class:`LowRank` of x (N, entering, h, w), added to ``made`` (N, leaving, h, w),
     in as few operators as it has products."""
-    n, _, height, width = x.shape
+    n, entering, height, width = x.shape
+    path = path._replace(down=path.down[..., :entering])  # what is last may be left out: it is zero
     down, shift, up = (t if len(t) == n else t.expand(n, -1, -1) for t in path)
     # (N, pixels, rank): the layout in which a depthwise convolution is fastest
     hidden = torch.baddbmm(shift.mT, x.flatten(2).mT, down.mT)
@@ -305,28 +355,70 @@ def add_to_layer(
 
 def add_to_prediction(
     path: Path, kernel: torch.Tensor, scalings: tuple[torch.Tensor, ...],
-    template: torch.Tensor | None, latents: torch.Tensor, features: torch.Tensor,
-    prediction: torch.Tensor,
+    template: torch.Tensor | None, latents: torch.Tensor, refresh: Refresh | None,
+    features: torch.Tensor, prediction: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """The prediction (N, C, h, w) with the head's output added.
 
-    The head reads the last features, the prediction and the latents. The features come out of the
-    denoiser's last normalisation and need none here. Beside that path the head scales prediction
-    and latents channel by channel: at high noise the unconditional prediction is close to a
+    The head reads the last features, the prediction and the latents, and after a refresh the
+    difference and the conditional prediction found there. The features come out of the denoiser's
+    last normalisation and need none here. Beside that path the head scales prediction, latents and
+    difference channel by channel: at high noise the unconditional prediction is close to a
     constant, and CFG little more than that scaling; with a negative prompt it is close to the
     image that that prompt leads to, the template.
 
     Args:
-        scalings: (N, C, 1, 1) of the prediction and of the latents.
+        scalings: (N, C, 1, 1) of the prediction, of the latents and, after a refresh, of the
+            difference.
         template: (N, C, SIDE, SIDE) or None.
     """
-    of_prediction, of_latents = scalings
-    made = low_rank(torch.cat([features, prediction, latents], 1), prediction, path, kernel)
-    made = torch.addcmul(made, of_prediction, prediction)
-    made = torch.addcmul(made, of_latents, latents)
+    seen = [features, prediction, latents]
+    scaled = [prediction, latents]
+    if refresh is not None:
+        seen += [refresh.difference, refresh.conditional]
+        scaled.append(refresh.difference)
+    made = low_rank(torch.cat(seen, 1), prediction, path, kernel)
+    for scaling, of in zip(scalings, scaled, strict=True):
+        made = torch.addcmul(made, scaling, of)
     if template is not None:
         made = made + F.interpolate(template, prediction.shape[-2:], mode="bilinear")
     return made
+
+
+class Age(nn.Module):
+    """What a refresh says of itself: its age, and how the difference that it found compares with
+    the conditional prediction there.
+
+    Args:
+        width: of the embedding of time, w and text, to which this is added.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(
+            nn.Linear(2 * FEATURES + 3, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, time: torch.Tensor, refresh: Refresh) -> torch.Tensor:
+        """(..., N, width) at times (..., N); 0 where there was no refresh."""
+        time = time.float()
+        age = (refresh.time.float() - time) / 2
+        seen = fourier_features(torch.stack([time / 4, age], -1), FEATURES, longest=1.0).flatten(-2)
+        compared = _compared(refresh).expand(*seen.shape[:-1], 3)
+        known = refresh.known.to(refresh.difference.dtype)[:, None]
+        made: torch.Tensor = known * self.embed(torch.cat([seen, compared], -1).to(known.dtype))
+        return made
+
+
+def _compared(refresh: Refresh) -> torch.Tensor:
+    """(N, 3) logarithms of the difference's and the conditional prediction's root mean square, and
+    the cosine of the two."""
+    difference, conditional = (
+        x.flatten(1).float() for x in (refresh.difference, refresh.conditional)
+    )
+    rms = torch.stack([x.square().mean(1) for x in (difference, conditional)], 1).clamp(min=1e-8)
+    cosine = F.cosine_similarity(difference, conditional, dim=1)
+    return torch.cat([rms.log() / 2, cosine[:, None]], 1)
 
 
 class Templates(nn.Module):

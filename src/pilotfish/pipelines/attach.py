@@ -28,26 +28,33 @@ from pilotfish.pipelines.call import (
     sync,
     warn_of_arguments,
 )
+from pilotfish.pipelines.control import doubled_controlnets
+from pilotfish.refresh import RefreshSteps, check_refresh
 
 
-def attach(guide: GuideProtocol, pipe: Any) -> None:
+def attach(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps = 0) -> None:
     """Attach ``guide`` to ``pipe``.
 
     The pipeline keeps what it needs of the guide: where precision or device differ it works with
     a copy, and the guide itself stays as it is.
 
+    Args:
+        refresh: how many of a call's steps run both passes, or which, counted from 0.
+
     Raises:
-        GuideError: the pipeline's guidance cannot be turned off, another guide is attached
-            already, or the guide was made for another denoiser. The pipeline and its denoiser
-            stay as they were.
+        GuideError: ``refresh`` is neither; the pipeline's guidance cannot be turned off, another
+            guide is attached already, or the guide was made for another denoiser. The pipeline and
+            its denoiser stay as they were.
     """
     if isinstance(pipe, Guided):
         raise GuideError("this pipeline has a guide already; detach it first")
+    refresh = check_refresh(refresh)
     backbone = check(guide, pipe)
     hooks, plain = backbone.install(guide), type(pipe)
     guide.eval()
     pipe.__class__ = type(plain.__name__, (Guided, plain), {"__module__": plain.__module__})
     pipe._pilotfish_guide, pipe._pilotfish_hooks, pipe._pilotfish_lock = guide, hooks, Lock()
+    pipe._pilotfish_refresh = refresh
 
 
 def detach(pipe: Any, guide: GuideProtocol | None = None) -> None:
@@ -72,9 +79,9 @@ def detach(pipe: Any, guide: GuideProtocol | None = None) -> None:
 
 
 @contextmanager
-def attached(guide: GuideProtocol, pipe: Any) -> Iterator[Any]:
+def attached(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps = 0) -> Iterator[Any]:
     """Attach for the length of a block, whatever happens in it."""
-    attach(guide, pipe)
+    attach(guide, pipe, refresh)
     try:
         yield pipe
     finally:
@@ -118,6 +125,7 @@ class Guided:
     _pilotfish_guide: GuideProtocol
     _pilotfish_hooks: Hooks
     _pilotfish_lock: Lock
+    _pilotfish_refresh: RefreshSteps = 0
     _pilotfish_copy: GuideProtocol | None = None
     """The guide in the precision and on the device of the pipeline, where they differ."""
     _pilotfish_running: RunningCall | None = None
@@ -147,7 +155,10 @@ class Guided:
         self._pilotfish_running = running
         self.encode_prompt = lambda *a, **k: running.encode_prompt(encode, a, k)
         try:
-            with running.guided.open():
+            with (
+                running.guided.open(),
+                doubled_controlnets(self, running.backbone, running.guided),
+            ):
                 return super().__call__(*call.args, **call.kwargs)  # type: ignore[misc]
         finally:
             self._pilotfish_running = None
@@ -171,23 +182,30 @@ class Guided:
         made = plain(*call.args, **call.kwargs)
         if isinstance(made, torch.Tensor):
             return made.chunk(2)[1]
-        return [both.chunk(2)[1] for both in made]
+        halves = [both.chunk(2) for both in made]
+        self._pilotfish_running.guided.negative_images = [negative for negative, _ in halves]
+        return [image for _, image in halves]
 
     # -- copies -----------------------------------------------------------------------------
 
     def __copy__(self) -> Any:
         """A pipeline on the same components, with the guide attached as well."""
-        return _rebuild(type(self).__bases__[1], self._pilotfish_state(), self._pilotfish_guide)
+        plain = type(self).__bases__[1]
+        return _rebuild(
+            plain, self._pilotfish_state(), self._pilotfish_guide, self._pilotfish_refresh
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The same on components of its own."""
         state = {k: deepcopy(v, memo) for k, v in self._pilotfish_state().items()}
-        return _rebuild(type(self).__bases__[1], state, self._pilotfish_guide)
+        plain = type(self).__bases__[1]
+        return _rebuild(plain, state, self._pilotfish_guide, self._pilotfish_refresh)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as the plain pipeline together with the guide."""
         plain = type(self).__bases__[1]
-        return _rebuild, (plain, self._pilotfish_state(), self._pilotfish_guide)
+        state = self._pilotfish_state()
+        return _rebuild, (plain, state, self._pilotfish_guide, self._pilotfish_refresh)
 
     def _pilotfish_state(self) -> dict[str, Any]:
         """The attributes of the plain pipeline, during a call as well."""
@@ -199,8 +217,10 @@ class Guided:
         return state
 
 
-def _rebuild(plain: type, state: dict[str, Any], guide: GuideProtocol) -> Any:
+def _rebuild(
+    plain: type, state: dict[str, Any], guide: GuideProtocol, refresh: RefreshSteps = 0
+) -> Any:
     made: Any = plain.__new__(plain)  # type: ignore[call-overload]
     vars(made).update(state)
-    attach(guide, made)
+    attach(guide, made, refresh)
     return made

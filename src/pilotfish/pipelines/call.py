@@ -21,6 +21,7 @@ from diffusers.callbacks import MultiPipelineCallbacks
 from pilotfish.backbones import Backbone, GuidedPass, Origin, current_pass, is_compiled, watch_hooks
 from pilotfish.interface import GuideError, GuideProtocol, TextConditions
 from pilotfish.noise import prediction_type
+from pilotfish.refresh import places
 
 CFG_FLAG = "do_classifier_free_guidance"
 """The property of a pipeline, and the argument of its methods that prepare conditions."""
@@ -61,6 +62,7 @@ class RunningCall:
             lambda: self.guidance_scale,
             self._negative,
             timesteps=lambda: getattr(pipe.scheduler, "timesteps", None),
+            refresh_at=lambda steps: places(pipe._pilotfish_refresh, steps),
             check_batch=self._check_batch,
             hooks=pipe._pilotfish_hooks,
         )
@@ -234,6 +236,7 @@ def _listed(times: Any) -> str:
 TEXT = ("prompt_embeds",)
 POOLED = ("add_text_embeds", "pooled_prompt_embeds")
 """Conditions of which a doubled batch has the negative prompt's in its first half."""
+NEGATIVE = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 class CallbackAdapter(MultiPipelineCallbacks):
@@ -261,6 +264,8 @@ class CallbackAdapter(MultiPipelineCallbacks):
             after = super().__call__(pipe, step, timestep, given)
         running.guided.guide = sync(pipe)
         running.guided.invalidate(pipe._pilotfish_hooks)
+        if any(after.get(n) is not before.get(n) for n in (*TEXT, *POOLED, *NEGATIVE)):
+            running.guided.forget_refresh()
         doubled = {
             name: value.chunk(2)
             for name, value in after.items()

@@ -155,6 +155,9 @@ class TrainingConfig:
     negative_prompt_prob: Probability = 0.0
     """Probability that a sample has another prompt as negative prompt, in place of the null
     prompt."""
+    refresh_prob: Probability = 0.85
+    """Probability that a trajectory has refreshes (steps with both passes, after which the guide
+    knows the last difference between them and its age)."""
     on_policy_ratio: Probability = 0.5
     """Ratio of the trajectories that the student samples itself, where training is on-policy."""
     streams: PositiveInt | None = None

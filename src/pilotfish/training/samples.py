@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol, Self
 
 import torch
 
+from pilotfish.interface import Refresh
 from pilotfish.training.config import ConfigError
 
 MAX_STREAMS = 1023
@@ -34,6 +35,10 @@ class TrainingSamples:
         guidance_scale: (N,) the scale of the trajectory.
         prompt: (N,) int64, index into the prompts.
         negative: (N,) int64, index of the null or negative prompt.
+        refresh_time: (N,) see :class:`~pilotfish.interface.Refresh`, as the next three.
+        difference: (N, C, h, w).
+        refresh_conditional: (N, C, h, w).
+        known: (N,).
         any_scale: whether the target is known at every scale, or at ``guidance_scale`` alone.
     """
 
@@ -44,9 +49,18 @@ class TrainingSamples:
     guidance_scale: torch.Tensor
     prompt: torch.Tensor
     negative: torch.Tensor
+    refresh_time: torch.Tensor
+    difference: torch.Tensor
+    refresh_conditional: torch.Tensor
+    known: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.time)
+
+    @property
+    def refresh(self) -> Refresh:
+        """What the last refresh of each trajectory found."""
+        return Refresh(self.refresh_time, self.difference, self.refresh_conditional, self.known)
 
     @property
     def untrained(self) -> torch.Tensor:
@@ -104,10 +118,12 @@ class StepSamples(TrainingSamples):
     Attributes:
         goal: (N, C, h, w) that prediction.
         first: (N, C, h, w) the teacher's own prediction, with which the student starts.
+        due: (N,) bool, whether the student runs both passes in this step.
     """
 
     goal: torch.Tensor
     first: torch.Tensor
+    due: torch.Tensor
 
     @property
     def untrained(self) -> torch.Tensor:

@@ -112,7 +112,23 @@ class StepTrainer(Trainer):
 
     def source(self, stream: int, model: int) -> Source:
         pool = self.pool(stream, model, (self.steps, self.steps), self.config.on_policy_ratio)
-        return HalvedTrajectories(self.teach, self.context.path, pool, self.student_prediction)
+        return HalvedTrajectories(
+            self.teach, self.teacher, self.context.path, pool, self.student_prediction
+        )
+
+    def predict(self, student: Any, samples: StepSamples, w: torch.Tensor) -> torch.Tensor:
+        """The student's prediction, in two parts: with one pass, and with both."""
+        if not samples.due.any():
+            return super().predict(student, samples, w)
+        guided = torch.empty_like(samples.latents)
+        for both in (False, True):
+            some = samples.due == both
+            if some.any():
+                part = samples.pick(some)
+                texts = self.texts(part.prompt, part.negative)
+                made = student(part.latents, part.time, *texts, w[some], part.refresh, both)
+                guided = guided.index_put((some.nonzero()[:, 0],), made.to(guided.dtype))
+        return guided
 
     def target(self, samples: StepSamples, w: torch.Tensor) -> torch.Tensor:
         return samples.goal

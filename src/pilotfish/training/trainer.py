@@ -135,8 +135,7 @@ class Trainer:
             samples, w = self.streams.draw(model, tick, self._draw_scales)
         samples, w = samples.to(accelerator.device), w.to(accelerator.device)
         with accelerator.accumulate(state.student):
-            texts = self.texts(samples.prompt, samples.negative)
-            guided = state.student(samples.latents, samples.time, *texts, w)
+            guided = self.predict(state.student, samples, w)
             target = self.target(samples, w)
             loss = self.loss(guided, target, w, samples)
             self._record(loss, guided, target, samples.untrained)
@@ -148,6 +147,12 @@ class Trainer:
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 state.lr_scheduler.step()
                 state.ema.step(self.guide.parameters())
+
+    def predict(self, student: Any, samples: Any, w: torch.Tensor) -> torch.Tensor:
+        """The student's prediction at scales (N,)."""
+        texts = self.texts(samples.prompt, samples.negative)
+        guided: torch.Tensor = student(samples.latents, samples.time, *texts, w, samples.refresh)
+        return guided
 
     def _draw_scales(self, samples: TrainingSamples, generator: torch.Generator) -> torch.Tensor:
         if not samples.any_scale:
@@ -333,12 +338,12 @@ class Trainer:
             (config.guidance_scale_min, config.guidance_scale_max), size=size, steps=steps,
             path=context.path, generator=generator(config.seed, stream, BEFORE_TRAINING),
             on_policy_ratio=on_policy_ratio, negative_prompt_prob=config.negative_prompt_prob,
+            refresh_prob=config.refresh_prob,
         )  # fmt: skip
 
     @torch.no_grad()
     def student_prediction(
-        self, latents: torch.Tensor, time: torch.Tensor, prompt: torch.Tensor,
-        negative: torch.Tensor, w: torch.Tensor,
+        self, samples: TrainingSamples, both_passes: bool = False
     ) -> torch.Tensor:  # fmt: skip
         """The student's present prediction, without gradient.
 
@@ -352,7 +357,10 @@ class Trainer:
                 "stage 1 --training_samples trajectory"
             )
         student = self.accelerator.unwrap_model(self.state.student)
-        prediction: torch.Tensor = student(latents, time, *self.texts(prompt, negative), w)
+        prediction: torch.Tensor = student(
+            samples.latents, samples.time, *self.texts(samples.prompt, samples.negative),
+            samples.guidance_scale, samples.refresh, both_passes,
+        )  # fmt: skip
         return prediction.float()
 
 

@@ -25,6 +25,12 @@ from pilotfish.training.samples import GuidanceSamples, StepSamples, Tensors, Tr
 Guided = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
+# the student's prediction for some samples at the scales of their trajectories; whether it runs
+# both passes
+GuidedByStudent = Callable[[TrainingSamples, bool], torch.Tensor]
+REFRESHES = 1 / 3
+"""Largest share of a training trajectory's steps that run both passes, on average. Each trajectory
+draws its own number up to this."""
 
 
 class TwoPasses(Protocol):
@@ -56,17 +62,19 @@ class Pool:
         path: the noise path, which has the grids.
         on_policy_ratio: ratio of the trajectories that the student samples.
         negative_prompt_prob: probability of another prompt as negative prompt.
+        refresh_prob: probability that a trajectory has refreshes, which lie at random steps.
     """
 
     def __init__(
         self, prompts: int, shape: tuple[int, ...], scales: tuple[float, float], *, size: int,
         steps: tuple[int, int], path: NoisePath, generator: torch.Generator,
-        on_policy_ratio: float = 0.0, negative_prompt_prob: float = 0.0,
+        on_policy_ratio: float = 0.0, negative_prompt_prob: float = 0.0, refresh_prob: float = 0.0,
     ) -> None:  # fmt: skip
         self.prompts, self.shape, self.scales, self.steps = prompts, shape, scales, steps
         self.path = path
         self.grids: dict[int, torch.Tensor] = {}
         self.on_policy_ratio, self.negative_prompt_prob = on_policy_ratio, negative_prompt_prob
+        self.refresh_prob = refresh_prob
         self.latents = torch.empty(size, *shape)
         self.position = torch.zeros(size, dtype=torch.long)
         self.length = torch.zeros(size, dtype=torch.long)
@@ -74,6 +82,10 @@ class Pool:
         self.negative = torch.full((size,), NULL)
         self.scale = torch.zeros(size)
         self.on_policy = torch.zeros(size, dtype=torch.bool)
+        self.gap = torch.zeros(size, dtype=torch.long)
+        self.due = torch.zeros(size, dtype=torch.long)
+        self.refresh_time, self.known = torch.zeros(size), torch.zeros(size)
+        self.difference, self.refresh_conditional = torch.zeros(2, size, *shape)
         # where lengths differ, the first trajectories may have a single step, so that the pool soon
         # covers all timesteps
         fixed = steps[0] == steps[1]
@@ -92,6 +104,47 @@ class Pool:
         self.scale[slots] = draw_guidance_scales(n, *self.scales, generator)
         self.on_policy[slots] = torch.rand(n, generator=generator) < self.on_policy_ratio
         self.negative[slots] = draw_negatives(n, self.prompts, self.negative_prompt_prob, generator)
+        if self.refresh_prob:
+            most = (REFRESHES * self.length[slots]).round().clamp(min=1)
+            count = 1 + (most * torch.rand(n, generator=generator)).floor()
+            some = torch.rand(n, generator=generator) < self.refresh_prob
+            gap = (self.length[slots] / (count + 1)).round().long().clamp(min=1)
+            self.gap[slots] = torch.where(some, gap, 0)
+            self._set_due(slots, generator, first=0)
+            self.known[slots] = 0
+            for kept in (self.refresh_time, self.difference, self.refresh_conditional):
+                kept[slots] = 0
+
+    def _set_due(self, slots: torch.Tensor, generator: torch.Generator, first: int) -> None:
+        """Draw the next refresh: ``first`` to ``first + 2 gap - 1`` steps ahead; never where the
+        gap is 0."""
+        gap = self.gap[slots]
+        drawn = (2 * gap * torch.rand(len(slots), generator=generator)).long()
+        ahead = self.position[slots] + first + drawn
+        self.due[slots] = torch.where(gap > 0, ahead, torch.iinfo(torch.long).max)
+
+    def is_due(self, slots: torch.Tensor) -> torch.Tensor:
+        """(n,) whether the present step is a refresh."""
+        due: torch.Tensor = self.position[slots] == self.due[slots]
+        return due if self.refresh_prob else torch.zeros_like(due)
+
+    def refresh(
+        self, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The last refresh of each, as the fields of :class:`~pilotfish.interface.Refresh`."""
+        return (
+            self.refresh_time[slots], self.difference[slots], self.refresh_conditional[slots],
+            self.known[slots],
+        )  # fmt: skip
+
+    def keep_refresh(
+        self, slots: torch.Tensor, difference: torch.Tensor, conditional: torch.Tensor,
+        generator: torch.Generator,
+    ) -> None:  # fmt: skip
+        """Store what a refresh found, before :meth:`advance`."""
+        self.refresh_time[slots], self.known[slots] = self.time(slots), 1.0
+        self.difference[slots], self.refresh_conditional[slots] = difference, conditional
+        self._set_due(slots, generator, first=1)
 
     def choose(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """(n,) different slots, or all where there are fewer."""
@@ -120,7 +173,10 @@ class Pool:
         self.position[slots] += 1
         self._start(slots[self.position[slots] >= self.length[slots]], generator)
 
-    _SAVED = ("latents", "position", "length", "prompt", "negative", "scale", "on_policy")
+    _SAVED = (
+        "latents", "position", "length", "prompt", "negative", "scale", "on_policy", "gap", "due",
+        "refresh_time", "known", "difference", "refresh_conditional",
+    )  # fmt: skip
 
     def tensors(self) -> Tensors:
         """The state to save."""
@@ -152,28 +208,46 @@ class Trajectories:
 
     samples_type: type[TrainingSamples]
 
-    def __init__(self, path: NoisePath, pool: Pool, student: Guided | None = None) -> None:
+    def __init__(self, path: NoisePath, pool: Pool, student: GuidedByStudent | None = None) -> None:
         self.path, self.pool, self.student = path, pool, student
 
     def teach(self, slots: torch.Tensor) -> tuple[TrainingSamples, torch.Tensor]:
         """The samples of ``slots``, and the teacher's prediction that steps them."""
         raise NotImplementedError
 
+    def found(self, samples: TrainingSamples) -> tuple[torch.Tensor, torch.Tensor]:
+        """Difference and conditional prediction, as a refresh at the samples finds them."""
+        raise NotImplementedError
+
     def draw(self, n: int, generator: torch.Generator) -> TrainingSamples:
         """``n`` samples; their latents in the pool have advanced one step."""
         slots = self.pool.choose(n, generator)
         samples, prediction = self.teach(slots)
-        own = self.pool.on_policy[slots]
-        if self.student is not None and own.any():
-            part = samples.pick(own)
-            prediction = prediction.clone()
-            prediction[own] = self.student(
-                part.latents, part.time, part.prompt, part.negative, part.guidance_scale
-            )
+        due = self.pool.is_due(slots)
+        if self.student is not None:
+            prediction = self._on_policy(samples, prediction, self.pool.on_policy[slots], due)
+        if due.any():
+            self.pool.keep_refresh(slots[due], *self.found(samples.pick(due)), generator)
         to = self.pool.time(slots, ahead=1)
         stepped = self.path.step(samples.latents, prediction, samples.time, to)
         self.pool.advance(slots, stepped, generator)
         return samples
+
+    corrects_refresh = False
+    """Whether the student's prediction differs from the teacher's in steps with both passes."""
+
+    def _on_policy(
+        self, samples: TrainingSamples, prediction: torch.Tensor, own: torch.Tensor,
+        due: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """The prediction with the student's in its own trajectories."""
+        assert self.student is not None
+        prediction = prediction.clone()
+        for both in (False, True) if self.corrects_refresh else (False,):
+            some = own & (due == both)
+            if some.any():
+                prediction[some] = self.student(samples.pick(some), both)
+        return prediction
 
     def tensors(self) -> Tensors:
         """The state to save."""
@@ -194,7 +268,11 @@ class CFGTrajectories(Trajectories):
     samples_type = GuidanceSamples
 
     def __init__(
-        self, teacher: TwoPasses, path: NoisePath, pool: Pool, student: Guided | None = None
+        self,
+        teacher: TwoPasses,
+        path: NoisePath,
+        pool: Pool,
+        student: GuidedByStudent | None = None,
     ) -> None:
         super().__init__(path, pool, student)
         self.teacher = teacher
@@ -204,9 +282,14 @@ class CFGTrajectories(Trajectories):
         z, t, scale = pool.latents[slots], pool.time(slots), pool.scale[slots]
         prompt, negative = pool.prompt[slots], pool.negative[slots]
         samples = GuidanceSamples(
-            z, t, scale, prompt, negative, *self.teacher(z, t, prompt, negative)
-        )
+            z, t, scale, prompt, negative, *pool.refresh(slots),
+            *self.teacher(z, t, prompt, negative),
+        )  # fmt: skip
         return samples, self.teacher.guided(samples.unconditional, samples.conditional, scale)
+
+    def found(self, samples: TrainingSamples) -> tuple[torch.Tensor, torch.Tensor]:
+        assert isinstance(samples, GuidanceSamples)
+        return samples.conditional - samples.unconditional, samples.conditional
 
 
 class HalvedTrajectories(Trajectories):
@@ -215,16 +298,19 @@ class HalvedTrajectories(Trajectories):
 
     Args:
         teacher: its guided prediction.
+        base: the base's two passes, which a refresh runs.
         pool: the latents, all with the same number of steps.
     """
 
     samples_type = StepSamples
+    corrects_refresh = True
 
     def __init__(
-        self, teacher: Guided, path: NoisePath, pool: Pool, student: Guided | None = None
-    ) -> None:
+        self, teacher: Guided, base: TwoPasses, path: NoisePath, pool: Pool,
+        student: GuidedByStudent | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(path, pool, student)
-        self.teacher = teacher
+        self.teacher, self.base = teacher, base
 
     def teach(self, slots: torch.Tensor) -> tuple[StepSamples, torch.Tensor]:
         pool, step = self.pool, self.path.step
@@ -237,7 +323,16 @@ class HalvedTrajectories(Trajectories):
         second = self.teacher(halfway, middle, prompt, negative, scale)
         end = step(halfway, second, middle, to)
         goal = self.path.prediction_between(z, end, t, to)
-        return StepSamples(z, t, scale, prompt, negative, goal, first), goal
+        samples = StepSamples(
+            z, t, scale, prompt, negative, *pool.refresh(slots), goal, first, pool.is_due(slots)
+        )
+        return samples, goal
+
+    def found(self, samples: TrainingSamples) -> tuple[torch.Tensor, torch.Tensor]:
+        unconditional, conditional = self.base(
+            samples.latents, samples.time, samples.prompt, samples.negative
+        )
+        return conditional - unconditional, conditional
 
 
 class NoisedImages:
@@ -271,7 +366,10 @@ class NoisedImages:
         prompt = self.prompt[pick]
         scale = draw_guidance_scales(n, *self.scales, generator)
         negative = draw_negatives(n, self.prompts, self.negative_prompt_prob, generator)
-        return GuidanceSamples(z, t, scale, prompt, negative, *self.teacher(z, t, prompt, negative))
+        none = torch.zeros(n), torch.zeros_like(z), torch.zeros_like(z), torch.zeros(n)
+        return GuidanceSamples(
+            z, t, scale, prompt, negative, *none, *self.teacher(z, t, prompt, negative)
+        )
 
     def tensors(self) -> Tensors:
         return {}

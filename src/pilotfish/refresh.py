@@ -1,0 +1,55 @@
+"""Refreshing the guidance: some steps of a call run both passes.
+
+After such a step the guide is given the difference between the two predictions, which changes
+slowly along a trajectory, and its age.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pilotfish.interface import GuideError
+
+RefreshSteps = int | Sequence[int]
+"""How many steps of a call run both passes, or which, counted from 0."""
+
+
+def refresh_steps(count: int, steps: int) -> tuple[int, ...]:
+    """The steps that run both passes: evenly spaced inside a call, so that the guide alone is used
+    before the first and the last difference never grows old.
+
+    Args:
+        count: how many, at least 0; all where there are fewer steps.
+        steps: denoiser calls of the pipeline's call, at least 1.
+    """
+    if count >= steps:
+        return tuple(range(steps))
+    return tuple((i + 1) * steps // (count + 1) for i in range(count))
+
+
+def check_refresh(refresh: RefreshSteps) -> RefreshSteps:
+    """The argument ``refresh`` as given, a sequence as a tuple.
+
+    Raises:
+        GuideError: neither a number of at least 0 nor a list of such numbers.
+    """
+    if _is_count(refresh):
+        return refresh
+    if isinstance(refresh, Sequence) and all(map(_is_count, refresh)):
+        return tuple(sorted({int(i) for i in refresh}))
+    raise GuideError(
+        "refresh must be a number of steps, at least 0, or a list of steps counted from 0, not "
+        f"{refresh!r}"
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def places(refresh: RefreshSteps, steps: int) -> tuple[int, ...]:
+    """The steps that a value of ``refresh`` means, in a call of so many."""
+    if isinstance(refresh, int):
+        return refresh_steps(refresh, steps)
+    return tuple(sorted(i for i in refresh if i < steps))

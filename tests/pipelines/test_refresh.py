@@ -1,0 +1,84 @@
+"""Refreshing: some steps of a call run both passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from pilotfish import GuideError
+from pilotfish.refresh import places, refresh_steps
+from tests.pipelines.matrix import covered
+from tests.pipelines.pipelines import PIPELINES, Pipeline, build, guide
+
+ALL = 100
+BOTH = 2 * 2
+"""The batch of a step with both passes, for two prompts."""
+
+
+def drawn(one: Pipeline, refresh: Any, name: str, **call: Any) -> torch.Tensor:
+    with guide(name).attached(one.pipe, refresh=refresh):
+        return one.latents(**call)
+
+
+def longer(name: str) -> dict[str, Any]:
+    """Arguments of a call with four steps."""
+    partly = "strength" in PIPELINES[name].call
+    return {"num_inference_steps": 6 if partly else 4}
+
+
+@pytest.mark.parametrize("name", covered("refresh"))
+def test_with_both_passes_in_every_step_the_images_are_those_of_cfg(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pipelines of SD3 encode a control image twice for CFG, each time with noise of its own
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mode())
+    cfg = build(name).latents()
+    torch.testing.assert_close(drawn(build(name), ALL, name), cfg, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", covered("refresh"))
+def test_so_many_steps_run_both_passes_as_are_asked_for(name: str) -> None:
+    one = build(name)
+    with guide(name).attached(one.pipe, refresh=2), one.batches() as sizes:
+        one.latents(**longer(name))
+    assert len(sizes) >= 4
+    assert [i for i, n in enumerate(sizes) if n == BOTH] == list(refresh_steps(2, len(sizes)))
+    with guide(name).attached(one.pipe, refresh=[0, 3]), one.batches() as sizes:
+        one.latents(**longer(name))
+    assert [i for i, n in enumerate(sizes) if n == BOTH] == [0, 3]
+
+
+@pytest.mark.parametrize("name", covered("refresh"))
+def test_a_guide_makes_use_of_what_was_found_and_keeps_nothing(name: str) -> None:
+    one, blind = build(name), guide(name)
+    with blind.attached(one.pipe, refresh=[1]):
+        once = one.latents(**longer(name))
+        assert torch.equal(one.latents(**longer(name)), once)
+    plainly = guide(name, refresh=False, condition_on_negative=True, uncond_templates=2)
+    with plainly.attached(one.pipe, refresh=[1]):
+        assert not torch.equal(one.latents(**longer(name)), once)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 25])
+def test_refreshes_lie_inside_a_call(steps: int) -> None:
+    assert refresh_steps(0, steps) == ()
+    for count in range(1, steps):
+        found = refresh_steps(count, steps)
+        assert len(set(found)) == count
+        assert list(found) == sorted(found)
+        assert 0 <= found[0] <= found[-1] < steps
+    assert refresh_steps(steps + 3, steps) == tuple(range(steps))
+
+
+def test_steps_past_the_end_of_a_call_are_left_out() -> None:
+    assert places([7, 0, 3], 5) == (0, 3)
+
+
+@pytest.mark.parametrize("refresh", [-1, 1.5, "3", [1, -2], True, None])
+def test_what_is_no_number_of_steps_is_refused(refresh: Any) -> None:
+    one = build("SD")
+    with pytest.raises(GuideError, match="refresh must be a number of steps"):
+        guide("SD").attach(one.pipe, refresh=refresh)
