@@ -23,7 +23,8 @@ PROMPTS = ("encoder_hidden_states", "pooled_projections", "text_embeds")
 
 @contextmanager
 def doubled_controlnets(pipe: Any, backbone: Backbone, guided: GuidedPass) -> Iterator[None]:
-    """Inside the block the pipeline's ControlNets run on both passes' batch where the denoiser will.
+    """Inside the block the pipeline's ControlNets run on both passes' batch in the steps in which
+    the denoiser will.
 
     Args:
         guided: that of the running call.
@@ -38,7 +39,7 @@ def doubled_controlnets(pipe: Any, backbone: Backbone, guided: GuidedPass) -> It
         given = dict(zip(names[id(net)], args, strict=False)) | kwargs
         if not guided.will_double(given["timestep"]):
             return None
-        n = len(given.get("sample", given.get("hidden_states")))
+        n = len(given["sample"] if "sample" in given else given["hidden_states"])
         both = {name: twice(value, n) for name, value in given.items()}
         added = given.get("added_cond_kwargs") or {}
         seen = given | added
