@@ -2,13 +2,16 @@
 
 One file is one method: its paper, its equation, its settings and its network. A trained method is
 a :class:`~pilotfish.guides.Guide` and a training-free one a :class:`~baselines.training_free.Rule`.
-Importing a file registers its method, so a new method is a file and a line here.
+Importing a file registers its method, so a new method is a file and a line here. LinearAG is not
+registered: it is fitted to a base first (:func:`baselines.linear_ag.fit`).
 """
 
 from baselines.agd import AdditiveAGD, CrossAttentionAGD
 from baselines.dice import DICE
 from baselines.guidance_lora import GuidanceLoRA
 from baselines.guided_distillation import GuidedDistillation
+from baselines.linear_ag import LinearAG
+from baselines.reuse import CompressGuidance, DeltaReuse
 from baselines.training_free import RULES, AdaptiveGuidance, GuidanceInterval, Rule
 
 __all__ = [
@@ -16,9 +19,12 @@ __all__ = [
     "RULES",
     "AdaptiveGuidance",
     "AdditiveAGD",
+    "CompressGuidance",
     "CrossAttentionAGD",
+    "DeltaReuse",
     "GuidanceInterval",
     "GuidanceLoRA",
     "GuidedDistillation",
+    "LinearAG",
     "Rule",
 ]

@@ -1,15 +1,20 @@
-"""Methods without training: CFG in some of the steps only.
+"""Methods without training: both passes of CFG in some of the steps only.
 
-A step without guidance costs one pass. The methods differ in the steps that they guide:
+A step without the second pass costs one. The methods differ in the steps that run both, and in
+what takes the place of the unconditional prediction in the others:
 
-- :class:`GuidanceInterval` (Kynkäänniemi et al., arXiv 2404.07724): those inside an interval of
-  noise levels. Guidance at high noise reduces diversity, and at low noise it has no effect.
-- :class:`AdaptiveGuidance` (Castillo et al., arXiv 2312.12487): those before the two predictions
-  agree, ``cos(eps(c), eps(n)) > threshold``.
+- :class:`GuidanceInterval` (Kynkäänniemi et al., arXiv 2404.07724): both inside an interval of
+  noise levels, no guidance outside. Guidance at high noise reduces diversity, and at low noise it
+  has no effect.
+- :class:`AdaptiveGuidance` (Castillo et al., arXiv 2312.12487): both before the two predictions
+  agree, ``cos(eps(c), eps(n)) > threshold``, no guidance after.
+- :mod:`baselines.reuse`: the last difference of the two predictions is used again.
+- :mod:`baselines.linear_ag`: a linear function of earlier predictions.
 
 The pipeline runs as it does with CFG. Where the denoiser is called with a doubled batch in a step
-that is not guided, it runs on the prompt's half, and the prediction is returned for both halves.
-Equation (1) then gives the conditional prediction.
+of one pass, it runs on the prompt's half. The rule returns the unconditional prediction, and
+equation (1) combines the two. Equation (1) is linear, so nothing depends on whether the denoiser
+predicts epsilon, v or flow.
 """
 
 from __future__ import annotations
@@ -26,28 +31,59 @@ RULES: dict[str, type[Rule]] = {}
 """Every rule that has been imported, by its name; it is made without arguments."""
 
 
-class Rule:
-    """CFG in some of the steps. It attaches to a pipeline with a UNet as a guide does.
+@dataclass(frozen=True)
+class Step:
+    """A denoiser call of a pipeline's call.
 
-    A subclass is registered under the ``name`` of its class statement.
+    Attributes:
+        index: counted from 0.
+        count: how many there are.
+        timestep: in [0, 1000).
+    """
+
+    index: int
+    count: int
+    timestep: float
+
+
+class Rule:
+    """CFG with one pass in some of the steps. It attaches to a pipeline with a UNet as a guide
+    does.
+
+    A subclass is registered under the ``name`` of its class statement, if it has one.
     """
 
     title: ClassVar[str]
     """Its name in tables and plots."""
 
-    def __init_subclass__(cls, name: str, **kwargs: Any) -> None:
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        RULES[name] = cls
+        if name is not None:
+            RULES[name] = cls
 
-    def is_guided(self, timestep: float) -> bool:
-        """Whether the step at ``timestep`` in [0, 1000) is guided."""
+    def is_guided(self, step: Step) -> bool:
+        """Whether a step runs both passes."""
         raise NotImplementedError
 
     def reset(self) -> None:
         """Called before the first step of a call."""
 
-    def update(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> None:
-        """Called after a guided step with its two predictions, each (N, C, h, w)."""
+    def after_both(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+        """Called after a step of two passes with its predictions, (N, C, h, w) each.
+
+        Returns:
+            (N, C, h, w) the unconditional prediction of equation (1).
+        """
+        return unconditional
+
+    def after_one(self, conditional: torch.Tensor) -> torch.Tensor:
+        """Called after a step of one pass with its prediction, (N, C, h, w).
+
+        Returns:
+            (N, C, h, w) the unconditional prediction of equation (1); the conditional one is no
+            guidance.
+        """
+        return conditional
 
     @contextmanager
     def attached(self, pipe: Any) -> Iterator[Any]:
@@ -60,16 +96,15 @@ class Rule:
             raise ValueError(
                 f"{self.title} needs a pipeline with a UNet; {type(pipe).__name__} has none"
             )
-        last, halved = float("-inf"), False
+        step, halved = Step(-1, 0, float("-inf")), False
 
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal last, halved
+            nonlocal step, halved
             sample, timestep = args[0], float(torch.as_tensor(args[1]).reshape(-1)[0])
-            # some schedulers run a timestep twice, but never the first one
-            if timestep > last or timestep == float(pipe.scheduler.timesteps[0]):
+            step = _next(step, timestep, pipe.scheduler.timesteps)
+            if step.index == 0:
                 self.reset()
-            last = timestep
-            halved = pipe.do_classifier_free_guidance and not self.is_guided(timestep)
+            halved = pipe.do_classifier_free_guidance and not self.is_guided(step)
             if not halved:
                 return None
             n = len(sample)
@@ -77,12 +112,17 @@ class Rule:
             return (sample[n // 2 :], *args[1:]), halves
 
         def after(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-            prediction = output[0]
+            if not pipe.do_classifier_free_guidance:
+                return None
             if halved:
-                return (torch.cat([prediction, prediction]), *output[1:])
-            if pipe.do_classifier_free_guidance:
-                self.update(*prediction.chunk(2))
-            return None
+                conditional = output[0]
+                unconditional = self.after_one(conditional)
+            else:
+                found, conditional = output[0].chunk(2)
+                unconditional = self.after_both(found, conditional)
+                if unconditional is found:
+                    return None
+            return (torch.cat([unconditional, conditional]), *output[1:])
 
         handles = [
             pipe.unet.register_forward_pre_hook(before, with_kwargs=True),
@@ -93,6 +133,16 @@ class Rule:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _next(last: Step, timestep: float, schedule: torch.Tensor) -> Step:
+    """The step after ``last``, which is the first of a call where the timestep rises or is the
+    schedule's first. Some schedulers run a timestep twice, but never the first one."""
+    rises = timestep > last.timestep or last.index + 1 >= last.count
+    if not rises and timestep != float(schedule[0]):
+        return Step(last.index + 1, last.count, timestep)
+    places = (schedule == timestep).nonzero()
+    return Step(0, len(schedule) - (int(places[0]) if len(places) else 0), timestep)
 
 
 def _second_half(value: Any, n: int) -> Any:
@@ -122,8 +172,8 @@ class GuidanceInterval(Rule, name="guidance-interval"):
         if not self.low < self.high:
             raise ValueError(f"no timestep lies in [{self.low:g}, {self.high:g})")
 
-    def is_guided(self, timestep: float) -> bool:
-        return self.low <= timestep < self.high
+    def is_guided(self, step: Step) -> bool:
+        return self.low <= step.timestep < self.high
 
 
 @dataclass
@@ -148,9 +198,10 @@ class AdaptiveGuidance(Rule, name="adaptive-guidance"):
     def reset(self) -> None:
         self.agree = False
 
-    def is_guided(self, timestep: float) -> bool:
+    def is_guided(self, step: Step) -> bool:
         return not self.agree
 
-    def update(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> None:
+    def after_both(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
         cosine = F.cosine_similarity(unconditional.flatten(1), conditional.flatten(1))
         self.agree = bool(cosine.mean() > self.threshold)
+        return unconditional
