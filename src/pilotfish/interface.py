@@ -7,7 +7,7 @@ Everything between a denoiser family (:mod:`pilotfish.backbones`) and a guide
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -128,19 +128,22 @@ class Refresh:
         difference: (N, C, h, w) its conditional prediction minus its unconditional one, on the grid
             of :class:`GuideInputs`.
         conditional: (N, C, h, w) its conditional prediction.
+        latents: (N, C, h, w) its latents.
         known: (N,) 1 where there was such a step; 0 where there was none, and all else is 0.
     """
 
     time: torch.Tensor
     difference: torch.Tensor
     conditional: torch.Tensor
+    latents: torch.Tensor
     known: torch.Tensor
 
-    def to(self, dtype: torch.dtype) -> Refresh:
-        """Predictions in another precision."""
-        return replace(
-            self, difference=self.difference.to(dtype), conditional=self.conditional.to(dtype)
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Refresh:
+        """With the three maps changed."""
+        difference, conditional, latents = map(
+            change, (self.difference, self.conditional, self.latents)
         )
+        return Refresh(self.time, difference, conditional, latents, self.known)
 
 
 @dataclass(frozen=True)

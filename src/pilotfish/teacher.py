@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -116,11 +115,7 @@ class Student(nn.Module):
             refresh_at=lambda steps: (0,) if both_passes else (),
         )  # fmt: skip
         if refresh is not None:
-            on_grid = base.backbone.on_grid
-            guided.refresh = replace(
-                refresh, difference=on_grid(refresh.difference),
-                conditional=on_grid(refresh.conditional),
-            )  # fmt: skip
+            guided.refresh = refresh.map(base.backbone.on_grid)
         with guided.open():
             return base(latents, time, text)
 

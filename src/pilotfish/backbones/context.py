@@ -242,10 +242,10 @@ class GuidedPass:
 
     def _found(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> None:
         assert self._began is not None
-        time = self._began[1].time
-        difference = self.to_guide(conditional - unconditional)
+        inputs = self._began[1]
         self.refresh = Refresh(
-            time, difference, self.to_guide(conditional), torch.ones_like(time)
+            inputs.time, self.to_guide(conditional - unconditional), self.to_guide(conditional),
+            inputs.latents, torch.ones_like(inputs.time),
         )  # fmt: skip
         self.refreshing = False
 

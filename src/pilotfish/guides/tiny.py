@@ -20,9 +20,9 @@ The first three act through the model's own weights, so they transfer to fine-tu
 
 After a refresh, a step with both passes, the last difference between the two predictions and its
 age are known. The head then adds ``w - 1`` times that difference as well, channel by channel with
-learned gains around 1, reads it, and all other parts are turned down by learned shares in [0, 1].
-With the shares at 1 and the head's own addition at 0 that is plain reuse of the difference; with
-its gains at 0, the shares at 0 and the head blind to it, it is the guide without refresh.
+learned gains around 1, and reads it; all parts are turned down by learned shares in [0, 1]. With
+the shares and gains at 1 that is plain reuse of the difference; with the gains and shares at 0 and
+the head blind to it, it is the guide without refresh.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ from pilotfish.interface import (
     TextConditions,
 )
 
+TURNED_DOWN = 3.0
+"""Where the logits of the shares start: after a refresh a new guide is close to plain reuse."""
+SEEN_AFTER_REFRESH = 5
+"""Maps with the prediction's channels that the head reads then: prediction and latents, and the
+difference, conditional prediction and latents of the refresh."""
 SIDE = 8
 """Pixels of an unconditional template, each way; it is resized to the latents."""
 
@@ -139,18 +144,20 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         self.head_name, features, channels = (
             signature["head"][key] for key in ("module", "features", "channels")
         )
-        seen = features + (4 if refresh else 2) * channels
+        seen = features + (SEEN_AFTER_REFRESH if refresh else 2) * channels
         self.prediction_head = LowRank(seen, channels, head) if head else None
         self.templates = (
             Templates(condition_dim, channels, uncond_templates) if uncond_templates else None
         )
         # gain and shift of every layer and of the head, then the head's scalings
         self.widths = [2 * r for r in (*[rank] * len(added), head) if r]
-        self.scalings = (3 if refresh else 2) * channels if head else 0
-        self.age = Age(condition_dim) if refresh else None
-        # of the text, of each site, of each layer, of the templates
-        parts = 1 + len(sites) + len(added) + 1
+        self.scalings = (SEEN_AFTER_REFRESH if refresh else 2) * channels if head else 0
+        self.age = Age(condition_dim, self.scalings) if refresh else None
+        # of the text, of each site, of each layer, of the head, of the templates
+        parts = 1 + len(sites) + len(added) + 1 + 1
         self.turned_down = nn.Linear(condition_dim, parts) if refresh else None
+        if self.turned_down is not None:
+            nn.init.constant_(self.turned_down.bias, TURNED_DOWN)
         total = sum(self.widths) + self.scalings
         self.modulate = nn.Linear(condition_dim, total) if total else None
         if self.modulate is not None:
@@ -188,23 +195,27 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
     ) -> Modulations:  # fmt: skip
         """What depends on time, scale, text and refresh alone; see :meth:`Guide.modulations`."""
         refresh = None if self.age is None else refresh
-        age = None if self.age is None or refresh is None else self.age(time, refresh)
+        age, of_age = None, None
+        if self.age is not None and refresh is not None:
+            age, of_age = self.age(time, guidance_scale, refresh)
         condition = self.condition(time, guidance_scale, text, negative, age)
         strength = guidance_strength(guidance_scale).to(condition.dtype)
         # inside the network the effect of a change saturates; at the prediction it is linear
         inside = torch.log1p(strength)[..., None]
         strength = strength[..., None]
-        of_text, of_sites, of_layers, of_templates = inside, inside, [inside] * len(self.names), 1
+        of_text, of_sites, of_templates = inside, inside, strength
+        of_layers = [*[inside] * len(self.names), strength]
         if self.turned_down is not None and refresh is not None:
             known = refresh.known.to(condition.dtype)[:, None]
             kept = 1 - known * self.turned_down(condition).sigmoid()
-            of_text, of_templates = inside * kept[..., :1], kept[..., -1:]
+            of_text, of_templates = inside * kept[..., :1], strength * kept[..., -1:]
             sites = [
                 kept[..., 1 + i : 2 + i].expand(*kept.shape[:-1], heads)
                 for i, heads in enumerate(self.sites.values())
             ]
             of_sites = inside * torch.cat(sites, -1) if sites else inside
-            of_layers = [inside * k for k in kept[..., 1 + len(self.sites) : -1].split(1, -1)]
+            shares = kept[..., 1 + len(self.sites) : -1].split(1, -1)
+            of_layers = [of * share for of, share in zip(of_layers, shares, strict=True)]
         text_gain, gains, paths, scalings, template = None, [], [], [], None
         if self.text_gain is not None:
             text_gain = (of_text * self.text_gain(condition))[..., None]
@@ -213,34 +224,39 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         networks = self.networks()
         if self.modulate is not None:
             modulated = self.modulate(condition).split([*self.widths, self.scalings], -1)
-            factors = [*of_layers, strength]
-            for network, values, factor in zip(networks, modulated, factors, strict=False):
+            if self.prediction_head is None:
+                of_layers = of_layers[:-1]
+            for network, values, factor in zip(networks, modulated, of_layers, strict=False):
                 gain, shift = values[..., None].chunk(2, -2)
                 up = factor[..., None] * network.up
                 paths.append(Path(gain * network.down, shift, up))
             if self.prediction_head is not None:
-                scalings = self._scalings(strength, modulated[-1], refresh)
+                scalings = self._scalings(strength, modulated[-1], of_age, refresh)
         if self.templates is not None:
             made = self.templates(self.condition.of_negative(negative), condition)
-            template = (strength * of_templates)[..., None, None] * made
+            template = of_templates[..., None, None] * made
         return Modulations(
             text_gain, tuple(gains), tuple(paths), tuple(scalings), template,
             tuple(network.kernel() for network in networks),
         )  # fmt: skip
 
     def _scalings(
-        self, strength: torch.Tensor, made: torch.Tensor, refresh: Refresh | None
-    ) -> list[torch.Tensor]:
-        """Those of prediction and latents, and that of the last difference where it is known,
+        self, strength: torch.Tensor, made: torch.Tensor, of_age: torch.Tensor | None,
+        refresh: Refresh | None,
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """Those of prediction and latents and, after a refresh, of the three maps that it found,
         (..., N, C, 1, 1) each."""
         if self.age is None:
             return [*(strength * made)[..., None, None].chunk(2, -3)]
-        two, third = made.split([2 * made.shape[-1] // 3, made.shape[-1] // 3], -1)
-        found = [*(strength * two)[..., None, None].chunk(2, -3)]
-        if refresh is not None:
-            known = refresh.known.to(made.dtype)[:, None]
-            found.append((known * strength * (1 + third))[..., None, None])
-        return found
+        channels = made.shape[-1] // SEEN_AFTER_REFRESH
+        if refresh is None or of_age is None:
+            return [*(strength * made[..., : 2 * channels])[..., None, None].chunk(2, -3)]
+        known = refresh.known.to(made.dtype)[:, None]
+        of_age = of_age.to(made.dtype)
+        plain, found = (made + of_age).split([2 * channels, 3 * channels], -1)
+        found = torch.cat([1 + found[..., :channels], found[..., channels:]], -1)
+        every = strength * torch.cat([plain, known * found], -1)
+        return [*every[..., None, None].chunk(SEEN_AFTER_REFRESH, -3)]
 
     def networks(self) -> list[LowRank]:
         """Those of the layers, then the head's."""
@@ -361,22 +377,24 @@ def add_to_prediction(
     """The prediction (N, C, h, w) with the head's output added.
 
     The head reads the last features, the prediction and the latents, and after a refresh the
-    difference and the conditional prediction found there. The features come out of the denoiser's
-    last normalisation and need none here. Beside that path the head scales prediction, latents and
-    difference channel by channel: at high noise the unconditional prediction is close to a
+    difference, the conditional prediction and the latents found there. The features come out of
+    the denoiser's last normalisation and need none here. Beside that path the head scales all but
+    the features channel by channel: at high noise the unconditional prediction is close to a
     constant, and CFG little more than that scaling; with a negative prompt it is close to the
-    image that that prompt leads to, the template.
+    image that that prompt leads to, the template. After a refresh the present difference is close
+    to such a sum: of the last one, and of what prediction and latents were and are.
 
     Args:
         scalings: (N, C, 1, 1) of the prediction, of the latents and, after a refresh, of the
-            difference.
+            difference, conditional prediction and latents there.
         template: (N, C, SIDE, SIDE) or None.
     """
     seen = [features, prediction, latents]
     scaled = [prediction, latents]
     if refresh is not None:
-        seen += [refresh.difference, refresh.conditional]
-        scaled.append(refresh.difference)
+        found = [refresh.difference, refresh.conditional, refresh.latents]
+        seen += found
+        scaled += found
     made = low_rank(torch.cat(seen, 1), prediction, path, kernel)
     for scaling, of in zip(scalings, scaled, strict=True):
         made = torch.addcmul(made, scaling, of)
@@ -391,23 +409,30 @@ class Age(nn.Module):
 
     Args:
         width: of the embedding of time, w and text, to which this is added.
+        scalings: of the head, which depend on time and age more sharply than all else.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, scalings: int) -> None:
         super().__init__()
         self.embed = nn.Sequential(
-            nn.Linear(2 * FEATURES + 3, width), nn.SiLU(), nn.Linear(width, width)
+            nn.Linear(3 * FEATURES + 3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
+        self.to_condition = nn.Linear(width, width)
+        self.to_scalings = zero_module(nn.Linear(width, scalings))
 
-    def forward(self, time: torch.Tensor, refresh: Refresh) -> torch.Tensor:
-        """(..., N, width) at times (..., N); 0 where there was no refresh."""
-        time = time.float()
+    def forward(
+        self, time: torch.Tensor, guidance_scale: torch.Tensor, refresh: Refresh
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., N, width) and (..., N, scalings) at times (..., N) and scales that broadcast with
+        them; 0 where there was no refresh."""
+        time, w = torch.broadcast_tensors(time.float(), guidance_scale.float())
         age = (refresh.time.float() - time) / 2
-        seen = fourier_features(torch.stack([time / 4, age], -1), FEATURES, longest=1.0).flatten(-2)
-        compared = _compared(refresh).expand(*seen.shape[:-1], 3)
+        numbers = torch.stack([time / 4, age, w / 32], -1)
+        seen = fourier_features(numbers, FEATURES, longest=1.0).flatten(-2)
+        seen = torch.cat([seen, _compared(refresh).expand(*seen.shape[:-1], 3)], -1)
         known = refresh.known.to(refresh.difference.dtype)[:, None]
-        made: torch.Tensor = known * self.embed(torch.cat([seen, compared], -1).to(known.dtype))
-        return made
+        hidden = self.embed(seen.to(known.dtype))
+        return known * self.to_condition(hidden), known * self.to_scalings(hidden)
 
 
 def _compared(refresh: Refresh) -> torch.Tensor:

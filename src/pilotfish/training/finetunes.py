@@ -4,7 +4,8 @@ A guide trained on the base alone relies on features that only the base has. It 
 trained on fine-tunes, each against its own CFG. The result is one guide.
 
 Fine-tunes are few, but their weight changes can be scaled and added (task arithmetic, arXiv
-2212.04089): each is used at half, full and one and a half times its change, and in mixtures.
+2212.04089): each is used at half, full, one and a half and two and a half times its change, and in
+mixtures.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from itertools import combinations
 import torch
 from torch import nn
 
-STRENGTHS = (0.5, 1.0, 1.5)
+STRENGTHS = (0.5, 1.0, 1.5, 2.5)
 """Multiples of a fine-tune's change of the weights."""
 
 Weights = Mapping[str, torch.Tensor]

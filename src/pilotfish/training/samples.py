@@ -35,9 +35,10 @@ class TrainingSamples:
         guidance_scale: (N,) the scale of the trajectory.
         prompt: (N,) int64, index into the prompts.
         negative: (N,) int64, index of the null or negative prompt.
-        refresh_time: (N,) see :class:`~pilotfish.interface.Refresh`, as the next three.
+        refresh_time: (N,) see :class:`~pilotfish.interface.Refresh`, as the next four.
         difference: (N, C, h, w).
         refresh_conditional: (N, C, h, w).
+        refresh_latents: (N, C, h, w).
         known: (N,).
         any_scale: whether the target is known at every scale, or at ``guidance_scale`` alone.
     """
@@ -52,6 +53,7 @@ class TrainingSamples:
     refresh_time: torch.Tensor
     difference: torch.Tensor
     refresh_conditional: torch.Tensor
+    refresh_latents: torch.Tensor
     known: torch.Tensor
 
     def __len__(self) -> int:
@@ -60,7 +62,10 @@ class TrainingSamples:
     @property
     def refresh(self) -> Refresh:
         """What the last refresh of each trajectory found."""
-        return Refresh(self.refresh_time, self.difference, self.refresh_conditional, self.known)
+        return Refresh(
+            self.refresh_time, self.difference, self.refresh_conditional, self.refresh_latents,
+            self.known,
+        )  # fmt: skip
 
     @property
     def untrained(self) -> torch.Tensor:

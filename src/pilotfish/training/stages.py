@@ -18,6 +18,7 @@ import torch
 from pilotfish import bundled
 from pilotfish.backbones import Origin
 from pilotfish.guides import Guide
+from pilotfish.interface import Refresh
 from pilotfish.noise import NoisePath
 from pilotfish.training.config import (
     ConfigError,
@@ -61,7 +62,9 @@ class GuidanceTrainer(Trainer):
         self, guided: torch.Tensor, target: torch.Tensor, w: torch.Tensor,
         samples: TrainingSamples,
     ) -> torch.Tensor:  # fmt: skip
-        return guidance_loss(guided, target, w)
+        assert isinstance(samples, GuidanceSamples)
+        difference = samples.conditional - samples.unconditional
+        return guidance_loss(guided, target, w, freshness_weight(samples.refresh, difference))
 
     def validation(self) -> GuidanceValidation:
         return GuidanceValidation(self.config, self.context, self.teacher)
@@ -162,15 +165,37 @@ class StepTrainer(Trainer):
         return StepValidation(self.config, self.context, teacher, self.steps)
 
 
-def guidance_loss(guided: torch.Tensor, target: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def guidance_loss(
+    guided: torch.Tensor, target: torch.Tensor, w: torch.Tensor, weight: torch.Tensor | float = 1.0
+) -> torch.Tensor:
     """Equation (2), ``||guided - cfg||^2``, divided by ``(w - 1)^2``: the distance between CFG and
     the conditional prediction grows with w - 1, so this weighs all scales alike.
+
+    Args:
+        weight: (N,) further weights.
 
     Returns:
         The mean over batch and elements, a scalar.
     """
-    weight = (w - 1).clamp(min=0.5) ** -2
+    weight = weight * (w - 1).clamp(min=0.5) ** -2
     return (weight * (guided.float() - target).pow(2).mean((1, 2, 3))).mean()
+
+
+LEAST = 0.03
+"""Relative error of reuse below which a sample's weight grows no further."""
+
+
+def freshness_weight(refresh: Refresh, difference: torch.Tensor) -> torch.Tensor:
+    """(N,) weights that count all ages of a refresh alike: one over the relative error of reuse,
+    ``||difference then - difference now||^2 / ||difference now||^2``, which is small where the
+    refresh is fresh; 1 where reuse is of no use, and without a refresh.
+
+    Args:
+        difference: (N, C, h, w) the difference between the two predictions now.
+    """
+    error = (refresh.difference - difference).pow(2).mean((1, 2, 3))
+    relative = error / difference.pow(2).mean((1, 2, 3)).clamp(min=1e-12)
+    return torch.where(refresh.known > 0, 1 / (relative.clamp(max=1) + LEAST), 1.0)
 
 
 def step_loss(

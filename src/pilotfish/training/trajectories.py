@@ -85,7 +85,9 @@ class Pool:
         self.gap = torch.zeros(size, dtype=torch.long)
         self.due = torch.zeros(size, dtype=torch.long)
         self.refresh_time, self.known = torch.zeros(size), torch.zeros(size)
-        self.difference, self.refresh_conditional = torch.zeros(2, size, *shape)
+        self.difference, self.refresh_conditional, self.refresh_latents = torch.zeros(
+            3, size, *shape
+        )  # fmt: skip
         # where lengths differ, the first trajectories may have a single step, so that the pool soon
         # covers all timesteps
         fixed = steps[0] == steps[1]
@@ -111,8 +113,7 @@ class Pool:
             gap = (self.length[slots] / (count + 1)).round().long().clamp(min=1)
             self.gap[slots] = torch.where(some, gap, 0)
             self._set_due(slots, generator, first=0)
-            self.known[slots] = 0
-            for kept in (self.refresh_time, self.difference, self.refresh_conditional):
+            for kept in self.refresh_fields():
                 kept[slots] = 0
 
     def _set_due(self, slots: torch.Tensor, generator: torch.Generator, first: int) -> None:
@@ -128,14 +129,17 @@ class Pool:
         due: torch.Tensor = self.position[slots] == self.due[slots]
         return due if self.refresh_prob else torch.zeros_like(due)
 
-    def refresh(
-        self, slots: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The last refresh of each, as the fields of :class:`~pilotfish.interface.Refresh`."""
+    def refresh_fields(self) -> tuple[torch.Tensor, ...]:
+        """Of :class:`~pilotfish.interface.Refresh`, of all latents."""
         return (
-            self.refresh_time[slots], self.difference[slots], self.refresh_conditional[slots],
-            self.known[slots],
+            self.refresh_time, self.difference, self.refresh_conditional, self.refresh_latents,
+            self.known,
         )  # fmt: skip
+
+    def refresh(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The last refresh of each, as fields of a :class:`TrainingSamples`."""
+        names = ("refresh_time", "difference", "refresh_conditional", "refresh_latents", "known")
+        return {n: x[slots] for n, x in zip(names, self.refresh_fields(), strict=True)}
 
     def keep_refresh(
         self, slots: torch.Tensor, difference: torch.Tensor, conditional: torch.Tensor,
@@ -144,6 +148,7 @@ class Pool:
         """Store what a refresh found, before :meth:`advance`."""
         self.refresh_time[slots], self.known[slots] = self.time(slots), 1.0
         self.difference[slots], self.refresh_conditional[slots] = difference, conditional
+        self.refresh_latents[slots] = self.latents[slots]
         self._set_due(slots, generator, first=1)
 
     def choose(self, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -175,7 +180,7 @@ class Pool:
 
     _SAVED = (
         "latents", "position", "length", "prompt", "negative", "scale", "on_policy", "gap", "due",
-        "refresh_time", "known", "difference", "refresh_conditional",
+        "refresh_time", "known", "difference", "refresh_conditional", "refresh_latents",
     )  # fmt: skip
 
     def tensors(self) -> Tensors:
@@ -281,9 +286,10 @@ class CFGTrajectories(Trajectories):
         pool = self.pool
         z, t, scale = pool.latents[slots], pool.time(slots), pool.scale[slots]
         prompt, negative = pool.prompt[slots], pool.negative[slots]
+        unconditional, conditional = self.teacher(z, t, prompt, negative)
         samples = GuidanceSamples(
-            z, t, scale, prompt, negative, *pool.refresh(slots),
-            *self.teacher(z, t, prompt, negative),
+            z, t, scale, prompt, negative, unconditional=unconditional, conditional=conditional,
+            **pool.refresh(slots),
         )  # fmt: skip
         return samples, self.teacher.guided(samples.unconditional, samples.conditional, scale)
 
@@ -324,8 +330,9 @@ class HalvedTrajectories(Trajectories):
         end = step(halfway, second, middle, to)
         goal = self.path.prediction_between(z, end, t, to)
         samples = StepSamples(
-            z, t, scale, prompt, negative, *pool.refresh(slots), goal, first, pool.is_due(slots)
-        )
+            z, t, scale, prompt, negative, goal=goal, first=first, due=pool.is_due(slots),
+            **pool.refresh(slots),
+        )  # fmt: skip
         return samples, goal
 
     def found(self, samples: TrainingSamples) -> tuple[torch.Tensor, torch.Tensor]:
@@ -366,7 +373,8 @@ class NoisedImages:
         prompt = self.prompt[pick]
         scale = draw_guidance_scales(n, *self.scales, generator)
         negative = draw_negatives(n, self.prompts, self.negative_prompt_prob, generator)
-        none = torch.zeros(n), torch.zeros_like(z), torch.zeros_like(z), torch.zeros(n)
+        nothing = torch.zeros_like(z)
+        none = torch.zeros(n), nothing, nothing, nothing, torch.zeros(n)
         return GuidanceSamples(
             z, t, scale, prompt, negative, *none, *self.teacher(z, t, prompt, negative)
         )
