@@ -1,4 +1,7 @@
-"""``pilotfish compare``: all methods under one budget and one measurement."""
+"""``pilotfish compare``: all methods under one budget and one measurement.
+
+``--frontier`` is a measurement of its own, :mod:`baselines.frontier.command`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from rich.console import Console
 
 from baselines.comparison.report import comparison_table, pareto
 from baselines.comparison.run import Comparison, ComparisonConfig, titles
+from baselines.frontier import command as frontier
 from pilotfish import bundled
 from pilotfish.cli.names import model_sources, open_scorer
 from pilotfish.data.prompts import load_prompts
@@ -54,9 +58,13 @@ class CompareConfig(ComparisonConfig):
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``pilotfish compare``."""
+    if "--frontier" in arguments:
+        frontier.main(arguments)
+        return
     config = tyro.cli(
         CompareConfig, args=list(arguments), prog="pilotfish compare", use_underscores=True,
-        description=f"{CompareConfig.__doc__} Methods: {', '.join(titles())}.",
+        description=f"{CompareConfig.__doc__} Methods: {', '.join(titles())}. With --frontier it "
+        "measures methods at several numbers of passes; see --frontier --help.",
     )  # fmt: skip
     if config.quick:
         config = replace(config, models=config.models[:2], **QUICK)

@@ -149,12 +149,14 @@ class ScoredImages:
 
     Attributes:
         hits: (N,) 1 where the prompt was the first of all names.
+        hits5: (N,) 1 where it was among the first five.
         latents: (N, C, h, w) final latents.
         passes: of the denoiser for one image.
     """
 
     scores: Scores
     hits: torch.Tensor
+    hits5: torch.Tensor
     latents: torch.Tensor
     passes: float
 
@@ -210,7 +212,8 @@ class ModelScorer:
                 latents.append(batch.latents)
                 report(title, min(i + self.batch_size, samples), samples)
         passes = sum(gather_objects(sum(rows))) / sum(gather_objects(drawn))
-        return ScoredImages(meter.compute(), meter.retrieval.hits(), torch.cat(latents), passes)
+        first, five = (meter.retrieval.hits(k) for k in (1, 5))
+        return ScoredImages(meter.compute(), first, five, torch.cat(latents), passes)
 
 
 def named_progress(progress: Progress | None, name: str) -> Progress:

@@ -346,6 +346,8 @@ def _validated(kind: type[T], value: Any) -> T:
 def _nulls_to_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _nulls_to_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_nulls_to_nan(v) for v in value]
     return math.nan if value is None else value
 
 

@@ -1,0 +1,119 @@
+"""``pilotfish compare --frontier``: the gain that each method keeps, by its number of passes."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from zlib import crc32
+
+import tyro
+
+from baselines.frontier.report import frontier_markdown, frontier_plot, groups
+from baselines.frontier.results import FrontierRun
+from baselines.frontier.run import Frontier, FrontierConfig, settings_of
+from pilotfish import bundled
+from pilotfish.cli.names import model_sources, open_guide, open_scorer, split_name
+from pilotfish.cli.progress import progress_bars
+from pilotfish.data.prompts import load_prompts
+from pilotfish.evaluation.images import ModelSource
+from pilotfish.evaluation.plots import save
+from pilotfish.evaluation.processes import process
+from pilotfish.evaluation.results import machine, versions
+from pilotfish.guides import Guide
+
+GUIDES = ("tiny", "tiny-16", "tiny-8", "tiny-4")
+"""Bundled guides that are measured, as far as they are there."""
+
+
+@dataclass(frozen=True)
+class FrontierCommand(FrontierConfig):
+    """Measure guides with refreshes and other methods at several numbers of denoiser passes, on the
+    base and its fine-tunes. The same command resumes it, and commands for parts of it (--models,
+    --methods, --refresh) add to one result. All methods use the deterministic scheduler."""
+
+    models: tuple[str, ...] = ()
+    """Bundled models, or folders or hub ids. Default: the base, its fine-tunes and its far
+    fine-tunes."""
+    base: str = "base"
+    """The model on which LinearAG is fitted and the cost is measured."""
+    guides: tuple[str, ...] = ()
+    """Guides of this library, NAME, PATH or NAME=PATH. Default: the bundled ones."""
+    trained: tuple[str, ...] = ()
+    """Guides of trained baselines, likewise: agd=runs/compare/agd/samples-0/guide."""
+    reference_images: tuple[str, ...] = ()
+    """Folders of real images (metadata.jsonl), one for each model that is not bundled."""
+    prompts: str | None = None
+    """Text file, the prompts of the images; the scorer must find each among all of them. Default:
+    the bundled captions."""
+    train_prompts: str | None = None
+    """Text file of prompts on which LinearAG is fitted. Default: the bundled ones for training."""
+    scorer: str | None = None
+    """Folder of a CLIP that scores the images. Default: the bundled one."""
+    output: str = "results/frontier.json"
+    """File of the result."""
+    plot: str = "docs/images/frontier.png"
+    """File of the plot."""
+    references: str = "runs/frontier"
+    """Folder for the images of no guidance and CFG, which are sampled once."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``pilotfish compare --frontier``."""
+    given = [a for a in arguments if a != "--frontier"]
+    config = tyro.cli(
+        FrontierCommand, args=given, prog="pilotfish compare --frontier", use_underscores=True,
+        description=FrontierCommand.__doc__,
+    )  # fmt: skip
+    if process()[1] > 1:
+        raise ValueError("--frontier runs in one process; its parts can run one after another")
+    bundled_guides = [name for name in GUIDES if name in bundled.guide_names()]
+    guides = _guides(config.guides or bundled_guides)
+    far = _far_fine_tunes()
+    models = config.models or (*bundled.MODELS, *far)
+    names = load_prompts(config.prompts) if config.prompts else bundled.prompts("captions")
+    sources = model_sources(models, config.reference_images)
+    sources |= {
+        name: ModelSource(partial(bundled.load_model, name)) for name in models if name in far
+    }
+    base = model_sources([config.base], ()).popitem()
+    run = FrontierRun(
+        shlex.join(["pilotfish", "compare", *arguments]),
+        prompts=f"{crc32(repr(names).encode()):08x}", machine=machine(), versions=versions(),
+        **settings_of(config),
+    )  # fmt: skip
+    with progress_bars() as progress:
+        frontier = Frontier(
+            config, sources, base, guides, _guides(config.trained),
+            open_scorer(config.scorer, models), names,
+            load_prompts(config.train_prompts) if config.train_prompts
+            else bundled.prompts("training"),
+            run, Path(config.output), Path(config.references), progress,
+        )  # fmt: skip
+        found = frontier.measure()
+    columns = groups(found, base[0], far)
+    print(frontier_markdown(found, columns))
+    save(frontier_plot(found, columns, list(guides)), config.plot)
+    print(f"saved {config.output} and {config.plot}")
+
+
+def _far_fine_tunes() -> list[str]:
+    """The bundled fine-tunes that lie far from the base; they have no reference images."""
+    names = getattr(bundled, "test_finetune_names", list)
+    return list(names())
+
+
+def _guides(texts: Sequence[str]) -> dict[str, Guide]:
+    """Guides by name.
+
+    Raises:
+        ValueError: two of one name.
+    """
+    found: dict[str, Guide] = {}
+    for name, path in map(split_name, texts):
+        if name in found:
+            raise ValueError(f"two guides are called {name}; name one of them NAME=PATH")
+        found[name] = open_guide(path)
+    return found
