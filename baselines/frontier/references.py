@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -39,7 +40,7 @@ def kept(
         pass
     tensors, values = make()
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
+    part = file.with_suffix(f".{os.getpid()}.part")
     metadata = {"made_of": made_of, "values": json.dumps(values)}
     save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
     part.replace(file)

@@ -14,7 +14,7 @@ import torch
 
 from baselines.frontier.methods import Candidate, candidates
 from baselines.frontier.references import figures, kept, kept_images, part_of
-from baselines.frontier.results import FrontierEntry, FrontierResult, FrontierRun
+from baselines.frontier.results import FrontierEntry, FrontierResult, FrontierRun, Key
 from baselines.linear_ag import gram_matrix
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import (
@@ -123,6 +123,7 @@ class Frontier:
     progress: Progress | None = None
     log: Callable[[str], None] = print
     _gram: torch.Tensor | None = field(default=None, init=False)
+    _dropped: set[tuple[str, Key]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self.found = FrontierResult(self.run, {})
@@ -166,7 +167,16 @@ class Frontier:
         return self.found
 
     def save(self) -> None:
-        """Write the result as it is."""
+        """Write the result, with what other commands have added to the file since it was read."""
+        if self.file.is_file():
+            now = FrontierResult.load(self.file)
+            for name, weights in now.run.weights.items():
+                self.found.run.weights.setdefault(name, weights)
+            for model, entries in now.models.items():
+                for entry in entries:
+                    dropped = (model, entry.key) in self._dropped
+                    if not dropped and self.found.find(model, entry.key) is None:
+                        self.found.put(model, entry)
         self.found.save(self.file)
 
     # -- images ---------------------------------------------------------------------------
@@ -235,11 +245,16 @@ class Frontier:
         if known.get(name, weights) != weights:
             self.log(f"{name} has changed; it is measured again")
             kind, _, own = name.partition(" ")
-            if kind == "model":
-                models.pop(own, None)
-                own = "linear-ag" if own == self.base[0] else ""
+            fitted = kind == "model" and own == self.base[0]
             for model, entries in models.items():
-                models[model] = [e for e in entries if e.method != own]
+                gone = [
+                    entry
+                    for entry in entries
+                    if own == (model if kind == "model" else entry.method)
+                    or (fitted and entry.method == "linear-ag")
+                ]
+                self._dropped |= {(model, entry.key) for entry in gone}
+                models[model] = [entry for entry in entries if entry not in gone]
         known[name] = weights
 
     def gram(self) -> torch.Tensor:

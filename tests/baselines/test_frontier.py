@@ -130,6 +130,15 @@ def test_pieces_add_up_to_the_same_frontier(start: Start) -> None:
     assert figures_of(start("parts", config).measure()) == figures_of(whole)
 
 
+def test_pieces_may_be_measured_at_the_same_time(start: Start) -> None:
+    config = replace(CONFIG, methods=("mine", "delta-reuse"), refresh=(1,))
+    whole = start("whole", config).measure()
+    both = [start("parts", replace(config, methods=(name,))) for name in config.methods]
+    for part in both:  # neither knows of the other when it starts
+        part.measure()
+    assert figures_of(start("parts", config).found) == figures_of(whole)
+
+
 def test_interrupted_anywhere_it_ends_with_the_same_figures(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
