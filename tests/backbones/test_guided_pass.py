@@ -268,7 +268,7 @@ def test_a_callback_that_changes_scale_or_prompts_is_followed(
 
     with guide.attached(pipe):
         with_tables = run()
-        monkeypatch.setattr("pilotfish.backbones.context._step_of", lambda *_: None)
+        monkeypatch.setattr("pilotfish.backbones.context.step_of", lambda *_: None)
         monkeypatch.setattr(GuidedPass, "cached", lambda self, module, make, parts=(): make())
         torch.testing.assert_close(with_tables, run(), atol=1e-4, rtol=1e-4)
 

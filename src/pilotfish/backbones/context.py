@@ -427,16 +427,18 @@ class GuidedPass:
         found = table.modulations_at(place, self.refresh)
         if found is None:
             following = [i for i in self._places or () if i > number]
-            steps = following[0] - number if following else len(table.times) - place
-            size = sum(p.nbytes for p in self.guide.parameters()) * steps * n
+            # without refreshes for the whole schedule: a part of it rounds otherwise
+            first = place if following or self.refresh is not None else 0
+            last = place + following[0] - number if following else len(table.times)
+            size = sum(p.nbytes for p in self.guide.parameters()) * (last - first) * n
             if size > TABLE_BYTES:
                 return inputs, None
             made = self.guide.modulations(
-                table.times[place : place + steps].expand(-1, n), table.w[None, :1], inputs.text,
+                table.times[first:last].expand(-1, n), table.w[None, :1], inputs.text,
                 inputs.negative, self.refresh,
             )  # fmt: skip
             table.modulations = None if made is None else made.unbind()
-            table.first, table.refresh = place, self.refresh
+            table.first, table.refresh = first, self.refresh
             found = table.modulations_at(place, self.refresh)
         return inputs, found
 

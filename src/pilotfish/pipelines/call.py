@@ -62,7 +62,10 @@ class RunningCall:
             lambda: self.guidance_scale,
             self._negative,
             timesteps=lambda: getattr(pipe.scheduler, "timesteps", None),
-            refresh_at=lambda steps: places(pipe._pilotfish_refresh, steps),
+            # fewer than the rest of the schedule with SDXL's denoising_end
+            refresh_at=lambda steps: places(
+                pipe._pilotfish_refresh, min(steps, getattr(pipe, "num_timesteps", steps))
+            ),
             check_batch=self._check_batch,
             hooks=pipe._pilotfish_hooks,
         )
@@ -264,7 +267,8 @@ class CallbackAdapter(MultiPipelineCallbacks):
             after = super().__call__(pipe, step, timestep, given)
         running.guided.guide = sync(pipe)
         running.guided.invalidate(pipe._pilotfish_hooks)
-        if any(after.get(n) is not before.get(n) for n in (*TEXT, *POOLED, *NEGATIVE)):
+        prompts = (n for n in (*TEXT, *POOLED, *NEGATIVE) if n in after)
+        if any(after[n] is not before.get(n) for n in prompts):
             running.guided.forget_refresh()
         doubled = {
             name: value.chunk(2)
