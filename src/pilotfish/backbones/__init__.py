@@ -3,7 +3,7 @@
 A new family is one file with a subclass of :class:`Backbone`, and one line here.
 """
 
-from pilotfish.backbones.base import Backbone, twice
+from pilotfish.backbones.base import Backbone, twice_arguments
 from pilotfish.backbones.compiled import is_compiled, watch_hooks
 from pilotfish.backbones.context import DenoiserCall, GuidedPass, current_pass
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
@@ -25,6 +25,6 @@ __all__ = [
     "is_compiled",
     "portable_path",
     "public_name",
-    "twice",
+    "twice_arguments",
     "watch_hooks",
 ]

@@ -196,7 +196,7 @@ class Backbone(ABC):
         the negative prompts."""
         assert guided.call is not None
         n, text = len(guided.call.latents), guided.call.text
-        repeated = {name: twice(value, n) for name, value in given.items()}
+        repeated = twice_arguments(given, n)
         both = TextConditions.cat([guided.negative.expand(n).to(text.dtype), text])
         return repeated | self.text_arguments(both, repeated)
 
@@ -268,6 +268,12 @@ class Backbone(ABC):
         size = self.denoiser.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.denoiser.config.in_channels), int(height), int(width)
+
+
+def twice_arguments(given: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """The arguments of a call of n rows, every batch twice. What attention processors are given,
+    such as masks of images, stays: pipelines give the same to one pass and to two."""
+    return {k: v if k.endswith("attention_kwargs") else twice(v, n) for k, v in given.items()}
 
 
 def twice(value: Any, n: int) -> Any:

@@ -105,6 +105,14 @@ class JointDiTBackbone(Backbone):
             )
         return {"encoder_hidden_states": text.embeds, "pooled_projections": text.pooled}
 
+    def doubled(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
+        changed = super().doubled(guided, given)
+        more, name = given.get("joint_attention_kwargs") or {}, "ip_adapter_image_embeds"
+        if guided.negative_images is not None and name in more:
+            images = torch.cat([*guided.negative_images, more[name]])
+            changed["joint_attention_kwargs"] = {**more, name: images}
+        return changed
+
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
     ) -> torch.Tensor:

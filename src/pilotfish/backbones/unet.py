@@ -206,12 +206,11 @@ class UNetBackbone(Backbone):
 
     def doubled(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
         changed = super().doubled(guided, given)
-        added = changed.get("added_cond_kwargs") or {}
-        if guided.negative_images is not None and "image_embeds" in added:
-            n = len(given["sample"])
-            pairs = zip(guided.negative_images, added["image_embeds"], strict=True)
-            images = [torch.cat([negative, both[n:]]) for negative, both in pairs]
-            changed["added_cond_kwargs"] = {**added, "image_embeds": images}
+        images = (given.get("added_cond_kwargs") or {}).get("image_embeds")
+        if guided.negative_images is not None and images is not None:
+            pairs = zip(guided.negative_images, images, strict=True)
+            both = [torch.cat(pair) for pair in pairs]
+            changed["added_cond_kwargs"] = {**changed["added_cond_kwargs"], "image_embeds": both}
         return changed
 
     def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,11 +180,11 @@ class Guided:
             return plain(*args, **kwargs)
         call = bind(plain, args, kwargs, **{CFG_FLAG: True})
         made = plain(*call.args, **call.kwargs)
-        if isinstance(made, torch.Tensor):
-            return made.chunk(2)[1]
-        halves = [both.chunk(2) for both in made]
+        single = isinstance(made, torch.Tensor)  # SD3 takes one IP-Adapter
+        halves = [both.chunk(2) for both in ([made] if single else made)]
         self._pilotfish_running.guided.negative_images = [negative for negative, _ in halves]
-        return [image for _, image in halves]
+        images = [image for _, image in halves]
+        return images[0] if single else images
 
     # -- copies -----------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pilotfish.backbones import Backbone, GuidedPass, twice
+from pilotfish.backbones import Backbone, GuidedPass, twice_arguments
 from pilotfish.interface import TextConditions
 
 PROMPTS = ("encoder_hidden_states", "pooled_projections", "text_embeds")
@@ -40,7 +40,7 @@ def doubled_controlnets(pipe: Any, backbone: Backbone, guided: GuidedPass) -> It
         if not guided.will_double(given["timestep"]):
             return None
         n = len(given["sample"] if "sample" in given else given["hidden_states"])
-        both = {name: twice(value, n) for name, value in given.items()}
+        both = twice_arguments(given, n)
         added = given.get("added_cond_kwargs") or {}
         seen = given | added
         if seen.get("encoder_hidden_states") is not None:
