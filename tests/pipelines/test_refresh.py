@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from pilotfish import GuideError
 from pilotfish.refresh import places, refresh_steps
@@ -30,11 +29,8 @@ def longer(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", covered("refresh"))
-def test_with_both_passes_in_every_step_the_images_are_those_of_cfg(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # pipelines of SD3 encode a control image twice for CFG, each time with noise of its own
-    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mode())
+@pytest.mark.usefixtures("encoded_alike")
+def test_with_both_passes_in_every_step_the_images_are_those_of_cfg(name: str) -> None:
     cfg = build(name).latents()
     torch.testing.assert_close(drawn(build(name), ALL, name), cfg, rtol=1e-5, atol=1e-5)
 
