@@ -251,7 +251,7 @@ class Frontier:
                     entry
                     for entry in entries
                     if own == (model if kind == "model" else entry.method)
-                    or (fitted and entry.method == "linear-ag")
+                    or (fitted and entry.method.startswith("linear-ag"))
                 ]
                 self._dropped |= {(model, entry.key) for entry in gone}
                 models[model] = [entry for entry in entries if entry not in gone]
