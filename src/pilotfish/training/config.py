@@ -233,9 +233,10 @@ class DistillConfig(TrainingConfig):
     init_from: Text | None = None
     """A guide to train further: a folder, hub id or the name of a bundled one. Type and settings
     are taken from it; values other than the defaults must agree. Default: a new guide."""
-    training_samples: Literal["noised", "trajectory", "on_policy"] = "trajectory"
+    training_samples: Literal["noised", "trajectory", "on_policy", "tracking"] = "trajectory"
     """noised: noised images. trajectory: the teacher's CFG trajectories. on_policy: trajectories
-    that the student samples in part."""
+    that the student samples in part. tracking: trajectories that the student samples, each beside
+    CFG's from the same noise, on which it is trained to stay."""
     train_images: Text | None = None
     """Folder with metadata.jsonl, for ``--training_samples noised``. Default: the bundled
     images."""

@@ -117,6 +117,20 @@ class GuidanceSamples(TrainingSamples):
 
 
 @dataclass(frozen=True)
+class TrackingSamples(GuidanceSamples):
+    """Samples of stage 1 beside the teacher's trajectory from the same noise, where the two
+    predictions are taken.
+
+    Attributes:
+        goal: (N, C, h, w) the prediction that the student is trained on.
+    """
+
+    any_scale: ClassVar[bool] = False
+
+    goal: torch.Tensor
+
+
+@dataclass(frozen=True)
 class StepSamples(TrainingSamples):
     """Samples of stage 2, with the prediction whose one step equals two steps of the teacher.
 

@@ -28,9 +28,20 @@ from pilotfish.training.config import (
     differences,
 )
 from pilotfish.training.context import TrainingContext
-from pilotfish.training.samples import GuidanceSamples, Source, StepSamples, TrainingSamples
+from pilotfish.training.samples import (
+    GuidanceSamples,
+    Source,
+    StepSamples,
+    TrackingSamples,
+    TrainingSamples,
+)
 from pilotfish.training.trainer import Trainer
-from pilotfish.training.trajectories import CFGTrajectories, HalvedTrajectories, NoisedImages
+from pilotfish.training.trajectories import (
+    CFGTrajectories,
+    HalvedTrajectories,
+    NoisedImages,
+    TrackedTrajectories,
+)
 from pilotfish.training.validation import GuidanceValidation, StepValidation
 
 
@@ -53,9 +64,15 @@ class GuidanceTrainer(Trainer):
         steps = (config.trajectory_steps_min, config.trajectory_steps_max)
         pool = self.pool(stream, model, steps, config.on_policy_ratio if on_policy else 0.0)
         student = self.student_prediction if on_policy else None
+        if config.training_samples == "tracking":
+            return TrackedTrajectories(
+                self.teacher, context.path, pool, self.student_prediction
+            )  # fmt: skip
         return CFGTrajectories(self.teacher, context.path, pool, student)
 
     def target(self, samples: GuidanceSamples, w: torch.Tensor) -> torch.Tensor:
+        if isinstance(samples, TrackingSamples):
+            return samples.goal
         return self.teacher.guided(samples.unconditional, samples.conditional, w)
 
     def loss(

@@ -18,7 +18,13 @@ from pilotfish.conditioning import NULL
 from pilotfish.guidance import draw_guidance_scales
 from pilotfish.noise import NoisePath
 from pilotfish.training.config import ConfigError
-from pilotfish.training.samples import GuidanceSamples, StepSamples, Tensors, TrainingSamples
+from pilotfish.training.samples import (
+    GuidanceSamples,
+    StepSamples,
+    Tensors,
+    TrackingSamples,
+    TrainingSamples,
+)
 
 # (latents, time, prompt, negative prompt, guidance scale) -> a guided prediction; texts are given
 # by their index
@@ -28,6 +34,9 @@ Guided = Callable[
 # the student's prediction for some samples at the scales of their trajectories; whether it runs
 # both passes
 GuidedByStudent = Callable[[TrainingSamples, bool], torch.Tensor]
+BACK = 0.25
+"""Share of the way back to the teacher's trajectory in the target of :class:`TrackedTrajectories`:
+nothing would let deviations grow, the whole way would make the target noisy."""
 REFRESHES = 1 / 3
 """Largest share of a training trajectory's steps that run both passes, on average. Each trajectory
 draws its own number up to this."""
@@ -76,6 +85,7 @@ class Pool:
         self.on_policy_ratio, self.negative_prompt_prob = on_policy_ratio, negative_prompt_prob
         self.refresh_prob = refresh_prob
         self.latents = torch.empty(size, *shape)
+        self.teacher_latents = torch.empty(size, *shape)
         self.position = torch.zeros(size, dtype=torch.long)
         self.length = torch.zeros(size, dtype=torch.long)
         self.prompt = torch.zeros(size, dtype=torch.long)
@@ -100,6 +110,7 @@ class Pool:
         low, high = self.steps
         low = low if shortest is None else shortest
         self.latents[slots] = torch.randn(n, *self.shape, generator=generator)
+        self.teacher_latents[slots] = self.latents[slots]
         self.position[slots] = 0
         self.length[slots] = torch.randint(low, high + 1, (n,), generator=generator)
         self.prompt[slots] = torch.randint(self.prompts, (n,), generator=generator)
@@ -179,7 +190,8 @@ class Pool:
         self._start(slots[self.position[slots] >= self.length[slots]], generator)
 
     _SAVED = (
-        "latents", "position", "length", "prompt", "negative", "scale", "on_policy", "gap", "due",
+        "latents", "teacher_latents", "position", "length", "prompt", "negative", "scale",
+        "on_policy", "gap", "due",
         "refresh_time", "known", "difference", "refresh_conditional", "refresh_latents",
     )  # fmt: skip
 
@@ -270,7 +282,7 @@ class CFGTrajectories(Trajectories):
         teacher: the base's two passes.
     """
 
-    samples_type = GuidanceSamples
+    samples_type: type[TrainingSamples] = GuidanceSamples
 
     def __init__(
         self,
@@ -296,6 +308,42 @@ class CFGTrajectories(Trajectories):
     def found(self, samples: TrainingSamples) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(samples, GuidanceSamples)
         return samples.conditional - samples.unconditional, samples.conditional
+
+
+class TrackedTrajectories(CFGTrajectories):
+    """Stage 1: latents sampled by the student, beside those that CFG samples from the same noise.
+
+    The student is trained on the prediction of CFG on its trajectory, and on a share of what would
+    bring the student's latents back there. A guide that is trained on single steps predicts the
+    mean of what it cannot know, and so guides too little; here it sees where that leads.
+    """
+
+    samples_type = TrackingSamples
+
+    def draw(self, n: int, generator: torch.Generator) -> TrackingSamples:
+        pool, step = self.pool, self.path.step
+        slots = pool.choose(n, generator)
+        z, own, scale = pool.teacher_latents[slots], pool.latents[slots], pool.scale[slots]
+        t, to = pool.time(slots), pool.time(slots, ahead=1)
+        prompt, negative = pool.prompt[slots], pool.negative[slots]
+        unconditional, conditional = self.teacher(z, t, prompt, negative)
+        cfg = self.teacher.guided(unconditional, conditional, scale)
+        stepped = step(z, cfg, t, to)
+        back = self.path.prediction_between(own, stepped, t, to)
+        samples = TrackingSamples(
+            own, t, scale, prompt, negative, unconditional=unconditional, conditional=conditional,
+            goal=cfg + BACK * (back - cfg), **pool.refresh(slots),
+        )  # fmt: skip
+        assert self.student is not None
+        due, prediction = pool.is_due(slots), self.student(samples, False)
+        if due.any():
+            some = samples.pick(due)
+            both = self.teacher(some.latents, some.time, some.prompt, some.negative)
+            prediction[due] = self.teacher.guided(*both, some.guidance_scale)
+            pool.keep_refresh(slots[due], both[1] - both[0], both[1], generator)
+        pool.teacher_latents[slots] = stepped
+        pool.advance(slots, step(own, prediction, t, to), generator)
+        return samples
 
 
 class HalvedTrajectories(Trajectories):
@@ -354,7 +402,7 @@ class NoisedImages:
         negative_prompt_prob: as of a :class:`Pool`.
     """
 
-    samples_type = GuidanceSamples
+    samples_type: type[TrainingSamples] = GuidanceSamples
 
     def __init__(
         self, teacher: TwoPasses, path: NoisePath, latents: torch.Tensor, prompt: torch.Tensor,
