@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -17,6 +15,7 @@ from baselines.reuse import CompressGuidance, DeltaReuse, denser_early, every_nt
 from baselines.training_free import AdaptiveGuidance, GuidanceInterval
 from pilotfish.evaluation.images import TITLES
 from pilotfish.guides import Guide
+from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import Attachable
 from pilotfish.refresh import refresh_steps
 
@@ -49,23 +48,6 @@ _TITLES = TITLES | {
 def title(method: str) -> str:
     """Its name in tables and plots."""
     return _TITLES.get(method) or titles().get(method, method)
-
-
-@dataclass(frozen=True)
-class Refreshed:
-    """A guide with both passes in some of the steps.
-
-    Attributes:
-        guide: the guide.
-        count: how many steps run both.
-    """
-
-    guide: Guide
-    count: int
-
-    def attached(self, pipe: Any) -> AbstractContextManager[Any]:
-        """The pipeline with it."""
-        return self.guide.attached(pipe, refresh=self.count)
 
 
 @dataclass(frozen=True)

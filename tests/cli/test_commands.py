@@ -144,6 +144,9 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("sample", "-p", "owl", "--num_inference_steps", "0"), "num_inference_steps must be at"),
     (("sample", "-p", "owl", "--batch_size", "-1"), "batch_size must be at least 1"),
     (("sample", "-p", "owl", "--num_images_per_prompt", "0"), "must be at least 1, not 0"),
+    (("sample", "-p", "owl", "--refresh", "-1"), "refresh must be a number of steps, at least 0"),
+    (("sample", "-p", "owl", "--refresh_at", "2", "-1"), "or a list of steps counted from 0"),
+    (("sample", "-p", "owl", "--refresh", "1", "--refresh_at", "2"), "cannot be combined"),
     (("sample", "-p", "owl", "--models", "{none}"), "no pipeline could be loaded from"),
     (("sample", "-p", "owl", "--models", "{base}", "--variant", "fp16"), "no pipeline could be"),
     (("sample", "-p", "owl", "--device", "nowhere"), "--device nowhere cannot be used"),
@@ -231,6 +234,25 @@ def test_samples_are_saved_with_their_grid(say: Say, base: str, guide: str, tmp_
     half = tmp_path / "half"
     code, _ = say("sample", "-p", "A cat!", *flags[:7], str(half), "--dtype", "bfloat16")
     assert (code, len([*half.iterdir()])) == (0, 2)
+
+
+def test_steps_with_both_passes_are_chosen_by_number_or_by_place(
+    say: Say, base: str, guide: str, tmp_path: Path
+) -> None:
+    """In all of them the image is that of CFG."""
+    flags = ("-p", "cat", "--models", base, "--guide", guide, "--num_inference_steps", "2")
+    chosen: dict[str, tuple[str, ...]] = {
+        "cfg": ("--mode", "cfg"), "all": ("--refresh", "2"), "listed": ("--refresh_at", "0", "1"),
+        "one": ("--refresh", "1"), "second": ("--refresh_at", "1"), "none": (),
+    }  # fmt: skip
+    images = {}
+    for name, more in chosen.items():
+        code, error = say("sample", *flags, *more, "--output", str(tmp_path / name))
+        assert code == 0, error
+        images[name] = Image.open(tmp_path / name / "cat-0.png").convert("RGB").tobytes()
+    assert images["all"] == images["listed"] == images["cfg"]
+    assert images["one"] == images["second"]
+    assert len(set(images.values())) == 3
 
 
 def test_each_of_several_models_has_a_folder(say: Say, base: str, tmp_path: Path) -> None:

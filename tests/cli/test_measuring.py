@@ -81,6 +81,17 @@ def test_by_guidance_scale_and_by_steps_a_plot_is_drawn(
     assert list(json.loads((tmp_path / "steps.json").read_text())["wall_clock"]["cfg"]) == ["2"]
 
 
+def test_a_result_says_how_many_steps_were_refreshed(
+    own: list[str], say: Say, tmp_path: Path
+) -> None:
+    output = tmp_path / "result.json"
+    code, error = say(*own, "--refresh", "1", "--output", str(output))
+    assert code == 0, error
+    found = json.loads(output.read_text())
+    assert found["run"]["refresh"] == 1
+    assert found["cost"]["passes"] == {"none": 2.0, "cfg": 4.0, "guided": 3.0}
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1251"])
 def test_a_result_is_saved_and_shown_on_any_terminal(
     encoding: str, own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -117,6 +128,8 @@ def test_models_that_come_in_a_variant_alone(
         (("--guide", "tiny", "tiny-8"), "2 guides, but without --steps"),
         (("--steps", "4", "--grid", "x.png"), "--grid has no effect with --steps"),
         (("--steps", "4", "--rounds", "0"), "at least one round is needed, not 0"),
+        (("--steps", "4", "--refresh", "1"), "--refresh has no effect with --steps"),
+        (("--refresh", "-1"), "refresh must be a number of steps, at least 0"),
         (("--guidance_scales", "1", "--samples", "0"), "at least two samples"),
     ],
 )

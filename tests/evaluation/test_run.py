@@ -64,6 +64,15 @@ def test_a_fresh_guide_measures_as_no_guide(
     assert found.agreement["guided"].psnr == pytest.approx(found.agreement["none"].psnr, rel=1e-3)
 
 
+def test_with_a_refresh_at_every_step_a_guide_measures_as_cfg(
+    pipe: Any, moved: Guide, settings: dict[str, Any]
+) -> None:
+    found = evaluate_model(pipe, moved, refresh=2, **settings)
+    assert found.latent_mse_ratio == pytest.approx(0, abs=1e-6)
+    assert found.gain_kept_cosine == pytest.approx(1, abs=1e-2)
+    assert found.guidance_error == evaluate_model(pipe, moved, **settings).guidance_error
+
+
 def test_batches_make_no_difference(pipe: Any, moved: Guide, settings: dict[str, Any]) -> None:
     one, three = (evaluate_model(pipe, moved, **{**settings, "batch_size": n}) for n in (1, 3))
     assert one.scores["cfg"].fd_clip == pytest.approx(three.scores["cfg"].fd_clip, rel=1e-2)

@@ -31,6 +31,12 @@ def test_cfg_is_two_plain_passes_and_the_guide_little_more_than_one(spent: Cost)
     assert flops["none"] < flops["guided"] < flops["cfg"]
 
 
+def test_a_refresh_is_a_pass_more(pipe: Any, guide: Guide, spent: Cost) -> None:
+    found = measure_cost(pipe, guide, num_inference_steps=4, refresh=1, rounds=1, batch_sizes=(1,))
+    assert found.passes == {"none": 4, "cfg": 8, "guided": 5}
+    assert spent.flops["guided"] < found.flops["guided"] < 1.3 * spent.flops["guided"]
+
+
 def test_the_count_of_operations_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """One convolution of known size, counted through the same door."""
 

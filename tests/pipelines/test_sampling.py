@@ -9,7 +9,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from pilotfish.conditioning import NULL, encoded
+from pilotfish.evaluation.speed import counted_rows
+from pilotfish.interface import GuideError
 from pilotfish.noise import NoisePath
+from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import cfg_trajectories, decode, sample
 from pilotfish.teacher import Teacher
 from tests.pipelines.pipelines import Pipeline, build, guide
@@ -56,6 +59,14 @@ def test_the_guide_is_attached_while_a_batch_is_sampled(one: Pipeline) -> None:
         for _ in sample(one.pipe, PROMPTS, guide=guide("SD"), batch_size=2, **CALL):
             assert type(one.pipe) is plain
     assert sizes == [2, 2, 1, 1]
+
+
+def test_a_guide_may_be_given_with_refreshes(one: Pipeline) -> None:
+    with counted_rows(one.denoiser) as sizes:
+        list(sample(one.pipe, PROMPTS, guide=Refreshed(guide("SD"), [1]), **CALL))
+    assert sizes == [3, 6]
+    with pytest.raises(GuideError, match="refresh must be a number of steps"):
+        Refreshed(guide("SD"), -1)
 
 
 @pytest.mark.parametrize("name", ["SD", "SD3", "PixArt-Sigma"])

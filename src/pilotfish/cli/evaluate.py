@@ -29,6 +29,7 @@ from pilotfish.evaluation.negatives import evaluate_negatives
 from pilotfish.evaluation.processes import is_main
 from pilotfish.evaluation.results import CurveResult, NegativeResult, Result
 from pilotfish.evaluation.run import evaluate
+from pilotfish.pipelines import Refreshed
 
 Measured = Result | CurveResult | NegativeResult
 
@@ -71,6 +72,9 @@ class EvaluateConfig:
     seed: int = 0
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
+    refresh: int = 0
+    """How many steps of the guided images run both passes. The guidance error is that of the
+    guide's single pass."""
     batch_size: int = 32
     dtype: Dtype = "float32"
     """Precision of the models."""
@@ -111,8 +115,8 @@ def main(arguments: Sequence[str]) -> None:
         prompts = bundled.GRID_PROMPTS if config.prompts is None else _prompts(config)[:8]
         with progress_bars() as progress:
             drawn = draw_models(
-                models, open_guide(split_name(config.guide[0])[1]), prompts,
-                progress=progress, seed=config.seed, guidance_scale=config.guidance_scale,
+                models, Refreshed(open_guide(split_name(config.guide[0])[1]), config.refresh),
+                prompts, progress=progress, seed=config.seed, guidance_scale=config.guidance_scale,
                 num_inference_steps=config.num_inference_steps,
             )  # fmt: skip
         if is_main():
@@ -139,6 +143,8 @@ def _check(config: EvaluateConfig) -> None:
         raise ValueError(
             f"{len(config.guide)} guides, but without --steps or --guidance_scales one is measured"
         )
+    if chosen and config.refresh:
+        raise ValueError(f"--refresh has no effect with {chosen[0]}")
     for flag in ("grid", "clip", "inception_weights"):
         if chosen and getattr(config, flag) is not None:
             raise ValueError(f"--{flag} has no effect with {chosen[0]}")
@@ -173,7 +179,7 @@ def _measure(config: EvaluateConfig, models: Any, **same: Any) -> Measured:
     return evaluate(
         models, open_guide(path), prompts=names, names=names, validation_prompts=held_out,
         samples=config.samples, rounds=config.rounds, clip=config.clip,
-        inception_weights=config.inception_weights, **same,
+        inception_weights=config.inception_weights, refresh=config.refresh, **same,
     )  # fmt: skip
 
 

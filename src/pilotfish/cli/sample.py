@@ -17,7 +17,9 @@ from tqdm import tqdm
 from pilotfish.cli.names import Dtype, open_guide, open_model, sampling_steps, usable_device
 from pilotfish.data.prompts import load_prompts
 from pilotfish.guidance import GuidanceMode
+from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import sample
+from pilotfish.refresh import check_refresh
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class SampleConfig:
     """guided: one pass with the guide. cfg: two passes. none: one pass, no guidance."""
     negative_prompt: str | None = None
     guidance_scale: float = 4.0
+    refresh: int = 0
+    """How many steps run both passes, spread evenly; each tells the guide how far the two passes
+    are apart."""
+    refresh_at: tuple[int, ...] = ()
+    """In place of --refresh: which steps do, counted from 0."""
     num_inference_steps: int | None = None
     """Left out: 25, or those that the guide was distilled for."""
     num_images_per_prompt: int = 1
@@ -64,6 +71,9 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(
             f"--num_images_per_prompt must be at least 1, not {config.num_images_per_prompt}"
         )
+    if config.refresh and config.refresh_at:
+        raise ValueError("--refresh and --refresh_at cannot be combined; give one of them")
+    check_refresh(config.refresh_at or config.refresh)
     names = [Path(model).name for model in config.models]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two models are called {twice[0]}; rename one of the folders")
@@ -83,7 +93,8 @@ def sample_model(pipe: Any, prompts: Sequence[str], folder: Path, config: Sample
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if mode == GuidanceMode.NONE else config.guidance_scale,
         num_inference_steps=sampling_steps(pipe, network, config.num_inference_steps),
-        batch_size=config.batch_size, guide=network,
+        batch_size=config.batch_size,
+        guide=network and Refreshed(network, config.refresh_at or config.refresh),
         negative_prompts=(
             None if config.negative_prompt is None else [config.negative_prompt] * len(texts)
         ),

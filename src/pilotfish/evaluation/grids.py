@@ -12,6 +12,7 @@ from pilotfish.data.images import to_pixels
 from pilotfish.evaluation.images import TITLES, ModelSource, Progress, draw, draw_modes
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
+from pilotfish.pipelines.sampling import Attachable
 
 INK, FAINT, GROUND = "#26323d", "#6b7884", "white"
 GAP, LABEL, LINE, LETTERS = 8, 132, 18, 14
@@ -21,7 +22,8 @@ Columns = Mapping[str, torch.Tensor]
 
 
 def draw_models(
-    sources: Mapping[str, ModelSource], guide: Guide, prompts: Sequence[str], *, seed: int = 0,
+    sources: Mapping[str, ModelSource], guide: Attachable, prompts: Sequence[str], *,
+    seed: int = 0,
     guidance_scale: float = 4.0, num_inference_steps: int = 25, batch_size: int = 16,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip

@@ -24,7 +24,6 @@ from pilotfish.evaluation.processes import (
 from pilotfish.evaluation.results import Scores
 from pilotfish.evaluation.speed import counted_rows
 from pilotfish.guidance import GuidanceMode
-from pilotfish.guides import Guide
 from pilotfish.pipelines.sampling import Attachable, Sample, sample
 
 TITLES = {"none": "no guidance", "cfg": "CFG", "guided": "guided"}
@@ -113,12 +112,12 @@ def draw(
 
 
 def draw_modes(
-    pipe: Any, guide: Guide, prompts: Sequence[str], seeds: Sequence[int], *,
+    pipe: Any, guide: Attachable, prompts: Sequence[str], seeds: Sequence[int], *,
     guidance_scale: float, num_inference_steps: int, batch_size: int,
 ) -> Iterator[dict[str, ImageBatch]]:  # fmt: skip
     """Batch after batch, each in every guidance mode. The guide is attached during its own mode
     alone. ``batch_size`` is that of each process."""
-    modes: dict[str, tuple[float, Guide | None]] = {
+    modes: dict[str, tuple[float, Attachable | None]] = {
         GuidanceMode.NONE: (1.0, None),
         GuidanceMode.CFG: (guidance_scale, None),
         GuidanceMode.GUIDED: (guidance_scale, guide),

@@ -45,6 +45,8 @@ from pilotfish.evaluation.speed import measure_cost
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guidance_error import SCALES, Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
+from pilotfish.pipelines import Refreshed
+from pilotfish.refresh import RefreshSteps, check_refresh
 
 
 def evaluate_model(
@@ -59,6 +61,7 @@ def evaluate_model(
     seed: int = 0,
     guidance_scale: float = 4.0,
     num_inference_steps: int = 25,
+    refresh: RefreshSteps = 0,
     batch_size: int = 32,
     scorer: Scorer | None = None,
     guidance_scales: Sequence[float] = SCALES,
@@ -76,6 +79,8 @@ def evaluate_model(
         validation_prompts: held out of the guide's training, for the guidance error.
         samples: images in each mode; the prompts are repeated, each time with new seeds.
         seed: of the first image; the others follow.
+        refresh: steps of the guided images that run both passes: how many, or which. The guidance
+            error is that of the guide's single pass.
         batch_size: of each process.
         scorer: left out: the bundled one.
         guidance_scales: each w of the guidance error.
@@ -108,7 +113,7 @@ def evaluate_model(
     report("images", 0, samples)
     done = 0
     for batches in draw_modes(
-        pipe, guide, model.texts, model.seeds, guidance_scale=guidance_scale,
+        pipe, Refreshed(guide, refresh), model.texts, model.seeds, guidance_scale=guidance_scale,
         num_inference_steps=num_inference_steps, batch_size=batch_size,
     ):  # fmt: skip
         features = {mode: model.scorer.images(batch.images) for mode, batch in batches.items()}
@@ -147,6 +152,7 @@ def evaluate(
     seed: int = 0,
     guidance_scale: float = 4.0,
     num_inference_steps: int = 25,
+    refresh: RefreshSteps = 0,
     batch_sizes: Sequence[int] = (1, 8),
     rounds: int = 15,
     scorer: Scorer | None = None,
@@ -160,6 +166,7 @@ def evaluate(
         models: by name, the base first.
         guide_name: its name in the result.
         command: the command line that repeats the run.
+        refresh: see :func:`evaluate_model`.
         batch_sizes: of the wall clock.
         rounds: of the wall clock.
         unfinished: file of the models that are finished; the same call resumes from it. To be
@@ -172,6 +179,7 @@ def evaluate(
     if not models:
         raise ValueError("there is no model to evaluate on")
     _check(samples, guidance_scale)
+    refresh = check_refresh(refresh)
     total_batch_size(settings.get("batch_size", 1))  # or it would only be refused after the timing
     scorer = scorer or Scorer.bundled()
     parts = PartialResults(unfinished)
@@ -179,7 +187,8 @@ def evaluate(
     results: dict[str, ModelResult] = {}
     cost, size = None, None
     same: dict[str, Any] = {
-        "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps
+        "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps,
+        "refresh": refresh if isinstance(refresh, int) else list(refresh),
     }  # fmt: skip
     for name, source in models.items():
         pipe = source.load()

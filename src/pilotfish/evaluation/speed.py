@@ -17,7 +17,9 @@ from pilotfish.backbones import Backbone, watch_hooks
 from pilotfish.evaluation.results import Cost
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
+from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import Attachable
+from pilotfish.refresh import RefreshSteps
 
 K = TypeVar("K")
 
@@ -30,6 +32,7 @@ def measure_cost(
     prompt: str = "",
     guidance_scale: float = 4.0,
     num_inference_steps: int = 25,
+    refresh: RefreshSteps = 0,
     batch_sizes: Sequence[int] = (1, 8),
     rounds: int = 5,
     compiled: bool = False,
@@ -43,6 +46,7 @@ def measure_cost(
 
     Args:
         prompt: of the images; the cost does not depend on it.
+        refresh: steps of the guided mode that run both passes: how many, or which.
         batch_sizes: images in one call.
         rounds: timed rounds, after a first one that is not timed.
         compiled: compile the denoiser with ``torch.compile`` before the timing, in all modes; it
@@ -62,7 +66,7 @@ def measure_cost(
     modes = [mode.value for mode in GuidanceMode]
 
     def call(mode: str, batch: int, steps: int) -> float:
-        with_guide = guide if mode == GuidanceMode.GUIDED else None
+        with_guide = Refreshed(guide, refresh) if mode == GuidanceMode.GUIDED else None
         w = scales[GuidanceMode(mode)]
         return timed_call(pipe, with_guide, w, steps, batch, prompt, clock)
 
@@ -73,6 +77,9 @@ def measure_cost(
             call(mode, 2, num_inference_steps)
         passes[mode] = sum(rows) / 2
     flops = {mode: denoiser_flops(pipe, partial(call, mode, 1, 1)) for mode in modes}
+    if refresh:  # a single step would be the refresh
+        whole = partial(call, GuidanceMode.GUIDED, 1, num_inference_steps)
+        flops[GuidanceMode.GUIDED] = denoiser_flops(pipe, whole) // num_inference_steps
     if compiled:
         watch_hooks()
         denoiser.compile()

@@ -9,8 +9,9 @@ off. ``detach`` gives the class back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from inspect import BoundArguments, signature
 from threading import Lock
 from typing import Any
@@ -86,6 +87,30 @@ def attached(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps = 0) -> Iter
         yield pipe
     finally:
         detach(pipe, guide)
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """A guide with both passes in some of the steps, for whoever attaches it later, such as
+    :func:`~pilotfish.pipelines.sampling.sample`.
+
+    Attributes:
+        guide: the guide.
+        refresh: how many of a call's steps run both passes, or which, counted from 0.
+
+    Raises:
+        GuideError: ``refresh`` is neither.
+    """
+
+    guide: GuideProtocol
+    refresh: RefreshSteps = 0
+
+    def __post_init__(self) -> None:
+        check_refresh(self.refresh)
+
+    def attached(self, pipe: Any) -> AbstractContextManager[Any]:
+        """The pipeline with it, until the block ends."""
+        return attached(self.guide, pipe, self.refresh)
 
 
 def check(guide: GuideProtocol, pipe: Any) -> Backbone:
