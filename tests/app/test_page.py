@@ -79,10 +79,12 @@ def test_every_control_counts_and_nobody_else_is_called(url: str) -> None:
         choose(page, "model", "tuned")
         choose(page, "guide", "other")
         enter(page, "guidance-scale", "5.5")
+        enter(page, "refresh", "1")
         enter(page, "steps", "3")
+        expect(page.locator("#passes")).to_contain_text("4 passes in place of 6, 2 saved")
         enter(page, "seed", "11")
         page.locator("#draw").click()
-        wanted = Request("tuned", "other", "a cat", "dog", 5.5, 3, 11)
+        wanted = Request("tuned", "other", "a cat", "dog", 5.5, 3, 11, 1)
         for mode in MODES:
             found = page.locator(f"#mode-{mode} img")
             expect(found).to_have_count(IMAGES, timeout=SECONDS)
@@ -135,6 +137,7 @@ def test_the_api_refuses_in_words(url: str, caplog: pytest.LogCaptureFixture) ->
         ({"model": "nowhere"}, "There is no model 'nowhere'; there are base, tuned"),
         ({"guidance_scale": "<i>four</i>"}, "Guidance scale: input should be a valid number, not"),
         ({"seed": {}}, "Seed: input should be a valid integer, not {}"),
+        ({"refresh": 9}, "Refresh: input should be less than or equal to 8, not 9"),
     ):
         with pytest.raises(AppError) as raised:
             client.predict(**GOOD | changes, api_name="/draw")

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from PIL.Image import Image
 
 from pilotfish.app.session import IMAGES, MODES, Request, RequestError, Session
+from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.loading import use_deterministic_scheduler
 from pilotfish.pipelines.sampling import sample
 from tests.app.conftest import guide, pipeline
 
 GOOD: dict[str, Any] = {
     "model": "base", "guide": "tiny", "prompt": "cat", "negative_prompt": "", "seed": 3,
-    "guidance_scale": 4.0, "num_inference_steps": 2,
+    "guidance_scale": 4.0, "num_inference_steps": 2, "refresh": 0,
 }  # fmt: skip
 SEEDS = {"base": 0, "tuned": 1, "tiny": 4, "other": 5}
 
@@ -30,7 +31,9 @@ def library_images(request: Request, mode: str) -> list[Image]:
         pipe, [request.prompt] * IMAGES, seeds=[request.seed + i for i in range(IMAGES)],
         guidance_scale=1.0 if mode == "none" else request.guidance_scale,
         num_inference_steps=request.num_inference_steps,
-        guide=guide(SEEDS[request.guide]) if mode == "guided" else None,
+        guide=(
+            Refreshed(guide(SEEDS[request.guide]), request.refresh) if mode == "guided" else None
+        ),
         negative_prompts=[request.negative_prompt] * IMAGES if request.negative_prompt else None,
     )  # fmt: skip
     images = torch.stack([s.image for s in samples])
@@ -40,7 +43,7 @@ def library_images(request: Request, mode: str) -> list[Image]:
 @pytest.mark.parametrize(
     "changes",
     [{}, {"negative_prompt": "dog"}, {"prompt": ""}, {"model": "tuned", "guide": "other"},
-     {"guidance_scale": 1, "seed": 9}],
+     {"guidance_scale": 1, "seed": 9}, {"refresh": 1}],
 )  # fmt: skip
 def test_images_are_the_librarys(session: Session, changes: dict[str, Any]) -> None:
     request, reported = Request.of(**GOOD | changes), []
@@ -62,6 +65,8 @@ def test_images_are_the_librarys(session: Session, changes: dict[str, Any]) -> N
         ({"guidance_scale": float("nan")}, "guidance scale: input should be"),
         ({"guidance_scale": 0}, "guidance scale: input should be greater than or equal to 1"),
         ({"guidance_scale": 8.5}, "tiny was trained up to a guidance scale of 8, not 8.5"),
+        ({"refresh": 9}, "refresh: input should be less than or equal to 8, not 9"),
+        ({"refresh": 1.5}, "refresh: input should be a valid integer"),
         ({"seed": -1}, "seed: input should be greater than or equal to 0, not -1"),
         ({"seed": 2**32 - 1}, "seed: input should be less than"),
         ({"num_inference_steps": 101}, "num inference steps: input should be less than or equal"),
@@ -97,6 +102,14 @@ def test_any_value_is_taken_or_refused_in_one_line(name: str, value: Any) -> Non
     else:
         assert refusal.startswith(name.replace("_", " "))
         assert "\n" not in refusal
+
+
+def test_with_a_refresh_at_every_step_the_guided_images_are_those_of_cfg(session: Session) -> None:
+    with_none, with_all = (
+        session.draw(Request.of(**GOOD | {"refresh": refresh})) for refresh in (0, 2)
+    )
+    assert with_all["guided"].images == with_all["cfg"].images == with_none["cfg"].images
+    assert with_none["guided"].images != with_none["cfg"].images
 
 
 def test_a_guide_for_few_steps_has_its_own_scheduler_for_one_request() -> None:

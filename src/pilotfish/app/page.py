@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from pilotfish.app.session import IMAGES, MODES, Batch, Request, RequestError, Session
+from pilotfish.app.session import IMAGES, MODES, REFRESHES, Batch, Request, RequestError, Session
 from pilotfish.guidance import GuidanceMode
 
 SEED_RANGE = 2**32 - IMAGES
@@ -41,6 +41,8 @@ def build(session: Session) -> gr.Blocks:
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
                 inputs = _inputs(session)
+                counted = [inputs["num_inference_steps"], inputs["refresh"]]
+                saved = gr.Markdown(passes(*(dial.value for dial in counted)), elem_id="passes")
                 seed = gr.Button("New seed", size="sm", elem_id="new-seed")
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=3, min_width=320):
@@ -57,7 +59,17 @@ def build(session: Session) -> gr.Blocks:
             lambda guide: session.steps(guide) or gr.skip(),
             inputs["guide"], inputs["num_inference_steps"], **quiet,
         )  # fmt: skip
+        gr.on(
+            [dial.change for dial in counted], passes, counted, saved, show_progress="hidden",
+            **quiet,
+        )  # fmt: skip
     return page.queue(max_size=WAITING)
+
+
+def passes(num_inference_steps: int, refresh: int) -> str:
+    """The denoiser passes of CFG and of the guide, and what is saved, in words."""
+    cfg, guided = 2 * num_inference_steps, num_inference_steps + min(refresh, num_inference_steps)
+    return f"Guided: {guided} passes in place of {cfg}, {cfg - guided} saved."
 
 
 def handler(session: Session) -> Callable[..., list[Any]]:
@@ -65,12 +77,13 @@ def handler(session: Session) -> Callable[..., list[Any]]:
 
     def draw(
         model: Any, guide: Any, prompt: Any, negative_prompt: Any, guidance_scale: Any,
-        num_inference_steps: Any, seed: Any, progress: gr.Progress = PROGRESS,
+        refresh: Any, num_inference_steps: Any, seed: Any, progress: gr.Progress = PROGRESS,
     ) -> list[Any]:  # fmt: skip
         try:
             request = Request.of(
                 model=model, guide=guide, prompt=prompt, negative_prompt=negative_prompt, seed=seed,
                 guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
+                refresh=refresh,
             )  # fmt: skip
             batches = session.draw(request, lambda what, i, n: progress((i, n), desc=what))
         except RequestError as error:
@@ -140,16 +153,21 @@ def _inputs(session: Session) -> dict[str, Any]:
     with gr.Row():
         model = gr.Dropdown(models, value=models[0], label="Model", min_width=110, elem_id="model")
         guide = gr.Dropdown(guides, value=guides[0], label="Guide", min_width=110, elem_id="guide")
-    w = gr.Slider(
-        1, scale, min(4.0, scale), step=0.1, label="Guidance scale", elem_id="guidance-scale"
-    )
+    with gr.Row():
+        w = gr.Slider(
+            1, scale, min(4.0, scale), step=0.1, label="Guidance scale", min_width=110,
+            elem_id="guidance-scale",
+        )  # fmt: skip
+        refresh = gr.Slider(
+            0, REFRESHES, 0, step=1, label="Refresh", min_width=110, elem_id="refresh"
+        )
     steps = gr.Slider(
         1, 100, session.steps(guides[0]) or 25, step=1, label="Steps", elem_id="steps"
     )
     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
     return {
         "model": model, "guide": guide, "prompt": prompt, "negative_prompt": negative,
-        "guidance_scale": w, "num_inference_steps": steps, "seed": seed,
+        "guidance_scale": w, "refresh": refresh, "num_inference_steps": steps, "seed": seed,
     }  # fmt: skip
 
 

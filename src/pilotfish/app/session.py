@@ -20,12 +20,15 @@ from pydantic.dataclasses import dataclass as validated
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
 from pilotfish.interface import GuideError
+from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.attach import check
 from pilotfish.pipelines.loading import use_deterministic_scheduler
 from pilotfish.pipelines.sampling import sample
 
 IMAGES = 4
 """Images of each mode, sampled as one batch. At batch 1 a small model hardly gains by one pass."""
+REFRESHES = 8
+"""At most so many steps of the guided images run both passes."""
 WARM_UP = 4
 """Steps; not every scheduler can take fewer."""
 MODES = {
@@ -41,7 +44,8 @@ class RequestError(ValueError):
 
 @validated(frozen=True, config=ConfigDict(strict=True))
 class Request:
-    """One prompt on one model. Image i of each mode starts from the noise of ``seed + i``."""
+    """One prompt on one model. Image i of each mode starts from the noise of ``seed + i``. So many
+    steps as ``refresh`` says run both passes with the guide."""
 
     model: str
     guide: str
@@ -50,6 +54,7 @@ class Request:
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
     num_inference_steps: Annotated[int, Field(ge=1, le=100)] = 25
     seed: Annotated[int, Field(ge=0, lt=2**32 - IMAGES)] = 0
+    refresh: Annotated[int, Field(ge=0, le=REFRESHES)] = 0
 
     @classmethod
     def of(cls, **values: Any) -> Request:
@@ -170,7 +175,7 @@ def _draw(request: Request, mode: GuidanceMode, pipe: Any, guide: Guide) -> Batc
         seeds=range(request.seed, request.seed + IMAGES),
         guidance_scale=1.0 if mode == GuidanceMode.NONE else request.guidance_scale,
         num_inference_steps=request.num_inference_steps,
-        guide=guide if mode == GuidanceMode.GUIDED else None,
+        guide=Refreshed(guide, request.refresh) if mode == GuidanceMode.GUIDED else None,
         negative_prompts=[request.negative_prompt] * IMAGES if request.negative_prompt else None,
     )  # fmt: skip
     pixels = torch.stack([s.image for s in samples]).cpu()  # waits for an accelerator
