@@ -226,10 +226,12 @@ differs in shape needs a guide of its own.
 ## Notes
 
 - *IP-Adapter.* {ip_adapter}
-- *Refresh.* All that is marked for lists and several images a prompt, negative prompts, given \
-embeddings, IP-Adapter, LoRA, callbacks, schedulers, half precision, offload, `torch.compile`, \
-threads and copies is tested with both passes in some steps and in all of them. What acts on the \
-second pass alone is warned of with a refresh as well, and has no effect there.
+- *Refresh.* These rows are tested with refreshes too, on the pipelines that are marked: \
+*negative_prompt*, *negative prompt of another length* (SD3 refuses it), *num_images_per_prompt*, \
+*prompt_embeds*, *w ≤ 1*, *conditions from a callback*, *LoRA from a callback*, *CFG cutoff*, \
+*dynamic CFG*, *IP-Adapter*, *LoRA*, every scheduler, *half precision*, *model offload*, \
+*sequential offload*, *torch.compile*, *threads*, *pickle*, *copy* and *ExternalGuide*. What acts \
+on the second pass alone is warned of with a refresh as well, and has no effect there.
 - *Pickle.* The text encoders of transformers cannot be pickled once they have given their hidden \
 states (SDXL, SD3), in a plain pipeline as in a guided one: pickle before the first call.
 - *PixArt-Alpha at 1024 pixels* gives its denoiser resolution and aspect ratio, and is refused \

@@ -14,7 +14,7 @@ import diffusers
 import pytest
 import torch
 
-from pilotfish import ExternalGuide, FullGuide, Guide
+from pilotfish import ExternalGuide, FullGuide, Guide, GuideError
 from pilotfish.pipelines.loading import share_weights
 from pilotfish.refresh import refresh_steps
 from tests.pipelines.matrix import covered
@@ -232,6 +232,41 @@ def test_a_fresh_guide_reuses_the_last_difference(
     with guide(name, trained=False).attached(one.pipe, refresh=refresh):
         found = one.latents(latents=noise.clone(), **call)
     torch.testing.assert_close(found, by_hand(one, noise, [4.0] * 6, both), rtol=1e-4, atol=1e-4)
+
+
+def shorter(one: Pipeline, name: str) -> None:
+    """Negative prompts of five tokens."""
+    plain_encode, first = one.pipe.encode_prompt, 2 if PIPELINES[name].family == "PixArt" else 1
+
+    def encode_prompt(*given: Any, **more: Any) -> tuple[Any, ...]:
+        made = list(plain_encode(*given, **more))
+        for i in range(first, 2 * first):
+            made[i] = None if made[i] is None else made[i][:, :5]
+        return tuple(made)
+
+    one.pipe.encode_prompt = encode_prompt
+
+
+@torch.no_grad()
+def test_a_negative_prompt_of_another_length_is_padded_and_masked() -> None:
+    one = build("SD")
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(14))
+    shorter(one, "SD")
+    with guide("SD", trained=False).attached(one.pipe, refresh=[0, 3]):
+        found = one.latents(latents=noise.clone(), negative_prompt=NEGATIVE, num_inference_steps=6)
+    torch.testing.assert_close(found, by_hand(one, noise, [4.0] * 6, [0, 3]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", covered("negative prompt of another length"))
+def test_a_negative_prompt_of_another_length(name: str) -> None:
+    one = build(name)
+    shorter(one, name)
+    with guide(name).attached(one.pipe, refresh=1):
+        if name == "SD3":
+            with pytest.raises(GuideError, match="are of two lengths"):
+                one.latents(negative_prompt=NEGATIVE)
+        else:
+            assert one.latents(negative_prompt=NEGATIVE).isfinite().all()
 
 
 @torch.no_grad()
