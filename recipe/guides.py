@@ -16,26 +16,39 @@ from pilotfish.training.stages import distill, distill_steps
 from recipe.finetunes import DISTANT, TRAIN_FINETUNES, finetune_folder
 
 ALL: dict[str, Any] = {"train_finetunes": tuple(TRAIN_FINETUNES), "pool": 512}
-TINY: dict[str, Any] = {
-    "guide": {"condition_on_negative": True, "uncond_templates": 16, "rank": 15},
-    "training_samples": "on_policy", "replay_reuse": 2, "max_train_steps": 3600,
-    "finetune_prob": 0.6, "negative_prompt_prob": 0.4,
+FIRST = ALL | {"max_train_steps": 2000, "finetune_prob": 0.6, "negative_prompt_prob": 0.25}
+NEGATIVE = ALL | {
+    "max_train_steps": 2800, "learning_rate": 5e-3, "finetune_prob": 0.5,
+    "negative_prompt_prob": 0.55, "trajectory_steps_min": 16,
 }  # fmt: skip
-"""Half of the trajectories are the student's own: after a refresh the guide reads how the latents
-have moved since, and in use it has moved them itself."""
-FULL: dict[str, Any] = {
-    "guide_type": "full", "max_train_steps": 2000, "finetune_prob": 0.6,
-    "negative_prompt_prob": 0.25,
+"""Negative prompts are harder than the null prompt: they are trained late, and for longer."""
+FINAL: dict[str, Any] = {
+    "learning_rate": 3e-3, "lr_warmup_steps": 20, "ema_decay": 0.98, "negative_prompt_prob": 0.6,
+    "trajectory_steps_min": 25, "trajectory_steps_max": 25, "replay_reuse": 10**6,
 }  # fmt: skip
+"""Whole trajectories of the base, sampled once and shuffled, so that the samples of a batch are
+independent."""
+TINY = {
+    "guide": {
+        "condition_on_negative": True, "uncond_templates": 16, "rank": 19, "refresh": False,
+    },
+}  # fmt: skip
+"""The bundled guides are of before there were refreshes. Rank 19 in place of 28: conditioning on the negative prompt has the parameters of three ranks,
+the templates those of six."""
 
 TRAININGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (ALL | TINY,),
-    "full": (ALL | FULL,),
+    "tiny": (FIRST | TINY, NEGATIVE | TINY),
+    "full": (FIRST | {"guide_type": "full"},),
 }
 """The trainings of each guide. Each begins with the guide of the one before."""
-BRANCHES: dict[str, tuple[dict[str, Any], ...]] = {}
+BRANCHES: dict[str, tuple[dict[str, Any], ...]] = {
+    "tiny": (
+        FINAL | TINY | {"max_train_steps": 700, "pool": 2048, "replay_capacity": 51200},
+        FINAL | TINY | {"max_train_steps": 300, "pool": 1536, "replay_capacity": 38400, "seed": 1},
+    ),
+}
 """Trainings that each begin with the last of :data:`TRAININGS`. The guide is the mean of that and
-of all branches."""
+of all branches; its beginning knows the fine-tunes best."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
-from pilotfish.interface import GuideError, GuideOutput, TextConditions
+from pilotfish.interface import GuideError, GuideOutput, Refresh, TextConditions
 from pilotfish.teacher import Student, checkpoint_in_pass
 from tests import components
 from tests.backbones.stubs import TIME, FixedGuide, count_hooks, guided, plain
@@ -181,9 +181,21 @@ def test_a_copied_or_pickled_denoiser_takes_no_guide_along(
 # -- training ----------------------------------------------------------------------------------
 
 
-def gradients(student: Student, *given: Any) -> dict[str, torch.Tensor | None]:
+def refresh_of(latents: torch.Tensor) -> Refresh:
+    """Of two samples, the second of which has had none."""
+    random = torch.Generator().manual_seed(4)
+    known = torch.tensor([1.0, 0.0])
+    difference, conditional, then = (
+        known[:, None, None, None] * torch.randn(latents.shape, generator=random) for _ in range(3)
+    )
+    return Refresh(known * 0.95, difference, conditional, then, known)
+
+
+def gradients(
+    student: Student, *given: Any, refresh: Refresh | None = None
+) -> dict[str, torch.Tensor | None]:
     student.zero_grad()
-    made = student(*given, torch.tensor([3.0, 7.5]))
+    made = student(*given, torch.tensor([3.0, 7.5]), refresh)
     backward = threading.Thread(target=made.square().mean().backward)  # as CUDA does it
     backward.start()
     backward.join()
@@ -193,7 +205,8 @@ def gradients(student: Student, *given: Any) -> dict[str, torch.Tensor | None]:
 def test_a_training_step_reaches_every_parameter(
     denoiser: Any, trained: TinyGuide, latents: torch.Tensor, text: Any, negative: Any
 ) -> None:
-    found = gradients(Student(trained, denoiser), latents, TIME, text, negative)
+    batch = latents, TIME, text, negative
+    found = gradients(Student(trained, denoiser), *batch, refresh=refresh_of(latents))
     assert not [n for n, g in found.items() if g is None or not g.any()]
     assert all(p.grad is None for p in denoiser.parameters())
 
@@ -202,7 +215,8 @@ def test_a_fresh_guide_can_be_trained(
     denoiser: Any, fresh: TinyGuide, latents: torch.Tensor, text: Any, negative: Any
 ) -> None:
     """What starts at zero does not stop the gradient of what makes it."""
-    found = gradients(Student(fresh, denoiser), latents, TIME, text, negative)
+    batch = latents, TIME, text, negative
+    found = gradients(Student(fresh, denoiser), *batch, refresh=refresh_of(latents))
     assert not [n for n, g in found.items() if g is None]
     optimizer = torch.optim.SGD(fresh.parameters(), 0.1)
     optimizer.step()

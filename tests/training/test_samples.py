@@ -36,7 +36,10 @@ class Numbered:
         self.draws += 1
         z = torch.randn(n, 1, 2, 2, generator=generator) + self.next
         stream = torch.full((n,), self.stream)
-        return GuidanceSamples(z, number.float(), number.float(), stream, stream, z, z)
+        scale, none = number.float(), torch.zeros(n)
+        return GuidanceSamples(
+            z, scale, scale, stream, stream, none, z, z, z, none, unconditional=z, conditional=z
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"next": torch.tensor(self.next)}

@@ -11,7 +11,7 @@ import torch
 from pilotfish.conditioning import NULL
 from pilotfish.guidance import classifier_free_guidance
 from pilotfish.noise import NoisePath
-from pilotfish.training.samples import Replay, Source
+from pilotfish.training.samples import Replay, Source, TrainingSamples
 from pilotfish.training.trajectories import (
     CFGTrajectories,
     HalvedTrajectories,
@@ -47,8 +47,8 @@ def guided(
     return 0.9 * z + w.reshape(-1, 1, 1, 1) * tone
 
 
-def constant(z: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-    return torch.full_like(z, 0.25)
+def constant(samples: TrainingSamples, both_passes: bool = False) -> torch.Tensor:
+    return torch.full_like(samples.latents, 0.25)
 
 
 def pool(path: NoisePath, seed: int = 0, **options: Any) -> Pool:
@@ -97,7 +97,7 @@ def test_drawn_latents_take_one_step(schedule: NoisePath, ratio: float) -> None:
     grid = schedule.grid(4)
     assert torch.equal(samples.latents, before[slots])
     assert torch.equal(samples.time, grid[0].expand(5))
-    own = constant(before[slots])
+    own = constant(samples)
     prediction = own
     if not ratio:
         prediction = teacher.guided(
@@ -167,7 +167,9 @@ def test_a_finer_grid_keeps_the_points_of_the_coarse_one(schedule: NoisePath, st
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_the_goal_is_where_two_steps_lead(schedule: NoisePath, ratio: float) -> None:
     made = pool(schedule, steps=(4, 4), on_policy_ratio=ratio)
-    source = HalvedTrajectories(guided, schedule, made, lambda z, *_: torch.zeros_like(z))
+    source = HalvedTrajectories(
+        guided, teacher, schedule, made, lambda samples, *_: torch.zeros_like(samples.latents)
+    )
     before, slots = made.latents.clone(), torch.randperm(12, generator=seeded(1))[:6]
     samples = source.draw(6, seeded(1))
     fine = [t.expand(6) for t in schedule.grid(8)]
@@ -187,7 +189,7 @@ def test_the_goal_is_where_two_steps_lead(schedule: NoisePath, ratio: float) -> 
 def test_a_whole_trajectory_of_the_teacher_is_followed(schedule: NoisePath) -> None:
     """From noise to the end, one step of the student for two of the teacher."""
     made, generator = pool(schedule, size=1, steps=(3, 3)), seeded(0)
-    source = HalvedTrajectories(guided, schedule, made)
+    source = HalvedTrajectories(guided, teacher, schedule, made)
     z, w = made.latents.clone(), made.scale.clone()
     texts = made.prompt.clone(), made.negative.clone()
     last = [source.draw(1, generator) for _ in range(3)][-1]

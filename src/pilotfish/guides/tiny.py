@@ -72,7 +72,7 @@ class TinySettings:
     """Whether the guide is conditioned on the negative prompt itself, and not only on its
     difference to the prompt. Worth its few parameters where ``--negative_prompt_prob`` is
     large."""
-    rank: int = 28
+    rank: int = 23
     """Channels of the addition to a decoder layer; 0 for none."""
     layers: int = 4
     """How many of the decoder's layers get one: evenly spaced, the last among them."""
@@ -112,7 +112,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         attention: bool = True,
         modulation: bool = True,
         condition_on_negative: bool = False,
-        rank: int = 28,
+        rank: int = 23,
         layers: int = 4,
         head: int = 48,
         uncond_templates: int = 0,

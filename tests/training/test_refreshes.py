@@ -1,0 +1,134 @@
+"""Refreshes in training: what the last step with both passes found goes with every sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pilotfish.noise import NoisePath
+from pilotfish.training.samples import StepSamples, TrackingSamples, TrainingSamples
+from pilotfish.training.stages import freshness_weight
+from pilotfish.training.trajectories import (
+    CFGTrajectories,
+    HalvedTrajectories,
+    Pool,
+    TrackedTrajectories,
+)
+from tests.training.test_samples import seeded
+from tests.training.test_trajectories import constant, guided, pool, teacher
+
+
+def followed(source: Any, steps: int) -> list[TrainingSamples]:
+    """The samples of the one latent of a pool, from noise on."""
+    generator = seeded(1)
+    return [source.draw(1, generator) for _ in range(steps)]
+
+
+def one(schedule: NoisePath, steps: int, **options: Any) -> Pool:
+    return pool(schedule, size=1, steps=(steps, steps), **{"refresh_prob": 1.0, **options})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sample_knows_the_last_refresh_of_its_trajectory(schedule: NoisePath, seed: int) -> None:
+    made = one(schedule, 9, seed=seed)
+    samples = followed(CFGTrajectories(teacher, schedule, made), 9)
+    times = {float(s.time): s for s in samples}
+    assert not samples[0].known.any()
+    known = [s for s in samples if s.known.all()]
+    assert known
+    for sample in known:
+        refresh, then = sample.refresh, times[float(sample.refresh_time)]
+        assert then.time > sample.time
+        assert torch.equal(refresh.latents, then.latents)
+        assert torch.equal(refresh.conditional, then.conditional)
+        assert torch.equal(refresh.difference, then.conditional - then.unconditional)
+
+
+def test_a_new_trajectory_knows_nothing_of_the_one_before(schedule: NoisePath) -> None:
+    made = one(schedule, 3)
+    source, generator = CFGTrajectories(teacher, schedule, made), seeded(1)
+    for _ in range(8):
+        drawn = [source.draw(1, generator) for _ in range(3)]
+        assert not drawn[0].known.any()
+        assert not drawn[0].difference.any()
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.4, 1.0])
+def test_so_many_trajectories_have_refreshes(schedule: NoisePath, prob: float) -> None:
+    made = pool(schedule, size=2000, steps=(12, 12), refresh_prob=prob)
+    assert (made.gap > 0).float().mean() == pytest.approx(prob, abs=0.04)
+
+
+def test_at_a_refresh_a_student_takes_the_step_of_cfg(schedule: NoisePath) -> None:
+    made = one(schedule, 8, on_policy_ratio=1.0)
+    source, generator = CFGTrajectories(teacher, schedule, made, constant), seeded(1)
+    slot, seen = torch.zeros(1, dtype=torch.long), set()
+    for step in range(8):
+        due = bool(made.is_due(slot))
+        sample = source.draw(1, generator)
+        if step == 7:  # the pool has begun anew
+            break
+        cfg = teacher.guided(sample.unconditional, sample.conditional, sample.guidance_scale)
+        prediction = cfg if due else constant(sample)
+        to = schedule.grid(8)[step + 1].expand(1)
+        assert torch.equal(made.latents, schedule.step(sample.latents, prediction, sample.time, to))
+        seen.add(due)
+    assert seen == {True, False}
+
+
+def test_who_predicts_what_cfg_does_stays_on_its_trajectory(schedule: NoisePath) -> None:
+    def cfg(samples: TrainingSamples, both_passes: bool) -> torch.Tensor:
+        both = teacher(samples.latents, samples.time, samples.prompt, samples.negative)
+        return teacher.guided(*both, samples.guidance_scale)
+
+    made = one(schedule, 6)
+    for sample in followed(TrackedTrajectories(teacher, schedule, made, cfg), 6):
+        assert isinstance(sample, TrackingSamples)
+        torch.testing.assert_close(sample.goal, cfg(sample, False), atol=1e-4, rtol=1e-4)
+
+
+def test_who_has_left_it_is_led_back(schedule: NoisePath) -> None:
+    made = one(schedule, 6, refresh_prob=0.0)
+    source = TrackedTrajectories(teacher, schedule, made, constant)
+    first, second = followed(source, 2)
+    assert isinstance(second, TrackingSamples)
+    cfg = teacher.guided(second.unconditional, second.conditional, second.guidance_scale)
+    to = schedule.grid(6)[2].expand(1)
+    teachers, own = made.teacher_latents, second.latents
+    assert not torch.allclose(first.latents, own)
+    far = (schedule.step(own, cfg, second.time, to) - teachers).norm()
+    near = (schedule.step(own, second.goal, second.time, to) - teachers).norm()
+    assert near < far
+
+
+def test_a_student_of_few_steps_is_told_where_it_runs_both_passes(schedule: NoisePath) -> None:
+    calls: list[bool] = []
+
+    def student(samples: TrainingSamples, both_passes: bool) -> torch.Tensor:
+        calls.append(both_passes)
+        return torch.zeros_like(samples.latents)
+
+    made = one(schedule, 8, on_policy_ratio=1.0)
+    slot, generator = torch.zeros(1, dtype=torch.long), seeded(1)
+    source = HalvedTrajectories(guided, teacher, schedule, made, student)
+    for _ in range(8):
+        due = bool(made.is_due(slot))
+        sample = source.draw(1, generator)
+        assert isinstance(sample, StepSamples)
+        assert calls[-1] == bool(sample.due) == due
+    assert set(calls) == {True, False}
+
+
+def test_a_fresh_difference_weighs_more_and_none_weighs_one(schedule: NoisePath) -> None:
+    made = pool(schedule, size=64, steps=(12, 12), refresh_prob=1.0)
+    source, generator = CFGTrajectories(teacher, schedule, made), seeded(1)
+    for _ in range(5):
+        samples = source.draw(64, generator)
+    now = samples.conditional - samples.unconditional
+    weight = freshness_weight(samples.refresh, now)
+    assert weight[samples.known == 0].eq(1).all()
+    fresh = freshness_weight(samples.refresh, samples.difference)[samples.known == 1]
+    assert (fresh >= weight[samples.known == 1]).all()
+    assert (weight[samples.known == 1] < fresh).any()
