@@ -33,8 +33,8 @@ TINY = {
         "condition_on_negative": True, "uncond_templates": 16, "rank": 19, "refresh": False,
     },
 }  # fmt: skip
-"""The bundled guides are of before there were refreshes. Rank 19 in place of 28: conditioning on the negative prompt has the parameters of three ranks,
-the templates those of six."""
+"""The bundled guides are of before there were refreshes. Conditioning on the negative prompt has
+the parameters of three ranks, the templates those of six."""
 
 TRAININGS: dict[str, tuple[dict[str, Any], ...]] = {
     "tiny": (FIRST | TINY, NEGATIVE | TINY),
