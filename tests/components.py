@@ -29,7 +29,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from pilotfish.interface import TextConditions
+from pilotfish.interface import Refresh, TextConditions
 
 WIDTH = 16
 TOKENS = 8
@@ -237,3 +237,14 @@ FAMILIES = {
         others=({"num_layers": 2}, {"pooled_projection_dim": 24}),
     ),
 }  # fmt: skip
+
+
+def refresh(latents: torch.Tensor) -> Refresh:
+    """What the samples' last refreshes found; the last sample has had none."""
+    random = torch.Generator().manual_seed(4)
+    known = torch.ones(len(latents))
+    known[-1] = 0
+    difference, conditional, then = (
+        known[:, None, None, None] * torch.randn(latents.shape, generator=random) for _ in range(3)
+    )
+    return Refresh(known * 0.95, difference, conditional, then, known)

@@ -59,6 +59,12 @@ def family() -> Iterator[type[Backbone]]:
         def changed(self, guided: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             return {"text": guided.extrapolated_text(given["text"])}
 
+        def text_arguments(self, text: TextConditions, given: Any) -> Any:
+            return {"text": text.embeds}
+
+        def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
+            return latents
+
         def __call__(
             self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
         ) -> torch.Tensor:

@@ -138,7 +138,8 @@ def test_only_the_guide_is_trained(
     before = checksum(denoiser)
     assert {id(p) for p in student.parameters()} == {id(p) for p in student.guide.parameters()}
     optimizer = torch.optim.SGD(student.parameters(), 0.1)
-    student(latents, TIME, prompts(PROMPT), prompts.null, SCALE).square().mean().backward()
+    made = student(latents, TIME, prompts(PROMPT), prompts.null, SCALE, components.refresh(latents))
+    made.square().mean().backward()
     assert not [n for n, p in student.named_parameters() if p.grad is None or not p.grad.any()]
     optimizer.step()
     assert checksum(denoiser) == before
@@ -151,7 +152,9 @@ def test_gradient_checkpointing_changes_no_gradient(
 
     def gradients() -> list[torch.Tensor]:
         student.zero_grad()
-        made = student(latents, TIME, prompts(PROMPT), prompts.null, SCALE)
+        made = student(
+            latents, TIME, prompts(PROMPT), prompts.null, SCALE, components.refresh(latents)
+        )
         backward = threading.Thread(target=made.square().mean().backward)
         backward.start()
         backward.join()

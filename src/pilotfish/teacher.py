@@ -97,7 +97,7 @@ class Student(nn.Module):
         negative: TextConditions,
         guidance_scale: torch.Tensor,
         refresh: Refresh | None = None,
-        both_passes: bool = False,
+        due: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The guided prediction, (N, C, h, w).
 
@@ -107,8 +107,24 @@ class Student(nn.Module):
             negative: N negative prompts, or one that serves all; there as well.
             guidance_scale: (N,).
             refresh: what the last step with both passes found, in the shape of the latents.
-            both_passes: whether this step is one.
+            due: (N,) bool, the samples for which this step is one.
         """
+        if due is None or not due.any():
+            return self._pass(latents, time, text, negative, guidance_scale, refresh)
+        # every process takes the pass with all parameters, whichever of its samples are due
+        made = self._pass(latents, time, text, negative, guidance_scale, refresh)
+        some = slice(None) if len(negative) == 1 else due
+        both = self._pass(
+            latents[due], time[due], text[due.to(text.device)], negative[some],
+            guidance_scale[due], None, both_passes=True,
+        )  # fmt: skip
+        return made.index_put((due.nonzero()[:, 0],), both)
+
+    def _pass(
+        self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions,
+        negative: TextConditions, guidance_scale: torch.Tensor, refresh: Refresh | None,
+        both_passes: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
         (base,) = self._base
         guided = GuidedPass(
             self.guide, lambda: guidance_scale, lambda: negative, hooks=self.hooks,

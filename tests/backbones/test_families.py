@@ -181,16 +181,6 @@ def test_a_copied_or_pickled_denoiser_takes_no_guide_along(
 # -- training ----------------------------------------------------------------------------------
 
 
-def refresh_of(latents: torch.Tensor) -> Refresh:
-    """Of two samples, the second of which has had none."""
-    random = torch.Generator().manual_seed(4)
-    known = torch.tensor([1.0, 0.0])
-    difference, conditional, then = (
-        known[:, None, None, None] * torch.randn(latents.shape, generator=random) for _ in range(3)
-    )
-    return Refresh(known * 0.95, difference, conditional, then, known)
-
-
 def gradients(
     student: Student, *given: Any, refresh: Refresh | None = None
 ) -> dict[str, torch.Tensor | None]:
@@ -206,7 +196,7 @@ def test_a_training_step_reaches_every_parameter(
     denoiser: Any, trained: TinyGuide, latents: torch.Tensor, text: Any, negative: Any
 ) -> None:
     batch = latents, TIME, text, negative
-    found = gradients(Student(trained, denoiser), *batch, refresh=refresh_of(latents))
+    found = gradients(Student(trained, denoiser), *batch, refresh=components.refresh(latents))
     assert not [n for n, g in found.items() if g is None or not g.any()]
     assert all(p.grad is None for p in denoiser.parameters())
 
@@ -216,7 +206,7 @@ def test_a_fresh_guide_can_be_trained(
 ) -> None:
     """What starts at zero does not stop the gradient of what makes it."""
     batch = latents, TIME, text, negative
-    found = gradients(Student(fresh, denoiser), *batch, refresh=refresh_of(latents))
+    found = gradients(Student(fresh, denoiser), *batch, refresh=components.refresh(latents))
     assert not [n for n, g in found.items() if g is None]
     optimizer = torch.optim.SGD(fresh.parameters(), 0.1)
     optimizer.step()

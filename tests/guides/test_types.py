@@ -134,6 +134,7 @@ def test_one_negative_prompt_serves_all(trained: Guide, inputs: GuideInputs) -> 
 
 def test_every_parameter_has_a_gradient(fresh: Guide, trained: Guide, inputs: GuideInputs) -> None:
     """Several processes could not train a parameter that has none."""
+    inputs = replace(inputs, refresh=components.refresh(inputs.latents))
     sum(tensor.square().sum() for tensor in added(trained, inputs).values()).backward()
     assert not [n for n, p in trained.named_parameters() if p.grad is None]
 

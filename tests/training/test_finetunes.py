@@ -90,7 +90,7 @@ def test_changes_are_mixed_and_a_share_of_zero_is_not_computed() -> None:
         change = (denoiser.weight - base["weight"]).detach()
         mixed = sum(s * c["weight"] for s, c in zip(shares, changes, strict=True))
         torch.testing.assert_close(change, mixed)
-        if 0.5 not in shares and 1.5 not in shares:  # as far from the base as a fine-tune
+        if not {0.5, 1.5, 2.5} & set(shares):  # as far from the base as a fine-tune
             assert 45 < float(change.norm()) < 55
     finetunes.activate(0)
     assert torch.equal(denoiser.weight, base["weight"])
@@ -101,7 +101,7 @@ def test_models_are_drawn_with_their_probability(pipe: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = [finetunes.draw(generator) for _ in range(1000)]
     assert 450 < drawn.count(0) < 550
-    assert all(120 < drawn.count(i) < 210 for i in range(1, 1 + len(STRENGTHS)))
+    assert all(90 < drawn.count(i) < 160 for i in range(1, 1 + len(STRENGTHS)))
     alone = FineTunes(pipe.unet, [], 0.5)
     assert {alone.draw(generator) for _ in range(20)} == {0}
 

@@ -27,6 +27,7 @@ from pilotfish.interface import GuideError
 from pilotfish.teacher import checksum
 from pilotfish.training.config import ConfigError, DistillConfig, StepsConfig
 from pilotfish.training.context import TrainingContext
+from pilotfish.training.samples import TrainingSamples
 from pilotfish.training.stages import StepTrainer
 from tests import components
 from tests.training.runs import PROMPTS, VALIDATION, same, small_guide, train, train_steps
@@ -179,7 +180,9 @@ def test_cfg_teaches_a_guide_of_any_steps(
     both = given.teacher()(z, t, prompt, negative)
     taught = trainer.teach(z, t, prompt, negative, w)
     torch.testing.assert_close(taught, classifier_free_guidance(*both, 1 + multiplier * (w - 1)))
-    assert not torch.allclose(taught, trainer.student_prediction(z, t, prompt, negative, w))
+    none = torch.zeros(2), *torch.zeros(3, 2, 4, 8, 8), torch.zeros(2)
+    samples = TrainingSamples(z, t, w, prompt, negative, *none)
+    assert not torch.allclose(taught, trainer.student_prediction(samples))
 
 
 def test_a_teacher_for_another_denoiser_is_refused(

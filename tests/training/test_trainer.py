@@ -35,7 +35,7 @@ def test_it_learns(
     monkeypatch.setattr(validation, "STEPS", 6)
     config = replace(
         config, max_train_steps=80, validation_steps=40, checkpointing_steps=400,
-        learning_rate=2e-3, ema_decay=0.9,
+        learning_rate=2e-3, ema_decay=0.9, refresh_prob=0.0,
     )  # fmt: skip
     trained = train(config, context(prediction_type))
     folder = Path(config.output)

@@ -137,17 +137,11 @@ class StepTrainer(Trainer):
         )
 
     def predict(self, student: Any, samples: StepSamples, w: torch.Tensor) -> torch.Tensor:
-        """The student's prediction, in two parts: with one pass, and with both."""
-        if not samples.due.any():
-            return super().predict(student, samples, w)
-        guided = torch.empty_like(samples.latents)
-        for both in (False, True):
-            some = samples.due == both
-            if some.any():
-                part = samples.pick(some)
-                texts = self.texts(part.prompt, part.negative)
-                made = student(part.latents, part.time, *texts, w[some], part.refresh, both)
-                guided = guided.index_put((some.nonzero()[:, 0],), made.to(guided.dtype))
+        """The student's prediction, with both passes where they are due."""
+        texts = self.texts(samples.prompt, samples.negative)
+        guided: torch.Tensor = student(
+            samples.latents, samples.time, *texts, w, samples.refresh, samples.due
+        )
         return guided
 
     def target(self, samples: StepSamples, w: torch.Tensor) -> torch.Tensor:

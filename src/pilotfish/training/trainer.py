@@ -359,7 +359,8 @@ class Trainer:
         student = self.accelerator.unwrap_model(self.state.student)
         prediction: torch.Tensor = student(
             samples.latents, samples.time, *self.texts(samples.prompt, samples.negative),
-            samples.guidance_scale, samples.refresh, both_passes,
+            samples.guidance_scale, samples.refresh,
+            torch.ones_like(samples.known, dtype=torch.bool) if both_passes else None,
         )  # fmt: skip
         return prediction.float()
 
