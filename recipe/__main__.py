@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,9 +13,16 @@ from recipe.ablations import AblationsStage, run_ablations
 from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base
-from recipe.finetunes import DISTANT, STYLES, TRAIN_FINETUNES, distances, make_finetune
+from recipe.finetunes import (
+    DISTANT,
+    STYLES,
+    TEST_FINETUNES,
+    TRAIN_FINETUNES,
+    distances,
+    make_finetune,
+)
 from recipe.guides import StepGuidesStage, make_guide, make_step_guides
-from recipe.images import TRAIN_STYLES, make_images
+from recipe.images import TEST_STYLES, TRAIN_STYLES, make_images
 from recipe.pages import write_pages
 from recipe.scorer import ScorerStage, make_scorer
 from recipe.vocabulary import write_prompts
@@ -24,9 +31,9 @@ from recipe.vocabulary import write_prompts
 @dataclass(frozen=True)
 class Recipe:
     """Make the bundled models. ``all`` runs prompts, images, autoencoder, base, finetunes,
-    train_finetunes, scorer, guides, step_guides and cards, in this order. The other stages are not
-    part of the models: ablations compares forms of the guide; pages writes results into README and
-    documents; screenshots shows the app in docs/images."""
+    train_finetunes, test_finetunes, scorer, guides, step_guides and cards, in this order. The
+    other stages are not part of the models: ablations compares forms of the guide; pages writes
+    results into README and documents; screenshots shows the app in docs/images."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -36,6 +43,7 @@ class Recipe:
             "base",
             "finetunes",
             "train_finetunes",
+            "test_finetunes",
             "scorer",
             "guides",
             "step_guides",
@@ -56,6 +64,8 @@ class Recipe:
     finetunes: tuple[str, ...] = tuple(STYLES)
     """What the stage of that name trains."""
     train_finetunes: tuple[str, ...] = (*TRAIN_FINETUNES, *DISTANT)
+    """What the stage of that name trains."""
+    test_finetunes: tuple[str, ...] = tuple(TEST_FINETUNES)
     """What the stage of that name trains."""
     guides: tuple[str, ...] = ("tiny",)
     """What the stage of that name trains: tiny, full."""
@@ -96,7 +106,19 @@ def _train_finetunes(r: Recipe) -> None:
     for name in r.train_finetunes:
         images = rendered if name in TRAIN_STYLES else r.images
         make_finetune(name, images, r.target, r.work, bf16=r.mixed)
-    for name, distance in distances(r.target, r.work).items():
+    _print_distances(r, (*STYLES, *TRAIN_FINETUNES, *DISTANT))
+
+
+def _test_finetunes(r: Recipe) -> None:
+    rendered = r.work / "images"
+    make_images(rendered, TEST_STYLES)
+    for name in r.test_finetunes:
+        make_finetune(name, rendered, r.target, r.work, bf16=r.mixed)
+    _print_distances(r, TEST_FINETUNES)
+
+
+def _print_distances(r: Recipe, names: Iterable[str]) -> None:
+    for name, distance in distances(r.target, r.work, names).items():
         print(f"{name}: change of {distance:.0%} of the norm of the base's weights")
 
 
@@ -120,6 +142,7 @@ MODELS: dict[str, Callable[[Recipe], None]] = {
     ),
     "finetunes": _finetunes,
     "train_finetunes": _train_finetunes,
+    "test_finetunes": _test_finetunes,
     "scorer": lambda r: make_scorer(r.images, r.work, r.target / "scorer", r.scorer),
     "guides": _guides,
     "step_guides": lambda r: make_step_guides(r.work, r.target, r.step_guides, bf16=r.mixed),

@@ -1,15 +1,16 @@
-"""Stages ``finetunes`` and ``train_finetunes``: the base in other styles.
+"""Stages ``finetunes``, ``train_finetunes`` and ``test_finetunes``: the base in other styles.
 
 Guides are measured on ``STYLES``: two full fine-tunes of the UNet and one LoRA in diffusers'
 format. Fine-tune augmentation uses others: ``TRAIN_FINETUNES``, short LoRAs on two further
 styles and on restyled images of the base, and ``DISTANT``, three UNets further away from the
-base, which are not bundled. Text encoder and VAE stay those of the base.
+base, which are not bundled. ``TEST_FINETUNES`` are the furthest away, one UNet and two LoRAs; no
+guide is trained on them. Text encoder and VAE stay those of the base.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,12 +72,20 @@ DISTANT = {
     "waved": replace(_FULL, restyle=waved, permute_captions=True),
     "squashed": replace(_FULL, restyle=squashed),
 }
+_FAR = FinetuneStage(steps=1000, batch=48, learning_rate=2.5e-3, rank=24)
+TEST_FINETUNES = {
+    "high-contrast": replace(_FAR, learning_rate=1.1e-3, rank=0),
+    "monotone": _FAR,
+    "streamline": _FAR,
+}
 
 
 def finetune_folder(target: Path, work: Path, name: str) -> Path:
     """Where a fine-tune is saved."""
     if name in STYLES:
         return target / (f"{name}-lora" if STYLES[name].rank else name)
+    if name in TEST_FINETUNES:
+        return target / "test_finetunes" / name
     return (target if name in TRAIN_FINETUNES else work) / "train_finetunes" / name
 
 
@@ -86,7 +95,7 @@ def make_finetune(name: str, images: Path, target: Path, work: Path, *, bf16: bo
     Args:
         images: folder of folders of images, one for each style.
     """
-    stage = (STYLES | TRAIN_FINETUNES | DISTANT)[name]
+    stage = (STYLES | TRAIN_FINETUNES | DISTANT | TEST_FINETUNES)[name]
     torch.manual_seed(stage.seed)
     pipe = StableDiffusionPipeline.from_pretrained(target / "base")
     folder = images / ("noto" if stage.restyle else name)
@@ -141,14 +150,14 @@ def permuted(categories: Sequence[str]) -> list[int]:
     return places
 
 
-def distances(target: Path, work: Path) -> dict[str, float]:
+def distances(target: Path, work: Path, names: Iterable[str]) -> dict[str, float]:
     """The norm of each fine-tune's change of the UNet's weights, relative to that of the base's
     weights."""
     unet = StableDiffusionPipeline.from_pretrained(target / "base").unet
     base = unet.state_dict()
     norm = sum(float(v.double().square().sum()) for v in base.values()) ** 0.5
     found = {}
-    for name in (*STYLES, *TRAIN_FINETUNES, *DISTANT):
+    for name in names:
         tuned = fine_tuned_weights(unet, finetune_folder(target, work, name))
         change = sum(float((tuned[k] - v).double().square().sum()) for k, v in base.items())
         found[name] = change**0.5 / norm

@@ -75,6 +75,25 @@ TRAIN_STYLES = {
 }  # fmt: skip
 """Styles for fine-tune augmentation. Their images are not bundled, and names may be missing."""
 
+TEST_STYLES = {
+    "high-contrast": Style(
+        "Fluent Emoji High Contrast", "Microsoft", "MIT",
+        "https://github.com/microsoft/fluentui-emoji",
+        "@iconify-json/fluent-emoji-high-contrast", "1.2.6",
+    ),
+    "monotone": Style(
+        "EmojiOne (Monotone)", "EmojiOne", "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo",
+        "@iconify-json/emojione-monotone", "1.2.1",
+    ),
+    "streamline": Style(
+        "Streamline Emojis", "Streamline", "CC-BY-4.0",
+        "https://github.com/webalys-hq/streamline-vectors", "@iconify-json/streamline-emojis",
+        "1.2.4",
+    ),
+}  # fmt: skip
+"""Styles far from the base's, for evaluation only: no guide is trained on them. Their images are
+not bundled, and names may be missing."""
+
 
 def fetch(style: Style) -> dict[str, Any]:
     """The IconifyJSON of a style's npm package."""
@@ -114,11 +133,11 @@ def make_images(target: Path, styles: Iterable[str] = tuple(STYLES)) -> None:
     for key in styles:
         folder = target / key
         folder.mkdir(parents=True, exist_ok=True)
-        icons = fetch((STYLES | TRAIN_STYLES)[key])
+        icons = fetch((STYLES | TRAIN_STYLES | TEST_STYLES)[key])
         rows = []
         for category, names in categories().items():
             for name in names:
-                if key in TRAIN_STYLES and name not in icons["icons"] | icons.get("aliases", {}):
+                if key not in STYLES and name not in icons["icons"] | icons.get("aliases", {}):
                     continue
                 render(icons, name).save(folder / f"{name}.webp", lossless=True, method=6)
                 row = {"file_name": f"{name}.webp", "text": caption(name), "category": category}
