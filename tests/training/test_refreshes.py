@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pilotfish.noise import NoisePath
+from pilotfish.training.pool import Pool
 from pilotfish.training.samples import StepSamples, TrackingSamples, TrainingSamples
 from pilotfish.training.stages import freshness_weight
 from pilotfish.training.trajectories import (
     CFGTrajectories,
     HalvedTrajectories,
-    Pool,
     TrackedTrajectories,
 )
 from tests.training.test_samples import seeded
@@ -79,14 +79,14 @@ def test_at_a_refresh_a_student_takes_the_step_of_cfg(schedule: NoisePath) -> No
 
 
 def test_who_predicts_what_cfg_does_stays_on_its_trajectory(schedule: NoisePath) -> None:
-    def cfg(samples: TrainingSamples, both_passes: bool) -> torch.Tensor:
+    def cfg(samples: TrainingSamples) -> torch.Tensor:
         both = teacher(samples.latents, samples.time, samples.prompt, samples.negative)
         return teacher.guided(*both, samples.guidance_scale)
 
     made = one(schedule, 6)
     for sample in followed(TrackedTrajectories(teacher, schedule, made, cfg), 6):
         assert isinstance(sample, TrackingSamples)
-        torch.testing.assert_close(sample.goal, cfg(sample, False), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sample.goal, cfg(sample), atol=1e-4, rtol=1e-4)
 
 
 def test_who_has_left_it_is_led_back(schedule: NoisePath) -> None:
@@ -106,8 +106,9 @@ def test_who_has_left_it_is_led_back(schedule: NoisePath) -> None:
 def test_a_student_of_few_steps_is_told_where_it_runs_both_passes(schedule: NoisePath) -> None:
     calls: list[bool] = []
 
-    def student(samples: TrainingSamples, both_passes: bool) -> torch.Tensor:
-        calls.append(both_passes)
+    def student(samples: TrainingSamples) -> torch.Tensor:
+        assert isinstance(samples, StepSamples)
+        calls.append(bool(samples.due))
         return torch.zeros_like(samples.latents)
 
     made = one(schedule, 8, on_policy_ratio=1.0)

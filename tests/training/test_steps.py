@@ -27,7 +27,7 @@ from pilotfish.interface import GuideError
 from pilotfish.teacher import checksum
 from pilotfish.training.config import ConfigError, DistillConfig, StepsConfig
 from pilotfish.training.context import TrainingContext
-from pilotfish.training.samples import TrainingSamples
+from pilotfish.training.samples import StepSamples
 from pilotfish.training.stages import StepTrainer
 from tests import components
 from tests.training.runs import PROMPTS, VALIDATION, same, small_guide, train, train_steps
@@ -181,7 +181,7 @@ def test_cfg_teaches_a_guide_of_any_steps(
     taught = trainer.teach(z, t, prompt, negative, w)
     torch.testing.assert_close(taught, classifier_free_guidance(*both, 1 + multiplier * (w - 1)))
     none = torch.zeros(2), *torch.zeros(3, 2, 4, 8, 8), torch.zeros(2)
-    samples = TrainingSamples(z, t, w, prompt, negative, *none)
+    samples = StepSamples(z, t, w, prompt, negative, *none, z, z, torch.zeros(2, dtype=torch.bool))
     assert not torch.allclose(taught, trainer.student_prediction(samples))
 
 

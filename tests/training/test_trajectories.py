@@ -11,12 +11,12 @@ import torch
 from pilotfish.conditioning import NULL
 from pilotfish.guidance import classifier_free_guidance
 from pilotfish.noise import NoisePath
+from pilotfish.training.pool import Pool
 from pilotfish.training.samples import Replay, Source, TrainingSamples
 from pilotfish.training.trajectories import (
     CFGTrajectories,
     HalvedTrajectories,
     NoisedImages,
-    Pool,
 )
 from tests.training.test_samples import equal, seeded
 
@@ -47,7 +47,7 @@ def guided(
     return 0.9 * z + w.reshape(-1, 1, 1, 1) * tone
 
 
-def constant(samples: TrainingSamples, both_passes: bool = False) -> torch.Tensor:
+def constant(samples: TrainingSamples) -> torch.Tensor:
     return torch.full_like(samples.latents, 0.25)
 
 
@@ -168,7 +168,7 @@ def test_a_finer_grid_keeps_the_points_of_the_coarse_one(schedule: NoisePath, st
 def test_the_goal_is_where_two_steps_lead(schedule: NoisePath, ratio: float) -> None:
     made = pool(schedule, steps=(4, 4), on_policy_ratio=ratio)
     source = HalvedTrajectories(
-        guided, teacher, schedule, made, lambda samples, *_: torch.zeros_like(samples.latents)
+        guided, teacher, schedule, made, lambda samples: torch.zeros_like(samples.latents)
     )
     before, slots = made.latents.clone(), torch.randperm(12, generator=seeded(1))[:6]
     samples = source.draw(6, seeded(1))

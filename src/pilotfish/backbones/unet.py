@@ -191,7 +191,7 @@ class UNetBackbone(Backbone):
         )  # fmt: skip
 
     def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
-        # inpainting has a mask and an image beside
+        # inpainting has further channels, a mask and an image
         return latents[:, : plain(self.denoiser.conv_out).out_channels]
 
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:

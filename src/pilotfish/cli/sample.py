@@ -40,8 +40,8 @@ class SampleConfig:
     negative_prompt: str | None = None
     guidance_scale: float = 4.0
     refresh: int = 0
-    """How many steps run both passes, spread evenly; each tells the guide how far the two passes
-    are apart."""
+    """How many steps run both passes, spread evenly; after each the guide is given the difference
+    between the two predictions."""
     refresh_at: tuple[int, ...] = ()
     """In place of --refresh: which steps do, counted from 0."""
     num_inference_steps: int | None = None

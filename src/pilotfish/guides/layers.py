@@ -42,19 +42,19 @@ class Condition(nn.Module):
 
     def forward(
         self, time: torch.Tensor, guidance_scale: torch.Tensor, text: TextConditions,
-        negative: TextConditions, more: torch.Tensor | None = None,
+        negative: TextConditions, age: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """The vectors, (..., N, width), of times (..., N) and scales that broadcast with them.
 
         Args:
-            more: (..., N, width) what else it is made of.
+            age: (..., N, width) added to the embedding, where a refresh is known.
         """
         time, scale = torch.broadcast_tensors(time.float() / 4, guidance_scale.float() / 32)
         embedded = fourier_features(torch.stack([time, scale], -1), FEATURES, longest=1.0)
         seen = self.embed(embedded.flatten(-2).to(text.dtype)) + self.text(
             _difference(text, negative)
         )
-        seen = seen if more is None else seen + more.to(seen.dtype)
+        seen = seen if age is None else seen + age.to(seen.dtype)
         of_negative = self.of_negative(negative)
         return F.silu(seen if of_negative is None else seen + of_negative)
 

@@ -18,7 +18,7 @@ from torch import nn
 from pilotfish.backbones import Backbone, GuidedPass, twice_arguments
 from pilotfish.interface import TextConditions
 
-PROMPTS = ("encoder_hidden_states", "pooled_projections", "text_embeds")
+POOLED = ("pooled_projections", "text_embeds")
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def doubled_controlnets(pipe: Any, backbone: Backbone, guided: GuidedPass) -> It
         added = given.get("added_cond_kwargs") or {}
         seen = given | added
         if seen.get("encoder_hidden_states") is not None:
-            pooled = next((seen[k] for k in PROMPTS[1:] if seen.get(k) is not None), None)
+            pooled = next((seen[k] for k in POOLED if seen.get(k) is not None), None)
             text = TextConditions(seen["encoder_hidden_states"], pooled)
             negative = guided.negative_prompts().expand(n).to(text.dtype)
             changed = backbone.text_arguments(TextConditions.cat([negative, text]), both)

@@ -235,8 +235,8 @@ class DistillConfig(TrainingConfig):
     are taken from it; values other than the defaults must agree. Default: a new guide."""
     training_samples: Literal["noised", "trajectory", "on_policy", "tracking"] = "trajectory"
     """noised: noised images. trajectory: the teacher's CFG trajectories. on_policy: trajectories
-    that the student samples in part. tracking: trajectories that the student samples, each beside
-    CFG's from the same noise, on which it is trained to stay."""
+    that the student samples in part. tracking: trajectories that the student samples; it is
+    trained to stay on those of CFG from the same noise."""
     train_images: Text | None = None
     """Folder with metadata.jsonl, for ``--training_samples noised``. Default: the bundled
     images."""

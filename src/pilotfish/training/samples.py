@@ -118,8 +118,8 @@ class GuidanceSamples(TrainingSamples):
 
 @dataclass(frozen=True)
 class TrackingSamples(GuidanceSamples):
-    """Samples of stage 1 beside the teacher's trajectory from the same noise, where the two
-    predictions are taken.
+    """Samples of stage 1 on the student's trajectories. The two predictions are those of the
+    teacher on its own trajectory from the same noise.
 
     Attributes:
         goal: (N, C, h, w) the prediction that the student is trained on.

@@ -34,6 +34,7 @@ from pilotfish.training.config import ConfigError, TrainingConfig
 from pilotfish.training.context import BASE_DTYPES, TrainingContext
 from pilotfish.training.finetunes import FineTunes
 from pilotfish.training.history import Progress
+from pilotfish.training.pool import Pool
 from pilotfish.training.samples import (
     BEFORE_TRAINING,
     Source,
@@ -44,7 +45,6 @@ from pilotfish.training.samples import (
     shared_generator,
 )
 from pilotfish.training.state import TrainState, is_sharded, make_accelerator
-from pilotfish.training.trajectories import Pool
 from pilotfish.training.validation import Validation
 
 SAME_SCALE = 0.5
@@ -342,9 +342,7 @@ class Trainer:
         )  # fmt: skip
 
     @torch.no_grad()
-    def student_prediction(
-        self, samples: TrainingSamples, both_passes: bool = False
-    ) -> torch.Tensor:  # fmt: skip
+    def student_prediction(self, samples: TrainingSamples) -> torch.Tensor:
         """The student's present prediction, without gradient.
 
         Raises:
@@ -357,12 +355,7 @@ class Trainer:
                 "stage 1 --training_samples trajectory"
             )
         student = self.accelerator.unwrap_model(self.state.student)
-        prediction: torch.Tensor = student(
-            samples.latents, samples.time, *self.texts(samples.prompt, samples.negative),
-            samples.guidance_scale, samples.refresh,
-            torch.ones_like(samples.known, dtype=torch.bool) if both_passes else None,
-        )  # fmt: skip
-        return prediction.float()
+        return self.predict(student, samples, samples.guidance_scale).float()
 
 
 @contextmanager
