@@ -8,8 +8,11 @@ import torch
 
 from pilotfish import guidance_error as module
 from pilotfish.guidance_error import GuidanceError, Sums, Trajectories, pipeline_guidance_error
-from pilotfish.guides import Guide, TinyGuide
+from pilotfish.guides import ExternalGuide, Guide, TinyGuide
 from pilotfish.interface import GuideError
+from pilotfish.pipelines import Refreshed
+from pilotfish.pipelines.loading import use_deterministic_scheduler
+from pilotfish.pipelines.sampling import sample
 from pilotfish.teacher import Teacher
 
 PROMPTS = ["cat", "a", "b"]
@@ -26,9 +29,11 @@ def moved(guide: Guide, randomise: Callable[[Guide], Guide]) -> Guide:
     return randomise(guide)
 
 
-def measure(pipe: Any, guide: Guide, prompts: list[str] = PROMPTS, **given: Any) -> GuidanceError:
+def measure(
+    pipe: Any, guide: Guide, prompts: list[str] = PROMPTS, refresh: int = 0, **given: Any
+) -> GuidanceError:
     return pipeline_guidance_error(
-        pipe, guide, Trajectories.of_pipeline(pipe, prompts, **SHORT | given)
+        pipe, guide, Trajectories.of_pipeline(pipe, prompts, **SHORT | given), refresh=refresh
     )
 
 
@@ -42,6 +47,34 @@ def test_a_fresh_guide_has_an_error_of_1(pipe: Any, guide: Guide) -> None:
 
 def test_a_trained_guide_does_not(pipe: Any, moved: Guide) -> None:
     assert abs(measure(pipe, moved).mean - 1) > 0.01
+
+
+def test_steps_with_both_passes_are_those_of_the_pipeline(
+    pipe: Any, moved: Guide, randomise: Callable[[Guide], Guide]
+) -> None:
+    assert measure(pipe, moved, refresh=2).mean < 1e-8
+    # after a first step with both passes the pipeline is on the trajectory of CFG
+    fresh = ExternalGuide.for_denoiser(pipe.unet, "epsilon")
+    use_deterministic_scheduler(pipe)
+    guided, conditional, cfg = (
+        torch.stack([
+            s.latents
+            for s in sample(pipe, PROMPTS, seeds=range(3), guidance_scale=4.0, guide=method,
+                            num_inference_steps=2)
+        ])
+        for method in (Refreshed(moved, (0,)), Refreshed(fresh, (0,)), None)
+    )  # fmt: skip
+    noise = torch.stack(
+        [torch.randn(cfg.shape[1:], generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    )
+    trajectories = Trajectories.of_pipeline(pipe, PROMPTS, **SHORT | {"guidance_scales": (4.0,)})
+    trajectories.noise = noise
+    error = pipeline_guidance_error(pipe, moved, trajectories, refresh=(0,))
+    expected = (guided - cfg).square().sum() / (conditional - cfg).square().sum()
+    assert error.by_time["0.499"] == pytest.approx(float(expected), rel=1e-3)
+    assert error.by_time["0.999"] < 1e-8
+    plain = pipeline_guidance_error(pipe, moved, trajectories)
+    assert abs(plain.by_time["0.499"] - error.by_time["0.499"]) > 1e-3
 
 
 def test_every_scale_counts_alike() -> None:

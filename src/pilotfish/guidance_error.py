@@ -21,9 +21,11 @@ import torch
 from pilotfish.backbones import Backbone
 from pilotfish.conditioning import NULL, encoded, some_or_one
 from pilotfish.guides import Guide
+from pilotfish.interface import GuideProtocol, Refresh
 from pilotfish.noise import NoisePath
 from pilotfish.pipelines.attach import check
 from pilotfish.pipelines.sampling import TeacherStep, cfg_trajectories
+from pilotfish.refresh import RefreshSteps, places
 from pilotfish.teacher import Student, Teacher
 
 SCALES = (2.0, 4.0, 7.0)
@@ -149,6 +151,7 @@ class Trajectories:
 @torch.no_grad()
 def guidance_error(
     student: Student, trajectories: Trajectories, *, with_negative: bool = True,
+    refresh: RefreshSteps = 0,
     gather: Callable[[Sums], Sequence[Sums]] = lambda sums: [sums],
 ) -> GuidanceError:  # fmt: skip
     """The guidance error of a student along the trajectories of its teacher.
@@ -156,18 +159,27 @@ def guidance_error(
     Args:
         with_negative: False: the student is conditioned on the null prompt, whatever negative
             prompt CFG uses.
+        refresh: the steps of a trajectory that run both passes: how many, or which. They count as
+            the others do.
         gather: the sums of all processes, from those of this one.
     """
     sums: Sums = {}
-    prompts = trajectories.teacher.prompts
+    teacher, prompts = trajectories.teacher, trajectories.teacher.prompts
+    doubled = places(refresh, trajectories.num_inference_steps)
     for w, index, steps in trajectories:
         negative = trajectories.negative[index]
         if not with_negative:
             negative = torch.full_like(negative, NULL)
         texts = prompts(trajectories.prompt[index]), some_or_one(prompts, negative)
-        scale = torch.full((len(index),), w)
-        for step in steps:
-            guided = student(step.latents, step.time, *texts, scale)
+        scale, found = torch.full((len(index),), w), None
+        for number, step in enumerate(steps):
+            due = None
+            if number in doubled:
+                both = teacher(step.latents, step.time, step.prompt, negative)
+                guided, due = teacher.guided(*both, w), torch.ones(len(index), dtype=torch.bool)
+                found = _refresh(student.guide, step, *both)
+            if due is None or student.guide.corrects_refresh:
+                guided = student(step.latents, step.time, *texts, scale, found, due)
             key = (w, round(float(step.time[0]), 4))
             pair = _distance(guided, step.cfg), _distance(step.conditional, step.cfg)
             sums[key] = _add(sums.get(key, (0.0, 0.0)), pair)
@@ -204,6 +216,16 @@ def _student(pipe: Any, guide: Guide) -> Iterator[Student]:
         yield student
     finally:
         student.hooks.remove()
+
+
+def _refresh(
+    guide: GuideProtocol, step: TeacherStep, unconditional: torch.Tensor, conditional: torch.Tensor
+) -> Refresh:
+    time = step.time.to(guide.device)
+    maps = (conditional - unconditional, conditional, step.latents)
+    return Refresh(
+        time, *(x.to(guide.device, guide.dtype) for x in maps), known=torch.ones_like(time)
+    )  # fmt: skip
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

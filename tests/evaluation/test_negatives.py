@@ -76,7 +76,17 @@ def test_with_the_null_prompt_nothing_is_ignored(
     model = evaluate_negatives_of_model(pipe, moved, names[:2], ["", ""], scorer, **STEPS)
     assert model.null == model.conditioned == model.ignoring
     assert model.ratio == 1
-    assert model.agreement["conditioned"] == model.agreement["ignoring"]
+    assert model.agreement["conditioned"] == model.agreement["ignoring"] == model.agreement["null"]
+
+
+def test_with_both_passes_in_every_step_there_is_no_error(
+    pipe: Any, scorer: Scorer, names: list[str], moved: Guide
+) -> None:
+    model = evaluate_negatives_of_model(
+        pipe, moved, names[:2], names[2:4], scorer, refresh=2, **STEPS
+    )
+    assert max(model.null.mean, model.conditioned.mean) < 1e-8 < model.ignoring.mean
+    assert model.agreement["null"].cosine == pytest.approx(1, abs=1e-4)
 
 
 def test_bad_input_is_refused(

@@ -306,3 +306,20 @@ def test_the_external_guide_fits_every_size_of_latents(
     hook.remove()
     assert middle.shape == seen[0].shape
     assert skips[0].shape[-2:] == latents.shape[-2:]
+
+
+@pytest.mark.parametrize("share", [0.003, 0.005, 0.01])
+def test_a_tiny_guide_has_at_most_its_share_of_the_denoiser(share: float) -> None:
+    unet = components.unet(block_out_channels=(64, 128), norm_num_groups=8)
+    allowed = share * sum(p.numel() for p in unet.parameters())
+    guide = TinyGuide.for_denoiser(unet, "epsilon", share=share, layers=2)
+    rank = guide.config.rank
+    wider = TinyGuide.for_denoiser(unet, "epsilon", rank=rank + 1, layers=2)
+    own, too_many = (sum(p.numel() for p in g.parameters()) for g in (guide, wider))
+    assert own <= allowed < too_many
+    assert guide.config.head == 3 * rank
+
+
+def test_an_addition_has_at_most_half_the_channels_of_its_layer() -> None:
+    guide = TinyGuide.for_denoiser(components.unet(), "epsilon", share=100.0, layers=4)
+    assert [a.down.shape[0] for a in guide.additions] == [8, 8, 4, 4]

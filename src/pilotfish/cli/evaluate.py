@@ -73,8 +73,7 @@ class EvaluateConfig:
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
     refresh: int = 0
-    """How many steps of the guided images run both passes. The guidance error is that of the
-    guide's single pass."""
+    """How many steps of the guide run both passes."""
     batch_size: int = 32
     dtype: Dtype = "float32"
     """Precision of the models."""
@@ -143,7 +142,7 @@ def _check(config: EvaluateConfig) -> None:
         raise ValueError(
             f"{len(config.guide)} guides, but without --steps or --guidance_scales one is measured"
         )
-    if chosen and config.refresh:
+    if curve and config.refresh:
         raise ValueError(f"--refresh has no effect with {chosen[0]}")
     for flag in ("grid", "clip", "inception_weights"):
         if chosen and getattr(config, flag) is not None:
@@ -174,7 +173,9 @@ def _measure(config: EvaluateConfig, models: Any, **same: Any) -> Measured:
         "guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps,
     }  # fmt: skip
     if config.negative_prompts:
-        return evaluate_negatives(models, open_guide(path), held_out, **same)
+        return evaluate_negatives(
+            models, open_guide(path), held_out, refresh=config.refresh, **same
+        )  # fmt: skip
     names = _prompts(config)
     return evaluate(
         models, open_guide(path), prompts=names, names=names, validation_prompts=held_out,

@@ -7,6 +7,7 @@ ignores it. The guidance error with the null prompt is reported with both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,10 @@ from pilotfish.evaluation.results import (
 from pilotfish.evaluation.run import dtype_name
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
+from pilotfish.pipelines import Refreshed
+from pilotfish.refresh import RefreshSteps, check_refresh
 
-CONDITIONS = ("conditioned", "ignoring")
+CONDITIONS = ("conditioned", "ignoring", "null")
 
 
 def pairs(prompts: Sequence[str]) -> list[str]:
@@ -49,7 +52,7 @@ def pairs(prompts: Sequence[str]) -> list[str]:
 def evaluate_negatives_of_model(
     pipe: Any, guide: Guide, prompts: Sequence[str], negative_prompts: Sequence[str],
     scorer: Scorer, *, seed: int = 0, guidance_scale: float = 4.0, num_inference_steps: int = 25,
-    batch_size: int = 32, progress: Progress | None = None,
+    refresh: RefreshSteps = 0, batch_size: int = 32, progress: Progress | None = None,
 ) -> NegativeModel:  # fmt: skip
     """Measure one pipeline.
 
@@ -57,6 +60,7 @@ def evaluate_negatives_of_model(
         prompts: held out of training; one image each, with a seed of its own.
         negative_prompts: one for each.
         seed: of the first image; the others follow.
+        refresh: steps of the guide that run both passes: how many, or which.
         batch_size: of each process.
         progress: called after every batch.
 
@@ -70,12 +74,13 @@ def evaluate_negatives_of_model(
         num_inference_steps=num_inference_steps, process=process(),
     )  # fmt: skip
     report("guidance error", 0, 1)
-    error = partial(pipeline_guidance_error, pipe, guide, gather=gather_objects)
+    error = partial(pipeline_guidance_error, pipe, guide, refresh=refresh, gather=gather_objects)
     null = error(trajectories())
     cfg_walk = trajectories(negative_prompts=negative_prompts, cache=True)
     conditioned, ignoring = error(cfg_walk), error(cfg_walk, with_negative=False)
     report("guidance error", 1, 1)
     report("images", 0, len(prompts))
+    method = Refreshed(guide, refresh)
     latents, agreement = LatentMeter(), {name: AgreementMeter() for name in CONDITIONS}
     batch_size = total_batch_size(batch_size)
     for i in range(0, len(prompts), batch_size):
@@ -85,19 +90,19 @@ def evaluate_negatives_of_model(
             draw, pipe, texts, range(seed + i, seed + i + len(texts)),
             guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
         )  # fmt: skip
-        cfg = sampled(negative_prompts=negative)
-        made = {
-            "conditioned": sampled(guide=guide, negative_prompts=negative),
-            "ignoring": sampled(guide=guide),
-        }
-        features = scorer.images(cfg.images)
-        for name, meter in agreement.items():
-            images = made[name].images
-            meter.update(images, cfg.images, scorer.images(images), features)
-        latents.update(made["conditioned"].latents, made["ignoring"].latents, cfg.latents)
+        cfg, plain_cfg = sampled(negative_prompts=negative), sampled()
+        told, untold = sampled(guide=method, negative_prompts=negative), sampled(guide=method)
+        compared = {
+            "conditioned": (told, cfg), "ignoring": (untold, cfg), "null": (untold, plain_cfg)
+        }  # fmt: skip
+        for name, (guided, by_cfg) in compared.items():
+            both = guided.images, by_cfg.images
+            agreement[name].update(*both, *map(scorer.images, both))
+        latents.update(told.latents, untold.latents, cfg.latents)
         report("images", i + len(texts), len(prompts))
+    ratios = (e.mean / null.mean if null.mean else math.nan for e in (conditioned, ignoring))
     return NegativeModel(
-        null, conditioned, ignoring, conditioned.mean / null.mean, ignoring.mean / null.mean,
+        null, conditioned, ignoring, *ratios,
         latents.compute(), {name: meter.compute() for name, meter in agreement.items()},
     )  # fmt: skip
 
@@ -105,12 +110,14 @@ def evaluate_negatives_of_model(
 def evaluate_negatives(
     models: Mapping[str, ModelSource], guide: Guide, prompts: Sequence[str], *, guide_name: str,
     command: str, scorer: Scorer | None = None, seed: int = 0, guidance_scale: float = 4.0,
-    num_inference_steps: int = 25, batch_size: int = 32, unfinished: str | Path | None = None,
+    num_inference_steps: int = 25, refresh: RefreshSteps = 0, batch_size: int = 32,
+    unfinished: str | Path | None = None,
     progress: Progress | None = None,
 ) -> NegativeResult:  # fmt: skip
     """Measure a guide on every model, each prompt with the negative prompt of :func:`pairs`.
 
     Args:
+        refresh: see :func:`evaluate_negatives_of_model`.
         unfinished: file of the models that are finished; the same call resumes from it. To be
             deleted when the result is saved.
 
@@ -122,9 +129,11 @@ def evaluate_negatives(
     if guidance_scale <= 1:
         raise ValueError(f"a negative prompt has no effect at w = {guidance_scale:g}")
     scorer, negative_prompts = scorer or Scorer.bundled(), pairs(prompts)
+    refresh = check_refresh(refresh)
     parts, results, size, dtype = PartialResults(unfinished), {}, None, "float32"
     same: dict[str, Any] = {
-        "seed": seed, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps
+        "seed": seed, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps,
+        "refresh": refresh if isinstance(refresh, int) else list(refresh),
     }  # fmt: skip
     weights = parts.checksums({"guide": guide})  # before a model changes its precision
     for name, source in models.items():

@@ -235,7 +235,8 @@ class NegativeModel:
         ratio: the mean error ``conditioned`` over ``null``.
         ratio_ignoring: the mean error ``ignoring`` over ``null``.
         latent_mse_ratio: MSE(conditioned, cfg) / MSE(ignoring, cfg) of final latents.
-        agreement: with the images of CFG, of ``conditioned`` and of ``ignoring``.
+        agreement: with the images of CFG, of ``conditioned`` and of ``ignoring``; ``null``: of
+            guide and CFG both with the null prompt.
     """
 
     null: GuidanceError

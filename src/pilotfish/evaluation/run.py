@@ -79,8 +79,7 @@ def evaluate_model(
         validation_prompts: held out of the guide's training, for the guidance error.
         samples: images in each mode; the prompts are repeated, each time with new seeds.
         seed: of the first image; the others follow.
-        refresh: steps of the guided images that run both passes: how many, or which. The guidance
-            error is that of the guide's single pass.
+        refresh: steps of the guide that run both passes: how many, or which.
         batch_size: of each process.
         scorer: left out: the bundled one.
         guidance_scales: each w of the guidance error.
@@ -108,7 +107,9 @@ def evaluate_model(
         pipe, validation_prompts, guidance_scales=guidance_scales, seed=seed,
         num_inference_steps=num_inference_steps, batch_size=batch_size, process=process(),
     )  # fmt: skip
-    error = pipeline_guidance_error(pipe, guide, trajectories, gather=gather_objects)
+    error = pipeline_guidance_error(
+        pipe, guide, trajectories, refresh=refresh, gather=gather_objects
+    )
     report("guidance error", 1, 1)
     report("images", 0, samples)
     done = 0

@@ -210,7 +210,8 @@ def curve_markdown(result: CurveResult, model: str) -> str:
 
 def negatives_table(result: NegativeResult) -> Table:
     """A row for each model: guidance errors, and agreement with CFG of the same negative prompt,
-    of the guide conditioned on it and of the guide that ignores it."""
+    of the guide conditioned on it and of the guide that ignores it; last, the agreement where both
+    have the null prompt."""
     rows = []
     for name, model in result.models.items():
         both = [model.agreement[condition] for condition in CONDITIONS]
@@ -223,5 +224,5 @@ def negatives_table(result: NegativeResult) -> Table:
             " / ".join(number(a.cosine) for a in both),
         ))  # fmt: skip
     headings = ("model", "error, null prompt", "conditioned", "ignoring",
-                "PSNR conditioned / ignoring", "cosine")  # fmt: skip
+                "PSNR conditioned / ignoring / null", "cosine")  # fmt: skip
     return terminal(f"Negative prompts, guide {result.guide.name}", headings, rows)

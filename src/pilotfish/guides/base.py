@@ -53,7 +53,7 @@ class Guide(ModelMixin, ConfigMixin):
     """Every type of guide that has been imported, by its name."""
     guide_type: ClassVar[str]
     settings_class: ClassVar[type] = NoSettings
-    """What can be chosen of a fresh guide: a dataclass whose fields ``__init__`` takes."""
+    """What can be chosen of a fresh guide: a dataclass whose fields ``for_denoiser`` takes."""
     learning_rate: ClassVar[float] = 1e-3
     """A default for its training."""
 

@@ -27,16 +27,18 @@ the head blind to it, it is the guide without refresh.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from pilotfish.backbones import Backbone
 from pilotfish.guidance import fourier_features, guidance_strength
 from pilotfish.guides.base import Guide
 from pilotfish.guides.layers import FEATURES, Condition, zero_module
@@ -54,6 +56,8 @@ TURNED_DOWN = 3.0
 SEEN_AFTER_REFRESH = 5
 """Maps with the prediction's channels that the head reads then: prediction and latents, and the
 difference, conditional prediction and latents of the refresh."""
+HEAD = 3
+"""Channels of the head for each channel of an addition, where its width is not given."""
 SIDE = 8
 """Pixels of an unconditional template, each way; it is resized to the latents."""
 
@@ -72,12 +76,15 @@ class TinySettings:
     """Whether the guide is conditioned on the negative prompt itself, and not only on its
     difference to the prompt. Worth its few parameters where ``--negative_prompt_prob`` is
     large."""
-    rank: int = 23
-    """Channels of the addition to a decoder layer; 0 for none."""
+    share: float = 0.01
+    """Its parameters, at most this share of the denoiser's: where ``rank`` is left out, it and
+    ``head`` are chosen as large as that allows."""
+    rank: int | None = None
+    """Channels of the addition to a decoder layer, at most half of that layer's; 0 for none."""
     layers: int = 4
     """How many of the decoder's layers get one: evenly spaced, the last among them."""
-    head: int = 48
-    """Channels of the head at the prediction; 0 for none."""
+    head: int | None = None
+    """Channels of the head at the prediction; 0 for none. Left out: three times the rank."""
     uncond_templates: int = 0
     """Learned unconditional templates that are mixed by the negative prompt; 0 for none. Needs
     ``condition_on_negative`` and a head."""
@@ -96,7 +103,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         times: of a guide distilled to few steps, those that it was trained at.
         trained_on: name and revision of the base, where they are known.
 
-    The others are those of :class:`TinySettings`.
+    The others are those of :class:`TinySettings`, whose ``share`` :meth:`for_denoiser` takes.
 
     Raises:
         GuideError: no part is left, or the templates lack what they need.
@@ -112,7 +119,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         attention: bool = True,
         modulation: bool = True,
         condition_on_negative: bool = False,
-        rank: int = 23,
+        rank: int = 16,
         layers: int = 4,
         head: int = 48,
         uncond_templates: int = 0,
@@ -140,7 +147,8 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         self.gains = zero_module(nn.Linear(condition_dim, gains)) if gains else None
         added = dict(spread(signature["layers"], layers)) if rank else {}
         self.names = tuple(added)
-        self.additions = nn.ModuleList([LowRank(c, c, rank) for c in added.values()])
+        ranks = [min(rank, c // 2) for c in added.values()]
+        self.additions = nn.ModuleList(map(LowRank, added.values(), added.values(), ranks))
         self.head_name, features, channels = (
             signature["head"][key] for key in ("module", "features", "channels")
         )
@@ -150,7 +158,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
             Templates(condition_dim, channels, uncond_templates) if uncond_templates else None
         )
         # gain and shift of every layer and of the head, then the head's scalings
-        self.widths = [2 * r for r in (*[rank] * len(added), head) if r]
+        self.widths = [2 * r for r in (*ranks, head) if r]
         self.scalings = (SEEN_AFTER_REFRESH if refresh else 2) * channels if head else 0
         self.age = Age(condition_dim, self.scalings) if refresh else None
         # of the text, of each site, of each layer, of the head, of the templates
@@ -162,6 +170,31 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         self.modulate = nn.Linear(condition_dim, total) if total else None
         if self.modulate is not None:
             self._reset(self.modulate)
+
+    @classmethod
+    def for_denoiser(
+        cls, denoiser: Any, prediction_type: str, *, share: float = TinySettings.share,
+        rank: int | None = None, head: int | None = None, **config: Any,
+    ) -> Self:  # fmt: skip
+        """A fresh guide for a denoiser, of so many parameters.
+
+        Raises:
+            GuideError: the denoiser belongs to no family that takes a guide.
+        """
+        signature = Backbone.of(denoiser).signature(prediction_type)
+
+        def make(rank: int) -> Self:
+            return cls(signature, rank=rank, head=HEAD * rank if head is None else head, **config)
+
+        def size(rank: int) -> int:
+            with torch.device("meta"):
+                return sum(p.numel() for p in make(rank).parameters())
+
+        if rank is None:
+            allowed = share * sum(p.numel() for p in denoiser.parameters())
+            widest = max((c for _, c in signature["layers"]), default=2)
+            rank = max(1, bisect_right(range(1, widest // 2 + 1), allowed, key=size))
+        return make(rank)
 
     @property
     def corrects_refresh(self) -> bool:

@@ -224,8 +224,8 @@ class DistillConfig(TrainingConfig):
     """Settings of stage 1."""
 
     guide_type: Text = "tiny"
-    """tiny: extrapolates text and attention and adds low-rank layers; 0.02 % of SD 1.5, 1 % of
-    the bundled denoiser. external: the paper's small side network. full: a copy of the encoder.
+    """tiny: extrapolates text and attention and adds low-rank layers; 1 % of the denoiser at
+    most. external: the paper's small side network. full: a copy of the encoder.
     With the package ``baselines`` also agd, agd-attention, dice, cfg-lora and guided-distillation;
     dice and cfg-lora learn one scale, ``--trained_scale``."""
     guide: Any = None

@@ -330,7 +330,7 @@ def with_settings_of(guide: Guide, config: DistillConfig) -> DistillConfig:
     """
     low, high = guide.guidance_scale_range
     names = [f.name for f in fields(guide.settings_class)]
-    found = {name: guide.config[name] for name in names}
+    found = {name: guide.config[name] for name in names if name in guide.config}
     if "trained_scale" in found:
         low = high = found["trained_scale"]
     own: dict[str, Any] = {"guidance_scale_min": low, "guidance_scale_max": high}
