@@ -11,10 +11,11 @@ from PIL import Image
 
 from pilotfish import cli
 from pilotfish.evaluation import plots
-from pilotfish.evaluation.grids import draw_models, draw_scales, modes_grid, scales_grid
-from pilotfish.evaluation.images import ModelSource
+from pilotfish.evaluation.grids import draw_models, draw_scales, scales_grid, sheet
+from pilotfish.evaluation.images import ModelSource, guidance_modes
 from pilotfish.evaluation.results import Result
 from pilotfish.guides import Guide
+from pilotfish.pipelines import Refreshed
 
 
 def columns(n: int) -> dict[str, torch.Tensor]:
@@ -35,7 +36,7 @@ def test_a_line_for_each_model_and_one_for_no_guide(result: Result, tmp_path: Pa
 
 
 def test_a_grid_shows_every_image_in_its_place() -> None:
-    grid = modes_grid(["cat", "a very long prompt of many words indeed"], {"": columns(2)})
+    grid = sheet(["cat", "a very long prompt of many words indeed"], {"": columns(2)})
     shades = {-1: (0, 0, 0), 0: (128, 128, 128), 1: (255, 255, 255)}
     right = grid.width - 8 - 16
     for row in (0, 1):
@@ -45,7 +46,7 @@ def test_a_grid_shows_every_image_in_its_place() -> None:
 
 
 def test_images_are_enlarged() -> None:
-    small, large = (modes_grid(["cat"], {"": columns(1)}, scale=n) for n in (2, 3))
+    small, large = (sheet(["cat"], {"": columns(1)}, scale=n) for n in (2, 3))
     assert (large.width - small.width, large.height - small.height) == (3 * 16, 16)
 
 
@@ -66,27 +67,27 @@ def test_a_grid_by_guidance_scale_shows_every_image_in_its_place() -> None:
 
 
 def test_models_stand_side_by_side() -> None:
-    one, two = (modes_grid(["cat"], {n: columns(1) for n in names}) for names in ("a", "ab"))
+    one, two = (sheet(["cat"], {n: columns(1) for n in names}) for names in ("a", "ab"))
     assert two.height == one.height
     assert two.width - one.width == 3 * (32 + 8) + 8
 
 
 def test_a_grid_needs_an_image_for_every_prompt() -> None:
-    with pytest.raises(ValueError, match="no guidance: 1 images of 2 rows"):
-        modes_grid(["cat", "a"], {"": columns(1)})
+    with pytest.raises(ValueError, match="none: 1 images of 2 rows"):
+        sheet(["cat", "a"], {"": columns(1)})
     with pytest.raises(ValueError, match="at least one row"):
-        modes_grid([], {"": columns(0)})
+        sheet([], {"": columns(0)})
 
 
-def test_models_are_drawn_in_three_modes(moved: Guide, models: dict[str, ModelSource]) -> None:
-    two, three = (
-        draw_models(models, moved, ["cat", "a", "b"], num_inference_steps=2, batch_size=n)
-        for n in (2, 3)
-    )
-    assert set(two) == set(models)
-    for mode, images in two["base"].items():
-        assert images.shape == (3, 3, 16, 16)
-        assert torch.allclose(images, three["base"][mode], atol=1e-3)
+def test_models_are_drawn_in_every_column(moved: Guide, models: dict[str, ModelSource]) -> None:
+    columns = {"plain": (1.0, None), "CFG": (4.0, None), "both": (4.0, Refreshed(moved, 2))}
+    drawn = draw_models(models, columns, ["cat", "a", "b"], num_inference_steps=2)
+    assert set(drawn) == set(models)
+    for of_model in drawn.values():
+        assert list(of_model) == list(columns)
+        assert of_model["CFG"].shape == (3, 3, 16, 16)
+        assert torch.allclose(of_model["both"], of_model["CFG"], atol=1e-3)
+        assert not torch.allclose(of_model["plain"], of_model["CFG"], atol=1e-3)
 
 
 def test_the_command_draws_cfg_above_guided(pipe: Any, moved: Guide, tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_the_command_draws_cfg_above_guided(pipe: Any, moved: Guide, tmp_path: P
     assert list(rows) == ["cat, CFG", "cat, guided"]
     for i, w in enumerate(scales):
         alone = draw_models(
-            {"base": ModelSource(lambda: pipe)}, moved, ["cat"], seed=5, guidance_scale=w,
+            {"base": ModelSource(lambda: pipe)}, guidance_modes(moved, w), ["cat"], seed=5,
             num_inference_steps=2,
         )["base"]  # fmt: skip
         assert torch.allclose(rows["cat, CFG"][i], alone["cfg"][0], atol=1e-3)

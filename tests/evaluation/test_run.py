@@ -70,7 +70,7 @@ def test_with_a_refresh_at_every_step_a_guide_measures_as_cfg(
     found = evaluate_model(pipe, moved, refresh=2, **settings)
     assert found.latent_mse_ratio == pytest.approx(0, abs=1e-6)
     assert found.gain_kept_cosine == pytest.approx(1, abs=1e-2)
-    assert found.guidance_error == evaluate_model(pipe, moved, **settings).guidance_error
+    assert found.guidance_error.mean < 1e-8
 
 
 def test_batches_make_no_difference(pipe: Any, moved: Guide, settings: dict[str, Any]) -> None:

@@ -24,7 +24,8 @@ from pilotfish.cli.progress import progress_bars
 from pilotfish.data.prompts import load_prompts
 from pilotfish.evaluation import plots, tables
 from pilotfish.evaluation.curves import score_guidance_scales, score_steps
-from pilotfish.evaluation.grids import draw_models, modes_grid
+from pilotfish.evaluation.grids import draw_models, sheet
+from pilotfish.evaluation.images import TITLES, guidance_modes
 from pilotfish.evaluation.negatives import evaluate_negatives
 from pilotfish.evaluation.processes import is_main
 from pilotfish.evaluation.results import CurveResult, NegativeResult, Result
@@ -112,15 +113,17 @@ def main(arguments: Sequence[str]) -> None:
         print(f"saved {config.output}")
     if config.grid:
         prompts = bundled.GRID_PROMPTS if config.prompts is None else _prompts(config)[:8]
+        guide = Refreshed(open_guide(split_name(config.guide[0])[1]), config.refresh)
+        modes = guidance_modes(guide, config.guidance_scale)
         with progress_bars() as progress:
             drawn = draw_models(
-                models, Refreshed(open_guide(split_name(config.guide[0])[1]), config.refresh),
-                prompts, progress=progress, seed=config.seed, guidance_scale=config.guidance_scale,
+                models, {TITLES[mode]: how for mode, how in modes.items()}, prompts,
+                progress=progress, seed=config.seed,
                 num_inference_steps=config.num_inference_steps,
             )  # fmt: skip
         if is_main():
             Path(config.grid).parent.mkdir(parents=True, exist_ok=True)
-            modes_grid(prompts, drawn).save(config.grid)
+            sheet(prompts, drawn).save(config.grid)
             print(f"saved {config.grid}")
 
 

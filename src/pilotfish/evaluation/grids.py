@@ -1,4 +1,4 @@
-"""Grids of images: prompts by guidance mode, or by guidance scale; models side by side."""
+"""Grids of images: prompts by method, or by guidance scale; models side by side."""
 
 from __future__ import annotations
 
@@ -9,39 +9,41 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from pilotfish.data.images import to_pixels
-from pilotfish.evaluation.images import TITLES, ModelSource, Progress, draw, draw_modes
-from pilotfish.guidance import GuidanceMode
+from pilotfish.evaluation.images import TITLES, ModelSource, Progress, draw
 from pilotfish.guides import Guide
 from pilotfish.pipelines.sampling import Attachable
 
 INK, FAINT, GROUND = "#26323d", "#6b7884", "white"
 GAP, LABEL, LINE, LETTERS = 8, 132, 18, 14
 
-# mode -> (N, 3, H, W) images in [-1, 1], one a prompt
-Columns = Mapping[str, torch.Tensor]
-
 
 def draw_models(
-    sources: Mapping[str, ModelSource], guide: Attachable, prompts: Sequence[str], *,
+    sources: Mapping[str, ModelSource],
+    columns: Mapping[str, tuple[float, Attachable | None]],
+    prompts: Sequence[str],
+    *,
     seed: int = 0,
-    guidance_scale: float = 4.0, num_inference_steps: int = 25, batch_size: int = 16,
+    num_inference_steps: int = 25,
     progress: Progress | None = None,
-) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
-    """Images of every prompt by model and guidance mode, prompt i from seed ``seed + i``. One
-    model is loaded at a time."""
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Images of every prompt by model and column, prompt i from seed ``seed + i``; what
+    :func:`sheet` takes. One model is loaded at a time.
+
+    Args:
+        columns: title -> w of the call, and what is attached for it.
+    """
     drawn, seeds = {}, [seed + i for i in range(len(prompts))]
     report = progress or (lambda what, done, total: None)
     report("grids", 0, len(sources))
     for i, (name, source) in enumerate(sources.items()):
-        batches = list(
-            draw_modes(
-                source.load(), guide, prompts, seeds, guidance_scale=guidance_scale,
-                num_inference_steps=num_inference_steps, batch_size=batch_size,
-            )
-        )  # fmt: skip
+        pipe = source.load()
         drawn[name] = {
-            mode.value: torch.cat([b[mode].images for b in batches]) for mode in GuidanceMode
-        }
+            title: draw(
+                pipe, prompts, seeds, guidance_scale=w, guide=method,
+                num_inference_steps=num_inference_steps,
+            ).images
+            for title, (w, method) in columns.items()
+        }  # fmt: skip
         report("grids", i + 1, len(sources))
     return drawn
 
@@ -68,17 +70,6 @@ def draw_scales(
             for prompt, image in zip(prompts, made.images, strict=True):
                 rows[f"{prompt}, {TITLES[mode]}"].append(image)
     return {title: torch.stack(images) for title, images in rows.items()}
-
-
-def modes_grid(
-    prompts: Sequence[str], models: Mapping[str, Columns], scale: int = 2
-) -> Image.Image:
-    """Models side by side, a column for each guidance mode. See :func:`sheet`."""
-    groups = {
-        name: {TITLES[mode]: columns[mode] for mode in GuidanceMode}
-        for name, columns in models.items()
-    }
-    return sheet(prompts, groups, scale)
 
 
 def scales_grid(

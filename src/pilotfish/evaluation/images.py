@@ -111,17 +111,24 @@ def draw(
     return ImageBatch(list(prompts), *gather_shares(len(prompts), batch.latents, batch.images))
 
 
+def guidance_modes(
+    guide: Attachable, guidance_scale: float
+) -> dict[str, tuple[float, Attachable | None]]:
+    """The guidance scale of a call, and what is attached for it, by guidance mode."""
+    return {
+        GuidanceMode.NONE: (1.0, None),
+        GuidanceMode.CFG: (guidance_scale, None),
+        GuidanceMode.GUIDED: (guidance_scale, guide),
+    }
+
+
 def draw_modes(
     pipe: Any, guide: Attachable, prompts: Sequence[str], seeds: Sequence[int], *,
     guidance_scale: float, num_inference_steps: int, batch_size: int,
 ) -> Iterator[dict[str, ImageBatch]]:  # fmt: skip
     """Batch after batch, each in every guidance mode. The guide is attached during its own mode
     alone. ``batch_size`` is that of each process."""
-    modes: dict[str, tuple[float, Attachable | None]] = {
-        GuidanceMode.NONE: (1.0, None),
-        GuidanceMode.CFG: (guidance_scale, None),
-        GuidanceMode.GUIDED: (guidance_scale, guide),
-    }
+    modes = guidance_modes(guide, guidance_scale)
     batch_size = total_batch_size(batch_size)
     for i in range(0, len(prompts), batch_size):
         part = slice(i, i + batch_size)
