@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipe.images import STYLES, TRAIN_STYLES
+from recipe.finetunes import TEST_FINETUNES
+from recipe.images import STYLES, TEST_STYLES, TRAIN_STYLES
 
 CARD = """---
 license: {licence}
@@ -34,7 +35,8 @@ def write_cards(target: Path) -> None:
         folder: str, title: str, text: str, *, stage: str, styles: tuple[str, ...], licence: str,
         library: str = "diffusers", made: str = REPRODUCIBLE, seed: int = 0,
     ) -> None:  # fmt: skip
-        sources = "\n".join(f"- {(STYLES | TRAIN_STYLES)[style].attribution}" for style in styles)
+        known = STYLES | TRAIN_STYLES | TEST_STYLES
+        sources = "\n".join(f"- {known[style].attribution}" for style in styles)
         (target / folder / "README.md").write_text(
             CARD.format(
                 licence=licence, library=library, title=title, text=text, sources=sources,
@@ -65,6 +67,14 @@ def write_cards(target: Path) -> None:
             f"guide is trained. No guide is measured on it. Its images are those below{restyled}.",
             stage="train_finetunes", styles=(name if name in TRAIN_STYLES else "noto",),
             licence="apache-2.0",
+        )  # fmt: skip
+    for name in _folders(target / "test_finetunes"):
+        kind = "A LoRA for" if TEST_FINETUNES[name].rank else "A full fine-tune of"
+        card(
+            f"test_finetunes/{name}", f"Pilotfish base, fine-tune for tests: {name}",
+            f"{kind} the base's UNet, far from the base in weights and in style. It is for "
+            "evaluation only: no bundled guide was trained on it or selected by it.",
+            stage="test_finetunes", styles=(name,), licence=TEST_STYLES[name].licence.lower(),
         )  # fmt: skip
     card(
         "scorer", "Pilotfish scorer",

@@ -19,7 +19,8 @@ from pilotfish.data.images import load_images
 from pilotfish.errors import MissingPackageError
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.pipelines.loading import fine_tuned_weights
-from recipe.images import STYLES, TRAIN_STYLES
+from recipe.finetunes import TEST_FINETUNES
+from recipe.images import STYLES, TEST_STYLES, TRAIN_STYLES
 
 WEIGHTS = sorted(bundled.FOLDER.rglob("*.safetensors"))
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -27,6 +28,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "emojione-lora": ("emojione",), "scorer": tuple(STYLES),
     **{f"train_finetunes/{name}": (name,) for name in TRAIN_STYLES},
     **{f"train_finetunes/{name}": ("noto",) for name in ("contours", "flat", "lit")},
+    **{f"test_finetunes/{name}": (name,) for name in TEST_STYLES},
     **{f"guides/{name}": ("noto", *TRAIN_STYLES) for name in bundled.guide_names()},
 }  # fmt: skip
 
@@ -43,7 +45,7 @@ def models() -> dict[str, Any]:
 
 
 def test_weights_are_float16_safetensors_of_known_models() -> None:
-    assert sum(p.stat().st_size for p in WEIGHTS) <= 60e6
+    assert sum(p.stat().st_size for p in WEIGHTS) <= 80e6
     assert not [*bundled.FOLDER.rglob("*.bin"), *bundled.FOLDER.rglob("*.p*kl*")]
     for path in WEIGHTS:
         assert any(path.is_relative_to(bundled.FOLDER / name) for name in SOURCES), path
@@ -58,7 +60,7 @@ def test_every_model_has_a_card_with_its_sources_and_licence(folder: str) -> Non
     notice = (bundled.FOLDER.parent / "NOTICE").read_text()
     assert card.startswith("---\nlicense: ")
     for style in SOURCES[folder]:
-        source = (STYLES | TRAIN_STYLES)[style]
+        source = (STYLES | TRAIN_STYLES | TEST_STYLES)[style]
         assert source.attribution in card
         assert source.url in notice
         assert source.package in notice
@@ -122,6 +124,20 @@ def test_fine_tunes_differ_from_the_base_and_from_one_another(models: dict[str, 
     assert sum(not torch.equal(v, base[k]) for k, v in tuned.items()) > 20
 
 
+@pytest.mark.parametrize("name", TEST_FINETUNES)
+def test_a_fine_tune_for_tests_is_far_from_the_base(name: str, models: dict[str, Any]) -> None:
+    unet, pipe = models["base"].unet, bundled.load_model(name)
+    if TEST_FINETUNES[name].rank:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    base, tuned = unet.state_dict(), fine_tuned_weights(unet, bundled.TEST_FINETUNES / name)
+    torch.testing.assert_close(dict(pipe.unet.state_dict()), dict(tuned))
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in tuned.values())
+    change = sum(float((tuned[k] - v).square().sum()) for k, v in base.items())
+    norm = sum(float(v.square().sum()) for v in base.values())
+    assert 0.30 <= (change / norm) ** 0.5 <= 0.60
+
+
 @pytest.mark.parametrize("name", bundled.guide_names())
 def test_every_guide_is_tiny_and_fits_every_model(name: str, models: dict[str, Any]) -> None:
     guide = bundled.load_guide(name)
@@ -133,6 +149,16 @@ def test_every_guide_is_tiny_and_fits_every_model(name: str, models: dict[str, A
 
 
 # --- names -------------------------------------------------------------------------------------
+
+
+def test_the_fine_tunes_for_tests_are_apart_from_the_models() -> None:
+    names = bundled.test_finetune_names()
+    assert names == sorted(TEST_FINETUNES)
+    assert not {*names} & {*bundled.MODELS, *bundled.MODELS.values()}
+    assert not {*names} & {*bundled.train_finetune_names()}
+    for name in names:
+        with pytest.raises(ValueError, match=f"no bundled images of '{name}'; there are those of"):
+            bundled.images(name)
 
 
 def test_an_unknown_model_is_named() -> None:
@@ -166,9 +192,11 @@ def test_without_the_package_everything_says_how_to_get_it(
     try:
         assert not bundled.installed()
         assert bundled.guide_names() == bundled.train_finetune_names() == []
+        assert bundled.test_finetune_names() == []
         assert bundled.train_finetune("folder/of/mine") == "folder/of/mine"
         for needs in (
             bundled.load_model, bundled.load_guide, bundled.load_scorer,
+            lambda: bundled.load_model("monotone"),
             lambda: bundled.open_guide("tiny"), lambda: bundled.train_finetune("lit"),
             lambda: bundled.images("base"), lambda: bundled.prompts("captions"),
             lambda: bundled.FOLDER,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from transformers import CLIPModel, CLIPProcessor
 
 from pilotfish.data.prompts import load_prompts
@@ -33,6 +34,7 @@ BASE: Path
 SCORER: Path
 GUIDES: Path
 TRAIN_FINETUNES: Path
+TEST_FINETUNES: Path
 
 _FOLDERS = {
     "FOLDER": ".",
@@ -40,6 +42,7 @@ _FOLDERS = {
     "SCORER": "scorer",
     "GUIDES": "guides",
     "TRAIN_FINETUNES": "train_finetunes",
+    "TEST_FINETUNES": "test_finetunes",
 }
 
 
@@ -56,19 +59,24 @@ def installed() -> bool:
 
 
 def load_model(name: str = "base") -> StableDiffusionPipeline:
-    """A pipeline in float32: the base, or a fine-tune of it (two full ones and one LoRA).
+    """A pipeline in float32: the base, or a fine-tune of it, one of :data:`MODELS` or of
+    :func:`test_finetune_names`.
 
     Raises:
         ValueError: there is no such model.
         MissingPackageError: the bundled models are not installed.
     """
-    if name not in MODELS:
-        raise ValueError(f"no bundled model {name!r}; there are {', '.join(MODELS)}")
-    pipe: StableDiffusionPipeline = load_pipeline(_folder("base"))
-    if (lora := _folder(f"{name}-lora")).is_dir():
+    package, tests = _folder("."), test_finetune_names()
+    if name not in (*MODELS, *tests):
+        raise ValueError(f"no bundled model {name!r}; there are {', '.join((*MODELS, *tests))}")
+    folder, lora = package / name, package / f"{name}-lora"
+    if name in tests:
+        folder = lora = package / "test_finetunes" / name
+    pipe: StableDiffusionPipeline = load_pipeline(package / "base")
+    if (lora / LORA_WEIGHT_NAME_SAFE).is_file():
         pipe.load_lora_weights(lora)
     elif name != "base":
-        pipe.unet = UNet2DConditionModel.from_pretrained(_folder(name) / "unet")
+        pipe.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     return pipe
 
 
@@ -101,7 +109,14 @@ def prompts(kind: Literal["captions", "training", "held_out"]) -> list[str]:
 
 
 def images(model: str) -> Path:
-    """The folder of real images in the style of a model."""
+    """The folder of real images in the style of one of :data:`MODELS`.
+
+    Raises:
+        ValueError: there are no images of such a model.
+        MissingPackageError: the bundled models are not installed.
+    """
+    if model not in MODELS:
+        raise ValueError(f"no bundled images of {model!r}; there are those of {', '.join(MODELS)}")
     return _folder("images") / MODELS[model]
 
 
@@ -109,6 +124,12 @@ def train_finetune_names() -> list[str]:
     """The fine-tunes for fine-tune augmentation; none of them is in :data:`MODELS`. Empty where
     the bundled models are not installed."""
     return _names("train_finetunes")
+
+
+def test_finetune_names() -> list[str]:
+    """The fine-tunes far from the base, for evaluation only: no bundled guide was trained on one.
+    None of them is in :data:`MODELS`. Empty where the bundled models are not installed."""
+    return _names("test_finetunes")
 
 
 def train_finetune(name: str) -> str | Path:
@@ -127,7 +148,7 @@ def guide_names() -> list[str]:
 
 
 def _names(folder: str) -> list[str]:
-    return sorted(p.name for p in _folder(folder).iterdir() if p.is_dir()) if installed() else []
+    return sorted(p.name for p in _folder(folder).glob("*") if p.is_dir()) if installed() else []
 
 
 def _is_bundled(name: str, names: list[str]) -> bool:

@@ -15,7 +15,14 @@ from recipe.__main__ import Recipe
 from recipe.ablations import ABLATIONS
 from recipe.autoencoder import new_autoencoder, normalize_latents
 from recipe.cards import write_cards
-from recipe.finetunes import DISTANT, STYLES, TRAIN_FINETUNES, finetune_folder, permuted
+from recipe.finetunes import (
+    DISTANT,
+    STYLES,
+    TEST_FINETUNES,
+    TRAIN_FINETUNES,
+    finetune_folder,
+    permuted,
+)
 from recipe.guides import BRANCHES, TRAININGS
 from recipe.loop import train
 from recipe.vocabulary import write_prompts
@@ -44,7 +51,7 @@ def test_the_bundled_cards_are_those_of_the_recipe(tmp_path: Path) -> None:
 
 
 def test_bundled_finetunes_are_where_the_recipe_saves_them(tmp_path: Path) -> None:
-    for name in (*STYLES, *TRAIN_FINETUNES):
+    for name in (*STYLES, *TRAIN_FINETUNES, *TEST_FINETUNES):
         assert finetune_folder(bundled.FOLDER, tmp_path, name).is_dir()
     for name in DISTANT:
         assert finetune_folder(bundled.FOLDER, tmp_path, name).is_relative_to(tmp_path)
