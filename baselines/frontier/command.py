@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -15,10 +14,9 @@ from baselines.frontier.report import frontier_markdown, frontier_plot, groups
 from baselines.frontier.results import FrontierRun
 from baselines.frontier.run import Frontier, FrontierConfig, settings_of
 from pilotfish import bundled
-from pilotfish.cli.names import model_sources, open_guide, open_scorer, split_name
+from pilotfish.cli.names import Dtype, model_sources, open_guide, open_scorer, split_name
 from pilotfish.cli.progress import progress_bars
 from pilotfish.data.prompts import load_prompts
-from pilotfish.evaluation.images import ModelSource
 from pilotfish.evaluation.plots import save
 from pilotfish.evaluation.processes import process
 from pilotfish.evaluation.results import machine, versions
@@ -50,6 +48,8 @@ class FrontierCommand(FrontierConfig):
     the bundled captions."""
     train_prompts: str | None = None
     """Text file of prompts on which LinearAG is fitted. Default: the bundled ones for training."""
+    dtype: Dtype = "float32"
+    """Precision of the models."""
     scorer: str | None = None
     """Folder of a CLIP that scores the images. Default: the bundled one."""
     output: str = "results/frontier.json"
@@ -71,18 +71,15 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("--frontier runs in one process; its parts can run one after another")
     bundled_guides = [name for name in GUIDES if name in bundled.guide_names()]
     guides = _guides(config.guides or bundled_guides)
-    far = _far_fine_tunes()
+    far = bundled.test_finetune_names()
     models = config.models or (*bundled.MODELS, *far)
     names = load_prompts(config.prompts) if config.prompts else bundled.prompts("captions")
-    sources = model_sources(models, config.reference_images)
-    sources |= {
-        name: ModelSource(partial(bundled.load_model, name)) for name in models if name in far
-    }
-    base = model_sources([config.base], ()).popitem()
+    sources = model_sources(models, config.reference_images, config.dtype)
+    base = model_sources([config.base], (), config.dtype).popitem()
     run = FrontierRun(
         shlex.join(["pilotfish", "compare", *arguments]),
         prompts=f"{crc32(repr(names).encode()):08x}", machine=machine(), versions=versions(),
-        **settings_of(config),
+        dtype=config.dtype, **settings_of(config),
     )  # fmt: skip
     with progress_bars() as progress:
         frontier = Frontier(
@@ -97,12 +94,6 @@ def main(arguments: Sequence[str]) -> None:
     print(frontier_markdown(found, columns))
     save(frontier_plot(found, columns, list(guides)), config.plot)
     print(f"saved {config.output} and {config.plot}")
-
-
-def _far_fine_tunes() -> list[str]:
-    """The bundled fine-tunes that lie far from the base; they have no reference images."""
-    names = getattr(bundled, "test_finetune_names", list)
-    return list(names())
 
 
 def _guides(texts: Sequence[str]) -> dict[str, Guide]:

@@ -72,6 +72,7 @@ class FrontierRun:
         num_inference_steps: of all but few-step guides.
         reference_steps: of CFG and no guidance, to which few-step guides are compared.
         prompts: checksum of the names.
+        dtype: precision of the models.
         machine: the processor's model and the number of threads.
         weights: checksums of models and guides.
     """
@@ -84,6 +85,7 @@ class FrontierRun:
     num_inference_steps: int
     reference_steps: int
     prompts: str
+    dtype: str
     machine: str
     versions: dict[str, str]
     weights: dict[str, str] = field(default_factory=dict)
@@ -92,7 +94,7 @@ class FrontierRun:
         """What all entries of a result have in common."""
         return (
             self.seed, self.samples, self.baseline_samples, self.guidance_scale,
-            self.num_inference_steps, self.reference_steps, self.prompts,
+            self.num_inference_steps, self.reference_steps, self.prompts, self.dtype,
         )  # fmt: skip
 
 

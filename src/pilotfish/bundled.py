@@ -59,18 +59,17 @@ def installed() -> bool:
 
 
 def load_model(name: str = "base") -> StableDiffusionPipeline:
-    """A pipeline in float32: the base, or a fine-tune of it, one of :data:`MODELS` or of
-    :func:`test_finetune_names`.
+    """A pipeline in float32, the base or a fine-tune of it: one of :func:`model_names`.
 
     Raises:
         ValueError: there is no such model.
         MissingPackageError: the bundled models are not installed.
     """
-    package, tests = _folder("."), test_finetune_names()
-    if name not in (*MODELS, *tests):
-        raise ValueError(f"no bundled model {name!r}; there are {', '.join((*MODELS, *tests))}")
+    package, names = _folder("."), model_names()
+    if name not in names:
+        raise ValueError(f"no bundled model {name!r}; there are {', '.join(names)}")
     folder, lora = package / name, package / f"{name}-lora"
-    if name in tests:
+    if name not in MODELS:
         folder = lora = package / "test_finetunes" / name
     pipe: StableDiffusionPipeline = load_pipeline(package / "base")
     if (lora / LORA_WEIGHT_NAME_SAFE).is_file():
@@ -124,6 +123,11 @@ def train_finetune_names() -> list[str]:
     """The fine-tunes for fine-tune augmentation; none of them is in :data:`MODELS`. Empty where
     the bundled models are not installed."""
     return _names("train_finetunes")
+
+
+def model_names() -> list[str]:
+    """All that :func:`load_model` knows."""
+    return [*MODELS, *test_finetune_names()]
 
 
 def test_finetune_names() -> list[str]:

@@ -60,7 +60,12 @@ def start(
 
     def make(folder: str = "run", config: FrontierConfig = CONFIG, **changed: Any) -> Frontier:
         noted = FrontierRun(
-            "a command", prompts="0", machine="one", versions={}, **settings_of(config)
+            "a command",
+            prompts="0",
+            dtype="float32",
+            machine="one",
+            versions={},
+            **settings_of(config),
         )
         given: dict[str, Any] = {"models": models, "guides": guides, "trained": {}} | changed
         return Frontier(
@@ -242,7 +247,7 @@ def entry(**changed: Any) -> FrontierEntry:
 
 
 def result(**models: list[FrontierEntry]) -> FrontierResult:
-    noted = FrontierRun("a command", 0, 100, 50, 4.0, 25, 50, "0", "one", {})
+    noted = FrontierRun("a command", 0, 100, 50, 4.0, 25, 50, "0", "float32", "one", {})
     return FrontierResult(noted, models)
 
 

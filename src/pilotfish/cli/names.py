@@ -27,8 +27,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def open_model(name: str, dtype: Dtype = "float32", variant: str | None = None) -> Any:
-    """A bundled model (base, fluent, twemoji, emojione) or a pipeline's folder or hub id."""
-    is_bundled = name in bundled.MODELS
+    """A bundled model (one of ``bundled.model_names()``) or a pipeline's folder or hub id."""
+    is_bundled = name in bundled.model_names()
     pipe = bundled.load_model(name) if is_bundled else load_pipeline(name, variant=variant)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):  # diffusers' own method logs a warning
@@ -57,14 +57,14 @@ def model_sources(
 
     folders, models = list(reference_images), dict[str, ModelSource]()
     for name in names:
-        is_bundled = name in bundled.MODELS
+        is_bundled = name in bundled.model_names()
         called = name if is_bundled else Path(name).name
         if called in models:
             raise ValueError(f"two models are called {called}; rename one of the folders")
-        if is_bundled:
+        if name in bundled.MODELS:
             folder: Path | None = bundled.images(name)
         else:
-            folder = Path(folders.pop(0)) if folders else None
+            folder = Path(folders.pop(0)) if folders and not is_bundled else None
         models[called] = ModelSource(partial(model_on_device, name, dtype, variant), folder)
     if folders:
         raise ValueError(f"--reference_images {folders[0]} belongs to no model")
@@ -134,7 +134,8 @@ def open_scorer(folder: str | None, models: Sequence[str]) -> Scorer:
     from pilotfish.evaluation.clip import Scorer
     from pilotfish.evaluation.processes import device
 
-    if folder is None and (others := [name for name in models if name not in bundled.MODELS]):
+    known = bundled.model_names()
+    if folder is None and (others := [name for name in models if name not in known]):
         warnings.warn(
             f"{others[0]} is scored by the bundled CLIP, which was trained on 64x64 images of "
             "emoji alone; --scorer FOLDER names another", stacklevel=2,
