@@ -8,13 +8,27 @@ from pathlib import Path
 
 from baselines.comparison.report import comparison_markdown, pareto
 from baselines.comparison.results import ComparisonResult
+from baselines.frontier.report import (
+    frontier_markdown,
+    frontier_plot,
+    groups,
+    summary_markdown,
+)
+from baselines.frontier.results import FrontierResult
+from pilotfish import bundled
+from pilotfish.evaluation.grids import draw_models, sheet
+from pilotfish.evaluation.images import bundled_models
 from pilotfish.evaluation.plots import curve, save
-from pilotfish.evaluation.results import CurveResult, NegativeResult, Result, Run
-from pilotfish.evaluation.tables import LEGEND, curve_markdown, markdown_table, percent
+from pilotfish.evaluation.results import CurveResult, NegativeResult, Run
+from pilotfish.evaluation.tables import curve_markdown, percent
+from pilotfish.pipelines import Refreshed
+from pilotfish.pipelines.sampling import Attachable
 
 TARGETS = {"8": {"base": (0.95, 1.05), "": (0.90, 1.15)}, "16": {"base": (1.0, 1.0)}}
 """Of guides for few steps, by number of steps and by model, "" for a fine-tune: the least top-1
 and the largest fd_clip, relative to CFG with the most steps."""
+REFRESH = 3
+"""Steps with both passes in the README."""
 MEASURED = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
 
 
@@ -33,29 +47,63 @@ def write_measured(page: Path, text: str) -> None:
 def write_pages(root: Path) -> None:
     """Write the README and those documents of the repository whose results are there."""
     results, docs = root / "results", root / "docs"
-    pages: dict[str, tuple[Path, Callable[[Path], str]]] = {
-        "guide": (root / "README.md", lambda p: readme_text(Result.load(p))),
-        "steps": (docs / "steps.md", lambda p: steps_page(CurveResult.load(p), docs)),
-        "compare": (docs / "compare.md", lambda p: compare_page(ComparisonResult.load(p), docs)),
-        "negative": (docs / "method.md", lambda p: negatives_text(NegativeResult.load(p))),
+    pages: dict[Path, tuple[str, Callable[[Path], str]]] = {
+        root / "README.md": ("frontier", lambda p: readme_text(FrontierResult.load(p))),
+        docs / "refresh.md": ("frontier", lambda p: refresh_page(FrontierResult.load(p), docs)),
+        docs / "steps.md": ("steps", lambda p: steps_page(CurveResult.load(p), docs)),
+        docs / "compare.md": ("compare", lambda p: compare_page(ComparisonResult.load(p), docs)),
+        docs / "method.md": ("negative", lambda p: negatives_text(NegativeResult.load(p))),
     }
-    for name, (page, text) in pages.items():
+    for page, (name, text) in pages.items():
         if (file := results / f"{name}.json").is_file():
             write_measured(page, text(file))
 
 
-def readme_text(found: Result) -> str:
+def readme_text(found: FrontierResult) -> str:
     """The README's table and its legend."""
-    run, guide = found.run, found.guide
+    run, guide, best = found.run, found.run.guides["tiny"], f"guided, refresh={REFRESH}"
+    columns = {
+        "no guidance": ("none", 0), "guided": ("tiny", 0), best: ("tiny", REFRESH),
+        "CFG": ("cfg", run.num_inference_steps),
+    }  # fmt: skip
+    models = [name for name in bundled.MODELS if name in found.models]
     return (
-        f"{markdown_table(found).rstrip()}\n\n"
+        f"{summary_markdown(found, columns, models, best).rstrip()}\n\n"
+        "*Top-1*: the share of images whose prompt a small CLIP ranks first among all names; it "
+        "takes no part in training. Beside it the share of CFG's gain over no guidance that is "
+        "kept, with its 95 % interval. *w*: the guidance scale. *Speed*: relative to CFG.\n\n"
         f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, {run.samples:,} images "
-        f"for each model and mode, {run.num_inference_steps} steps; the whole result is in "
-        "[results/guide.json](results/guide.json), and `--grid` drew the image above. "
-        f"The guide has {guide.parameters:,} parameters, {guide.share:.2%} of the denoiser's, and "
-        "was trained on none of these fine-tunes. It is a weight average that was selected by its "
-        "guidance error on half of the held-out prompts, on the base and Fluent; the error on "
-        f"those two is therefore optimistic. {LEGEND}"
+        f"for each model and column, {run.dtype}; the whole result is in "
+        f"[results/frontier.json](results/frontier.json). The guide has {guide.parameters:,} "
+        f"parameters, {guide.share:.2%} of the denoiser's, and was trained on none of these "
+        "fine-tunes."
+    )
+
+
+def draw_readme_grid(file: Path) -> None:
+    """The README's picture: no guidance, guided without and with refreshes, CFG."""
+    guide = bundled.load_guide()
+    columns: dict[str, tuple[float, Attachable | None]] = {
+        "no guidance": (1.0, None), "guided": (4.0, guide),
+        f"refresh={REFRESH}": (4.0, Refreshed(guide, REFRESH)), "CFG": (4.0, None),
+    }  # fmt: skip
+    prompts = bundled.GRID_PROMPTS
+    sheet(prompts, draw_models(bundled_models(), columns, prompts)).save(file)
+
+
+def refresh_page(found: FrontierResult, docs: Path) -> str:
+    """The plot of the frontier and its table."""
+    run = found.run
+    columns = groups(found, "base", bundled.test_finetune_names())
+    save(frontier_plot(found, columns, list(run.guides)), docs / "images" / "frontier.png")
+    return (
+        f"![CFG gain retained, and distance to CFG, by passes](images/frontier.png)\n\n"
+        f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, w = "
+        f"{run.guidance_scale:g}, {run.dtype}, {run.samples:,} images for each point of ours and "
+        f"of delta reuse, {run.baseline_samples:,} of the others; the whole result is in "
+        "`results/frontier.json`. *Retained* is the share of CFG's gain in top-1 over no guidance, "
+        "*latent MSE* that of the final latents to CFG's, relative to no guidance; FLOPs and "
+        f"speed are relative to CFG.\n\n{frontier_markdown(found, columns).rstrip()}"
     )
 
 

@@ -19,7 +19,7 @@ from pilotfish.cli.progress import progress_bars
 from pilotfish.data.prompts import load_prompts
 from pilotfish.evaluation.plots import save
 from pilotfish.evaluation.processes import process
-from pilotfish.evaluation.results import machine, versions
+from pilotfish.evaluation.results import GuideSize, machine, versions
 from pilotfish.guides import Guide
 
 GUIDES = ("tiny", "tiny-16", "tiny-8", "tiny-4")
@@ -76,10 +76,12 @@ def main(arguments: Sequence[str]) -> None:
     names = load_prompts(config.prompts) if config.prompts else bundled.prompts("captions")
     sources = model_sources(models, config.reference_images, config.dtype)
     base = model_sources([config.base], (), config.dtype).popitem()
+    pipe = base[1].load()
+    sizes = {name: GuideSize.of(guide, pipe, name) for name, guide in guides.items()}
     run = FrontierRun(
         shlex.join(["pilotfish", "compare", *arguments]),
         prompts=f"{crc32(repr(names).encode()):08x}", machine=machine(), versions=versions(),
-        dtype=config.dtype, **settings_of(config),
+        dtype=config.dtype, guides=sizes, **settings_of(config),
     )  # fmt: skip
     with progress_bars() as progress:
         frontier = Frontier(

@@ -89,7 +89,7 @@ def figures(
         for name in ("hits", "hits5")
     )
     return {
-        "passes": own.passes, "gain_kept": first, "interval": (interval.low, interval.high),
-        "top5_kept": five, "latent_mse_ratio": latents.compute(), "fd": own.scores.fd_clip,
-        "samples": len(own.hits),
+        "passes": own.passes, "top1": float(own.hits.mean()), "gain_kept": first,
+        "interval": (interval.low, interval.high), "top5_kept": five,
+        "latent_mse_ratio": latents.compute(), "fd": own.scores.fd_clip, "samples": len(own.hits),
     }  # fmt: skip

@@ -74,6 +74,51 @@ def frontier_markdown(found: FrontierResult, columns: Groups) -> str:
     return markdown(headings, rows)
 
 
+def summary_markdown(
+    found: FrontierResult, columns: Mapping[str, tuple[str, int]], models: Sequence[str],
+    bold: str = "",
+) -> str:  # fmt: skip
+    """A column for each of a few entries: top-1 accuracy and the CFG gain retained on each model,
+    passes and speed.
+
+    Args:
+        columns: title -> method and steps with both passes.
+        models: the base first.
+        bold: title of the column to be stressed.
+
+    Raises:
+        KeyError: one of them is not measured.
+    """
+    steps = found.run.num_inference_steps
+
+    def entry(model: str, title: str) -> FrontierEntry:
+        method, refresh = columns[title]
+        one = found.find(model, (method, str(refresh), "", steps))
+        if one is None:
+            raise KeyError(f"{method} with {refresh} refreshes is not measured on {model}")
+        return one
+
+    def row(title: str, model: str, cell: Callable[[FrontierEntry], str]) -> tuple[str, ...]:
+        cells = {name: cell(entry(model, name)) for name in columns}
+        return title, *(f"**{c}**" if name == bold else c for name, c in cells.items())
+
+    rows = [row(f"top-1, {model}", model, _with_gain) for model in models]
+    rows.append(row("denoiser passes", models[0], lambda e: f"{e.passes:g}"))
+    rows += [
+        row(f"speed, batch {size}", models[0], lambda e, b=size: f"{e.cfg_over_it[b]:.2f}×")
+        for size in ("1", "8")
+        if entry(models[0], next(iter(columns))).has_cost
+    ]
+    return markdown([f"w = {found.run.guidance_scale:g}, {steps} steps", *columns], rows)
+
+
+def _with_gain(entry: FrontierEntry) -> str:
+    if entry.method in ("none", "cfg"):
+        return percent(entry.top1)
+    low, high = entry.interval
+    return f"{percent(entry.top1)}, {percent(entry.gain_kept)} ({100 * low:.0f}–{100 * high:.0f})"
+
+
 def mean_passes(found: FrontierResult, entry: FrontierEntry) -> float:
     """Its passes, mean over the models that have it."""
     same = (found.find(model, entry.key) for model in found.models)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from pilotfish.evaluation.results import Saved
+from pilotfish.evaluation.results import GuideSize, Saved
 
 Key = tuple[str, str, str, int]
 """What tells the entries of one model apart."""
@@ -20,6 +20,7 @@ class FrontierEntry:
         refresh: steps that run both passes; NaN where the method decides that itself.
         steps: of the sampling.
         passes: of the denoiser for one image, counted.
+        top1: share of the images whose prompt the scorer ranks first.
         gain_kept: (method - none) / (cfg - none) in top-1 accuracy. ``none`` and ``cfg`` are those
             with as many steps as the run, of few-step guides those with its reference steps.
         interval: its 95 % interval, over the choice of prompts.
@@ -39,6 +40,7 @@ class FrontierEntry:
     refresh: int | float
     steps: int
     passes: float
+    top1: float
     gain_kept: float
     interval: tuple[float, float]
     top5_kept: float
@@ -74,6 +76,7 @@ class FrontierRun:
         prompts: checksum of the names.
         dtype: precision of the models.
         machine: the processor's model and the number of threads.
+        guides: sizes of our guides.
         weights: checksums of models and guides.
     """
 
@@ -88,6 +91,7 @@ class FrontierRun:
     dtype: str
     machine: str
     versions: dict[str, str]
+    guides: dict[str, GuideSize] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
 
     def settings(self) -> tuple[float | str, ...]:

@@ -134,9 +134,9 @@ class Frontier:
                     f"{self.file} holds a frontier with other settings; use the same settings or "
                     "another --output"
                 )
-            self.found = FrontierResult(
-                replace(self.run, weights=before.run.weights), before.models
-            )
+            known = before.run.guides | self.run.guides
+            run = replace(self.run, weights=before.run.weights, guides=known)
+            self.found = FrontierResult(run, before.models)
         config = self.config
         every = candidates(
             self.guides, self.trained, self.gram, config.num_inference_steps,

@@ -16,7 +16,7 @@ from PIL import Image
 from baselines.frontier import run
 from baselines.frontier.methods import candidates
 from baselines.frontier.references import figures, part_of
-from baselines.frontier.report import frontier_markdown, frontier_plot, groups
+from baselines.frontier.report import frontier_markdown, frontier_plot, groups, summary_markdown
 from baselines.frontier.results import FrontierEntry, FrontierResult, FrontierRun
 from baselines.frontier.run import Frontier, FrontierConfig, settings_of
 from pilotfish import cli
@@ -33,7 +33,7 @@ CONFIG = FrontierConfig(
     trajectories=2, rounds=1,
 )  # fmt: skip
 KEYS = {
-    "method", "refresh", "steps", "passes", "gain_kept", "interval", "top5_kept",
+    "method", "refresh", "steps", "passes", "top1", "gain_kept", "interval", "top5_kept",
     "latent_mse_ratio", "fd", "flops_over_none", "cfg_over_it", "samples", "seed", "setting",
 }  # fmt: skip
 Start = Callable[..., Frontier]
@@ -241,8 +241,9 @@ def test_the_figures_of_a_part_are_those_of_its_images() -> None:
 
 def entry(**changed: Any) -> FrontierEntry:
     plain = FrontierEntry(
-        "tiny", 3, 25, 28.0, 0.9, (0.8, 0.95), 0.9, 0.1, 4.0, 1.12, {"1": 1.5, "8": 1.7}, 100, 0
-    )
+        "tiny", 3, 25, 28.0, 0.5, 0.9, (0.8, 0.95), 0.9, 0.1, 4.0, 1.12, {"1": 1.5, "8": 1.7},
+        samples=100, seed=0,
+    )  # fmt: skip
     return replace(plain, **changed)
 
 
@@ -274,6 +275,22 @@ def test_tables_and_plots_show_means_of_what_is_on_all_models() -> None:
     figure = frontier_plot(found, columns, ["tiny"])
     assert len(figure.axes) == 2 * len(columns)
     assert len(frontier_plot(result(base=[entry()]), {"base": ["base"]}, []).axes) == 2
+
+
+def test_a_summary_has_a_column_for_each_entry_that_is_asked_for() -> None:
+    plain = {"none": entry(method="none", refresh=0, top1=0.2), "cfg": entry(method="cfg",
+             refresh=25, top1=0.6, passes=50.0)}  # fmt: skip
+    found = result(base=[entry(), *plain.values()], other=[entry(top1=0.4), *plain.values()])
+    columns = {"no guidance": ("none", 0), "K = 3": ("tiny", 3), "CFG": ("cfg", 25)}
+    assert summary_markdown(found, columns, ["base", "other"], "K = 3").splitlines()[2:] == [
+        "| top-1, base | 20 % | **50 %, 90 % (80–95)** | 60 % |",
+        "| top-1, other | 20 % | **40 %, 90 % (80–95)** | 60 % |",
+        "| denoiser passes | 28 | **28** | 50 |",
+        "| speed, batch 1 | 1.50× | **1.50×** | 1.50× |",
+        "| speed, batch 8 | 1.70× | **1.70×** | 1.70× |",
+    ]
+    with pytest.raises(KeyError, match="tiny with 5 refreshes is not measured on base"):
+        summary_markdown(found, {"K = 5": ("tiny", 5)}, ["base"])
 
 
 def test_the_command_writes_result_table_and_plot(
