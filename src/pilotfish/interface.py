@@ -217,6 +217,9 @@ class GuideProtocol(Protocol):
     def times(self) -> tuple[float, ...] | None: ...
 
     @property
+    def refresh_ratio(self) -> float: ...
+
+    @property
     def corrects_refresh(self) -> bool: ...
 
     @property

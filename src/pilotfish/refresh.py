@@ -11,8 +11,9 @@ from typing import Any
 
 from pilotfish.interface import GuideError
 
-RefreshSteps = int | Sequence[int]
-"""How many steps of a call run both passes, or which, counted from 0."""
+RefreshSteps = int | float | Sequence[int]
+"""How many steps of a call run both passes; or what ratio of them, a float between 0 and 1; or
+which, counted from 0."""
 
 
 def refresh_steps(count: int, steps: int) -> tuple[int, ...]:
@@ -32,15 +33,15 @@ def check_refresh(refresh: RefreshSteps) -> RefreshSteps:
     """The argument ``refresh`` as given, a sequence as a tuple.
 
     Raises:
-        GuideError: neither a number of at least 0 nor a list of such numbers.
+        GuideError: none of those.
     """
-    if _is_count(refresh):
+    if _is_count(refresh) or (isinstance(refresh, float) and 0 <= refresh <= 1):
         return refresh
     if isinstance(refresh, Sequence) and all(map(_is_count, refresh)):
         return tuple(sorted({int(i) for i in refresh}))
     raise GuideError(
-        "refresh must be a number of steps, at least 0, or a list of steps counted from 0, not "
-        f"{refresh!r}"
+        "refresh must be a number of steps, at least 0, a ratio of them between 0.0 and 1.0, or a "
+        f"list of steps counted from 0, not {refresh!r}"
     )
 
 
@@ -50,6 +51,8 @@ def _is_count(value: Any) -> bool:
 
 def places(refresh: RefreshSteps, steps: int) -> tuple[int, ...]:
     """The steps that a value of ``refresh`` means, in a call of so many."""
+    if isinstance(refresh, float):
+        return refresh_steps(round(refresh * steps), steps)
     if isinstance(refresh, int):
         return refresh_steps(refresh, steps)
     return tuple(sorted(i for i in refresh if i < steps))

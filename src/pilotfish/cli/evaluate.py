@@ -73,8 +73,8 @@ class EvaluateConfig:
     seed: int = 0
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
-    refresh: int = 0
-    """How many steps of the guide run both passes."""
+    refresh: int | None = None
+    """How many steps of the guide run both passes. Left out: its own ratio of the steps."""
     batch_size: int = 32
     dtype: Dtype = "float32"
     """Precision of the models."""
@@ -145,7 +145,7 @@ def _check(config: EvaluateConfig) -> None:
         raise ValueError(
             f"{len(config.guide)} guides, but without --steps or --guidance_scales one is measured"
         )
-    if curve and config.refresh:
+    if curve and config.refresh is not None:
         raise ValueError(f"--refresh has no effect with {chosen[0]}")
     for flag in ("grid", "clip", "inception_weights"):
         if chosen and getattr(config, flag) is not None:
@@ -166,6 +166,7 @@ def _measure(config: EvaluateConfig, models: Any, **same: Any) -> Measured:
             num_inference_steps=config.num_inference_steps, **same,
         )  # fmt: skip
     name, path = split_name(config.guide[0])
+    guide = open_guide(path)
     held_out = (
         load_prompts(config.validation_prompts)
         if config.validation_prompts
@@ -174,16 +175,15 @@ def _measure(config: EvaluateConfig, models: Any, **same: Any) -> Measured:
     same |= {
         "guide_name": name if config.guide[0] != path else path,
         "guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps,
+        "refresh": guide.refresh_ratio if config.refresh is None else config.refresh,
     }  # fmt: skip
     if config.negative_prompts:
-        return evaluate_negatives(
-            models, open_guide(path), held_out, refresh=config.refresh, **same
-        )  # fmt: skip
+        return evaluate_negatives(models, guide, held_out, **same)
     names = _prompts(config)
     return evaluate(
-        models, open_guide(path), prompts=names, names=names, validation_prompts=held_out,
+        models, guide, prompts=names, names=names, validation_prompts=held_out,
         samples=config.samples, rounds=config.rounds, clip=config.clip,
-        inception_weights=config.inception_weights, refresh=config.refresh, **same,
+        inception_weights=config.inception_weights, **same,
     )  # fmt: skip
 
 

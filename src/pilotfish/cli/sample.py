@@ -39,9 +39,9 @@ class SampleConfig:
     """guided: one pass with the guide. cfg: two passes. none: one pass, no guidance."""
     negative_prompt: str | None = None
     guidance_scale: float = 4.0
-    refresh: int = 0
+    refresh: int | None = None
     """How many steps run both passes, spread evenly; after each the guide is given the difference
-    between the two predictions."""
+    between the two predictions. Left out: the guide's own ratio of the steps."""
     refresh_at: tuple[int, ...] = ()
     """In place of --refresh: which steps do, counted from 0."""
     num_inference_steps: int | None = None
@@ -71,9 +71,9 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(
             f"--num_images_per_prompt must be at least 1, not {config.num_images_per_prompt}"
         )
-    if config.refresh and config.refresh_at:
+    if config.refresh is not None and config.refresh_at:
         raise ValueError("--refresh and --refresh_at cannot be combined; give one of them")
-    check_refresh(config.refresh_at or config.refresh)
+    check_refresh(config.refresh_at or config.refresh or 0)
     names = [Path(model).name for model in config.models]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two models are called {twice[0]}; rename one of the folders")

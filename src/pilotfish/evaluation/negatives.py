@@ -133,7 +133,7 @@ def evaluate_negatives(
     parts, results, size, dtype = PartialResults(unfinished), {}, None, "float32"
     same: dict[str, Any] = {
         "seed": seed, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps,
-        "refresh": refresh if isinstance(refresh, int) else list(refresh),
+        "refresh": refresh if isinstance(refresh, int | float) else list(refresh),
     }  # fmt: skip
     weights = parts.checksums({"guide": guide})  # before a model changes its precision
     for name, source in models.items():

@@ -189,7 +189,7 @@ def evaluate(
     cost, size = None, None
     same: dict[str, Any] = {
         "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps,
-        "refresh": refresh if isinstance(refresh, int) else list(refresh),
+        "refresh": refresh if isinstance(refresh, int | float) else list(refresh),
     }  # fmt: skip
     for name, source in models.items():
         pipe = source.load()

@@ -123,6 +123,12 @@ class Guide(ModelMixin, ConfigMixin):
         return None if given is None else tuple(given)
 
     @property
+    def refresh_ratio(self) -> float:
+        """What ratio of a call's steps run both passes where attaching is not told: what its
+        maker found best (``refresh_ratio`` of the configuration), 0 for a new guide."""
+        return float(self.config.get("refresh_ratio", 0.0))
+
+    @property
     def corrects_refresh(self) -> bool:
         """Whether it adds to the prediction of a step with both passes, too: the steps of a guide
         distilled to few steps are longer than those of CFG."""
@@ -174,12 +180,13 @@ class Guide(ModelMixin, ConfigMixin):
         """``nn.Module.to``. The method of diffusers warns about precision at every call."""
         return nn.Module.to(self, *args, **kwargs)  # type: ignore[return-value]
 
-    def attach(self, pipe: Any, refresh: RefreshSteps = 0) -> Self:
-        """Put the guide on a pipeline: the same call, one denoiser pass a step.
+    def attach(self, pipe: Any, refresh: RefreshSteps | None = None) -> Self:
+        """Put the guide on a pipeline: the same call, one denoiser pass in most steps.
 
         Args:
-            refresh: how many of a call's steps run both passes, or which, counted from 0. After
-                such a step the guide is given the difference between the two predictions.
+            refresh: how many of a call's steps run both passes (0 for none); what ratio of them,
+                as a float; or which, counted from 0. After such a step the guide is given the
+                difference between the two predictions. Left out: :attr:`refresh_ratio`.
 
         Returns:
             The guide, so that ``guide = Guide.from_pretrained(...).attach(pipe)`` can be detached.
@@ -191,7 +198,7 @@ class Guide(ModelMixin, ConfigMixin):
         """Take the guide off; classifier-free guidance is back, bit for bit."""
         detach(pipe, self)
 
-    def attached(self, pipe: Any, refresh: RefreshSteps = 0) -> AbstractContextManager[Any]:
+    def attached(self, pipe: Any, refresh: RefreshSteps | None = None) -> AbstractContextManager[Any]:
         """``with guide.attached(pipe): ...`` attaches for the length of a block."""
         return attached(self, pipe, refresh)
 

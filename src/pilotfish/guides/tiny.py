@@ -101,6 +101,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         signature: of the denoiser (:meth:`pilotfish.backbones.Backbone.signature`).
         guidance_scale_range: the (low, high) of w in training.
         times: of a guide distilled to few steps, those that it was trained at.
+        refresh_ratio: see :attr:`Guide.refresh_ratio`.
         trained_on: name and revision of the base, where they are known.
 
     The others are those of :class:`TinySettings`, whose ``share`` :meth:`for_denoiser` takes.
@@ -127,6 +128,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         refresh: bool = True,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         times: Sequence[float] | None = None,
+        refresh_ratio: float = 0.0,
         trained_on: dict[str, str] | None = None,
         pilotfish_version: str = "0.2.0",
     ) -> None:

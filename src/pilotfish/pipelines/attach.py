@@ -33,23 +33,24 @@ from pilotfish.pipelines.control import doubled_controlnets
 from pilotfish.refresh import RefreshSteps, check_refresh
 
 
-def attach(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps = 0) -> None:
+def attach(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None) -> None:
     """Attach ``guide`` to ``pipe``.
 
     The pipeline keeps what it needs of the guide: where precision or device differ it works with
     a copy, and the guide itself stays as it is.
 
     Args:
-        refresh: how many of a call's steps run both passes, or which, counted from 0.
+        refresh: how many of a call's steps run both passes; what ratio of them, as a float; or
+            which, counted from 0. Left out: the ratio that the guide's configuration names.
 
     Raises:
-        GuideError: ``refresh`` is neither; the pipeline's guidance cannot be turned off, another
+        GuideError: ``refresh`` is none of those; the pipeline's guidance cannot be turned off, another
             guide is attached already, or the guide was made for another denoiser. The pipeline and
             its denoiser stay as they were.
     """
     if isinstance(pipe, Guided):
         raise GuideError("this pipeline has a guide already; detach it first")
-    refresh = check_refresh(refresh)
+    refresh = check_refresh(guide.refresh_ratio if refresh is None else refresh)
     backbone = check(guide, pipe)
     hooks, plain = backbone.install(guide), type(pipe)
     guide.eval()
@@ -80,7 +81,9 @@ def detach(pipe: Any, guide: GuideProtocol | None = None) -> None:
 
 
 @contextmanager
-def attached(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps = 0) -> Iterator[Any]:
+def attached(
+    guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None
+) -> Iterator[Any]:
     """Attach for the length of a block, whatever happens in it."""
     attach(guide, pipe, refresh)
     try:
@@ -96,17 +99,18 @@ class Refreshed:
 
     Attributes:
         guide: the guide.
-        refresh: how many of a call's steps run both passes, or which, counted from 0.
+        refresh: see :func:`attach`.
 
     Raises:
-        GuideError: ``refresh`` is neither.
+        GuideError: ``refresh`` is invalid.
     """
 
     guide: GuideProtocol
-    refresh: RefreshSteps = 0
+    refresh: RefreshSteps | None = None
 
     def __post_init__(self) -> None:
-        check_refresh(self.refresh)
+        if self.refresh is not None:
+            check_refresh(self.refresh)
 
     def attached(self, pipe: Any) -> AbstractContextManager[Any]:
         """The pipeline with it, until the block ends."""

@@ -123,6 +123,7 @@ class StepTrainer(Trainer):
         student.register_to_config(
             times=list(times(path, steps)),
             guidance_scale_range=(config.guidance_scale_min, config.guidance_scale_max),
+            **({"refresh_ratio": 0.0} if "refresh_ratio" in initial.config else {}),
         )
         super().__init__(config, context, student, log)
         self.teacher_guide = initial.eval().requires_grad_(False) if teaches else None
