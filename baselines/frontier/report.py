@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -104,12 +105,13 @@ def summary_markdown(
 
     rows = [row(f"top-1, {model}", model, _with_gain) for model in models]
     rows.append(row("denoiser passes", models[0], lambda e: f"{e.passes:g}"))
-    rows += [
-        row(f"speed, batch {size}", models[0], lambda e, b=size: f"{e.cfg_over_it[b]:.2f}×")
-        for size in ("1", "8")
-        if entry(models[0], next(iter(columns))).has_cost
-    ]
+    if entry(models[0], next(iter(columns))).has_cost:
+        rows += [row(f"speed, batch {b}", models[0], partial(_speed, b)) for b in ("1", "8")]
     return markdown([f"w = {found.run.guidance_scale:g}, {steps} steps", *columns], rows)
+
+
+def _speed(batch: str, entry: FrontierEntry) -> str:
+    return f"{entry.cfg_over_it[batch]:.2f}×"
 
 
 def _with_gain(entry: FrontierEntry) -> str:

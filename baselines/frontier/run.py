@@ -134,8 +134,8 @@ class Frontier:
                     f"{self.file} holds a frontier with other settings; use the same settings or "
                     "another --output"
                 )
-            known = before.run.guides | self.run.guides
-            run = replace(self.run, weights=before.run.weights, guides=known)
+            sizes = before.run.guides | self.run.guides
+            run = replace(self.run, weights=before.run.weights, guides=sizes)
             self.found = FrontierResult(run, before.models)
         config = self.config
         every = candidates(

@@ -222,10 +222,10 @@ def _refresh(
     guide: GuideProtocol, step: TeacherStep, unconditional: torch.Tensor, conditional: torch.Tensor
 ) -> Refresh:
     time = step.time.to(guide.device)
-    maps = (conditional - unconditional, conditional, step.latents)
-    return Refresh(
-        time, *(x.to(guide.device, guide.dtype) for x in maps), known=torch.ones_like(time)
-    )  # fmt: skip
+    found = Refresh(
+        time, conditional - unconditional, conditional, step.latents, torch.ones_like(time)
+    )
+    return found.map(lambda x: x.to(guide.device, guide.dtype))
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -78,7 +78,26 @@ def test_steps_past_the_end_of_a_call_are_left_out() -> None:
     assert places([7, 0, 3], 5) == (0, 3)
 
 
-@pytest.mark.parametrize("refresh", [-1, 1.5, "3", [1, -2], True, None])
+def test_a_ratio_is_one_of_the_steps_that_are_made() -> None:
+    assert places(0.12, 25) == refresh_steps(3, 25)
+    assert places(0.12, 50) == refresh_steps(6, 50)
+    assert places(0.0, 8) == ()
+    assert places(1.0, 8) == tuple(range(8))
+
+
+def test_a_guide_has_a_ratio_of_its_own_for_who_names_none() -> None:
+    one, used = build("SD"), guide("SD", refresh_ratio=0.5)
+    call = {"num_inference_steps": 4}
+    with used.attached(one.pipe), one.batches() as sizes:
+        one.latents(**call)
+    assert [i for i, n in enumerate(sizes) if n == BOTH] == list(refresh_steps(2, 4))
+    for none in (used.attached(one.pipe, refresh=0), guide("SD").attached(one.pipe)):
+        with none, one.batches() as sizes:
+            one.latents(**call)
+        assert BOTH not in sizes
+
+
+@pytest.mark.parametrize("refresh", [-1, 1.5, -0.1, "3", [1, -2], [0.5], True])
 def test_what_is_no_number_of_steps_is_refused(refresh: Any) -> None:
     one = build("SD")
     with pytest.raises(GuideError, match="refresh must be a number of steps"):

@@ -15,6 +15,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from safetensors.torch import load_file
 
 from pilotfish.guides import Guide
+from pilotfish.guides.tiny import TinySettings
 from pilotfish.interface import GuideError
 from pilotfish.training import stages, validation
 from pilotfish.training.checkpoint import list_checkpoints
@@ -35,7 +36,7 @@ def test_it_learns(
     monkeypatch.setattr(validation, "STEPS", 6)
     config = replace(
         config, max_train_steps=80, validation_steps=40, checkpointing_steps=400,
-        learning_rate=2e-3, ema_decay=0.9, refresh_prob=0.0,
+        learning_rate=2e-3, ema_decay=0.9, refresh_prob=0.0, guide=TinySettings(rank=4, head=48),
     )  # fmt: skip
     trained = train(config, context(prediction_type))
     folder = Path(config.output)

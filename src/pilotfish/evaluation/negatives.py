@@ -100,9 +100,9 @@ def evaluate_negatives_of_model(
             agreement[name].update(*both, *map(scorer.images, both))
         latents.update(told.latents, untold.latents, cfg.latents)
         report("images", i + len(texts), len(prompts))
-    ratios = (e.mean / null.mean if null.mean else math.nan for e in (conditioned, ignoring))
+    own = null.mean or math.nan
     return NegativeModel(
-        null, conditioned, ignoring, *ratios,
+        null, conditioned, ignoring, conditioned.mean / own, ignoring.mean / own,
         latents.compute(), {name: meter.compute() for name, meter in agreement.items()},
     )  # fmt: skip
 

@@ -198,7 +198,9 @@ class Guide(ModelMixin, ConfigMixin):
         """Take the guide off; classifier-free guidance is back, bit for bit."""
         detach(pipe, self)
 
-    def attached(self, pipe: Any, refresh: RefreshSteps | None = None) -> AbstractContextManager[Any]:
+    def attached(
+        self, pipe: Any, refresh: RefreshSteps | None = None
+    ) -> AbstractContextManager[Any]:
         """``with guide.attached(pipe): ...`` attaches for the length of a block."""
         return attached(self, pipe, refresh)
 

@@ -185,7 +185,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         """
         signature = Backbone.of(denoiser).signature(prediction_type)
 
-        def make(rank: int) -> Self:
+        def make(rank: int) -> Any:
             return cls(signature, rank=rank, head=HEAD * rank if head is None else head, **config)
 
         def size(rank: int) -> int:
@@ -196,7 +196,8 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
             allowed = share * sum(p.numel() for p in denoiser.parameters())
             widest = max((c for _, c in signature["layers"]), default=2)
             rank = max(1, bisect_right(range(1, widest // 2 + 1), allowed, key=size))
-        return make(rank)
+        made: Self = make(rank)
+        return made
 
     @property
     def corrects_refresh(self) -> bool:

@@ -44,9 +44,9 @@ def attach(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None)
             which, counted from 0. Left out: the ratio that the guide's configuration names.
 
     Raises:
-        GuideError: ``refresh`` is none of those; the pipeline's guidance cannot be turned off, another
-            guide is attached already, or the guide was made for another denoiser. The pipeline and
-            its denoiser stay as they were.
+        GuideError: ``refresh`` is none of those; the pipeline's guidance cannot be turned off,
+            another guide is attached already, or the guide was made for another denoiser. The
+            pipeline and its denoiser stay as they were.
     """
     if isinstance(pipe, Guided):
         raise GuideError("this pipeline has a guide already; detach it first")
@@ -81,9 +81,7 @@ def detach(pipe: Any, guide: GuideProtocol | None = None) -> None:
 
 
 @contextmanager
-def attached(
-    guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None
-) -> Iterator[Any]:
+def attached(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None) -> Iterator[Any]:
     """Attach for the length of a block, whatever happens in it."""
     attach(guide, pipe, refresh)
     try:
