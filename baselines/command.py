@@ -25,8 +25,9 @@ from pilotfish.evaluation.plots import save
 from pilotfish.evaluation.processes import is_main
 
 QUICK: dict[str, Any] = {
-    "max_train_steps": 8, "equal_seconds": False, "train_batch_size": 16, "samples": 16,
-    "validation_samples": 8, "num_inference_steps": 10, "rounds": 1,
+    "max_train_steps": 8, "learning_rates": (1.0,), "equal_seconds": False,
+    "train_batch_size": 16, "samples": 16, "validation_samples": 8,
+    "num_inference_steps": 10, "rounds": 1,
 }  # fmt: skip
 
 

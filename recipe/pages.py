@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from baselines.comparison.report import comparison_markdown, pareto
+from baselines.comparison.report import BUDGETS, comparison_markdown, pareto
 from baselines.comparison.results import ComparisonResult
 from baselines.frontier.report import (
     frontier_markdown,
@@ -168,7 +168,7 @@ def compare_page(found: ComparisonResult, docs: Path) -> str:
         image = f"images/compare/{budget}.png"
         save(pareto(found, budget), docs / image)
         plot = f"![CFG gain retained against cost, equal {budget}]({image})"
-        parts += [f"### Equal {budget}", plot, comparison_markdown(found, budget)]
+        parts += [f"### {BUDGETS[budget]}", plot, comparison_markdown(found, budget)]
     return "\n\n".join(part.rstrip() for part in parts)
 
 

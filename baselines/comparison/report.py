@@ -9,6 +9,10 @@ from baselines.comparison.results import ComparisonResult
 from pilotfish.evaluation.plots import LIGHT, MARKERS, Theme, clean, legend
 from pilotfish.evaluation.tables import markdown, number, percent, terminal
 
+BUDGETS = {
+    "samples": "Equal samples", "seconds": "Equal seconds", "long": "Equal samples, long training",
+    "free": "Without training",
+}  # fmt: skip
 HEADINGS = ("method", "parameters", "FLOPs", "speed", "retained, base", "retained, fine-tunes",
             "error, base", "error, fine-tunes", "fd_clip, base")  # fmt: skip
 
@@ -34,7 +38,8 @@ def cells(found: ComparisonResult, budget: str) -> list[tuple[str, ...]]:
 
 def comparison_table(found: ComparisonResult, budget: str) -> Table:
     """The table for a terminal."""
-    title = f"Equal {budget}: {found.settings['max_train_steps']} training steps"
+    steps = found.settings["long_train_steps" if budget == "long" else "max_train_steps"]
+    title = f"{BUDGETS[budget]}: {steps} training steps"
     return terminal(title, HEADINGS, cells(found, budget))
 
 
@@ -72,5 +77,5 @@ def pareto(found: ComparisonResult, budget: str, theme: Theme = LIGHT) -> Figure
             )  # fmt: skip
     grid[0].set_ylabel("CFG gain retained, top-1", color=theme.ink)
     legend(grid[-1], theme, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.suptitle(f"Equal {budget}", x=0.01, ha="left", fontsize=11, color=theme.ink)
+    figure.suptitle(BUDGETS[budget], x=0.01, ha="left", fontsize=11, color=theme.ink)
     return figure

@@ -74,7 +74,9 @@ class MethodResult:
         parameters: that are trained.
         share: of the denoiser's parameters.
         runs: by budget and training seed: ``samples-0`` is trained on as many samples as all
-            methods, ``seconds-0`` for as many seconds as the default; ``free`` is not trained.
+            methods, ``seconds-0`` for as many seconds as the default, ``long-0`` on more samples;
+            ``free`` is not trained.
+        learning_rate: peak of its trainings; NaN without a training.
     """
 
     title: str
@@ -82,6 +84,7 @@ class MethodResult:
     share: float
     cost: MethodCost
     runs: dict[str, MethodRun]
+    learning_rate: float = math.nan
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +63,13 @@ class ComparisonConfig:
     """Names of methods. Default: all."""
     max_train_steps: int = 200
     """Training steps of every method, so that all see as many samples."""
+    long_train_steps: int = 0
+    """Train each once more, with the first seed, for so many steps; 0: not."""
+    learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0)
+    """Factors on the learning rate of each method. That one is taken whose guidance error on the
+    base is least after ``rate_train_steps``; a single one is taken as it is."""
+    rate_train_steps: int = 60
+    """Training steps with each learning rate."""
     equal_seconds: bool = True
     """Train each a second time, for as many seconds as the default took."""
     train_batch_size: int = 64
@@ -94,7 +101,9 @@ class ComparisonConfig:
             )
         if not self.methods or not self.seeds:
             raise ConfigError("a comparison needs at least one method and one seed")
-        for name in ("max_train_steps", "rounds", "validation_samples"):
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ConfigError(f"learning_rates must be above 0, not {self.learning_rates}")
+        for name in ("max_train_steps", "rate_train_steps", "rounds", "validation_samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.guidance_scale > 1:
@@ -235,6 +244,9 @@ class Comparison:
                         yield name, f"{budget}-{seed}"
                     elif budget == "samples" and seed == config.seeds[0]:
                         yield name, "free"
+        if config.long_train_steps:
+            trained = (name for name in config.methods if name not in RULES)
+            yield from ((name, f"long-{config.seeds[0]}") for name in trained)
 
     def _save(self) -> None:
         if is_main():
@@ -249,24 +261,46 @@ class Comparison:
             training = self.found.methods[name].runs[same].training
         elif name not in RULES:
             if not on_main((folder / "guide").is_dir):
+                rate, steps = self._rate(name), on_main(partial(self._steps, name, key))
                 self.log(f"training {name}, {key}")
-                distill(self._training_config(name, key))
+                distill(self._training_config(name, key, steps, int(key.split("-")[1]), rate))
             training = Training(**json.loads(on_main((folder / "training.json").read_text)))
         if name not in self.found.methods:
-            self.found.methods[name] = MethodResult(titles()[name], 0, 0.0, MethodCost(), {})
+            rate = math.nan if name in RULES else self._rate(name)
+            self.found.methods[name] = MethodResult(titles()[name], 0, 0.0, MethodCost(), {}, rate)
         self.found.methods[name].runs.setdefault(key, MethodRun(training, {}))
         self._save()
 
-    def _training_config(self, name: str, key: str) -> DistillConfig:
-        config, steps = self.config, on_main(partial(self._steps, name, key))
+    def _rate(self, name: str) -> float:
+        """The learning rate of a method: of several, each is trained for a short while."""
+        config, own = self.config, Guide.registry[name].learning_rate
+        if len(config.learning_rates) == 1:
+            return own * config.learning_rates[0]
+        errors: dict[float, float] = {}
+        for rate in (own * factor for factor in config.learning_rates):
+            key = f"rate-{rate:g}"
+            history = self.folder / name / key / "history.json"
+            if not on_main((self.folder / name / key / "guide").is_dir):
+                self.log(f"training {name}, learning rate {rate:g}")
+                steps, seed = config.rate_train_steps, config.seeds[0]
+                distill(self._training_config(name, key, steps, seed, rate))
+            error = json.loads(on_main(history.read_text))[-1]["guidance_error"]
+            errors[rate] = error if math.isfinite(error) else math.inf
+        return min(errors, key=errors.__getitem__)
+
+    def _training_config(
+        self, name: str, key: str, steps: int, seed: int, rate: float
+    ) -> DistillConfig:
+        config = self.config
         settings: dict[str, Any] = {
             "output": str(self.folder / name / key), "guide_type": name, "resume": "latest",
-            "max_train_steps": steps, "train_batch_size": config.train_batch_size,
+            "max_train_steps": steps, "learning_rate": rate,
+            "train_batch_size": config.train_batch_size,
             "mixed_precision": config.mixed_precision,
             "gradient_checkpointing": config.gradient_checkpointing,
             "lr_warmup_steps": max(1, min(100, steps // 8)), "validation_steps": steps,
             "checkpointing_steps": 50, "checkpoints_total_limit": 1, "report_to": "none",
-            "seed": int(key.split("-")[1]), "pool": max(512, config.train_batch_size),
+            "seed": seed, "pool": max(512, config.train_batch_size),
             "replay_capacity": min(2048, 32 * config.train_batch_size),
         }  # fmt: skip
         if "trained_scale" in {f.name for f in fields(Guide.registry[name].settings_class)}:
@@ -282,6 +316,8 @@ class Comparison:
             return int(json.loads(started.read_text())["max_train_steps"])
         if budget == "samples":
             return self.config.max_train_steps
+        if budget == "long":
+            return self.config.long_train_steps
         own, default = (
             self.found.methods[m].runs[f"samples-{seed}"].training for m in (name, DEFAULT)
         )
@@ -364,7 +400,7 @@ class Comparison:
                 own = sum(p.numel() for p in method.parameters())
                 flops = denoiser_flops(pipe, partial(timed_call, pipe, method, w, 1, 1))
             cost = MethodCost(passes, flops / none, speed_up(rounds, name))
-            timed[name] = MethodResult(result.title, own, own / parameters, cost, result.runs)
+            timed[name] = replace(result, parameters=own, share=own / parameters, cost=cost)
         return timed
 
 

@@ -20,14 +20,14 @@ from baselines.comparison.run import DEFAULT, Comparison, ComparisonConfig, Mode
 from pilotfish import cli
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import ModelSource
-from pilotfish.guides import TinyGuide
+from pilotfish.guides import Guide, TinyGuide
 from pilotfish.training.config import ConfigError
 
 STEPS = 3
 CONFIG = ComparisonConfig(
     methods=("tiny", "dice", "guidance-interval"), max_train_steps=4, train_batch_size=4,
     samples=4, validation_samples=2, num_inference_steps=STEPS, rounds=1, equal_seconds=False,
-    batch_size=3,
+    batch_size=3, learning_rates=(1.0,),
 )  # fmt: skip
 Start = Callable[..., Comparison]
 
@@ -162,6 +162,32 @@ def test_equal_seconds_are_those_of_the_default(start: Start, tmp_path: Path) ->
     assert dice["seconds-0"].training.steps == wanted
 
 
+def test_each_method_has_the_best_of_its_learning_rates_and_a_longer_training(
+    start: Start, tmp_path: Path
+) -> None:
+    config = replace(
+        CONFIG, methods=("tiny", "dice", "guidance-interval"), learning_rates=(0.01, 1.0, 1e4),
+        rate_train_steps=3, long_train_steps=6,
+    )  # fmt: skip
+    found = start(config=config).run()
+    for name in ("tiny", "dice"):
+        folder, errors = tmp_path / "run" / name, {}
+        for factor in config.learning_rates:
+            rate = Guide.registry[name].learning_rate * factor
+            history = json.loads((folder / f"rate-{rate:g}" / "history.json").read_text())
+            errors[rate] = history[-1]["guidance_error"]
+        assert len(set(errors.values())) == 3
+        best = min(errors, key=errors.__getitem__)
+        assert found.methods[name].learning_rate == best
+        for key, steps in (("samples-0", 4), ("long-0", 6)):
+            used = json.loads((folder / key / "config.json").read_text())
+            assert (used["learning_rate"], used["max_train_steps"]) == (best, steps)
+        assert set(found.methods[name].runs) == {"samples-0", "long-0"}
+    assert math.isnan(found.methods["guidance-interval"].learning_rate)
+    assert found.budgets == ["samples", "long"]
+    assert "6 training steps" in str(comparison_table(found, "long").title)
+
+
 def test_resumed_with_less_it_shows_what_is_complete(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +217,7 @@ def test_resumed_with_less_it_shows_what_is_complete(
     [
         ({"methods": ("tiny", "telepathy")}, "unknown methods: telepathy; available: tiny"),
         ({"methods": ()}, "at least one method"),
+        ({"learning_rates": (0.0,)}, "learning_rates must be above 0"),
         ({"seeds": ()}, "at least one method and one seed"),
         ({"max_train_steps": 0}, "max_train_steps must be at least 1"),
         ({"guidance_scale": 1.0}, "guidance_scale must be above 1"),
