@@ -10,45 +10,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pilotfish.guides import Guide
-from pilotfish.guides.average import average_guides
 from pilotfish.training.config import DistillConfig, StepsConfig
 from pilotfish.training.stages import distill, distill_steps
 from recipe.finetunes import DISTANT, TRAIN_FINETUNES, finetune_folder
 
-ALL: dict[str, Any] = {"train_finetunes": tuple(TRAIN_FINETUNES), "pool": 512}
-FIRST = ALL | {"max_train_steps": 2000, "finetune_prob": 0.6, "negative_prompt_prob": 0.25}
-NEGATIVE = ALL | {
-    "max_train_steps": 2800, "learning_rate": 5e-3, "finetune_prob": 0.5,
-    "negative_prompt_prob": 0.55, "trajectory_steps_min": 16,
+ALL: dict[str, Any] = {
+    "train_finetunes": tuple(TRAIN_FINETUNES), "pool": 512, "finetune_prob": 0.6,
+    "replay_reuse": 2,
 }  # fmt: skip
-"""Negative prompts are harder than the null prompt: they are trained late, and for longer."""
-FINAL: dict[str, Any] = {
-    "learning_rate": 3e-3, "lr_warmup_steps": 20, "ema_decay": 0.98, "negative_prompt_prob": 0.6,
-    "trajectory_steps_min": 25, "trajectory_steps_max": 25, "replay_reuse": 10**6,
+FIRST = ALL | {"max_train_steps": 2000, "negative_prompt_prob": 0.25, "refresh_prob": 0.5}
+"""The teacher's trajectories: single steps, from which a new guide learns fastest."""
+TRACKING = ALL | {
+    "training_samples": "tracking", "max_train_steps": 2500, "learning_rate": 4e-3,
+    "lr_warmup_steps": 20, "ema_decay": 0.98, "negative_prompt_prob": 0.4,
+    "replay_capacity": 2048, "trajectory_steps_min": 16,
 }  # fmt: skip
-"""Whole trajectories of the base, sampled once and shuffled, so that the samples of a batch are
-independent."""
-TINY = {
-    "guide": {
-        "condition_on_negative": True, "uncond_templates": 16, "rank": 19, "refresh": False,
-    },
-}  # fmt: skip
-"""The bundled guides are of before there were refreshes. Conditioning on the negative prompt has
-the parameters of three ranks, the templates those of six."""
+"""The student's own trajectories, with refreshes."""
+TINY = {"guide": {"condition_on_negative": True, "uncond_templates": 16, "rank": 15}}
+"""Conditioning on the negative prompt has the parameters of three ranks, the templates those of
+six."""
 
 TRAININGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (FIRST | TINY, NEGATIVE | TINY),
+    "tiny": (FIRST | TINY, TRACKING | TINY),
     "full": (FIRST | {"guide_type": "full"},),
 }
 """The trainings of each guide. Each begins with the guide of the one before."""
-BRANCHES: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (
-        FINAL | TINY | {"max_train_steps": 700, "pool": 2048, "replay_capacity": 51200},
-        FINAL | TINY | {"max_train_steps": 300, "pool": 1536, "replay_capacity": 38400, "seed": 1},
-    ),
-}
-"""Trainings that each begin with the last of :data:`TRAININGS`. The guide is the mean of that and
-of all branches; its beginning knows the fine-tunes best."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +58,11 @@ def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
             )
         )  # fmt: skip
 
-    last, guides = None, []
+    folder = None
     for i, settings in enumerate(TRAININGS[name]):
-        folder = work / f"guide-{name}-{i}"
-        guides, last = [train(settings, folder, last)], folder
-    for i, settings in enumerate(BRANCHES.get(name, ())):
-        guides.append(train(settings, work / f"guide-{name}-branch-{i}", last))
-    average_guides(guides).half().save_pretrained(target / "guides" / name)
+        last, folder = folder, work / f"guide-{name}-{i}"
+        guide = train(settings, folder, last)
+    guide.half().save_pretrained(target / "guides" / name)
 
 
 def make_step_guides(work: Path, target: Path, stage: StepGuidesStage, *, bf16: bool) -> None:

@@ -27,6 +27,8 @@ TRAINED_COUNTS = (0, 3, 5)
 """Those of the trained baselines."""
 RULE_COUNTS = (2, 3, 5, 8)
 """Those of the rules that use earlier predictions again."""
+PLACED_COUNTS = (2, 3, 5)
+"""Second passes of our guides in other places than even ones."""
 INTERVALS = (3, 5, 8, 12, 15)
 """Steps of the guidance interval."""
 INTERVAL_END = 1000
@@ -102,6 +104,14 @@ def candidates(
     for name, guide in guides.items():
         own, counts = (len(guide.times), FEW_COUNTS) if guide.times else (steps, COUNTS)
         found += _guided(name, guide, own, counts, whole=True)
+        if not guide.times:
+            found += [
+                Candidate(
+                    name, steps, k, partial(Refreshed, guide, places(k)), setting, whole=False
+                )
+                for setting, places in _elsewhere(steps).items()
+                for k in PLACED_COUNTS
+            ]
     for name, guide in trained.items():
         found += _guided(name, guide, len(guide.times or ()) or steps, TRAINED_COUNTS, whole=False)
     found += [Candidate("delta-reuse", steps, k, partial(DeltaReuse, k)) for k in COUNTS[1:]]
@@ -111,6 +121,14 @@ def candidates(
         ]
     found += _rules(gram, steps)
     return [one for one in found if one.method == "cfg" or not one.refresh >= one.steps]
+
+
+def _elsewhere(steps: int) -> dict[str, Callable[[int], tuple[int, ...]]]:
+    """Other places for the steps of our guides that run both passes."""
+    return {
+        "from the first step": lambda k: every_nth(k, steps),
+        "denser early": lambda k: denser_early(k + 1, steps)[1:],
+    }
 
 
 def _guided(

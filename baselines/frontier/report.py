@@ -62,7 +62,7 @@ def frontier_markdown(found: FrontierResult, columns: Groups) -> str:
         fd = mean(found, columns.get("base", ()), entry, lambda e: e.fd)
         work = entry.flops_over_none * entry.steps / (2 * steps)
         rows.append((
-            title(entry.method), entry.setting or f"{entry.refresh:g}", str(entry.steps),
+            title(entry.method), _second_passes(entry), str(entry.steps),
             f"{mean_passes(found, entry):.4g}", percent(work),
             *(f"{entry.cfg_over_it[b]:.2f}×" if entry.has_cost else "–" for b in ("1", "8")),
             *(_retained(found, models, entry) for models in columns.values()),
@@ -108,6 +108,11 @@ def summary_markdown(
     if entry(models[0], next(iter(columns))).has_cost:
         rows += [row(f"speed, batch {b}", models[0], partial(_speed, b)) for b in ("1", "8")]
     return markdown([f"w = {found.run.guidance_scale:g}, {steps} steps", *columns], rows)
+
+
+def _second_passes(entry: FrontierEntry) -> str:
+    known = [] if math.isnan(entry.refresh) else [f"{entry.refresh:g}"]
+    return ", ".join([*known, *([entry.setting] if entry.setting else [])])
 
 
 def _speed(batch: str, entry: FrontierEntry) -> str:
@@ -161,7 +166,8 @@ def frontier_plot(
     for entry in points(found):
         if entry.method not in ("none", "cfg"):
             few = "" if entry.steps == found.run.num_inference_steps else f", {entry.steps} steps"
-            lines.setdefault(title(entry.method) + few, []).append(entry)
+            where = f", {entry.setting}" if entry.method in ours and entry.setting else ""
+            lines.setdefault(title(entry.method) + few + where, []).append(entry)
     for (above, below), (name, models) in zip(grid.T, columns.items(), strict=True):
         prepare_axes(above, name, "", theme)
         prepare_axes(below, "", "denoiser passes of an image", theme)
