@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +15,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import ShapeResult, ShapesResult, measure_shape, result_key
+from benchmarks.measure import (
+    ShapeResult,
+    ShapesResult,
+    call_speedup,
+    measure_shape,
+    result_key,
+)
 from benchmarks.memory import largest_batches, pipeline_parts, training_memory
 from benchmarks.operators import OperatorCount, count_operators, narrow_pipeline
-from benchmarks.shapes import GUIDES, SHAPES
+from benchmarks.shapes import GUIDES, REFRESHED, SHAPES
 from pilotfish.backbones import Backbone
 from pilotfish.cli.names import open_guide, open_model, usable_device
 from pilotfish.evaluation.results import GuideSize, machine
@@ -45,6 +52,8 @@ class BenchmarkConfig:
     batch_sizes: tuple[int, ...] = (1, 8)
     num_inference_steps: int = 25
     guidance_scale: float = 4.0
+    refresh: int = 0
+    """Steps of the guide that run both passes; without --shape."""
     rounds: int = 15
     shape: tuple[Literal["sd15", "sd21", "sdxl"], ...] = ()
     """Full-size denoisers with random weights, in place of a pipeline: one sampling step."""
@@ -70,6 +79,10 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         with_shape = "needs --shape"
         rules = {
+            "--refresh": (
+                self.refresh, not (self.shape or self.operators),
+                "has no effect with --shape and --operators",
+            ),
             "--output": (self.output is not None, self.shape, with_shape),
             "--count_only": (self.count_only, self.shape, with_shape),
             "--train": (self.train, self.shape, with_shape),
@@ -139,7 +152,7 @@ def _time(config: BenchmarkConfig, model: str, pipe: Any, network: Guide, name: 
     found = measure_cost(
         pipe, network, batch_sizes=config.batch_sizes, rounds=config.rounds,
         guidance_scale=config.guidance_scale, num_inference_steps=config.num_inference_steps,
-        compiled=config.compile,
+        compiled=config.compile, refresh=config.refresh,
     )  # fmt: skip
     print(f"{model}, {name}: {size.parameters:,} parameters, {size.share:.2%} of the denoiser")
     print(f"on {machine()}")
@@ -225,12 +238,22 @@ def shapes_table(result: ShapesResult) -> Table:
                 {"none": "no guidance", "cfg": "CFG"}.get(mode, mode),
                 f"{guide.parameters / 1e6:,.2f} M, {guide.share:.2%}" if guide else "",
                 f"{flops / shape.flops['none']:.3f}×",
-                by_batch(shape.speedup, mode, "{:.2f}×".format),
+                by_batch(shape.speedup, mode, partial(_speedup, mode)),
                 by_batch(shape.peak_bytes, mode, lambda b: f"{b / 2**30:.1f} GiB"),
-                "\n".join(f"{n[mode]:,} in {device}" for device, n in shape.largest_batch.items()),
+                "\n".join(
+                    f"{n[mode]:,} in {device}"
+                    for device, n in shape.largest_batch.items()
+                    if mode in n
+                ),
             )
         table.add_section()
     return table
+
+
+def _speedup(mode: str, step: float) -> str:
+    if not mode.endswith(REFRESHED):
+        return f"{step:.2f}×"
+    return f"{step:.2f}× ({call_speedup(step, 3, 25):.2f}× with 3 refreshes in 25 steps)"
 
 
 def training_table(result: ShapesResult) -> Table:

@@ -18,7 +18,8 @@ from pilotfish.evaluation.speed import speed_up, take_turns
 
 @dataclass(frozen=True)
 class ShapeResult:
-    """One denoiser with its guides. A mode is ``none``, ``cfg`` or the name of a guide.
+    """One denoiser with its guides. A mode is ``none``, ``cfg``, the name of a guide or, for its
+    step after one with both passes, ``<guide>, refreshed``.
 
     Attributes:
         parameters: of the denoiser.
@@ -66,6 +67,12 @@ def result_key(name: str, dtype: str = "float32", compiled: bool = False) -> str
     return ", ".join((name, *[dtype] * (dtype != "float32"), *["compiled"] * compiled))
 
 
+def call_speedup(step: float, refresh: int, steps: int) -> float:
+    """How much faster than CFG a call is in which ``refresh`` of the steps run both passes and the
+    others are ``step`` times as fast as those of CFG."""
+    return steps / (refresh + (steps - refresh) / step)
+
+
 def measure_shape(
     shape: Shape, *, command: str, device: str = "cpu", dtype: torch.dtype = torch.float32,
     batch_sizes: Sequence[int] = (1,), rounds: int = 3, guides: Collection[str] = tuple(GUIDES),
@@ -88,15 +95,15 @@ def measure_shape(
     counted = SamplingStep(shape, torch.device("meta"), dtype)
     result = ShapeResult(
         sum(p.numel() for p in counted.unet.parameters()), counted.guide_sizes(),
-        {mode: counted.flops(mode) for mode in counted.modes}, str(dtype).removeprefix("torch."),
-        command, machine(), versions(), compiled=compiled,
+        {mode: counted.flops(mode) for mode in (*counted.modes, *counted.refreshed)},
+        str(dtype).removeprefix("torch."), command, machine(), versions(), compiled=compiled,
     )  # fmt: skip
     if not batch_sizes:
         return result
     notice("creating the denoiser")
     types = {name: GUIDES[name] for name in guides}
     step = SamplingStep(shape, torch.device(device), dtype, types, compiled=compiled)
-    modes = step.modes
+    modes = (*step.modes, *step.refreshed)
     for batch in batch_sizes:
         if compiled:
             notice(f"batch {batch}: compiling {', '.join(modes)}")

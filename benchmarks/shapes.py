@@ -21,10 +21,12 @@ from pilotfish.backbones import watch_hooks
 from pilotfish.evaluation.results import GuideSize
 from pilotfish.evaluation.speed import denoiser_flops
 from pilotfish.guides import FullGuide, Guide, TinyGuide
-from pilotfish.interface import TextConditions
+from pilotfish.interface import Refresh, TextConditions
 from pilotfish.teacher import Denoiser, Student
 
 GUIDES: dict[str, type[Guide]] = {"tiny": TinyGuide, "full": FullGuide}
+REFRESHED = ", refreshed"
+"""After the name of a guide: its step after one with both passes, what that found being given."""
 TOKENS = 77
 POOLED = 1280
 
@@ -106,6 +108,13 @@ class SamplingStep:
         """No guidance, CFG, and each guide."""
         return "none", "cfg", *self.guides
 
+    @property
+    def refreshed(self) -> tuple[str, ...]:
+        """The modes of guides that take in what a step with both passes found."""
+        return tuple(
+            f"{name}{REFRESHED}" for name, g in self.guides.items() if g.config.get("refresh")
+        )
+
     def guide_sizes(self) -> dict[str, GuideSize]:
         """Parameters of each guide, and their share of the denoiser's."""
         return {name: GuideSize.of(guide, self, name) for name, guide in self.guides.items()}
@@ -118,13 +127,16 @@ class SamplingStep:
         side, channels = self.unet.config.sample_size, self.unet.config.in_channels
         z = torch.zeros(rows, channels, side, side, device=self.device, dtype=self.dtype)
         t, prompts = torch.full((rows,), 0.5, device=self.device), self.prompts(rows)
-        if mode not in self.guides:
+        name, refresh = mode.removesuffix(REFRESHED), None
+        if name not in self.guides:
             yield partial(self.base, z, t, prompts)
             return
-        student = Student(self.guides[mode], self.unet, self.sizes)
+        if name != mode:
+            refresh = Refresh(t, z, z, z, torch.ones(rows, device=self.device))
+        student = Student(self.guides[name], self.unet, self.sizes)
         scale = torch.full((rows,), 4.0, device=self.device)
         try:
-            yield partial(student, z, t, prompts, self.prompts(1), scale)
+            yield partial(student, z, t, prompts, self.prompts(1), scale, refresh)
         finally:
             student.hooks.remove()
 

@@ -46,6 +46,30 @@ def randomise(module: M, seed: int = 4, by: float = 0.1) -> M:
     return module.eval()
 
 
+def clone(module: nn.Module, copies: dict[int, Any] | None = None) -> Any:
+    """A module with parameters, buffers and hooks of its own. All else is shared, and so it takes a
+    tenth of the time of ``deepcopy``, which most tests would spend there."""
+    copies = {} if copies is None else copies
+    if id(module) in copies:
+        return copies[id(module)]
+    made = copies[id(module)] = module.__class__.__new__(module.__class__)
+    state = vars(made)
+    state.update(vars(module))
+    for name, value in vars(module).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            state[name] = type(value)()
+    state["_buffers"] = {k: None if v is None else v.clone() for k, v in module._buffers.items()}
+    state["_modules"] = {
+        k: None if v is None else clone(v, copies) for k, v in module._modules.items()
+    }
+    state["_parameters"] = own = {}
+    for key, tensor in module._parameters.items():
+        if tensor is not None and id(tensor) not in copies:
+            copies[id(tensor)] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+        own[key] = None if tensor is None else copies[id(tensor)]
+    return made
+
+
 def unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
     plain: dict[str, Any] = {
         "sample_size": 8,

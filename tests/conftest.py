@@ -8,7 +8,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, one core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,8 +85,8 @@ def make_pipe(
         pipe = StableDiffusionPipeline(
             **{
                 **plain,
-                "unet": copy.deepcopy(plain["unet"]),
-                "text_encoder": copy.deepcopy(plain["text_encoder"]),
+                "unet": components.clone(plain["unet"]),
+                "text_encoder": components.clone(plain["text_encoder"]),
                 "scheduler": components.scheduler(prediction_type),
             },
             requires_safety_checker=False,

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.command import shapes_table
-from benchmarks.measure import ShapeResult, ShapesResult, measure_shape, result_key
+from benchmarks.measure import ShapeResult, ShapesResult, call_speedup, measure_shape, result_key
 from benchmarks.shapes import SHAPES, SamplingStep, Shape
 from tests.benchmarks.small import SMALL, SMALL_XL
 
@@ -41,6 +41,18 @@ def test_flops_on_the_meta_device_are_those_on_the_cpu(shape: Shape) -> None:
         assert meta.flops(mode) == real.flops(mode) > 0
 
 
+def test_a_step_after_a_refresh_costs_little_more() -> None:
+    step = SamplingStep(SMALL, torch.device("meta"), torch.float32)
+    assert step.refreshed == ("tiny, refreshed",)
+    assert 1 < step.flops("tiny, refreshed") / step.flops("tiny") < 1.05
+
+
+def test_a_call_lies_between_cfg_and_its_steps() -> None:
+    assert call_speedup(2.0, 0, 25) == 2
+    assert call_speedup(2.0, 25, 25) == 1
+    assert call_speedup(2.0, 3, 25) == pytest.approx(50 / 28)
+
+
 def shown_after_saving(found: ShapeResult, tmp_path: Path) -> str:
     """The table of a result that was saved and loaded."""
     result = ShapesResult({result_key("small", found.dtype, found.compiled): found})
@@ -55,7 +67,7 @@ def test_a_shape_is_timed_in_all_modes_saved_and_shown(tmp_path: Path) -> None:
     lines: list[str] = []
     found = measure_shape(SMALL, command="timed", batch_sizes=(1, 2), rounds=1, notice=lines.append)
     assert set(found.speedup) == set(found.peak_bytes) == {"1", "2"}
-    assert set(found.speedup["1"]) == {"none", "tiny", "full"}
+    assert set(found.speedup["1"]) == {"none", "tiny", "full", "tiny, refreshed"}
     assert all(value > 0 for row in found.seconds.values() for value in row.values())
     assert all(value > 2**20 for row in found.peak_bytes.values() for value in row.values())
     assert len(lines) == 3

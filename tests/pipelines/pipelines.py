@@ -330,7 +330,7 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
     others = components.own_tokenizers(shared(name, alone)) if alone else shared(name)
     own: dict[str, Any] = {"scheduler": scheduler(name)}
     if component not in parts:
-        own[component] = copy.deepcopy(_denoiser(name))
+        own[component] = components.clone(_denoiser(name))
     pipe = getattr(diffusers, pipeline or spec.pipeline)(**(others | own | parts))
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(9)

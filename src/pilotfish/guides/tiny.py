@@ -199,8 +199,9 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
 
         if rank is None:
             allowed = share * sum(p.numel() for p in denoiser.parameters())
-            widest = max((c for _, c in signature["layers"]), default=2)
-            rank = max(1, bisect_right(range(1, widest // 2 + 1), allowed, key=size))
+            most = max((c for _, c in signature["layers"]), default=2) // 2
+            larger = size(1) <= allowed  # most small denoisers allow no more
+            rank = bisect_right(range(1, most + 1), allowed, key=size) if larger else 1
         made: Self = make(rank)
         return made
 
