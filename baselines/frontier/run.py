@@ -59,9 +59,9 @@ class FrontierConfig:
     """Of the images."""
     trajectories: int = 64
     """CFG trajectories of the base, on which LinearAG is fitted."""
-    rounds: int = 3
-    """Rounds of the side-by-side timing on the base, at the end and without --methods and
-    --refresh; 0: no timing."""
+    rounds: int | None = None
+    """Rounds of the side-by-side timing on the base, at the end; 0: no timing. Default: 3, and with
+    --methods or --refresh 0."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.baseline_samples <= self.samples:
@@ -79,9 +79,11 @@ class FrontierConfig:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all methods are measured."""
-        return not self.methods and not self.refresh
+    def timed_rounds(self) -> int:
+        """``rounds``, or its default."""
+        if self.rounds is not None:
+            return self.rounds
+        return 0 if self.methods or self.refresh else 3
 
 
 def settings_of(config: FrontierConfig) -> dict[str, Any]:
@@ -162,7 +164,7 @@ class Frontier:
             self._forget_changed(f"guide {name}", checksum(guide))
         for model in self.models:
             self._measure(model)
-        if self.config.is_whole and self.config.rounds and self.base[0] in self.found.models:
+        if self.config.timed_rounds and self.base[0] in self.found.models:
             self._measure_cost()
         return self.found
 
@@ -299,7 +301,7 @@ class Frontier:
                 batch: take_turns(
                     {name: partial(call, batch=batch) for name, call in calls.items()}
                     | {"cfg": partial(cfg, batch=batch)},
-                    self.config.rounds,
+                    self.config.timed_rounds,
                 )
                 for batch in BATCHES
             }
