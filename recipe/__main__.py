@@ -21,9 +21,9 @@ from recipe.finetunes import (
     distances,
     make_finetune,
 )
-from recipe.guides import StepGuidesStage, make_guide, make_step_guides
+from recipe.guides import StepGuidesStage, make_guide, make_sizes, make_step_guides
 from recipe.images import TEST_STYLES, TRAIN_STYLES, make_images
-from recipe.pages import write_pages
+from recipe.pages import draw_readme_grid, write_pages
 from recipe.scorer import ScorerStage, make_scorer
 from recipe.vocabulary import write_prompts
 
@@ -32,7 +32,8 @@ from recipe.vocabulary import write_prompts
 class Recipe:
     """Make the bundled models. ``all`` runs prompts, images, autoencoder, base, finetunes,
     train_finetunes, test_finetunes, scorer, guides, step_guides and cards, in this order. The
-    other stages are not part of the models: ablations compares forms of the guide; pages writes
+    other stages are not part of the models: ablations compares forms of the guide; sizes trains
+    some of other sizes, which pilotfish compare --frontier measures; pages writes
     results into README and documents; screenshots shows the app in docs/images."""
 
     stage: tyro.conf.Positional[
@@ -49,6 +50,7 @@ class Recipe:
             "step_guides",
             "cards",
             "ablations",
+            "sizes",
             "pages",
             "screenshots",
             "all",
@@ -133,6 +135,11 @@ def _screenshots(r: Recipe) -> None:
     take_screenshots(Path("docs/images"))
 
 
+def _pages(r: Recipe) -> None:
+    write_pages(Path())
+    draw_readme_grid(Path("docs/images/grid.png"))
+
+
 MODELS: dict[str, Callable[[Recipe], None]] = {
     "prompts": lambda r: write_prompts(r.target / "prompts"),
     "images": lambda r: make_images(r.images),
@@ -151,7 +158,8 @@ MODELS: dict[str, Callable[[Recipe], None]] = {
 """The stages of ``all``, in order."""
 OTHERS: dict[str, Callable[[Recipe], None]] = {
     "ablations": lambda r: run_ablations(r.work, r.ablations),
-    "pages": lambda r: write_pages(Path()),
+    "sizes": lambda r: make_sizes(r.work / "sizes", bf16=r.mixed),
+    "pages": _pages,
     "screenshots": _screenshots,
 }
 
