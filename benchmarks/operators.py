@@ -144,7 +144,8 @@ def _call(pipe: Any, guide: Guide | None, guidance_scale: float, steps: int) -> 
     """The operators of one call of a pipeline."""
     pipe.set_progress_bar_config(disable=True)
     prompt = _embeddings(pipe) if pipe.text_encoder is None else {"prompt": "owl"}
-    with guide.attached(pipe) if guide else nullcontext(), OperatorCounter() as counter:
+    guided = guide.attached(pipe, refresh=0) if guide else nullcontext()
+    with guided, OperatorCounter() as counter:
         pipe(
             **prompt, guidance_scale=guidance_scale, num_inference_steps=steps,
             output_type="latent", generator=torch.Generator().manual_seed(0),

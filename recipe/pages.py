@@ -84,7 +84,7 @@ def draw_readme_grid(file: Path) -> None:
     """The README's picture: no guidance, guided without and with refreshes, CFG."""
     guide = bundled.load_guide()
     columns: dict[str, tuple[float, Attachable | None]] = {
-        "no guidance": (1.0, None), "guided": (4.0, guide),
+        "no guidance": (1.0, None), "guided": (4.0, Refreshed(guide, 0)),
         f"refresh={REFRESH}": (4.0, Refreshed(guide, REFRESH)), "CFG": (4.0, None),
     }  # fmt: skip
     prompts = bundled.GRID_PROMPTS
@@ -99,8 +99,9 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
     return (
         f"![CFG gain retained, and distance to CFG, by passes](images/frontier.png)\n\n"
         f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, w = "
-        f"{run.guidance_scale:g}, {run.dtype}, {run.samples:,} images for each point of ours and "
-        f"of delta reuse, {run.baseline_samples:,} of the others; the whole result is in "
+        f"{run.guidance_scale:g}, {run.dtype}, {run.samples:,} images for each point of our guides "
+        f"in even steps and of delta reuse, {run.baseline_samples:,} of the others; the whole "
+        "result is in "
         "`results/frontier.json`. *Retained* is the share of CFG's gain in top-1 over no guidance, "
         "*latent MSE* that of the final latents to CFG's, relative to no guidance; FLOPs and "
         f"speed are relative to CFG.\n\n{frontier_markdown(found, columns).rstrip()}"
@@ -167,7 +168,7 @@ def compare_page(found: ComparisonResult, docs: Path) -> str:
     for budget in found.budgets:
         image = f"images/compare/{budget}.png"
         save(pareto(found, budget), docs / image)
-        plot = f"![CFG gain retained against cost, equal {budget}]({image})"
+        plot = f"![CFG gain retained against cost]({image})"
         parts += [f"### {BUDGETS[budget]}", plot, comparison_markdown(found, budget)]
     return "\n\n".join(part.rstrip() for part in parts)
 

@@ -14,6 +14,7 @@ from baselines.comparison.results import (
     ModelScores,
     Training,
 )
+from baselines.frontier.results import FrontierEntry, FrontierResult, FrontierRun
 from pilotfish.evaluation.results import (
     CurveResult,
     GuideSize,
@@ -24,8 +25,11 @@ from pilotfish.evaluation.results import (
     Scores,
 )
 from recipe.pages import (
+    REFRESH,
     compare_page,
     negatives_text,
+    readme_text,
+    refresh_page,
     steps_page,
     targets,
     write_measured,
@@ -101,6 +105,33 @@ def test_a_comparison_has_a_part_for_each_budget(tmp_path: Path) -> None:
         assert f"### Equal {budget}" in text
         assert (tmp_path / "images" / "compare" / f"{budget}.png").is_file()
     assert text.count("Ours (default) | 1.00 %") == 2
+
+
+def frontier() -> FrontierResult:
+    def entry(method: str, refresh: int) -> FrontierEntry:
+        return FrontierEntry(
+            method, refresh, 25, 25 + refresh, 0.5, 0.9, (0.8, 1.0), 0.9, 0.1, 4.0, 1.1,
+            {"1": 1.4, "8": 1.7}, samples=100, seed=0,
+        )  # fmt: skip
+
+    entries = [entry("none", 0), entry("cfg", 25), entry("tiny", 0), entry("tiny", REFRESH)]
+    noted = FrontierRun("a command", 0, 100, 50, 4.0, 25, 50, "0", "bfloat16", "one", {})
+    noted.guides["tiny"] = GuideSize("tiny", 1234, 0.01)
+    return FrontierResult(noted, {"base": entries, "fluent": entries})
+
+
+def test_the_readme_compares_the_guide_without_and_with_refreshes() -> None:
+    text = readme_text(frontier())
+    assert "| w = 4, 25 steps | no guidance | guided | guided, refresh=3 | CFG |" in text
+    assert "| denoiser passes | 25 | 25 | **28** | 50 |" in text
+    assert "| top-1, fluent | 50 % |" in text
+    assert "1,234 parameters, 1.00%" in text
+
+
+def test_the_refresh_page_has_the_plot_and_every_point(tmp_path: Path) -> None:
+    text = refresh_page(frontier(), tmp_path)
+    assert (tmp_path / "images" / "frontier.png").is_file()
+    assert text.count("| Pilotfish, tiny |") == 2
 
 
 def test_a_page_without_marks_is_named(tmp_path: Path) -> None:

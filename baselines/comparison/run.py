@@ -34,6 +34,7 @@ from pilotfish.guides import Guide
 from pilotfish.pipelines.sampling import Attachable
 from pilotfish.training.config import ConfigError, DistillConfig
 from pilotfish.training.stages import distill
+from pilotfish.training.trainer import TrainingError
 
 DEFAULT = "tiny"
 """The library's default guide."""
@@ -279,13 +280,20 @@ class Comparison:
         errors: dict[float, float] = {}
         for rate in (own * factor for factor in config.learning_rates):
             key = f"rate-{rate:g}"
-            history = self.folder / name / key / "history.json"
-            if not on_main((self.folder / name / key / "guide").is_dir):
+            folder = self.folder / name / key
+            history, diverged = folder / "history.json", folder / "diverged"
+            if not on_main((folder / "guide").is_dir) and not on_main(diverged.is_file):
                 self.log(f"training {name}, learning rate {rate:g}")
                 steps, seed = config.rate_train_steps, config.seeds[0]
-                distill(self._training_config(name, key, steps, seed, rate))
-            error = json.loads(on_main(history.read_text))[-1]["guidance_error"]
-            errors[rate] = error if math.isfinite(error) else math.inf
+                try:
+                    distill(self._training_config(name, key, steps, seed, rate))
+                except TrainingError as stopped:
+                    self.log(str(stopped))
+                    on_main(partial(diverged.write_text, str(stopped)))
+            errors[rate] = math.inf
+            if not on_main(diverged.is_file):
+                error = json.loads(on_main(history.read_text))[-1]["guidance_error"]
+                errors[rate] = error if math.isfinite(error) else math.inf
         return min(errors, key=errors.__getitem__)
 
     def _training_config(

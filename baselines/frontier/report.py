@@ -105,7 +105,7 @@ def summary_markdown(
 
     rows = [row(f"top-1, {model}", model, _with_gain) for model in models]
     rows.append(row("denoiser passes", models[0], lambda e: f"{e.passes:g}"))
-    if entry(models[0], next(iter(columns))).has_cost:
+    if all(entry(models[0], name).has_cost for name in columns):
         rows += [row(f"speed, batch {b}", models[0], partial(_speed, b)) for b in ("1", "8")]
     return markdown([f"w = {found.run.guidance_scale:g}, {steps} steps", *columns], rows)
 

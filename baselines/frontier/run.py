@@ -45,7 +45,7 @@ class FrontierConfig:
     refresh: tuple[int, ...] = ()
     """Measure these numbers of second passes alone. Default: all."""
     samples: int = 1000
-    """Images for each point of the guides and of delta reuse."""
+    """Images for each point of the guides, in even steps, and of delta reuse."""
     baseline_samples: int = 250
     """Images for each point of the other methods: every so many-th of the same images."""
     guidance_scale: float = 4.0
@@ -174,6 +174,8 @@ class Frontier:
             now = FrontierResult.load(self.file)
             for name, weights in now.run.weights.items():
                 self.found.run.weights.setdefault(name, weights)
+            for name, size in now.run.guides.items():
+                self.found.run.guides.setdefault(name, size)
             for model, entries in now.models.items():
                 for entry in entries:
                     dropped = (model, entry.key) in self._dropped

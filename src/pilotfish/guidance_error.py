@@ -159,8 +159,8 @@ def guidance_error(
     Args:
         with_negative: False: the student is conditioned on the null prompt, whatever negative
             prompt CFG uses.
-        refresh: the steps of a trajectory that run both passes: how many, or which. They count as
-            the others do.
+        refresh: the steps of a trajectory that run both passes: how many, what ratio, or which.
+            They count as the others do.
         gather: the sums of all processes, from those of this one.
     """
     sums: Sums = {}

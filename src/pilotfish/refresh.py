@@ -52,7 +52,7 @@ def _is_count(value: Any) -> bool:
 def places(refresh: RefreshSteps, steps: int) -> tuple[int, ...]:
     """The steps that a value of ``refresh`` means, in a call of so many."""
     if isinstance(refresh, float):
-        return refresh_steps(round(refresh * steps), steps)
+        return refresh_steps(int(refresh * steps + 0.5), steps)
     if isinstance(refresh, int):
         return refresh_steps(refresh, steps)
     return tuple(sorted(i for i in refresh if i < steps))

@@ -21,7 +21,9 @@ from pilotfish import cli
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import ModelSource
 from pilotfish.guides import Guide, TinyGuide
-from pilotfish.training.config import ConfigError
+from pilotfish.training.config import ConfigError, DistillConfig
+from pilotfish.training.stages import distill
+from pilotfish.training.trainer import TrainingError
 
 STEPS = 3
 CONFIG = ComparisonConfig(
@@ -186,6 +188,23 @@ def test_each_method_has_the_best_of_its_learning_rates_and_a_longer_training(
     assert math.isnan(found.methods["guidance-interval"].learning_rate)
     assert found.budgets == ["samples", "long"]
     assert "6 training steps" in str(comparison_table(found, "long").title)
+
+
+def test_a_learning_rate_that_diverges_is_not_the_best(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(config: DistillConfig) -> None:
+        tried.append(config.output)
+        if "rate" in config.output and config.learning_rate == max(rates):
+            raise TrainingError("the loss is nan")
+        distill(config)
+
+    own = Guide.registry["tiny"].learning_rate
+    rates, tried = [own, 3 * own], list[str]()
+    monkeypatch.setattr(run, "distill", diverging)
+    config = replace(CONFIG, methods=("tiny",), learning_rates=(1.0, 3.0), rate_train_steps=2)
+    assert start(config=config).run().methods["tiny"].learning_rate == own
+    assert len(tried) == len(set(tried)) == 3, "the one that diverged is tried once"
 
 
 def test_resumed_with_less_it_shows_what_is_complete(

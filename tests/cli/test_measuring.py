@@ -128,7 +128,6 @@ def test_models_that_come_in_a_variant_alone(
         (("--guide", "tiny", "tiny-8"), "2 guides, but without --steps"),
         (("--steps", "4", "--grid", "x.png"), "--grid has no effect with --steps"),
         (("--steps", "4", "--rounds", "0"), "at least one round is needed, not 0"),
-        (("--steps", "4", "--refresh", "1"), "--refresh has no effect with --steps"),
         (("--refresh", "-1"), "refresh must be a number of steps, at least 0"),
         (("--guidance_scales", "1", "--samples", "0"), "at least two samples"),
     ],

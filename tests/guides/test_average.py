@@ -41,6 +41,13 @@ def test_the_average_is_the_mean_of_the_weights_and_changes_no_guide(trained: Gu
         torch.testing.assert_close(made.state_dict()[name], value, rtol=0, atol=1e-6)
 
 
+def test_the_ratio_that_a_guide_recommends_is_none_of_its_settings(trained: Guide) -> None:
+    other = deepcopy(trained)
+    other.register_to_config(refresh_ratio=0.12)
+    assert other.refresh_ratio == 0.12
+    assert average_guides([trained, other]).refresh_ratio == trained.refresh_ratio == 0
+
+
 def test_half_precision_is_averaged_in_full(unet: UNet2DConditionModel) -> None:
     half = components.randomise(TinyGuide.for_denoiser(unet, "epsilon", rank=4)).half()
     made = average_guides([half, half])

@@ -23,7 +23,7 @@ from recipe.finetunes import (
     finetune_folder,
     permuted,
 )
-from recipe.guides import BRANCHES, TRAININGS
+from recipe.guides import FIRST, SIZES, TRAININGS
 from recipe.loop import train
 from recipe.vocabulary import write_prompts
 
@@ -58,7 +58,8 @@ def test_bundled_finetunes_are_where_the_recipe_saves_them(tmp_path: Path) -> No
 
 
 def test_the_settings_of_every_training_are_valid() -> None:
-    trainings = [part for parts in (*TRAININGS.values(), *BRANCHES.values()) for part in parts]
+    trainings = [part for parts in TRAININGS.values() for part in parts]
+    trainings += [FIRST | {"guide": guide} for guide in SIZES.values()]
     for settings in (*trainings, *ABLATIONS.values()):
         DistillConfig(output="unused", **settings)
 

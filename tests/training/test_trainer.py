@@ -76,7 +76,13 @@ def test_a_guide_is_trained_further(
     assert not same(began[0], first)
     assert same(began[1], first)
     assert not same(further, first)
-    for part in ({}, {"uncond_templates": 2}):  # the rest is the guide's
+    recommends = deepcopy(first)
+    recommends.register_to_config(refresh_ratio=0.5)
+    recommends.save_pretrained(tmp_path / "ratio")
+    ratio = replace(again, output=str(tmp_path / "from-ratio"), init_from=str(tmp_path / "ratio"))
+    assert same(distill(ratio), further)
+    # the rest is the guide's, and its share is no longer known
+    for part in ({}, {"uncond_templates": 2}, {"share": 0.5, "head": 8}):
         unsaid = replace(again, output=str(tmp_path / f"unsaid-{len(part)}"), guide=part)
         assert same(distill(unsaid), further)
         assert load_settings(Path(unsaid.output)) == replace(unsaid, guide=config.guide)

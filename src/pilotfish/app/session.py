@@ -24,6 +24,7 @@ from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.attach import check
 from pilotfish.pipelines.loading import use_deterministic_scheduler
 from pilotfish.pipelines.sampling import sample
+from pilotfish.refresh import places
 
 IMAGES = 4
 """Images of each mode, sampled as one batch. At batch 1 a small model hardly gains by one pass."""
@@ -107,6 +108,10 @@ class Session:
         """The sampling steps that a guide was distilled for; None if any will do."""
         times = self.guides[guide].times
         return None if times is None else len(times)
+
+    def refresh(self, guide: str) -> int:
+        """How many steps run both passes, by the ratio of the guide."""
+        return len(places(self.guides[guide].refresh_ratio, self.steps(guide) or 25))
 
     def draw(
         self, request: Request, progress: Callable[[str, int, int], None] | None = None

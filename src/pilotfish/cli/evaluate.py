@@ -74,7 +74,7 @@ class EvaluateConfig:
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
     refresh: int | None = None
-    """How many steps of the guide run both passes. Left out: its own ratio of the steps."""
+    """How many steps of a guide run both passes. Left out: its own ratio of the steps."""
     batch_size: int = 32
     dtype: Dtype = "float32"
     """Precision of the models."""
@@ -145,8 +145,6 @@ def _check(config: EvaluateConfig) -> None:
         raise ValueError(
             f"{len(config.guide)} guides, but without --steps or --guidance_scales one is measured"
         )
-    if curve and config.refresh is not None:
-        raise ValueError(f"--refresh has no effect with {chosen[0]}")
     for flag in ("grid", "clip", "inception_weights"):
         if chosen and getattr(config, flag) is not None:
             raise ValueError(f"--{flag} has no effect with {chosen[0]}")
@@ -154,7 +152,9 @@ def _check(config: EvaluateConfig) -> None:
 
 def _measure(config: EvaluateConfig, models: Any, **same: Any) -> Measured:
     if config.steps or config.guidance_scales:
-        same |= {"names": _prompts(config), "samples": config.samples}
+        same |= {
+            "names": _prompts(config), "samples": config.samples, "refresh": config.refresh,
+        }  # fmt: skip
         methods = named_methods(config.guide)
         if config.steps:
             return score_steps(

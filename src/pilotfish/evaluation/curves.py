@@ -27,11 +27,13 @@ from pilotfish.evaluation.results import (
     modules,
     versions,
 )
-from pilotfish.evaluation.run import dtype_name
+from pilotfish.evaluation.run import as_json, dtype_name
 from pilotfish.evaluation.speed import take_turns, timed_call
 from pilotfish.guides import Guide
+from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.loading import use_deterministic_scheduler
 from pilotfish.pipelines.sampling import Attachable
+from pilotfish.refresh import RefreshSteps
 from pilotfish.teacher import checksum
 
 TIMED_BATCH = 8
@@ -45,9 +47,10 @@ class Method:
 
     guides: Mapping[int | None, Attachable | None]
     unguided: bool = False
+    refresh: RefreshSteps | None = None
 
     @classmethod
-    def of(cls, guides: Sequence[Attachable]) -> Method:
+    def of(cls, guides: Sequence[Attachable], refresh: RefreshSteps | None = None) -> Method:
         """A guide that was distilled to few steps serves those, any other one all.
 
         Raises:
@@ -60,15 +63,20 @@ class Method:
             if steps in found:
                 raise ValueError(f"two guides of one name for {steps or 'any number of'} steps")
             found[steps] = guide
-        return cls(found)
+        return cls(found, refresh=refresh)
 
     def serves(self, steps: int) -> bool:
         """Whether it can sample with this number of steps."""
         return steps in self.guides or None in self.guides
 
     def guide(self, steps: int) -> Attachable | None:
-        """What is attached for this number of steps."""
+        """The guide or rule for this number of steps."""
         return self.guides[steps] if steps in self.guides else self.guides[None]
+
+    def attachable(self, steps: int) -> Attachable | None:
+        """What is attached for this number of steps."""
+        guide = self.guide(steps)
+        return Refreshed(guide, self.refresh) if isinstance(guide, Guide) else guide
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,7 @@ def _score(
     rounds: int,
     samples: int = 1000,
     seed: int = 0,
+    refresh: RefreshSteps | None = None,
     batch_size: int = 32,
     scorer: Scorer | None = None,
     unfinished: str | Path | None = None,
@@ -151,6 +160,8 @@ def _score(
         names: prompts of the images, among which the scorer must find the right one.
         command: the command line that repeats the run.
         samples: images for each point.
+        refresh: steps of the guides that run both passes: how many, what ratio, or which. Left
+            out: the ratio that each guide names.
         unfinished: file of the points that are finished; the same call resumes from it. To be
             deleted when the result is saved.
         progress: called after every batch.
@@ -159,8 +170,10 @@ def _score(
         raise ValueError("there is no model to evaluate on")
     scorer, parts = scorer or Scorer.bundled(), PartialResults(unfinished)
     all_methods = {"none": Method({None: None}, unguided=True), "cfg": Method({None: None})}
-    all_methods |= {name: Method.of(guides) for name, guides in methods.items()}
-    facts: dict[str, Any] = {"names": list(names), "samples": samples, "seed": seed}
+    all_methods |= {name: Method.of(guides, refresh) for name, guides in methods.items()}
+    facts: dict[str, Any] = {
+        "names": list(names), "samples": samples, "seed": seed, "refresh": refresh,
+    }  # fmt: skip
     guides = [guide for method in all_methods.values() for guide in method.guides.values()]
     # before a model changes the precision of a guide
     descriptions = {id(guide): _describe(guide) for guide in guides if unfinished is not None}
@@ -181,7 +194,8 @@ def _score(
                 w, steps = 1.0 if method.unguided else one.guidance_scale, one.num_inference_steps
                 guide = method.guide(steps)
                 title = f"{model}: {name}, {setting} {one.value}"
-                measure = partial(_point, images, w, steps, guide, progress, title)
+                attachable = method.attachable(steps)
+                measure = partial(_point, images, w, steps, attachable, progress, title)
                 of_point = {"w": w, "steps": steps, "method": descriptions.get(id(guide))}
                 by_model[model][name][one.value] = parts.get(Point, facts | of_point, measure)
     base = _load(next(iter(models.values())), setting)
@@ -194,7 +208,7 @@ def _score(
     last = settings[-1]
     run = Run(
         command, seed, samples, last.guidance_scale, last.num_inference_steps, machine(),
-        versions(), dtype_name(base),
+        versions(), dtype_name(base), refresh if refresh is None else as_json(refresh),
     )  # fmt: skip
     times = on_main(partial(_wall_clock, base, all_methods, settings, rounds, names[0]))
     return CurveResult(setting, by_model, times, sizes, run)
@@ -238,7 +252,7 @@ def _wall_clock(
         return {}
     calls = {
         (name, one.value): partial(
-            timed_call, pipe, method.guide(one.num_inference_steps),
+            timed_call, pipe, method.attachable(one.num_inference_steps),
             1.0 if method.unguided else one.guidance_scale, one.num_inference_steps,
             TIMED_BATCH, prompt,
         )

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from pilotfish.evaluation.plots import LIGHT, SIZE, Theme, legend, line_style, prepare_axes
 from pilotfish.guides import Guide
 from pilotfish.interface import GuideInputs, GuideOutput, ResidualFunction
+from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import sample
 
 
@@ -55,7 +56,8 @@ def inspect(
         with _recording(guide, w, found):
             for _ in sample(
                 pipe, prompts, seeds=range(seed, seed + len(prompts)), guidance_scale=w,
-                num_inference_steps=num_inference_steps, batch_size=len(prompts), guide=guide,
+                num_inference_steps=num_inference_steps, batch_size=len(prompts),
+                guide=Refreshed(guide, 0),
             ):  # fmt: skip
                 pass
     return found

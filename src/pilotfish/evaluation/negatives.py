@@ -27,7 +27,7 @@ from pilotfish.evaluation.results import (
     modules,
     versions,
 )
-from pilotfish.evaluation.run import dtype_name
+from pilotfish.evaluation.run import as_json, dtype_name
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
 from pilotfish.pipelines import Refreshed
@@ -60,7 +60,7 @@ def evaluate_negatives_of_model(
         prompts: held out of training; one image each, with a seed of its own.
         negative_prompts: one for each.
         seed: of the first image; the others follow.
-        refresh: steps of the guide that run both passes: how many, or which.
+        refresh: steps of the guide that run both passes: how many, what ratio, or which.
         batch_size: of each process.
         progress: called after every batch.
 
@@ -133,7 +133,7 @@ def evaluate_negatives(
     parts, results, size, dtype = PartialResults(unfinished), {}, None, "float32"
     same: dict[str, Any] = {
         "seed": seed, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps,
-        "refresh": refresh if isinstance(refresh, int | float) else list(refresh),
+        "refresh": as_json(refresh),
     }  # fmt: skip
     weights = parts.checksums({"guide": guide})  # before a model changes its precision
     for name, source in models.items():

@@ -171,7 +171,8 @@ class Cost:
 @dataclass(frozen=True)
 class Run:
     """How to repeat it. ``machine`` is the processor's model and the number of threads,
-    ``refresh`` the steps of the guide that run both passes: how many, what ratio, or which."""
+    ``refresh`` the steps of the guide that run both passes: how many, what ratio, or
+    which; None: each guide has its own ratio."""
 
     command: str
     seed: int
@@ -181,7 +182,7 @@ class Run:
     machine: str
     versions: dict[str, str]
     dtype: str = "float32"
-    refresh: int | float | list[int] = 0
+    refresh: int | float | list[int] | None = 0
 
 
 @dataclass(frozen=True)

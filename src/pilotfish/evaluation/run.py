@@ -79,7 +79,7 @@ def evaluate_model(
         validation_prompts: held out of the guide's training, for the guidance error.
         samples: images in each mode; the prompts are repeated, each time with new seeds.
         seed: of the first image; the others follow.
-        refresh: steps of the guide that run both passes: how many, or which.
+        refresh: steps of the guide that run both passes: how many, what ratio, or which.
         batch_size: of each process.
         scorer: left out: the bundled one.
         guidance_scales: each w of the guidance error.
@@ -189,7 +189,7 @@ def evaluate(
     cost, size = None, None
     same: dict[str, Any] = {
         "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps,
-        "refresh": refresh if isinstance(refresh, int | float) else list(refresh),
+        "refresh": as_json(refresh),
     }  # fmt: skip
     for name, source in models.items():
         pipe = source.load()
@@ -217,6 +217,11 @@ def evaluate(
         results[name] = parts.get(ModelResult, facts, model)
     assert cost is not None and size is not None
     return Result(results, size, cost, run)
+
+
+def as_json(refresh: RefreshSteps) -> int | float | list[int]:
+    """As a result holds it."""
+    return refresh if isinstance(refresh, int | float) else list(refresh)
 
 
 def dtype_name(pipe: Any) -> str:

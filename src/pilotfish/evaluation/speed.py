@@ -46,7 +46,7 @@ def measure_cost(
 
     Args:
         prompt: of the images; the cost does not depend on it.
-        refresh: steps of the guided mode that run both passes: how many, or which.
+        refresh: steps of the guided mode that run both passes: how many, what ratio, or which.
         batch_sizes: images in one call.
         rounds: timed rounds, after a first one that is not timed.
         compiled: compile the denoiser with ``torch.compile`` before the timing, in all modes; it

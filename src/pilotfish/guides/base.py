@@ -45,6 +45,7 @@ class Guide(ModelMixin, ConfigMixin):
     - ``guidance_scale_range``: the (low, high) of w in training;
     - ``times``: of a guide distilled to few steps, the normalised times that it was trained at;
     - ``trained_on``: name and revision of the base, where they are known;
+    - ``refresh_ratio``: what ratio of a call's steps run both passes where attaching is not told;
     - ``pilotfish_version``.
     """
 
@@ -103,9 +104,9 @@ class Guide(ModelMixin, ConfigMixin):
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """What it was made with, in plain JSON: its configuration without the name of the base
-        and the version that saved it."""
-        left = ("_", "trained_on", "pilotfish_version")
+        """What it was made with, in plain JSON: its configuration without the name of the base, the
+        version that saved it and the ratio that it recommends."""
+        left = ("_", "trained_on", "pilotfish_version", "refresh_ratio")
         kept = {k: v for k, v in self.config.items() if not k.startswith(left)}
         plain: dict[str, Any] = json.loads(json.dumps(kept))
         return plain

@@ -76,6 +76,8 @@ def check_config(config: Mapping[str, Any], known: Collection[str], where: str) 
     need(has_family, "signature", signature, "a family and a version are")
     times = config.get("times")
     need(times is None or _falling(times), "times", times, "falling numbers in [0, 1] are")
+    ratio = config.get("refresh_ratio", 0.0)
+    need(isinstance(ratio, int | float) and ratio <= 1, "refresh_ratio", ratio, "0 to 1 is")
     base = config.get("trained_on")
     need(
         base is None or _names_a_base(base), "trained_on", base,

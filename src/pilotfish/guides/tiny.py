@@ -63,8 +63,9 @@ TURNED_DOWN = 3.0
 SEEN_AFTER_REFRESH = 5
 """Maps with the prediction's channels that the head reads then: prediction and latents, and the
 difference, conditional prediction and latents of the refresh."""
-HEAD = 3
-"""Channels of the head for each channel of an addition, where its width is not given."""
+HEAD, WITHOUT_LAYERS = 3, 16
+"""Channels of the head for each channel of an addition, where its width is not given; where there
+are no additions, for so many."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class TinySettings:
     difference to the prompt. Worth its few parameters where ``--negative_prompt_prob`` is
     large."""
     share: float = 0.01
-    """Its parameters, at most this share of the denoiser's: where ``rank`` is left out, it and
-    ``head`` are chosen as large as that allows."""
+    """Its parameters as a share of the denoiser's: where ``rank`` is left out, it and ``head`` are
+    chosen as large as that allows, but the rank is at least 1."""
     rank: int | None = None
     """Channels of the addition to a decoder layer, at most half of that layer's; 0 for none."""
     layers: int = 4
@@ -183,7 +184,10 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         cls, denoiser: Any, prediction_type: str, *, share: float = TinySettings.share,
         rank: int | None = None, head: int | None = None, **config: Any,
     ) -> Self:  # fmt: skip
-        """A fresh guide for a denoiser, of so many parameters.
+        """A fresh guide for a denoiser.
+
+        Args:
+            share: see :class:`TinySettings`, as for the others.
 
         Raises:
             GuideError: the denoiser belongs to no family that takes a guide.
@@ -191,7 +195,8 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         signature = Backbone.of(denoiser).signature(prediction_type)
 
         def make(rank: int) -> Any:
-            return cls(signature, rank=rank, head=HEAD * rank if head is None else head, **config)
+            width = HEAD * (rank or WITHOUT_LAYERS) if head is None else head
+            return cls(signature, rank=rank, head=width, **config)
 
         def size(rank: int) -> int:
             with torch.device("meta"):

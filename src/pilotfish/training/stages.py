@@ -337,6 +337,7 @@ def with_settings_of(guide: Guide, config: DistillConfig) -> DistillConfig:
     own: dict[str, Any] = {"guidance_scale_min": low, "guidance_scale_max": high}
     own["guide_type"] = guide.guide_type
     given = changed(config, *own) | changed(config.guide)
+    given = {name: value for name, value in given.items() if name in own | found}
     if differs := differences(own | found, given, "guide"):
         raise ConfigError(f"Cannot continue training {config.init_from}: {differs}.")
     return replace(config, **own, guide=found)

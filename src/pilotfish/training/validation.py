@@ -14,6 +14,7 @@ from pilotfish.conditioning import NULL
 from pilotfish.data.images import to_pixels
 from pilotfish.guidance_error import SCALES, Trajectories, guidance_error
 from pilotfish.guides import Guide
+from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import Sample, sample
 from pilotfish.teacher import Teacher
 from pilotfish.training.config import TrainingConfig
@@ -86,8 +87,8 @@ class GuidanceValidation(_Settings):
 
         def column(w: float, with_guide: Guide | None) -> list[Sample]:
             return list(sample(pipe, texts, seeds=range(len(texts)), guidance_scale=w,
-                               num_inference_steps=STEPS, guide=with_guide,
-                               batch_size=self.batch_size))  # fmt: skip
+                               num_inference_steps=STEPS, batch_size=self.batch_size,
+                               guide=with_guide and Refreshed(with_guide, 0)))  # fmt: skip
 
         w = self.shown
         save_columns([column(1.0, None), column(w, None), column(w, guide)], folder, f"step-{step}")
@@ -135,8 +136,8 @@ class StepValidation(_Settings):
         if self.context.path.prediction_type == "flow":  # the scheduler's own grid is another
             grid["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
         return list(sample(self.context.pipe, texts, seeds=seeds, guidance_scale=w,
-                           num_inference_steps=steps, guide=guide, batch_size=self.batch_size,
-                           **grid))  # fmt: skip
+                           num_inference_steps=steps, batch_size=self.batch_size,
+                           guide=guide and Refreshed(guide, 0), **grid))  # fmt: skip
 
 
 def _distance(a: Sequence[Sample], b: Sequence[Sample]) -> float:
