@@ -196,6 +196,7 @@ def test_a_learning_rate_that_diverges_is_not_the_best(
     def diverging(config: DistillConfig) -> None:
         tried.append(config.output)
         if "rate" in config.output and config.learning_rate == max(rates):
+            Path(config.output).mkdir(parents=True)
             raise TrainingError("the loss is nan")
         distill(config)
 
