@@ -22,7 +22,8 @@ from pilotfish.evaluation.speed import measure_cost
 from pilotfish.evaluation.tables import LEGEND, number, percent, retained
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
-from pilotfish.pipelines.sampling import sample
+from pilotfish.pipelines import Refreshed
+from pilotfish.pipelines.sampling import Attachable, sample
 from pilotfish.training.config import DistillConfig
 from pilotfish.training.stages import distill
 
@@ -46,6 +47,8 @@ class DemoConfig:
     max_train_steps: int = 60
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
+    refresh: int | None = None
+    """How many steps of both guides run both passes. Left out: the bundled guide's ratio."""
     rounds: int = 5
     """Rounds of the side-by-side timing."""
     seed: int = 0
@@ -63,13 +66,16 @@ def main(arguments: Sequence[str]) -> None:
     if config.resume is None and training.exists():
         shutil.rmtree(training)
     short, bundled_guide = distill_short(config, training), bundled.load_guide()
+    ratio = bundled_guide.refresh_ratio if config.refresh is None else config.refresh
+    guides = Refreshed(bundled_guide, ratio), Refreshed(short, ratio)
     images = {}
     for name in tqdm(bundled.MODELS, desc="images of each model"):
-        images[name] = draw(bundled.load_model(name), bundled_guide, short, config)
+        images[name] = draw(bundled.load_model(name), guides, config)
     print("timing CFG and the bundled guide")
     cost = measure_cost(
         bundled.load_model("base"), bundled_guide, guidance_scale=config.guidance_scale,
         num_inference_steps=config.num_inference_steps, batch_sizes=(BATCH,), rounds=config.rounds,
+        refresh=ratio,
     )  # fmt: skip
     history = json.loads((training / "history.json").read_text(encoding="utf-8"))
     error = number(history[-1]["guidance_error"])
@@ -113,11 +119,11 @@ def distill_short(config: DemoConfig, folder: Path) -> Guide:
     )  # fmt: skip
 
 
-def draw(pipe: Any, bundled_guide: Guide, short: Guide, config: DemoConfig) -> list[list[str]]:
+def draw(pipe: Any, guides: Sequence[Attachable], config: DemoConfig) -> list[list[str]]:
     """Images of the grid prompts, each of them in every column, as data URIs."""
     prompts, columns = bundled.GRID_PROMPTS, []
     scale = config.guidance_scale
-    for w, guide in ((1.0, None), (scale, None), (scale, bundled_guide), (scale, short)):
+    for w, guide in ((1.0, None), (scale, None), *((scale, guide) for guide in guides)):
         samples = sample(
             pipe, prompts, seeds=range(config.seed, config.seed + len(prompts)), guidance_scale=w,
             num_inference_steps=config.num_inference_steps, guide=guide, batch_size=len(prompts),
