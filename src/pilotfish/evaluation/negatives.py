@@ -33,7 +33,7 @@ from pilotfish.guides import Guide
 from pilotfish.pipelines import Refreshed
 from pilotfish.refresh import RefreshSteps, check_refresh
 
-CONDITIONS = ("conditioned", "ignoring", "null")
+CONDITIONS = ("conditioned", "ignoring", "null", "none", "none_null")
 
 
 def pairs(prompts: Sequence[str]) -> list[str]:
@@ -91,9 +91,11 @@ def evaluate_negatives_of_model(
             guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
         )  # fmt: skip
         cfg, plain_cfg = sampled(negative_prompts=negative), sampled()
+        none = sampled(guidance_scale=1.0)
         told, untold = sampled(guide=method, negative_prompts=negative), sampled(guide=method)
         compared = {
-            "conditioned": (told, cfg), "ignoring": (untold, cfg), "null": (untold, plain_cfg)
+            "conditioned": (told, cfg), "ignoring": (untold, cfg), "null": (untold, plain_cfg),
+            "none": (none, cfg), "none_null": (none, plain_cfg),
         }  # fmt: skip
         for name, (guided, by_cfg) in compared.items():
             both = guided.images, by_cfg.images

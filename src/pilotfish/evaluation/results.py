@@ -237,7 +237,8 @@ class NegativeModel:
         ratio_ignoring: the mean error ``ignoring`` over ``null``.
         latent_mse_ratio: MSE(conditioned, cfg) / MSE(ignoring, cfg) of final latents.
         agreement: with the images of CFG, of ``conditioned`` and of ``ignoring``; ``null``: of
-            guide and CFG both with the null prompt.
+            guide and CFG both with the null prompt. ``none`` and ``none_null``: of images without
+            guidance with those of CFG with the negative and with the null prompt.
     """
 
     null: GuidanceError

@@ -9,7 +9,6 @@ from rich.console import Group
 from rich.table import Table
 
 from pilotfish.evaluation.images import TITLES
-from pilotfish.evaluation.negatives import CONDITIONS
 from pilotfish.evaluation.results import (
     Cost,
     CurveResult,
@@ -210,19 +209,21 @@ def curve_markdown(result: CurveResult, model: str) -> str:
 
 def negatives_table(result: NegativeResult) -> Table:
     """A row for each model: guidance errors, and agreement with CFG of the same negative prompt,
-    of the guide conditioned on it and of the guide that ignores it; last, the agreement where both
-    have the null prompt."""
+    of the guide conditioned on it, of the guide that ignores it and of no guidance; then the
+    agreement with CFG of the null prompt, of the guide with the same and of no guidance."""
     rows = []
     for name, model in result.models.items():
-        both = [model.agreement[condition] for condition in CONDITIONS]
+        told = [model.agreement[kind] for kind in ("conditioned", "ignoring", "none")]
+        null = [model.agreement[kind] for kind in ("null", "none_null")]
         rows.append((
             name,
             number(model.null.mean, 3),
             f"{number(model.conditioned.mean, 3)} ({number(model.ratio)}×)",
             f"{number(model.ignoring.mean, 3)} ({number(model.ratio_ignoring)}×)",
-            " / ".join(number(a.psnr, 1) for a in both),
-            " / ".join(number(a.cosine) for a in both),
+            " / ".join(number(a.psnr, 1) for a in told),
+            " / ".join(number(a.psnr, 1) for a in null),
+            " / ".join(number(a.cosine) for a in told),
         ))  # fmt: skip
     headings = ("model", "error, null prompt", "conditioned", "ignoring",
-                "PSNR conditioned / ignoring / null", "cosine")  # fmt: skip
+                "PSNR conditioned / ignoring / none", "PSNR null / none", "cosine")  # fmt: skip
     return terminal(f"Negative prompts, guide {result.guide.name}", headings, rows)
