@@ -50,8 +50,8 @@ def test_it_learns_resumes_and_leaves_teacher_and_base_as_they_were(
     steps_config: StepsConfig, context: Context, initial: Initial, teacher: Any, tmp_path: Path
 ) -> None:
     config = replace(
-        steps_config, teacher=teacher, max_train_steps=60, validation_steps=20,
-        checkpointing_steps=40,
+        steps_config, teacher=teacher, max_train_steps=40, validation_steps=20,
+        checkpointing_steps=20,
     )  # fmt: skip
     given, guide = context("v_prediction"), initial("v_prediction")
     before = {k: v.clone() for k, v in guide.state_dict().items()}
@@ -63,7 +63,7 @@ def test_it_learns_resumes_and_leaves_teacher_and_base_as_they_were(
     assert hooks_of(given.pipe.unet) == hooks
     assert checksum(given.denoiser) == base
     assert student.times == tuple(given.path.grid(2)[:-1].tolist())
-    path = str(Path(config.output) / "checkpoint-40")
+    path = str(Path(config.output) / "checkpoint-20")
     again = replace(config, output=str(tmp_path / "again"), resume=path)
     assert same(student, train_steps(again, context("v_prediction"), initial("v_prediction")))
 
