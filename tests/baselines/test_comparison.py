@@ -168,23 +168,22 @@ def test_each_method_has_the_best_of_its_learning_rates_and_a_longer_training(
     start: Start, tmp_path: Path
 ) -> None:
     config = replace(
-        CONFIG, methods=("tiny", "dice", "guidance-interval"), learning_rates=(0.01, 1.0, 1e4),
+        CONFIG, methods=("tiny", "guidance-interval"), learning_rates=(0.01, 1.0, 1e4),
         rate_train_steps=3, long_train_steps=6,
     )  # fmt: skip
     found = start(config=config).run()
-    for name in ("tiny", "dice"):
-        folder, errors = tmp_path / "run" / name, {}
-        for factor in config.learning_rates:
-            rate = Guide.registry[name].learning_rate * factor
-            history = json.loads((folder / f"rate-{rate:g}" / "history.json").read_text())
-            errors[rate] = history[-1]["guidance_error"]
-        assert len(set(errors.values())) == 3
-        best = min(errors, key=errors.__getitem__)
-        assert found.methods[name].learning_rate == best
-        for key, steps in (("samples-0", 4), ("long-0", 6)):
-            used = json.loads((folder / key / "config.json").read_text())
-            assert (used["learning_rate"], used["max_train_steps"]) == (best, steps)
-        assert set(found.methods[name].runs) == {"samples-0", "long-0"}
+    tiny, folder, errors = found.methods["tiny"], tmp_path / "run" / "tiny", {}
+    for factor in config.learning_rates:
+        rate = TinyGuide.learning_rate * factor
+        history = json.loads((folder / f"rate-{rate:g}" / "history.json").read_text())
+        errors[rate] = history[-1]["guidance_error"]
+    assert len(set(errors.values())) == 3
+    best = min(errors, key=errors.__getitem__)
+    assert tiny.learning_rate == best
+    assert set(tiny.runs) == {"samples-0", "long-0"}
+    for key, steps in (("samples-0", 4), ("long-0", 6)):
+        used = json.loads((folder / key / "config.json").read_text())
+        assert (used["learning_rate"], used["max_train_steps"]) == (best, steps)
     assert math.isnan(found.methods["guidance-interval"].learning_rate)
     assert found.budgets == ["samples", "long"]
     assert "6 training steps" in str(comparison_table(found, "long").title)

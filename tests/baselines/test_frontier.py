@@ -127,13 +127,15 @@ def figures_of(found: FrontierResult) -> dict[str, Any]:
 
 
 def test_pieces_add_up_to_the_same_frontier(start: Start) -> None:
-    config = replace(CONFIG, methods=("mine", "linear-ag"), refresh=(2, 3))
+    config = replace(CONFIG, methods=("mine", "linear-ag"), refresh=(2, 3), rounds=None)
     whole, base = start("whole", config).measure(), start().models["base"]
     part = start("parts", replace(config, refresh=(2,)), models={"base": base}).measure()
     assert list(part.models) == ["base"]
     part = start("parts", replace(config, methods=("linear-ag",))).measure()
     assert not any(entry.has_cost for entries in part.models.values() for entry in entries)
     assert figures_of(start("parts", config).measure()) == figures_of(whole)
+    timed = start("parts", replace(config, rounds=1)).measure()
+    assert all(entry.has_cost for entry in timed.models["base"])
 
 
 def test_pieces_may_be_measured_at_the_same_time(start: Start) -> None:

@@ -114,8 +114,9 @@ def test_threads_on_one_denoiser_with_and_without_refresh(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [None, [0.9, 0.5]])
-@pytest.mark.parametrize("name", covered("torch.compile"))
+@pytest.mark.parametrize(
+    ("name", "times"), [*((name, None) for name in covered("torch.compile")), ("SD", [0.9, 0.5])]
+)
 @pytest.mark.filterwarnings("ignore:this guide was distilled")
 def test_a_compiled_denoiser(name: str, times: list[float] | None) -> None:
     """Nothing is compiled anew after a first call with steps of either kind. A guide for few steps
