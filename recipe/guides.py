@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pilotfish.guides import Guide
+from pilotfish.guides.average import average_guides
 from pilotfish.training.config import DistillConfig, StepsConfig
 from pilotfish.training.stages import distill, distill_steps
 from recipe.finetunes import DISTANT, TRAIN_FINETUNES, finetune_folder
@@ -27,15 +28,38 @@ TRACKING = ALL | {
     "replay_capacity": 2048, "trajectory_steps_min": 16,
 }  # fmt: skip
 """The student's own trajectories, with refreshes."""
+NEGATIVE = ALL | {
+    "max_train_steps": 2000, "learning_rate": 5e-3, "finetune_prob": 0.5,
+    "negative_prompt_prob": 0.65, "refresh_prob": 0.6, "trajectory_steps_min": 16,
+}  # fmt: skip
+"""Negative prompts are harder than the null prompt: they are trained late, and for longer."""
 TINY = {"guide": {"condition_on_negative": True, "uncond_templates": 16, "rank": 15, "head": 48}}
 """Conditioning on the negative prompt has the parameters of three ranks, the templates those of
 six."""
 
-TRAININGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (FIRST | TINY, TRACKING | TINY),
-    "full": (FIRST | {"guide_type": "full"},),
+
+@dataclass(frozen=True)
+class Training:
+    """One of the trainings of a guide.
+
+    Attributes:
+        settings: of a :class:`DistillConfig`.
+        begins: the numbers of the earlier trainings with the mean of whose guides it begins.
+    """
+
+    settings: dict[str, Any]
+    begins: tuple[int, ...] = ()
+
+
+TRAININGS: dict[str, tuple[Training, ...]] = {
+    "tiny": (
+        Training(FIRST | TINY),
+        Training(TRACKING | TINY, (0,)),
+        Training(NEGATIVE | TINY, (0, 1)),
+    ),
+    "full": (Training(FIRST | {"guide_type": "full"}),),
 }
-"""The trainings of each guide. Each begins with the guide of the one before."""
+"""The trainings of each guide; it is the result of the last."""
 REFRESH_RATIO = {"tiny": 0.12}
 """Of each guide; the least that keeps 95 % of CFG's gain on the fine-tunes."""
 SIZES: dict[str, dict[str, Any]] = {
@@ -60,22 +84,26 @@ class StepGuidesStage:
 def distil(
     settings: dict[str, Any], folder: Path, *, bf16: bool, init_from: Path | None = None
 ) -> Guide:
-    """One training; ``init_from`` is the folder of the one before."""
+    """One training."""
     return distill(
         DistillConfig(
             output=str(folder), checkpointing_steps=100, validation_steps=200, report_to="none",
             resume="latest", mixed_precision="bf16" if bf16 else "no",
-            init_from=str(init_from / "guide") if init_from else None, **settings,
+            init_from=str(init_from) if init_from else None, **settings,
         )
     )  # fmt: skip
 
 
 def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
     """Run all trainings of a guide; save it in half precision."""
-    folder = None
-    for i, settings in enumerate(TRAININGS[name]):
-        last, folder = folder, work / f"guide-{name}-{i}"
-        guide = distil(settings, folder, bf16=bf16, init_from=last)
+    guides: list[Guide] = []
+    for i, training in enumerate(TRAININGS[name]):
+        folder, begin = work / f"guide-{name}-{i}", None
+        if training.begins:
+            begin = folder.with_name(f"{folder.name}-begin")
+            average_guides([guides[j] for j in training.begins]).save_pretrained(begin)
+        guides.append(distil(training.settings, folder, bf16=bf16, init_from=begin))
+    guide = guides[-1]
     if name in REFRESH_RATIO:
         guide.register_to_config(refresh_ratio=REFRESH_RATIO[name])
     guide.half().save_pretrained(target / "guides" / name)

@@ -58,7 +58,9 @@ def test_bundled_finetunes_are_where_the_recipe_saves_them(tmp_path: Path) -> No
 
 
 def test_the_settings_of_every_training_are_valid() -> None:
-    trainings = [part for parts in TRAININGS.values() for part in parts]
+    for parts in TRAININGS.values():
+        assert all(j < i for i, part in enumerate(parts) for j in part.begins)
+    trainings = [part.settings for parts in TRAININGS.values() for part in parts]
     trainings += [FIRST | {"guide": guide} for guide in SIZES.values()]
     for settings in (*trainings, *ABLATIONS.values()):
         DistillConfig(output="unused", **settings)
