@@ -43,7 +43,8 @@ class BenchmarkConfig:
     """Time no guidance, CFG and a guide. They take turns; ratios are medians over the rounds."""
 
     models: tuple[str, ...] = ("base",)
-    """Pipelines: base, fluent, twemoji, emojione, or folders or hub ids."""
+    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline, or folders
+    or hub ids."""
     guide: str = "tiny"
     """A bundled guide, a folder or a hub id."""
     guide_type: tuple[str, ...] = ()
@@ -53,7 +54,8 @@ class BenchmarkConfig:
     num_inference_steps: int = 25
     guidance_scale: float = 4.0
     refresh: int = 0
-    """Steps of the guide that run both passes; without --shape."""
+    """Steps of the guide that run both passes, whatever refresh_ratio the guide has. No effect with
+    --shape and --operators."""
     rounds: int = 15
     shape: tuple[Literal["sd15", "sd21", "sdxl"], ...] = ()
     """Full-size denoisers with random weights, in place of a pipeline: one sampling step."""

@@ -33,7 +33,7 @@ class Recipe:
     """Make the bundled models. ``all`` runs prompts, images, autoencoder, base, finetunes,
     train_finetunes, test_finetunes, scorer, guides, step_guides and cards, in this order. The
     other stages are not part of the models: ablations compares forms of the guide; sizes trains
-    some of other sizes, which pilotfish compare --frontier measures; pages writes
+    guides of other sizes in --work/sizes; pages writes
     results into README and documents; screenshots shows the app in docs/images."""
 
     stage: tyro.conf.Positional[

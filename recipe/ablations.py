@@ -30,7 +30,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "tiny-attention": {"guide": {**NOTHING, "attention": True}},
     "tiny-modulation": {"guide": {**NOTHING, "modulation": True}},
     "tiny-extrapolation": {"guide": {"rank": 0, "head": 0}},
-    "tiny-layers-head": {"guide": {**NOTHING, "rank": 28, "head": 48}},
+    "tiny-layers-head": {"guide": {"text": False, "attention": False, "modulation": False}},
     # by default: new samples at every step, from CFG trajectories, on the base alone
     "tiny-noised": {"training_samples": "noised"},
     "tiny-on-policy": {"training_samples": "on_policy"},

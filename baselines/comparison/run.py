@@ -67,8 +67,9 @@ class ComparisonConfig:
     long_train_steps: int = 0
     """Train each once more, with the first seed, for so many steps; 0: not."""
     learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0)
-    """Factors on the learning rate of each method. That one is taken whose guidance error on the
-    base is least after ``rate_train_steps``; a single one is taken as it is."""
+    """Factors on each method's own learning rate. Each is trained for ``rate_train_steps``; the
+    one with the least guidance error on the base is used for all trainings of the method. A rate
+    at which training diverges is left out. A single factor is used as it is."""
     rate_train_steps: int = 60
     """Training steps with each learning rate."""
     equal_seconds: bool = True

@@ -45,9 +45,9 @@ class FrontierConfig:
     refresh: tuple[int, ...] = ()
     """Measure these numbers of second passes alone. Default: all."""
     samples: int = 1000
-    """Images for each point of the guides, in even steps, and of delta reuse."""
+    """Images for each point of the guides with evenly spaced refreshes, and of delta reuse."""
     baseline_samples: int = 250
-    """Images for each point of the other methods: every so many-th of the same images."""
+    """Images for each point of the other methods, evenly spaced among the same images."""
     guidance_scale: float = 4.0
     """w of the images."""
     num_inference_steps: int = 25
@@ -60,8 +60,8 @@ class FrontierConfig:
     trajectories: int = 64
     """CFG trajectories of the base, on which LinearAG is fitted."""
     rounds: int | None = None
-    """Rounds of the side-by-side timing on the base, at the end; 0: no timing. Default: 3, and with
-    --methods or --refresh 0."""
+    """Rounds of the timing on the base, at the end; 0 for none. Default: 3; with --methods or
+    --refresh 0."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.baseline_samples <= self.samples:

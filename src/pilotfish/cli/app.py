@@ -17,7 +17,8 @@ class AppConfig:
     this machine and calls nothing outside it."""
 
     models: tuple[str, ...] = tuple(bundled.MODELS)
-    """Pipelines to choose from: base, fluent, twemoji, emojione, or folders or hub ids."""
+    """Pipelines to choose from: base, fluent, twemoji, emojione, high-contrast, monotone,
+    streamline, or folders or hub ids."""
     guide: tuple[str, ...] = ("tiny", "tiny-16", "tiny-8", "tiny-4")
     """Guides to choose from: bundled ones, or folders or hub ids."""
     variant: str | None = None

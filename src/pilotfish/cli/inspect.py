@@ -28,8 +28,8 @@ class InspectConfig:
     guide: str = "tiny"
     """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
     models: tuple[str, ...] = ("base",)
-    """Pipelines: base, fluent, twemoji, emojione, or folders or hub ids. Several with --scales,
-    side by side."""
+    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline, or folders
+    or hub ids. Several with --scales, side by side."""
     site: str | None = None
     """Site of the maps: the name of a module. Left out: the last site before the prediction
     that has a map."""

@@ -31,8 +31,8 @@ class SampleConfig:
     prompts: str | None = None
     """Text file, one prompt a line."""
     models: tuple[str, ...] = ("base",)
-    """Pipelines: base, fluent, twemoji, emojione, or folders or hub ids. With more than one, each
-    has a folder of its own in --output."""
+    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline, or folders
+    or hub ids. With more than one, each has a folder of its own in --output."""
     guide: str = "tiny"
     """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
     mode: Literal["none", "cfg", "guided"] = "guided"

@@ -156,8 +156,9 @@ class TrainingConfig:
     """Probability that a sample has another prompt as negative prompt, in place of the null
     prompt."""
     refresh_prob: Probability = 0.85
-    """Probability that a trajectory has refreshes (steps with both passes, after which the guide
-    knows the last difference between them and its age)."""
+    """Probability that a trajectory has refreshes: steps with both passes, whose difference the
+    tiny guide is given in the steps after them. Samples after a refresh are weighted. Set 0 for a
+    guide that does not use refreshes. No effect with --training_samples noised."""
     on_policy_ratio: Probability = 0.5
     """Ratio of the trajectories that the student samples itself, where training is on-policy."""
     streams: PositiveInt | None = None
@@ -224,10 +225,11 @@ class DistillConfig(TrainingConfig):
     """Settings of stage 1."""
 
     guide_type: Text = "tiny"
-    """tiny: extrapolates text and attention and adds low-rank layers; 1 % of the denoiser at
-    most. external: the paper's small side network. full: a copy of the encoder.
-    With the package ``baselines`` also agd, agd-attention, dice, cfg-lora and guided-distillation;
-    dice and cfg-lora learn one scale, ``--trained_scale``."""
+    """tiny: extrapolates text, attention and modulation and adds low-rank layers and a head; by
+    default at most 1 % of the denoiser, where rank 1 allows it. external: the paper's small side
+    network. full: a copy of the encoder. With the package ``baselines`` also agd, agd-attention,
+    dice, cfg-lora and guided-distillation; dice and cfg-lora learn one scale,
+    ``--trained_scale``."""
     guide: Any = None
     """Settings of the guide, of its type's settings class. Default: that class's defaults."""
     init_from: Text | None = None
