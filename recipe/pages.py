@@ -70,7 +70,7 @@ def readme_text(found: FrontierResult) -> str:
     return (
         f"{summary_markdown(found, columns, models, best).rstrip()}\n\n"
         "*Top-1*: the share of images whose prompt a small CLIP ranks first among all names; it "
-        "takes no part in training. Beside it the share of CFG's gain over no guidance that is "
+        "takes no part in training. After it the share of CFG's gain over no guidance that is "
         "kept, with its 95 % interval. *w*: the guidance scale. *Speed*: relative to CFG.\n\n"
         f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, {run.samples:,} images "
         f"for each model and column, {run.dtype}; the whole result is in "

@@ -259,17 +259,18 @@ class Comparison:
     def _train(self, name: str, key: str) -> None:
         """Train unless it is done, and add the run to the result."""
         folder, training = self.folder / name / key, Training()
+        if name not in self.found.methods:
+            rate = math.nan if name in RULES else self._rate(name)
+            self.found.methods[name] = MethodResult(titles()[name], 0, 0.0, MethodCost(), {}, rate)
         if (same := self._same_run(name, key)) is not None:
             training = self.found.methods[name].runs[same].training
         elif name not in RULES:
             if not on_main((folder / "guide").is_dir):
-                rate, steps = self._rate(name), on_main(partial(self._steps, name, key))
+                rate = self.found.methods[name].learning_rate
+                steps = on_main(partial(self._steps, name, key))
                 self.log(f"training {name}, {key}")
                 distill(self._training_config(name, key, steps, int(key.split("-")[1]), rate))
             training = Training(**json.loads(on_main((folder / "training.json").read_text)))
-        if name not in self.found.methods:
-            rate = math.nan if name in RULES else self._rate(name)
-            self.found.methods[name] = MethodResult(titles()[name], 0, 0.0, MethodCost(), {}, rate)
         self.found.methods[name].runs.setdefault(key, MethodRun(training, {}))
         self._save()
 

@@ -92,15 +92,16 @@ def evaluate_negatives_of_model(
         )  # fmt: skip
         cfg, plain_cfg = sampled(negative_prompts=negative), sampled()
         none = sampled(guidance_scale=1.0)
-        told, untold = sampled(guide=method, negative_prompts=negative), sampled(guide=method)
+        with_negative = sampled(guide=method, negative_prompts=negative)
+        with_null = sampled(guide=method)
         compared = {
-            "conditioned": (told, cfg), "ignoring": (untold, cfg), "null": (untold, plain_cfg),
-            "none": (none, cfg), "none_null": (none, plain_cfg),
+            "conditioned": (with_negative, cfg), "ignoring": (with_null, cfg),
+            "null": (with_null, plain_cfg), "none": (none, cfg), "none_null": (none, plain_cfg),
         }  # fmt: skip
         for name, (guided, by_cfg) in compared.items():
             both = guided.images, by_cfg.images
             agreement[name].update(*both, *map(scorer.images, both))
-        latents.update(told.latents, untold.latents, cfg.latents)
+        latents.update(with_negative.latents, with_null.latents, cfg.latents)
         report("images", i + len(texts), len(prompts))
     own = null.mean or math.nan
     return NegativeModel(
@@ -113,8 +114,7 @@ def evaluate_negatives(
     models: Mapping[str, ModelSource], guide: Guide, prompts: Sequence[str], *, guide_name: str,
     command: str, scorer: Scorer | None = None, seed: int = 0, guidance_scale: float = 4.0,
     num_inference_steps: int = 25, refresh: RefreshSteps = 0, batch_size: int = 32,
-    unfinished: str | Path | None = None,
-    progress: Progress | None = None,
+    unfinished: str | Path | None = None, progress: Progress | None = None,
 ) -> NegativeResult:  # fmt: skip
     """Measure a guide on every model, each prompt with the negative prompt of :func:`pairs`.
 

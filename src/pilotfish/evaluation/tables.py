@@ -213,16 +213,16 @@ def negatives_table(result: NegativeResult) -> Table:
     agreement with CFG of the null prompt, of the guide with the same and of no guidance."""
     rows = []
     for name, model in result.models.items():
-        told = [model.agreement[kind] for kind in ("conditioned", "ignoring", "none")]
+        negative = [model.agreement[kind] for kind in ("conditioned", "ignoring", "none")]
         null = [model.agreement[kind] for kind in ("null", "none_null")]
         rows.append((
             name,
             number(model.null.mean, 3),
             f"{number(model.conditioned.mean, 3)} ({number(model.ratio)}×)",
             f"{number(model.ignoring.mean, 3)} ({number(model.ratio_ignoring)}×)",
-            " / ".join(number(a.psnr, 1) for a in told),
+            " / ".join(number(a.psnr, 1) for a in negative),
             " / ".join(number(a.psnr, 1) for a in null),
-            " / ".join(number(a.cosine) for a in told),
+            " / ".join(number(a.cosine) for a in negative),
         ))  # fmt: skip
     headings = ("model", "error, null prompt", "conditioned", "ignoring",
                 "PSNR conditioned / ignoring / none", "PSNR null / none", "cosine")  # fmt: skip

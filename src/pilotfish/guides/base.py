@@ -45,7 +45,7 @@ class Guide(ModelMixin, ConfigMixin):
     - ``guidance_scale_range``: the (low, high) of w in training;
     - ``times``: of a guide distilled to few steps, the normalised times that it was trained at;
     - ``trained_on``: name and revision of the base, where they are known;
-    - ``refresh_ratio``: what ratio of a call's steps run both passes where attaching is not told;
+    - ``refresh_ratio``: the ratio of a call's steps that run both passes by default;
     - ``pilotfish_version``.
     """
 
@@ -125,8 +125,8 @@ class Guide(ModelMixin, ConfigMixin):
 
     @property
     def refresh_ratio(self) -> float:
-        """What ratio of a call's steps run both passes where attaching is not told: what its
-        maker found best (``refresh_ratio`` of the configuration), 0 for a new guide."""
+        """The ratio of a call's steps that run both passes where ``refresh`` is left out: that of
+        the configuration, 0 for a new guide."""
         return float(self.config.get("refresh_ratio", 0.0))
 
     @property
