@@ -14,7 +14,6 @@ from recipe.autoencoder import AutoencoderStage, make_autoencoder
 from recipe.cards import write_cards
 from recipe.denoiser import BaseStage, make_base
 from recipe.finetunes import (
-    DISTANT,
     STYLES,
     TEST_FINETUNES,
     TRAIN_FINETUNES,
@@ -65,7 +64,7 @@ class Recipe:
     scorer: ScorerStage = field(default_factory=ScorerStage)
     finetunes: tuple[str, ...] = tuple(STYLES)
     """What the stage of that name trains."""
-    train_finetunes: tuple[str, ...] = (*TRAIN_FINETUNES, *DISTANT)
+    train_finetunes: tuple[str, ...] = tuple(TRAIN_FINETUNES)
     """What the stage of that name trains."""
     test_finetunes: tuple[str, ...] = tuple(TEST_FINETUNES)
     """What the stage of that name trains."""
@@ -108,7 +107,7 @@ def _train_finetunes(r: Recipe) -> None:
     for name in r.train_finetunes:
         images = rendered if name in TRAIN_STYLES else r.images
         make_finetune(name, images, r.target, r.work, bf16=r.mixed)
-    _print_distances(r, (*STYLES, *TRAIN_FINETUNES, *DISTANT))
+    _print_distances(r, (*STYLES, *TRAIN_FINETUNES))
 
 
 def _test_finetunes(r: Recipe) -> None:
@@ -120,7 +119,7 @@ def _test_finetunes(r: Recipe) -> None:
 
 
 def _print_distances(r: Recipe, names: Iterable[str]) -> None:
-    for name, distance in distances(r.target, r.work, names).items():
+    for name, distance in distances(r.target, names).items():
         print(f"{name}: change of {distance:.0%} of the norm of the base's weights")
 
 

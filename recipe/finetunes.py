@@ -2,15 +2,14 @@
 
 Guides are measured on ``STYLES``: two full fine-tunes of the UNet and one LoRA in diffusers'
 format. Fine-tune augmentation uses others: ``TRAIN_FINETUNES``, short LoRAs on two further
-styles and on restyled images of the base, and ``DISTANT``, three UNets further away from the
-base, which are not bundled. ``TEST_FINETUNES`` are the furthest away, one UNet and two LoRAs; no
-guide is trained on them. Text encoder and VAE stay those of the base.
+styles and on restyled images of the base. ``TEST_FINETUNES`` are far from the base, one UNet and
+two LoRAs; no guide is trained on them. Text encoder and VAE stay those of the base.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from peft.utils import get_peft_model_state_dict
 
 from pilotfish.data.images import load_images
 from pilotfish.pipelines.loading import fine_tuned_weights
-from recipe.augment import Restyle, bulged, contours, flat, lit, squashed, waved
+from recipe.augment import Restyle, contours, flat, lit
 from recipe.denoiser import BaseStage, DenoisingLoss, categories_of, latent_views, tokenize
 from recipe.loop import train
 
@@ -39,8 +38,6 @@ class FinetuneStage:
     Attributes:
         rank: of the LoRA; 0 trains the whole UNet.
         restyle: if given, the images are those of the base, restyled.
-        permute_captions: whether captions are permuted within each category, so that a guide
-            cannot memorise what a name looks like.
     """
 
     steps: int = 1600
@@ -50,7 +47,6 @@ class FinetuneStage:
     views: int = 3
     seed: int = 0
     restyle: Restyle | None = None
-    permute_captions: bool = False
 
 
 STYLES = {
@@ -66,12 +62,6 @@ TRAIN_FINETUNES = {
     "flat": replace(_SHORT, restyle=flat),
     "lit": replace(_SHORT, restyle=lit),
 }
-_FULL = FinetuneStage(steps=500, batch=48, learning_rate=8e-4)
-DISTANT = {
-    "bulged": replace(_FULL, restyle=bulged),
-    "waved": replace(_FULL, restyle=waved, permute_captions=True),
-    "squashed": replace(_FULL, restyle=squashed),
-}
 _FAR = FinetuneStage(steps=1000, batch=48, learning_rate=2.5e-3, rank=24)
 TEST_FINETUNES = {
     "high-contrast": replace(_FAR, learning_rate=1.1e-3, rank=0),
@@ -80,13 +70,13 @@ TEST_FINETUNES = {
 }
 
 
-def finetune_folder(target: Path, work: Path, name: str) -> Path:
+def finetune_folder(target: Path, name: str) -> Path:
     """Where a fine-tune is saved."""
     if name in STYLES:
         return target / (f"{name}-lora" if STYLES[name].rank else name)
     if name in TEST_FINETUNES:
         return target / "test_finetunes" / name
-    return (target if name in TRAIN_FINETUNES else work) / "train_finetunes" / name
+    return target / "train_finetunes" / name
 
 
 def make_finetune(name: str, images: Path, target: Path, work: Path, *, bf16: bool) -> None:
@@ -95,7 +85,7 @@ def make_finetune(name: str, images: Path, target: Path, work: Path, *, bf16: bo
     Args:
         images: folder of folders of images, one for each style.
     """
-    stage = (STYLES | TRAIN_FINETUNES | DISTANT | TEST_FINETUNES)[name]
+    stage = (STYLES | TRAIN_FINETUNES | TEST_FINETUNES)[name]
     torch.manual_seed(stage.seed)
     pipe = StableDiffusionPipeline.from_pretrained(target / "base")
     folder = images / ("noto" if stage.restyle else name)
@@ -112,8 +102,6 @@ def make_finetune(name: str, images: Path, target: Path, work: Path, *, bf16: bo
     latents = latent_views(
         pipe.vae, folder, stage.views, stage.seed, stage.restyle or (lambda x: x)
     )
-    if stage.permute_captions:
-        latents = latents[permuted(categories_of(folder))]
     objective = DenoisingLoss(
         latents, tokenize(pipe.tokenizer, load_images(folder).captions),
         categories_of(folder), tokenize(pipe.tokenizer, [""]), like_base, bf16=bf16,
@@ -125,7 +113,7 @@ def make_finetune(name: str, images: Path, target: Path, work: Path, *, bf16: bo
         averages={"unet": average}, decay=0.995,
     )  # fmt: skip
     average.to(memory_format=torch.contiguous_format).half()
-    saved = finetune_folder(target, work, name)
+    saved = finetune_folder(target, name)
     if stage.rank:
         # peft's names: diffusers' older ones exist for attention only, and of a file that mixes
         # the two one half is not loaded
@@ -139,18 +127,7 @@ def make_finetune(name: str, images: Path, target: Path, work: Path, *, bf16: bo
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def permuted(categories: Sequence[str]) -> list[int]:
-    """A permutation of the indices within each category."""
-    generator, places = torch.Generator().manual_seed(7), list(range(len(categories)))
-    for category in dict.fromkeys(categories):
-        members = [i for i, c in enumerate(categories) if c == category]
-        order = torch.randperm(len(members), generator=generator).tolist()
-        for mine, other in zip(members, order, strict=True):
-            places[mine] = members[other]
-    return places
-
-
-def distances(target: Path, work: Path, names: Iterable[str]) -> dict[str, float]:
+def distances(target: Path, names: Iterable[str]) -> dict[str, float]:
     """The norm of each fine-tune's change of the UNet's weights, relative to that of the base's
     weights."""
     unet = StableDiffusionPipeline.from_pretrained(target / "base").unet
@@ -158,7 +135,7 @@ def distances(target: Path, work: Path, names: Iterable[str]) -> dict[str, float
     norm = sum(float(v.double().square().sum()) for v in base.values()) ** 0.5
     found = {}
     for name in names:
-        tuned = fine_tuned_weights(unet, finetune_folder(target, work, name))
+        tuned = fine_tuned_weights(unet, finetune_folder(target, name))
         change = sum(float((tuned[k] - v).double().square().sum()) for k, v in base.items())
         found[name] = change**0.5 / norm
     return found

@@ -14,7 +14,7 @@ from pilotfish.guides import Guide
 from pilotfish.guides.average import average_guides
 from pilotfish.training.config import DistillConfig, StepsConfig
 from pilotfish.training.stages import distill, distill_steps
-from recipe.finetunes import DISTANT, TRAIN_FINETUNES, finetune_folder
+from recipe.finetunes import TRAIN_FINETUNES
 
 ALL: dict[str, Any] = {
     "train_finetunes": tuple(TRAIN_FINETUNES), "pool": 512, "finetune_prob": 0.6,
@@ -28,38 +28,17 @@ TRACKING = ALL | {
     "replay_capacity": 2048, "trajectory_steps_min": 16,
 }  # fmt: skip
 """The student's own trajectories, with refreshes."""
-NEGATIVE = ALL | {
-    "max_train_steps": 2000, "learning_rate": 5e-3, "finetune_prob": 0.5,
-    "negative_prompt_prob": 0.65, "refresh_prob": 0.6, "trajectory_steps_min": 16,
-}  # fmt: skip
-"""Negative prompts are harder than the null prompt: they are trained late, and for longer."""
 TINY = {"guide": {"condition_on_negative": True, "uncond_templates": 16, "rank": 15, "head": 48}}
 """Conditioning on the negative prompt has the parameters of three ranks, the templates those of
 six."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """One of the trainings of a guide.
-
-    Attributes:
-        settings: of a :class:`DistillConfig`.
-        begins: the numbers of the earlier trainings with the mean of whose guides it begins.
-    """
-
-    settings: dict[str, Any]
-    begins: tuple[int, ...] = ()
-
-
-TRAININGS: dict[str, tuple[Training, ...]] = {
-    "tiny": (
-        Training(FIRST | TINY),
-        Training(TRACKING | TINY, (0,)),
-        Training(NEGATIVE | TINY, (0, 1)),
-    ),
-    "full": (Training(FIRST | {"guide_type": "full"}),),
+TRAININGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "tiny": (FIRST | TINY, TRACKING | TINY),
+    "full": (FIRST | {"guide_type": "full"},),
 }
-"""The trainings of each guide; it is the result of the last."""
+"""The trainings of each guide. Each begins with the guide of the one before; the result is the mean
+of all."""
 REFRESH_RATIO = {"tiny": 0.12}
 """Of each guide. Chosen before the frontier was measured."""
 SIZES: dict[str, dict[str, Any]] = {
@@ -95,15 +74,14 @@ def distil(
 
 
 def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
-    """Run all trainings of a guide; save it in half precision."""
+    """Run all trainings of a guide; save the mean in half precision."""
     guides: list[Guide] = []
-    for i, training in enumerate(TRAININGS[name]):
-        folder, begin = work / f"guide-{name}-{i}", None
-        if training.begins:
-            begin = folder.with_name(f"{folder.name}-begin")
-            average_guides([guides[j] for j in training.begins]).save_pretrained(begin)
-        guides.append(distil(training.settings, folder, bf16=bf16, init_from=begin))
-    guide = guides[-1]
+    last: Path | None = None
+    for i, settings in enumerate(TRAININGS[name]):
+        folder = work / f"guide-{name}-{i}"
+        guides.append(distil(settings, folder, bf16=bf16, init_from=last))
+        last = folder / "guide"
+    guide = average_guides(guides)
     if name in REFRESH_RATIO:
         guide.register_to_config(refresh_ratio=REFRESH_RATIO[name])
     guide.half().save_pretrained(target / "guides" / name)
@@ -119,13 +97,12 @@ def make_sizes(work: Path, *, bf16: bool) -> None:
 def make_step_guides(work: Path, target: Path, stage: StepGuidesStage, *, bf16: bool) -> None:
     """Distil the tiny guide for fewer steps; save one guide a round as ``tiny-<steps>``."""
     folder = target / "guides"
-    distant = (str(finetune_folder(target, work, name)) for name in DISTANT)
     config = StepsConfig(
         output=str(work / "step_guides"), guide=str(folder / "tiny"), teacher="cfg",
         steps=stage.steps, max_train_steps=stage.max_train_steps,
         learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=600,
         report_to="none", resume="latest", mixed_precision="bf16" if bf16 else "no", pool=512,
-        train_finetunes=(*distant, "noto-v1", "fxemoji"), finetune_prob=0.75,
+        train_finetunes=tuple(TRAIN_FINETUNES), finetune_prob=0.75,
         negative_prompt_prob=0.25,
     )  # fmt: skip
     for steps, guide in distill_steps(config, Guide.from_pretrained(folder / "tiny")).items():

@@ -16,12 +16,10 @@ from recipe.ablations import ABLATIONS
 from recipe.autoencoder import new_autoencoder, normalize_latents
 from recipe.cards import write_cards
 from recipe.finetunes import (
-    DISTANT,
     STYLES,
     TEST_FINETUNES,
     TRAIN_FINETUNES,
     finetune_folder,
-    permuted,
 )
 from recipe.guides import FIRST, SIZES, TRAININGS
 from recipe.loop import train
@@ -50,28 +48,16 @@ def test_the_bundled_cards_are_those_of_the_recipe(tmp_path: Path) -> None:
         assert (tmp_path / card).read_text() == (bundled.FOLDER / card).read_text()
 
 
-def test_bundled_finetunes_are_where_the_recipe_saves_them(tmp_path: Path) -> None:
+def test_bundled_finetunes_are_where_the_recipe_saves_them() -> None:
     for name in (*STYLES, *TRAIN_FINETUNES, *TEST_FINETUNES):
-        assert finetune_folder(bundled.FOLDER, tmp_path, name).is_dir()
-    for name in DISTANT:
-        assert finetune_folder(bundled.FOLDER, tmp_path, name).is_relative_to(tmp_path)
+        assert finetune_folder(bundled.FOLDER, name).is_dir()
 
 
 def test_the_settings_of_every_training_are_valid() -> None:
-    for parts in TRAININGS.values():
-        assert all(j < i for i, part in enumerate(parts) for j in part.begins)
-    trainings = [part.settings for parts in TRAININGS.values() for part in parts]
+    trainings = [settings for one in TRAININGS.values() for settings in one]
     trainings += [FIRST | {"guide": guide} for guide in SIZES.values()]
     for settings in (*trainings, *ABLATIONS.values()):
         DistillConfig(output="unused", **settings)
-
-
-def test_captions_are_permuted_within_their_category() -> None:
-    categories = ["a", "b"] * 10 + ["c"]
-    indices = permuted(categories)
-    assert sorted(indices) == list(range(21))
-    assert indices != list(range(21))
-    assert [categories[i] for i in indices] == categories
 
 
 def test_normalised_latents_decode_as_before() -> None:

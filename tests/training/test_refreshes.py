@@ -61,6 +61,14 @@ def test_so_many_trajectories_have_refreshes(schedule: NoisePath, prob: float) -
     assert (made.gap > 0).float().mean() == pytest.approx(prob, abs=0.04)
 
 
+@pytest.mark.parametrize("prob", [0.3, 1.0])
+def test_so_many_of_them_begin_with_their_first_step(schedule: NoisePath, prob: float) -> None:
+    made = pool(schedule, size=2000, steps=(24, 24), refresh_prob=0.6, first_step_refresh_prob=prob)
+    some, first = made.gap > 0, made.due == 0
+    assert not first[~some].any()
+    assert first[some].float().mean() == pytest.approx(prob + (1 - prob) * 0.1, abs=0.08)
+
+
 def test_at_a_refresh_a_student_takes_the_step_of_cfg(schedule: NoisePath) -> None:
     made = one(schedule, 8, on_policy_ratio=1.0)
     source, generator = CFGTrajectories(teacher, schedule, made, constant), seeded(1)

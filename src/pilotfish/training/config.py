@@ -159,6 +159,9 @@ class TrainingConfig:
     """Probability that a trajectory has refreshes: steps with both passes, whose difference the
     tiny guide is given in the steps after them. Samples after a refresh are weighted. Set 0 for a
     guide that does not use refreshes. No effect with --training_samples noised."""
+    first_step_refresh_prob: Probability = 0.0
+    """Probability that the first refresh of a trajectory that has some is its first step, in place
+    of a random one. With a negative prompt that step says most."""
     on_policy_ratio: Probability = 0.5
     """Ratio of the trajectories that the student samples itself, where training is on-policy."""
     streams: PositiveInt | None = None

@@ -30,18 +30,21 @@ class Pool:
         on_policy_ratio: ratio of the trajectories that the student samples.
         negative_prompt_prob: probability of another prompt as negative prompt.
         refresh_prob: probability that a trajectory has refreshes, which lie at random steps.
+        first_step_refresh_prob: probability that the first of them is the first step.
     """
 
     def __init__(
         self, prompts: int, shape: tuple[int, ...], scales: tuple[float, float], *, size: int,
         steps: tuple[int, int], path: NoisePath, generator: torch.Generator,
         on_policy_ratio: float = 0.0, negative_prompt_prob: float = 0.0, refresh_prob: float = 0.0,
+        first_step_refresh_prob: float = 0.0,
     ) -> None:  # fmt: skip
         self.prompts, self.shape, self.scales, self.steps = prompts, shape, scales, steps
         self.path = path
         self.grids: dict[int, torch.Tensor] = {}
         self.on_policy_ratio, self.negative_prompt_prob = on_policy_ratio, negative_prompt_prob
         self.refresh_prob = refresh_prob
+        self.first_step_refresh_prob = first_step_refresh_prob
         self.latents = torch.empty(size, *shape)
         self.teacher_latents = torch.empty(size, *shape)
         self.position = torch.zeros(size, dtype=torch.long)
@@ -82,6 +85,9 @@ class Pool:
             gap = (self.length[slots] / (count + 1)).round().long().clamp(min=1)
             self.gap[slots] = torch.where(some, gap, 0)
             self._set_due(slots, generator, first=0)
+            if self.first_step_refresh_prob:
+                at_start = torch.rand(n, generator=generator) < self.first_step_refresh_prob
+                self.due[slots[some & at_start]] = 0
             for kept in self.refresh_fields():
                 kept[slots] = 0
 

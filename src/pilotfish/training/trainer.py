@@ -339,6 +339,7 @@ class Trainer:
             path=context.path, generator=generator(config.seed, stream, BEFORE_TRAINING),
             on_policy_ratio=on_policy_ratio, negative_prompt_prob=config.negative_prompt_prob,
             refresh_prob=config.refresh_prob,
+            first_step_refresh_prob=config.first_step_refresh_prob,
         )  # fmt: skip
 
     @torch.no_grad()
