@@ -28,17 +28,22 @@ TRACKING = ALL | {
     "replay_capacity": 2048, "trajectory_steps_min": 16,
 }  # fmt: skip
 """The student's own trajectories, with refreshes."""
+NEGATIVE = TRACKING | {
+    "max_train_steps": 1500, "negative_prompt_prob": 0.5, "refresh_prob": 0.9,
+    "first_step_refresh_prob": 0.5,
+}  # fmt: skip
+"""With a negative prompt the first steps are the hardest: more of both."""
 TINY = {"guide": {"condition_on_negative": True, "uncond_templates": 16, "rank": 15, "head": 48}}
 """Conditioning on the negative prompt has the parameters of three ranks, the templates those of
 six."""
 
 
 TRAININGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (FIRST | TINY, TRACKING | TINY),
+    "tiny": (FIRST | TINY, TRACKING | TINY, NEGATIVE | TINY),
     "full": (FIRST | {"guide_type": "full"},),
 }
-"""The trainings of each guide. Each begins with the guide of the one before; the result is the mean
-of all."""
+"""The trainings of each guide. Each begins with the mean of those before; the result is the mean of
+all."""
 REFRESH_RATIO = {"tiny": 0.12}
 """Of each guide. Chosen before the frontier was measured."""
 SIZES: dict[str, dict[str, Any]] = {
@@ -76,11 +81,12 @@ def distil(
 def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
     """Run all trainings of a guide; save the mean in half precision."""
     guides: list[Guide] = []
-    last: Path | None = None
     for i, settings in enumerate(TRAININGS[name]):
-        folder = work / f"guide-{name}-{i}"
-        guides.append(distil(settings, folder, bf16=bf16, init_from=last))
-        last = folder / "guide"
+        folder, begin = work / f"guide-{name}-{i}", None
+        if guides:
+            begin = folder.with_name(f"{folder.name}-begin")
+            average_guides(guides).save_pretrained(begin)
+        guides.append(distil(settings, folder, bf16=bf16, init_from=begin))
     guide = average_guides(guides)
     if name in REFRESH_RATIO:
         guide.register_to_config(refresh_ratio=REFRESH_RATIO[name])
@@ -103,7 +109,7 @@ def make_step_guides(work: Path, target: Path, stage: StepGuidesStage, *, bf16: 
         learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=600,
         report_to="none", resume="latest", mixed_precision="bf16" if bf16 else "no", pool=512,
         train_finetunes=tuple(TRAIN_FINETUNES), finetune_prob=0.75,
-        negative_prompt_prob=0.25,
+        negative_prompt_prob=0.25, first_step_refresh_prob=0.5,
     )  # fmt: skip
     for steps, guide in distill_steps(config, Guide.from_pretrained(folder / "tiny")).items():
         guide.half().save_pretrained(folder / f"tiny-{steps}")
