@@ -108,7 +108,7 @@ def make_step_guides(work: Path, target: Path, stage: StepGuidesStage, *, bf16: 
         steps=stage.steps, max_train_steps=stage.max_train_steps,
         learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=600,
         report_to="none", resume="latest", mixed_precision="bf16" if bf16 else "no", pool=512,
-        train_finetunes=tuple(TRAIN_FINETUNES), finetune_prob=0.75,
+        train_finetunes=tuple(TRAIN_FINETUNES), finetune_prob=0.75, replay_reuse=2,
         negative_prompt_prob=0.25, first_step_refresh_prob=0.5,
     )  # fmt: skip
     for steps, guide in distill_steps(config, Guide.from_pretrained(folder / "tiny")).items():
