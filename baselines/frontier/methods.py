@@ -11,13 +11,13 @@ import torch
 
 from baselines.comparison.run import titles
 from baselines.linear_ag import LinearAG, alternating, fit
-from baselines.reuse import CompressGuidance, DeltaReuse, denser_early, every_nth
+from baselines.reuse import CompressGuidance, DeltaReuse, denser_early, inside
 from baselines.training_free import AdaptiveGuidance, GuidanceInterval
 from pilotfish.evaluation.images import TITLES
 from pilotfish.guides import Guide
 from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import Attachable
-from pilotfish.refresh import refresh_steps
+from pilotfish.refresh import every_nth
 
 COUNTS = (0, 1, 2, 3, 4, 5, 8)
 """Second passes of our guides and, but for 0, of delta reuse."""
@@ -28,7 +28,7 @@ TRAINED_COUNTS = (0, 3, 5)
 RULE_COUNTS = (2, 3, 5, 8)
 """Those of the rules that use earlier predictions again."""
 PLACED_COUNTS = (2, 3, 5)
-"""Second passes of our guides in other places than even ones."""
+"""Second passes of our guides in other places."""
 INTERVALS = (3, 5, 8, 12, 15)
 """Steps of the guidance interval."""
 INTERVAL_END = 1000
@@ -40,7 +40,6 @@ FEW_STEPS = 8
 """Steps at which delta reuse is measured beside a few-step guide."""
 
 _TITLES = TITLES | {
-    "delta-reuse-inside": "delta reuse, the guide's steps",
     "compress-guidance-reuse": "Compress Guidance, reused",
     "linear-ag": LinearAG.title,
     "linear-ag-even": "LinearAG, every n-th step",
@@ -126,7 +125,7 @@ def candidates(
 def _elsewhere(steps: int) -> dict[str, Callable[[int], tuple[int, ...]]]:
     """Other places for the steps of our guides that run both passes."""
     return {
-        "from the first step": lambda k: every_nth(k, steps),
+        "inside the call": lambda k: inside(k, steps),
         "denser early": lambda k: denser_early(k + 1, steps)[1:],
     }
 
@@ -142,7 +141,6 @@ def _guided(
 def _rules(gram: Callable[[], torch.Tensor], steps: int) -> list[Candidate]:
     """The rules without training, on a part of the images."""
     kinds: dict[str, Callable[[int], Attachable]] = {
-        "delta-reuse-inside": lambda k: DeltaReuse(k, places=refresh_steps),
         "compress-guidance": CompressGuidance,
         "compress-guidance-reuse": lambda k: DeltaReuse(k, places=denser_early),
         "linear-ag": lambda k: fit(gram(), alternating(k, steps)),

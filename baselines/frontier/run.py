@@ -45,7 +45,7 @@ class FrontierConfig:
     refresh: tuple[int, ...] = ()
     """Measure these numbers of second passes alone. Default: all."""
     samples: int = 1000
-    """Images for each point of the guides with evenly spaced refreshes, and of delta reuse."""
+    """Images for each point of the guides in their default places, and of delta reuse."""
     baseline_samples: int = 250
     """Images for each point of the other methods, evenly spaced among the same images."""
     guidance_scale: float = 4.0

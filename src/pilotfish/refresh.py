@@ -16,17 +16,22 @@ RefreshSteps = int | float | Sequence[int]
 which, counted from 0."""
 
 
+def every_nth(count: int, steps: int) -> tuple[int, ...]:
+    """Evenly spaced from step 0; all steps where there are fewer."""
+    count = min(count, steps)
+    return tuple(i * steps // count for i in range(count))
+
+
 def refresh_steps(count: int, steps: int) -> tuple[int, ...]:
-    """The steps that run both passes: evenly spaced inside a call, so that the guide alone is used
-    before the first and the last difference never grows old.
+    """The steps that run both passes: several are evenly spaced from the first step on, where a
+    guide alone is furthest from CFG on a fine-tune unlike those of its training and with a negative
+    prompt; a single one is in the middle, because what the first step finds says little later.
 
     Args:
         count: how many, at least 0; all where there are fewer steps.
         steps: denoiser calls of the pipeline's call, at least 1.
     """
-    if count >= steps:
-        return tuple(range(steps))
-    return tuple((i + 1) * steps // (count + 1) for i in range(count))
+    return (steps // 2,) if count == 1 else every_nth(count, steps)
 
 
 def check_refresh(refresh: RefreshSteps) -> RefreshSteps:

@@ -64,7 +64,7 @@ def test_a_guide_makes_use_of_what_was_found_and_keeps_nothing(
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8, 25])
-def test_refreshes_lie_inside_a_call(steps: int) -> None:
+def test_refreshes_are_so_many_steps_of_a_call(steps: int) -> None:
     assert refresh_steps(0, steps) == ()
     for count in range(1, steps):
         found = refresh_steps(count, steps)
