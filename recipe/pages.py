@@ -100,9 +100,8 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
         f"![CFG gain retained, and distance to CFG, by passes](images/frontier.png)\n\n"
         f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, w = "
         f"{run.guidance_scale:g}, {run.dtype}, {run.samples:,} images for each point of our guides "
-        f"in their default places and of delta reuse, {run.baseline_samples:,} of the others; the whole "
-        "result is in "
-        "`results/frontier.json`. *Retained* is the share of CFG's gain in top-1 over no guidance, "
+        f"in their default places and of delta reuse, {run.baseline_samples:,} of the others; "
+        "the whole result is in `results/frontier.json`. *Retained* is the share of CFG's gain in top-1 over no guidance, "
         "*latent MSE* that of the final latents to CFG's, relative to no guidance; FLOPs and "
         f"speed are relative to CFG.\n\n{frontier_markdown(found, columns).rstrip()}"
     )
