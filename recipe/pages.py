@@ -102,8 +102,8 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
         f"{run.guidance_scale:g}, {run.dtype}, {run.samples:,} images for each point of our guides "
         f"in their default places and of delta reuse, {run.baseline_samples:,} of the others; "
         "the whole result is in `results/frontier.json`. *Retained* is the share of CFG's gain in "
-        "top-1 over no guidance, *latent MSE* that of the final latents to CFG's, relative to no guidance; FLOPs "
-        f"and speed are relative to CFG.\n\n{frontier_markdown(found, columns).rstrip()}"
+        "top-1 over no guidance, *latent MSE* that of the final latents to CFG's, relative to no "
+        f"guidance; FLOPs and speed are relative to CFG.\n\n{frontier_markdown(found, columns).rstrip()}"
     )
 
 
