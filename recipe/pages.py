@@ -103,7 +103,8 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
         f"in their default places and of delta reuse, {run.baseline_samples:,} of the others; "
         "the whole result is in `results/frontier.json`. *Retained* is the share of CFG's gain in "
         "top-1 over no guidance, *latent MSE* that of the final latents to CFG's, relative to no "
-        f"guidance; FLOPs and speed are relative to CFG.\n\n{frontier_markdown(found, columns).rstrip()}"
+        "guidance; FLOPs and speed are relative to CFG.\n\n"
+        f"{frontier_markdown(found, columns).rstrip()}"
     )
 
 
