@@ -22,14 +22,16 @@ tags: [pilotfish]
 {sources}
 """
 REPRODUCIBLE = "Trained by the recipe of Pilotfish (`python -m recipe {stage}`, seed {seed})"
-SIMILAR = (
-    "Trained in several turns, which docs/recipe.md describes (`python -m recipe {stage}` makes a "
-    "guide of its form),"
-)
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+PACKAGES = ("torch", "diffusers", "accelerate")
+"""Whose versions the card of a guide names."""
 
 
 def write_cards(target: Path) -> None:
     """Write every README.md below ``target``."""
+    pinned = dict(line.split("==") for line in CONSTRAINTS.read_text().split() if "==" in line)
+    versions = ", ".join(f"{name} {pinned[name]}" for name in PACKAGES)
+    guides_made = f"{REPRODUCIBLE}, in bfloat16 mixed precision with {versions},"
 
     def card(
         folder: str, title: str, text: str, *, stage: str, styles: tuple[str, ...], licence: str,
@@ -93,7 +95,7 @@ def write_cards(target: Path) -> None:
             f"fine-tunes.{few} Distilled from text prompts, along trajectories of the base and of "
             "fine-tunes of it; no image was used except those that these were trained on.",
             stage="step_guides" if steps else "guides", styles=("noto", *TRAIN_STYLES),
-            licence="apache-2.0", library="pilotfish", made=SIMILAR,
+            licence="apache-2.0", library="pilotfish", made=guides_made,
         )  # fmt: skip
     for name, source in STYLES.items():
         text = f"# Images\n\n- {source.attribution}\n\nRendered by `python -m recipe images`.\n"
