@@ -149,7 +149,11 @@ class Frontier:
             raise ConfigError(
                 f"unknown methods: {', '.join(unknown)}; available: {', '.join(known)}"
             )
-        self.candidates = [one for one in every if self._is_wanted(one)]
+        usual = (config.num_inference_steps, config.reference_steps)
+        wanted = [one for one in every if self._is_wanted(one)]
+        if all(one.steps in usual for one in wanted):  # nothing is compared to more steps
+            wanted = [one for one in wanted if one.steps == config.num_inference_steps]
+        self.candidates = wanted
 
     def _is_wanted(self, one: Candidate) -> bool:
         config = self.config

@@ -131,6 +131,7 @@ def test_pieces_add_up_to_the_same_frontier(start: Start) -> None:
     whole, base = start("whole", config).measure(), start().models["base"]
     part = start("parts", replace(config, refresh=(2,)), models={"base": base}).measure()
     assert list(part.models) == ["base"]
+    assert {entry.steps for entry in part.models["base"]} == {STEPS}, "no guide for few steps"
     part = start("parts", replace(config, methods=("linear-ag",))).measure()
     assert not any(entry.has_cost for entries in part.models.values() for entry in entries)
     assert figures_of(start("parts", config).measure()) == figures_of(whole)
