@@ -22,16 +22,15 @@ tags: [pilotfish]
 {sources}
 """
 REPRODUCIBLE = "Trained by the recipe of Pilotfish (`python -m recipe {stage}`, seed {seed})"
-CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
-PACKAGES = ("torch", "diffusers", "accelerate")
-"""Whose versions the card of a guide names."""
+GUIDES_MADE = (
+    f"{REPRODUCIBLE}, in bfloat16 mixed precision with torch 2.13.0, diffusers 0.42.1 and "
+    "accelerate 1.15.0,"
+)
+"""How the bundled guides were made: to be changed when they are made anew."""
 
 
 def write_cards(target: Path) -> None:
     """Write every README.md below ``target``."""
-    pinned = dict(line.split("==") for line in CONSTRAINTS.read_text().split() if "==" in line)
-    versions = ", ".join(f"{name} {pinned[name]}" for name in PACKAGES)
-    guides_made = f"{REPRODUCIBLE}, in bfloat16 mixed precision with {versions},"
 
     def card(
         folder: str, title: str, text: str, *, stage: str, styles: tuple[str, ...], licence: str,
@@ -75,7 +74,7 @@ def write_cards(target: Path) -> None:
         card(
             f"test_finetunes/{name}", f"Pilotfish base, fine-tune for tests: {name}",
             f"{kind} the base's UNet, far from the base in weights and in style. It is for "
-            "evaluation only: no bundled guide was trained on it or selected by it.",
+            "evaluation: no guide was trained on it.",
             stage="test_finetunes", styles=(name,), licence=TEST_STYLES[name].licence.lower(),
         )  # fmt: skip
     card(
@@ -95,7 +94,7 @@ def write_cards(target: Path) -> None:
             f"fine-tunes.{few} Distilled from text prompts, along trajectories of the base and of "
             "fine-tunes of it; no image was used except those that these were trained on.",
             stage="step_guides" if steps else "guides", styles=("noto", *TRAIN_STYLES),
-            licence="apache-2.0", library="pilotfish", made=guides_made,
+            licence="apache-2.0", library="pilotfish", made=GUIDES_MADE,
         )  # fmt: skip
     for name, source in STYLES.items():
         text = f"# Images\n\n- {source.attribution}\n\nRendered by `python -m recipe images`.\n"

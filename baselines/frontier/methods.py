@@ -126,7 +126,7 @@ def _elsewhere(steps: int) -> dict[str, Callable[[int], tuple[int, ...]]]:
     """Other places for the steps of our guides that run both passes."""
     return {
         "inside the call": lambda k: inside(k, steps),
-        "denser early": lambda k: denser_early(k + 1, steps)[1:],
+        "denser early": lambda k: denser_early(k, steps),
     }
 
 

@@ -31,7 +31,7 @@ def refresh_steps(count: int, steps: int) -> tuple[int, ...]:
         count: how many, at least 0; all where there are fewer steps.
         steps: denoiser calls of the pipeline's call, at least 1.
     """
-    return (steps // 2,) if count == 1 else every_nth(count, steps)
+    return (steps // 2,) if count == 1 and steps else every_nth(count, steps)
 
 
 def check_refresh(refresh: RefreshSteps) -> RefreshSteps:

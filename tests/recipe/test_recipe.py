@@ -21,7 +21,7 @@ from recipe.finetunes import (
     TRAIN_FINETUNES,
     finetune_folder,
 )
-from recipe.guides import FIRST, SIZES, TRAININGS
+from recipe.guides import FIRST, REFRESH_RATIO, SIZES, TINY, TRAININGS
 from recipe.loop import train
 from recipe.vocabulary import write_prompts
 
@@ -51,6 +51,13 @@ def test_the_bundled_cards_are_those_of_the_recipe(tmp_path: Path) -> None:
 def test_bundled_finetunes_are_where_the_recipe_saves_them() -> None:
     for name in (*STYLES, *TRAIN_FINETUNES, *TEST_FINETUNES):
         assert finetune_folder(bundled.FOLDER, name).is_dir()
+
+
+@pytest.mark.parametrize("name", bundled.guide_names())
+def test_a_bundled_guide_has_the_form_that_the_recipe_gives_it(name: str) -> None:
+    guide = bundled.load_guide(name)
+    form = TINY["guide"] | {"refresh": True, "refresh_ratio": REFRESH_RATIO.get(name, 0)}
+    assert {key: guide.config[key] for key in form} == form
 
 
 def test_the_settings_of_every_training_are_valid() -> None:

@@ -56,8 +56,9 @@ def build(session: Session) -> gr.Blocks:
         quiet: dict[str, Any] = {"queue": False, "api_visibility": "private"}
         seed.click(lambda: random.randrange(SEED_RANGE), None, inputs["seed"], **quiet)
         inputs["guide"].change(
-            lambda guide: (session.steps(guide) or gr.skip(), session.refresh(guide)),
-            inputs["guide"], [inputs["num_inference_steps"], inputs["refresh"]], **quiet,
+            lambda guide, steps: (session.steps(guide) or gr.skip(), session.refresh(guide, steps)),
+            [inputs["guide"], inputs["num_inference_steps"]],
+            [inputs["num_inference_steps"], inputs["refresh"]], **quiet,
         )  # fmt: skip
         gr.on(
             [dial.change for dial in counted], passes, counted, saved, show_progress="hidden",
@@ -159,7 +160,7 @@ def _inputs(session: Session) -> dict[str, Any]:
             elem_id="guidance-scale",
         )  # fmt: skip
         refresh = gr.Slider(
-            0, REFRESHES, session.refresh(guides[0]), step=1, label="Refresh", min_width=110,
+            0, REFRESHES, session.refresh(guides[0], 25), step=1, label="Refresh", min_width=110,
             elem_id="refresh",
         )  # fmt: skip
     steps = gr.Slider(

@@ -109,9 +109,10 @@ class Session:
         times = self.guides[guide].times
         return None if times is None else len(times)
 
-    def refresh(self, guide: str) -> int:
-        """How many steps run both passes, by the ratio of the guide."""
-        return len(places(self.guides[guide].refresh_ratio, self.steps(guide) or 25))
+    def refresh(self, guide: str, steps: int) -> int:
+        """How many of so many steps run both passes, by the ratio of the guide; a guide for few
+        steps takes its own number."""
+        return len(places(self.guides[guide].refresh_ratio, self.steps(guide) or steps))
 
     def draw(
         self, request: Request, progress: Callable[[str, int, int], None] | None = None

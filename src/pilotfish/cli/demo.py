@@ -29,7 +29,7 @@ from pilotfish.training.stages import distill
 
 TEMPLATE = Path(__file__).with_name("demo.html.j2")
 RECORDED = Path(__file__).parents[3] / "results" / "guide.json"
-"""The figures of the bundled guide, in a clone."""
+"""The figures of the guide of version 0.1, in a clone."""
 TRAINING = "demo-training"
 """Folder of the distillation in ``--output``. A new demo deletes it, so no other command may use
 it."""
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
             seconds={mode: number(cost.seconds[str(BATCH)][mode]) for mode in GuidanceMode},
             passes={mode: f"{cost.passes[mode]:g}" for mode in GuidanceMode},
             recorded=recorded_table(), legend=LEGEND.replace("*", ""),
-            guide=training / "guide", card=bundled.GUIDES / "tiny" / "README.md",
+            guide=training / "guide",
         ),
         encoding="utf-8",
     )  # fmt: skip
@@ -142,7 +142,7 @@ def data_uri(image: Any) -> str:
 
 
 def recorded_table() -> dict[str, Any] | None:
-    """The recorded figures of the bundled guide, with the command that measured them; None
+    """The recorded figures of an earlier guide, with the command that measured them; None
     outside a clone."""
     if not RECORDED.is_file():
         return None

@@ -36,12 +36,14 @@ class SampleConfig:
     guide: str = "tiny"
     """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
     mode: Literal["none", "cfg", "guided"] = "guided"
-    """guided: one pass with the guide. cfg: two passes. none: one pass, no guidance."""
+    """guided: the guide, with both passes in the steps of --refresh. cfg: two passes. none: one
+    pass, no guidance."""
     negative_prompt: str | None = None
     guidance_scale: float = 4.0
     refresh: int | None = None
-    """How many steps run both passes, spread evenly; after each the guide is given the difference
-    between the two predictions. Left out: the guide's own ratio of the steps."""
+    """How many steps run both passes, evenly from the first step on, a single one in the middle;
+    after each the guide is given the difference between the two predictions. Left out: the guide's
+    own ratio of the steps."""
     refresh_at: tuple[int, ...] = ()
     """In place of --refresh: which steps do, counted from 0."""
     num_inference_steps: int | None = None

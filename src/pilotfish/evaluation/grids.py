@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pilotfish.data.images import to_pixels
 from pilotfish.evaluation.images import TITLES, ModelSource, Progress, draw
 from pilotfish.guides import Guide
+from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import Attachable
 
 INK, FAINT, GROUND = "#26323d", "#6b7884", "white"
@@ -62,7 +63,7 @@ def draw_scales(
     }
     seeds = [seed + i for i in range(len(prompts))]
     for w in guidance_scales:
-        for mode, network in (("cfg", None), ("guided", guide)):
+        for mode, network in (("cfg", None), ("guided", Refreshed(guide, 0))):
             made = draw(
                 pipe, prompts, seeds, guidance_scale=w, guide=network,
                 num_inference_steps=num_inference_steps,

@@ -80,7 +80,7 @@ def model_card(
         low=f"{low:g}", high=f"{high:g}",
         scale=f"{min(max(4.0, low), high):g}",
         steps=len(guide.times) if guide.times else None,
-        version=guide.config.pilotfish_version,
+        version=guide.config.pilotfish_version, refresh_ratio=f"{guide.refresh_ratio:.0%}",
         denoiser=_shape(guide),
         grid=grid, measured=measured.strip(), trained=trained.strip(), weights=weights,
         licence=licence,

@@ -161,7 +161,7 @@ class TrainingConfig:
     guide that does not use refreshes. No effect with --training_samples noised."""
     first_step_refresh_prob: Probability = 0.0
     """Probability that the first refresh of a trajectory that has some is its first step, in place
-    of a random one. With a negative prompt that step says most."""
+    of a random one. With a negative prompt that step says most. No effect with --refresh_prob 0."""
     on_policy_ratio: Probability = 0.5
     """Ratio of the trajectories that the student samples itself, where training is on-policy."""
     streams: PositiveInt | None = None

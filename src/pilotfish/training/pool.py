@@ -13,8 +13,8 @@ from pilotfish.training.config import ConfigError
 from pilotfish.training.samples import Tensors
 
 REFRESHES = 1 / 3
-"""Largest share of a training trajectory's steps that run both passes, on average. Each trajectory
-draws its own number up to this."""
+"""Largest share of a training trajectory's steps that run both passes, on average; it is larger
+where steps are few. Each trajectory draws its own number up to this."""
 
 
 class Pool:

@@ -69,7 +69,8 @@ class Trainer:
     measure: ClassVar[str]
     """Name of the stage's relative error, 1 for an untrained student."""
     fixed_settings: ClassVar[tuple[str, ...]] = (
-        "base_dtype", "train_finetunes", "negative_prompt_prob",
+        "base_dtype", "train_finetunes", "negative_prompt_prob", "refresh_prob",
+        "first_step_refresh_prob",
     )  # fmt: skip
     """Settings that a resumed run must share."""
     rate_factor: ClassVar[float] = 1.0
