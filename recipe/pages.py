@@ -118,14 +118,15 @@ def negatives_text(found: NegativeResult) -> str:
     scales = ", ".join(next(iter(found.models.values())).conditioned.by_w)
     return (
         f"Measured by `{found.run.command}` on {found.run.machine}, seed {found.run.seed}, "
-        f"{found.run.samples} held-out pairs, w = {scales}; the whole result is in "
-        f"`results/negative.json`. With negative prompts the guidance error is {models}."
+        f"{found.run.samples} held-out pairs, w = {scales}, {found.run.refreshes}; the whole "
+        f"result is in `results/negative.json`. With negative prompts the guidance error is {models}."
     )
 
 
 def steps_page(found: CurveResult, docs: Path) -> str:
     """The targets of guides for few steps, then a plot and a table for each model."""
-    parts = [_run(found.run, "results/steps.json"), targets(found)]
+    run = _run(found.run, "results/steps.json")
+    parts = [f"{run} With the guides: {found.run.refreshes}.", targets(found)]
     for model in found.models:
         image = f"images/steps/{model}.png"
         save(curve(found, model), docs / image)

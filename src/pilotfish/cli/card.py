@@ -119,8 +119,9 @@ def measured(result: Result, file: str) -> str:
     return (
         f"{markdown_table(result)}\n"
         f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, {run.samples:,} images "
-        f"for each model and mode, {run.num_inference_steps} steps; the whole result is in "
-        f"[{file}]({file}). The guide has {guide.share:.2%} of the denoiser's parameters. {LEGEND}"
+        f"for each model and mode, {run.num_inference_steps} steps, {run.refreshes}; the whole "
+        f"result is in [{file}]({file}). The guide has {guide.share:.2%} of the denoiser's "
+        f"parameters. {LEGEND}"
     )
 
 

@@ -184,6 +184,19 @@ class Run:
     dtype: str = "float32"
     refresh: int | float | list[int] | None = 0
 
+    @property
+    def refreshes(self) -> str:
+        """The steps of the guide that run both passes, in words."""
+        if self.refresh is None:
+            return "both passes in the ratio of each guide"
+        if not self.refresh:
+            return "one pass in each step of the guide"
+        if isinstance(self.refresh, list):
+            return f"both passes in the steps {', '.join(map(str, self.refresh))}"
+        if isinstance(self.refresh, float):
+            return f"both passes in {self.refresh:.0%} of the guide's steps"
+        return f"both passes in {self.refresh} of the guide's steps"
+
 
 @dataclass(frozen=True)
 class Result(Saved):
