@@ -119,7 +119,8 @@ def negatives_text(found: NegativeResult) -> str:
     return (
         f"Measured by `{found.run.command}` on {found.run.machine}, seed {found.run.seed}, "
         f"{found.run.samples} held-out pairs, w = {scales}, {found.run.refreshes}; the whole "
-        f"result is in `results/negative.json`. With negative prompts the guidance error is {models}."
+        "result is in `results/negative.json`. With negative prompts the guidance error is "
+        f"{models}."
     )
 
 
