@@ -27,7 +27,7 @@ Places = Callable[[int, int], tuple[int, ...]]
 
 def inside(count: int, steps: int) -> tuple[int, ...]:
     """Evenly spaced, with as many steps before the first as between two; all steps where there are
-    fewer. The guide alone is used before the first, and no difference grows old."""
+    fewer."""
     count = min(count, steps)
     return tuple((i + 1) * steps // (count + 1) for i in range(count))
 
