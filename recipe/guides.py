@@ -32,8 +32,8 @@ NEGATIVE = TRACKING | {
     "max_train_steps": 1500, "negative_prompt_prob": 0.5, "refresh_prob": 0.9,
     "first_step_refresh_prob": 0.5,
 }  # fmt: skip
-"""With a negative prompt the error is largest in the first steps: more negative prompts, and refreshes
-at the first step."""
+"""With a negative prompt the error is largest in the first steps: more negative prompts, and
+refreshes at the first step."""
 TINY = {"guide": {"condition_on_negative": True, "uncond_templates": 16, "rank": 15, "head": 48}}
 """Conditioning on the negative prompt has the parameters of three ranks, the templates those of
 six."""
