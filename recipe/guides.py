@@ -24,23 +24,18 @@ FIRST = ALL | {"max_train_steps": 2000, "negative_prompt_prob": 0.25, "refresh_p
 """The teacher's trajectories: single steps, from which a new guide learns fastest."""
 TRACKING = ALL | {
     "training_samples": "tracking", "max_train_steps": 2500, "learning_rate": 4e-3,
-    "lr_warmup_steps": 20, "ema_decay": 0.98, "negative_prompt_prob": 0.4,
-    "replay_capacity": 2048, "trajectory_steps_min": 16,
+    "lr_warmup_steps": 20, "ema_decay": 0.98, "negative_prompt_prob": 0.5,
+    "first_step_refresh_prob": 0.5, "replay_capacity": 2048, "trajectory_steps_min": 16,
 }  # fmt: skip
-"""The student's own trajectories, with refreshes."""
-NEGATIVE = TRACKING | {
-    "max_train_steps": 1500, "negative_prompt_prob": 0.5, "refresh_prob": 0.9,
-    "first_step_refresh_prob": 0.5,
-}  # fmt: skip
-"""With a negative prompt the error is largest in the first steps: more negative prompts, and
-refreshes at the first step."""
-TINY = {"guide": {"condition_on_negative": True, "uncond_templates": 16, "rank": 15, "head": 48}}
+"""The student's own trajectories. With a negative prompt the error is largest in the first steps,
+so half of the first refreshes are the first step."""
+TINY = {"guide": {"condition_on_negative": True, "uncond_templates": 16, "rank": 15, "head": 45}}
 """Conditioning on the negative prompt has the parameters of three ranks, the templates those of
 six."""
 
 
 TRAININGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (FIRST | TINY, TRACKING | TINY, NEGATIVE | TINY),
+    "tiny": (FIRST | TINY, TRACKING | TINY),
     "full": (FIRST | {"guide_type": "full"},),
 }
 """The trainings of each guide. Each begins with the mean of those before; the result is the mean of

@@ -268,7 +268,7 @@ def refresh(latents: torch.Tensor) -> Refresh:
     random = torch.Generator().manual_seed(4)
     known = torch.ones(len(latents))
     known[-1] = 0
-    difference, conditional, then = (
-        known[:, None, None, None] * torch.randn(latents.shape, generator=random) for _ in range(3)
+    maps = (
+        known[:, None, None, None] * torch.randn(latents.shape, generator=random) for _ in range(4)
     )
-    return Refresh(known * 0.95, difference, conditional, then, known)
+    return Refresh(known * 0.95, *maps, known)

@@ -25,7 +25,7 @@ from pilotfish.interface import GuideProtocol, Refresh
 from pilotfish.noise import NoisePath
 from pilotfish.pipelines.attach import check
 from pilotfish.pipelines.sampling import TeacherStep, cfg_trajectories
-from pilotfish.refresh import RefreshSteps, places
+from pilotfish.refresh import RefreshSteps, new_refresh, places
 from pilotfish.teacher import Student, Teacher
 
 SCALES = (2.0, 4.0, 7.0)
@@ -177,7 +177,7 @@ def guidance_error(
             if number in doubled:
                 both = teacher(step.latents, step.time, step.prompt, negative)
                 guided, due = teacher.guided(*both, w), torch.ones(len(index), dtype=torch.bool)
-                found = _refresh(student.guide, step, *both)
+                found = _refresh(student.guide, step, *both, found)
             if due is None or student.guide.corrects_refresh:
                 guided = student(step.latents, step.time, *texts, scale, found, due)
             key = (w, round(float(step.time[0]), 4))
@@ -219,13 +219,13 @@ def _student(pipe: Any, guide: Guide) -> Iterator[Student]:
 
 
 def _refresh(
-    guide: GuideProtocol, step: TeacherStep, unconditional: torch.Tensor, conditional: torch.Tensor
-) -> Refresh:
-    time = step.time.to(guide.device)
-    found = Refresh(
-        time, conditional - unconditional, conditional, step.latents, torch.ones_like(time)
-    )
-    return found.map(lambda x: x.to(guide.device, guide.dtype))
+    guide: GuideProtocol, step: TeacherStep, unconditional: torch.Tensor, conditional: torch.Tensor,
+    before: Refresh | None,
+) -> Refresh:  # fmt: skip
+    maps = (conditional - unconditional, conditional, step.latents)
+    placed = (x.to(guide.device, guide.dtype) for x in maps)
+    found = *placed, step.time.to(guide.device)
+    return new_refresh(*found, before or Refresh.unknown(*found[2:]))
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

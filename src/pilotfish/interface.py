@@ -7,7 +7,7 @@ Everything between a denoiser family (:mod:`pilotfish.backbones`) and a guide
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -129,6 +129,8 @@ class Refresh:
             of :class:`GuideInputs`.
         conditional: (N, C, h, w) its conditional prediction.
         latents: (N, C, h, w) its latents.
+        slope: (N, C, h, w) by how much the difference changes per unit of time, from the last two
+            such steps (:func:`pilotfish.refresh.slope`); 0 where there was one.
         known: (N,) 1 where there was such a step; 0 where there was none, and all else is 0.
     """
 
@@ -136,14 +138,28 @@ class Refresh:
     difference: torch.Tensor
     conditional: torch.Tensor
     latents: torch.Tensor
+    slope: torch.Tensor
     known: torch.Tensor
 
+    @staticmethod
+    def unknown(latents: torch.Tensor, time: torch.Tensor) -> Refresh:
+        """Where there was none: N latents now, at times (N,)."""
+        # laid out like a known one, for which a compiled graph would be made anew otherwise
+        maps = (torch.zeros_like(latents) for _ in range(4))
+        return Refresh(torch.zeros_like(time), *maps, torch.zeros_like(time))
+
+    def __getitem__(self, index: torch.Tensor) -> Refresh:
+        return Refresh(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def change(self, time: torch.Tensor) -> torch.Tensor:
+        """(N, C, h, w) how far the difference has changed until times (N,), at that slope."""
+        elapsed = (time - self.time).to(self.slope.dtype)
+        return elapsed[:, None, None, None] * self.slope
+
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Refresh:
-        """With the three maps changed."""
-        difference, conditional, latents = map(
-            change, (self.difference, self.conditional, self.latents)
-        )
-        return Refresh(self.time, difference, conditional, latents, self.known)
+        """With the four maps changed."""
+        maps = map(change, (self.difference, self.conditional, self.latents, self.slope))
+        return Refresh(self.time, *maps, self.known)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pilotfish.interface import GuideError
+import torch
+
+from pilotfish.interface import GuideError, Refresh
 
 RefreshSteps = int | float | Sequence[int]
 """How many steps of a call run both passes; or what ratio of them, a float between 0 and 1; or
@@ -32,6 +34,36 @@ def refresh_steps(count: int, steps: int) -> tuple[int, ...]:
         steps: denoiser calls of the pipeline's call, at least 1.
     """
     return (steps // 2,) if count == 1 and steps else every_nth(count, steps)
+
+
+def slope(
+    difference: torch.Tensor, time: torch.Tensor, difference_before: torch.Tensor,
+    time_before: torch.Tensor, known_before: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """``(d - d_before) / (t - t_before)``, by how much the difference between the two predictions
+    changes per unit of normalised time, from two refreshes.
+
+    Args:
+        difference, difference_before: (N, C, h, w).
+        time, time_before: (N,).
+        known_before: (N,) 1 where there was a refresh before.
+
+    Returns:
+        (N, C, h, w); 0 where there was none before, or one at the same time.
+    """
+    elapsed = time - time_before
+    usable = (known_before > 0) & (elapsed != 0)
+    rate = torch.where(usable, elapsed, torch.inf).reciprocal().to(difference.dtype)
+    return (difference - difference_before) * rate[:, None, None, None]
+
+
+def new_refresh(
+    difference: torch.Tensor, conditional: torch.Tensor, latents: torch.Tensor, time: torch.Tensor,
+    before: Refresh,
+) -> Refresh:  # fmt: skip
+    """What a refresh found, with the slope since the one before it; see :class:`Refresh`."""
+    change = slope(difference, time, before.difference, before.time, before.known)
+    return Refresh(time, difference, conditional, latents, change, torch.ones_like(time))
 
 
 def check_refresh(refresh: RefreshSteps) -> RefreshSteps:

@@ -116,7 +116,7 @@ class Student(nn.Module):
         some = slice(None) if len(negative) == 1 else due
         both = self._pass(
             latents[due], time[due], text[due.to(text.device)], negative[some],
-            guidance_scale[due], None, both_passes=True,
+            guidance_scale[due], refresh and refresh[due], both_passes=True,
         )  # fmt: skip
         return made.index_put((due.nonzero()[:, 0],), both)
 

@@ -9,7 +9,7 @@ import torch
 
 from pilotfish import GuideError
 from pilotfish.backbones import GuidedPass
-from pilotfish.refresh import places, refresh_steps
+from pilotfish.refresh import places, refresh_steps, slope
 from tests.pipelines.matrix import covered
 from tests.pipelines.pipelines import PIPELINES, Pipeline, build, guide
 
@@ -74,6 +74,17 @@ def test_refreshes_are_so_many_steps_of_a_call(steps: int) -> None:
         assert list(found) == sorted(found)
         assert 0 <= found[0] <= found[-1] < steps
     assert refresh_steps(steps + 3, steps) == tuple(range(steps))
+
+
+def test_the_slope_is_the_change_per_unit_of_time() -> None:
+    random = torch.Generator().manual_seed(3)
+    start, rate = torch.randn(2, 4, 1, 8, 8, generator=random).expand(2, 4, 3, 8, 8)
+    then, now = torch.tensor([0.9, 0.9, 0.9, 0.5]), torch.tensor([0.6, 0.4, 0.9, 0.3])
+    known = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    at = [start + t[:, None, None, None] * rate for t in (then, now)]
+    found = slope(at[1], now, at[0], then, known)
+    torch.testing.assert_close(found[:2], rate[:2], rtol=1e-4, atol=1e-5)
+    assert not found[2:].any(), "at the same time, and without a refresh before"
 
 
 def test_steps_past_the_end_of_a_call_are_left_out() -> None:

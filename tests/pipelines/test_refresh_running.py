@@ -14,7 +14,7 @@ import diffusers
 import pytest
 import torch
 
-from pilotfish import ExternalGuide, FullGuide, Guide, GuideError
+from pilotfish import ExternalGuide, FullGuide, Guide, GuideError, TinyGuide
 from pilotfish.pipelines.loading import share_weights
 from pilotfish.refresh import refresh_steps
 from tests.pipelines.matrix import covered
@@ -203,17 +203,23 @@ def test_nothing_that_was_found_outlives_the_call(name: str) -> None:
 
 
 def by_hand(
-    one: Pipeline, noise: torch.Tensor, scales: Sequence[float], both: Sequence[int]
-) -> torch.Tensor:
-    """Plain reuse: equation (1) with the last difference that is known."""
+    one: Pipeline, noise: torch.Tensor, scales: Sequence[float], both: Sequence[int],
+    part: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Equation (1) with the last difference that is known, and a part of what it would have changed
+    since if it went on as between the last two."""
     scheduler, latents = one.pipe.scheduler, noise
     text, negative = encode(one, list(PROMPTS), negative_prompt=NEGATIVE)
     scheduler.set_timesteps(len(scales))
-    difference = torch.zeros_like(noise)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for i, t in enumerate(scheduler.timesteps):
         conditional = one.denoiser(latents, t, text)[0]
         if i in both:
-            difference = conditional - one.denoiser(latents, t, negative)[0]
+            found.append((t, conditional - one.denoiser(latents, t, negative)[0]))
+        difference = found[-1][1] if found else torch.zeros_like(noise)
+        if len(found) > 1:
+            (before, earlier), (then, last) = found[-2:]
+            difference = last + part * (t - then) / (then - before) * (last - earlier)
         guided = conditional + (scales[i] - 1) * difference
         latents = scheduler.step(guided, t, latents)[0]
     return latents
@@ -233,6 +239,23 @@ def test_a_fresh_guide_reuses_the_last_difference(
     with guide(name, trained=False).attached(one.pipe, refresh=refresh):
         found = one.latents(latents=noise.clone(), **call)
     torch.testing.assert_close(found, by_hand(one, noise, [4.0] * 6, both), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["SD", "SD, v"])
+@pytest.mark.parametrize("both", [(0, 2), (1, 2, 4)])
+def test_a_guide_can_extrapolate_the_difference(name: str, both: Sequence[int]) -> None:
+    one, used = build(name), guide(name, trained=False)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(14))
+    call: dict[str, Any] = {"negative_prompt": NEGATIVE, "num_inference_steps": 6}
+    assert isinstance(used, TinyGuide)
+    assert used.age is not None
+    used.age.to_scalings.bias[-4:] = 0.7  # of the last map that the head scales, the change
+    with used.attached(one.pipe, refresh=both):
+        found = one.latents(latents=noise.clone(), **call)
+    expected, reuse = (by_hand(one, noise, [4.0] * 6, both, part) for part in (0.7, 0.0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - reuse).norm() > 100 * (found - expected).norm()
 
 
 def shorter(one: Pipeline, name: str) -> None:

@@ -44,6 +44,11 @@ def test_a_sample_knows_the_last_refresh_of_its_trajectory(schedule: NoisePath, 
         assert torch.equal(refresh.latents, then.latents)
         assert torch.equal(refresh.conditional, then.conditional)
         assert torch.equal(refresh.difference, then.conditional - then.unconditional)
+        if not then.known.all():
+            assert not refresh.slope.any()
+            continue
+        back = refresh.difference + refresh.change(then.refresh_time)
+        torch.testing.assert_close(back, then.difference, rtol=1e-4, atol=1e-5)
 
 
 def test_a_new_trajectory_knows_nothing_of_the_one_before(schedule: NoisePath) -> None:

@@ -25,6 +25,7 @@ from pilotfish.interface import (
     Refresh,
     TextConditions,
 )
+from pilotfish.refresh import new_refresh
 
 T = TypeVar("T")
 TABLE_BYTES = 2**28
@@ -182,7 +183,10 @@ class GuidedPass:
             place = call.latents.device
             now = time(torch.as_tensor(call.timestep, device=place)).reshape(-1).expand(n)
             w = torch.as_tensor(scale, dtype=torch.float32, device=place).expand(n)
-            self._began = scale, self._inputs(call, now, w)
+            inputs = self._inputs(call, now.contiguous(), w)
+            if inputs.refresh is None:  # laid out as a known one: a compiled graph is made once
+                inputs = replace(inputs, refresh=Refresh.unknown(inputs.latents, now))
+            self._began = scale, inputs
             return
         self.active = True
         inputs, modulations = self._scheduled(call, number, scale, time)
@@ -243,9 +247,10 @@ class GuidedPass:
     def _found(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> None:
         assert self._began is not None
         inputs = self._began[1]
-        self.refresh = Refresh(
-            inputs.time, self.to_guide(conditional - unconditional), self.to_guide(conditional),
-            inputs.latents, torch.ones_like(inputs.time),
+        assert inputs.refresh is not None
+        self.refresh = new_refresh(
+            self.to_guide(conditional - unconditional), self.to_guide(conditional), inputs.latents,
+            inputs.time, inputs.refresh,
         )  # fmt: skip
         self.refreshing = False
 

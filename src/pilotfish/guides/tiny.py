@@ -19,10 +19,11 @@ The guide adds in five places of the one pass:
 The first three act through the model's own weights, so they transfer to fine-tunes.
 
 After a refresh, a step with both passes, the last difference between the two predictions and its
-age are known. The head then adds ``w - 1`` times that difference as well, channel by channel with
-learned gains around 1, and reads it; all parts are turned down by learned shares in [0, 1]. With
-the shares and gains at 1 that is plain reuse of the difference; with the gains and shares at 0 and
-the head blind to it, it is the guide without refresh.
+age are known, and after two of them by how much the difference changes with time. The head then
+adds ``w - 1`` times that difference as well, channel by channel with learned gains around 1, and a
+learned part of the change since, and reads both; all parts are turned down by learned shares in
+[0, 1]. With the shares and gains at 1 that is plain reuse of the difference; with the gains and
+shares at 0 and the head blind to it, it is the guide without refresh.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ from pilotfish.interface import (
 
 TURNED_DOWN = 3.0
 """Where the logits of the shares start: after a refresh a new guide is close to plain reuse."""
-SEEN_AFTER_REFRESH = 5
-"""Maps with the prediction's channels that the head reads then: prediction and latents, and the
-difference, conditional prediction and latents of the refresh."""
+SEEN_AFTER_REFRESH = 6
+"""Maps with the prediction's channels that the head reads then: prediction and latents; and the
+difference, conditional prediction and latents of the refresh, and the change since."""
 HEAD, WITHOUT_LAYERS = 3, 16
 """Channels of the head for each channel of an addition, where its width is not given; where there
 are no additions, for so many."""
@@ -291,7 +292,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         self, strength: torch.Tensor, made: torch.Tensor, of_age: torch.Tensor | None,
         refresh: Refresh | None,
     ) -> list[torch.Tensor]:  # fmt: skip
-        """Those of prediction and latents and, after a refresh, of the three maps that it found,
+        """Those of prediction and latents and, after a refresh, of the four maps that it gives,
         (..., N, C, 1, 1) each."""
         if self.age is None:
             return [*(strength * made)[..., None, None].chunk(2, -3)]
@@ -300,7 +301,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
             return [*(strength * made[..., : 2 * channels])[..., None, None].chunk(2, -3)]
         known = refresh.known.to(made.dtype)[:, None]
         of_age = of_age.to(made.dtype)
-        plain, found = (made + of_age).split([2 * channels, 3 * channels], -1)
+        plain, found = (made + of_age).split([2 * channels, 4 * channels], -1)
         found = torch.cat([1 + found[..., :channels], found[..., channels:]], -1)
         every = strength * torch.cat([plain, known * found], -1)
         return [*every[..., None, None].chunk(SEEN_AFTER_REFRESH, -3)]
@@ -321,10 +322,19 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         if self.prediction_head is not None:
             residuals[self.head_name] = partial(
                 add_to_prediction, m.paths[-1], m.kernels[-1], m.scalings, m.template,
-                inputs.latents, inputs.refresh if len(m.scalings) > 2 else None,
+                inputs.latents, found_maps(inputs) if len(m.scalings) > 2 else (),
             )  # fmt: skip
         gains = dict(zip(self.sites, m.gains, strict=True)) if m.gains else {}
         return GuideOutput(text_gain=m.text_gain, gains=gains, residuals=residuals)
+
+
+def found_maps(inputs: GuideInputs) -> tuple[torch.Tensor, ...]:
+    """(N, C, h, w) what a refresh found: difference, conditional prediction, latents, and how far
+    the difference has changed since."""
+    refresh = inputs.refresh
+    assert refresh is not None
+    change = refresh.change(inputs.time)
+    return refresh.difference, refresh.conditional, refresh.latents, change
 
 
 def spread(layers: Sequence[Any], count: int) -> list[Any]:

@@ -13,6 +13,8 @@ from pilotfish.guidance import fourier_features
 from pilotfish.guides.layers import FEATURES, zero_module
 from pilotfish.interface import Refresh
 
+COMPARED = 4
+"""Numbers by which the maps of a refresh are compared."""
 SIDE = 8
 """Pixels of an unconditional template, each way; it is resized to the latents."""
 
@@ -70,31 +72,27 @@ def add_to_layer(
 
 def add_to_prediction(
     path: Path, kernel: torch.Tensor, scalings: tuple[torch.Tensor, ...],
-    template: torch.Tensor | None, latents: torch.Tensor, refresh: Refresh | None,
+    template: torch.Tensor | None, latents: torch.Tensor, found: tuple[torch.Tensor, ...],
     features: torch.Tensor, prediction: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """The prediction (N, C, h, w) with the head's output added.
 
     The head reads the last features, the prediction and the latents, and after a refresh the
-    difference, the conditional prediction and the latents found there. The features come out of
-    the denoiser's last normalisation and need none here. Beside that path the head scales all but
-    the features channel by channel: at high noise the unconditional prediction is close to a
-    constant, and CFG little more than that scaling; with a negative prompt it is close to the
-    image that that prompt leads to, the template. After a refresh the present difference is close
-    to such a sum: of the last one, and of what prediction and latents were and are.
+    difference, the conditional prediction and the latents found there, and the change of the
+    difference since. The features come out of the denoiser's last normalisation and need none
+    here. Beside that path the head scales all but the features channel by channel: at high
+    noise the unconditional prediction is close to a constant, and CFG little more than that
+    scaling; with a negative prompt it is close to the image that that prompt leads to, the
+    template. After a refresh the present difference is close to such a sum: of the last one, of
+    its change, and of what prediction and latents were and are.
 
     Args:
-        scalings: (N, C, 1, 1) of the prediction, of the latents and, after a refresh, of the
-            difference, conditional prediction and latents there.
+        scalings: (N, C, 1, 1) of the prediction, of the latents and of what was found.
         template: (N, C, SIDE, SIDE) or None.
+        found: (N, C, h, w) each; empty without a refresh.
     """
-    seen = [features, prediction, latents]
-    scaled = [prediction, latents]
-    if refresh is not None:
-        found = [refresh.difference, refresh.conditional, refresh.latents]
-        seen += found
-        scaled += found
-    made = low_rank(torch.cat(seen, 1), prediction, path, kernel)
+    scaled = [prediction, latents, *found]
+    made = low_rank(torch.cat([features, *scaled], 1), prediction, path, kernel)
     for scaling, of in zip(scalings, scaled, strict=True):
         made = torch.addcmul(made, scaling, of)
     if template is not None:
@@ -103,8 +101,8 @@ def add_to_prediction(
 
 
 class Age(nn.Module):
-    """What a refresh says of itself: its age, and how the difference that it found compares with
-    the conditional prediction there.
+    """What a refresh says of itself: its age, and how the difference that it found and its slope
+    compare with the conditional prediction there.
 
     Args:
         width: of the embedding of time, w and text, to which this is added.
@@ -114,7 +112,7 @@ class Age(nn.Module):
     def __init__(self, width: int, scalings: int) -> None:
         super().__init__()
         self.embed = nn.Sequential(
-            nn.Linear(3 * FEATURES + 3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+            nn.Linear(3 * FEATURES + COMPARED, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
         self.to_condition = nn.Linear(width, width)
         self.to_scalings = zero_module(nn.Linear(width, scalings))
@@ -128,19 +126,19 @@ class Age(nn.Module):
         age = (refresh.time.float() - time) / 2
         numbers = torch.stack([time / 4, age, w / 32], -1)
         seen = fourier_features(numbers, FEATURES, longest=1.0).flatten(-2)
-        seen = torch.cat([seen, _compared(refresh).expand(*seen.shape[:-1], 3)], -1)
+        seen = torch.cat([seen, _compared(refresh).expand(*seen.shape[:-1], COMPARED)], -1)
         known = refresh.known.to(refresh.difference.dtype)[:, None]
         hidden = self.embed(seen.to(known.dtype))
         return known * self.to_condition(hidden), known * self.to_scalings(hidden)
 
 
 def _compared(refresh: Refresh) -> torch.Tensor:
-    """(N, 3) logarithms of the difference's and the conditional prediction's root mean square, and
-    the cosine of the two."""
-    difference, conditional = (
-        x.flatten(1).float() for x in (refresh.difference, refresh.conditional)
-    )
-    rms = torch.stack([x.square().mean(1) for x in (difference, conditional)], 1).clamp(min=1e-8)
+    """(N, COMPARED) logarithms of the root mean squares of the difference, of the conditional
+    prediction and of the slope, and the cosine of the first two."""
+    maps = (refresh.difference, refresh.conditional, refresh.slope)
+    difference, conditional, slope = (x.flatten(1).float() for x in maps)
+    rms = torch.stack([x.square().mean(1) for x in (difference, conditional, slope)], 1)
+    rms = rms.clamp(min=1e-8)
     cosine = F.cosine_similarity(difference, conditional, dim=1)
     return torch.cat([rms.log() / 2, cosine[:, None]], 1)
 

@@ -9,6 +9,7 @@ import torch
 from pilotfish.conditioning import NULL
 from pilotfish.guidance import draw_guidance_scales
 from pilotfish.noise import NoisePath
+from pilotfish.refresh import slope
 from pilotfish.training.config import ConfigError
 from pilotfish.training.samples import Tensors
 
@@ -56,8 +57,8 @@ class Pool:
         self.gap = torch.zeros(size, dtype=torch.long)
         self.due = torch.zeros(size, dtype=torch.long)
         self.refresh_time, self.known = torch.zeros(size), torch.zeros(size)
-        self.difference, self.refresh_conditional, self.refresh_latents = torch.zeros(
-            3, size, *shape
+        self.difference, self.refresh_conditional, self.refresh_latents, self.slope = torch.zeros(
+            4, size, *shape
         )  # fmt: skip
         # where lengths differ, the first trajectories may have a single step, so that the pool soon
         # covers all timesteps
@@ -108,12 +109,14 @@ class Pool:
         """Of :class:`~pilotfish.interface.Refresh`, of all latents."""
         return (
             self.refresh_time, self.difference, self.refresh_conditional, self.refresh_latents,
-            self.known,
+            self.slope, self.known,
         )  # fmt: skip
 
     def refresh(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
         """The last refresh of each, as fields of a :class:`TrainingSamples`."""
-        names = ("refresh_time", "difference", "refresh_conditional", "refresh_latents", "known")
+        names = (
+            "refresh_time", "difference", "refresh_conditional", "refresh_latents", "slope", "known"
+        )  # fmt: skip
         return {n: x[slots] for n, x in zip(names, self.refresh_fields(), strict=True)}
 
     def keep_refresh(
@@ -121,7 +124,11 @@ class Pool:
         generator: torch.Generator,
     ) -> None:  # fmt: skip
         """Store what a refresh found, before :meth:`advance`."""
-        self.refresh_time[slots], self.known[slots] = self.time(slots), 1.0
+        time = self.time(slots)
+        self.slope[slots] = slope(
+            difference, time, self.difference[slots], self.refresh_time[slots], self.known[slots]
+        )
+        self.refresh_time[slots], self.known[slots] = time, 1.0
         self.difference[slots], self.refresh_conditional[slots] = difference, conditional
         self.refresh_latents[slots] = self.latents[slots]
         self._set_due(slots, generator, first=1)
@@ -156,7 +163,7 @@ class Pool:
     _SAVED = (
         "latents", "teacher_latents", "position", "length", "prompt", "negative", "scale",
         "on_policy", "gap", "due",
-        "refresh_time", "known", "difference", "refresh_conditional", "refresh_latents",
+        "refresh_time", "known", "difference", "refresh_conditional", "refresh_latents", "slope",
     )  # fmt: skip
 
     def tensors(self) -> Tensors:

@@ -35,10 +35,11 @@ class TrainingSamples:
         guidance_scale: (N,) the scale of the trajectory.
         prompt: (N,) int64, index into the prompts.
         negative: (N,) int64, index of the null or negative prompt.
-        refresh_time: (N,) see :class:`~pilotfish.interface.Refresh`, as the next four.
+        refresh_time: (N,) see :class:`~pilotfish.interface.Refresh`, as the next five.
         difference: (N, C, h, w).
         refresh_conditional: (N, C, h, w).
         refresh_latents: (N, C, h, w).
+        slope: (N, C, h, w).
         known: (N,).
         any_scale: whether the target is known at every scale, or at ``guidance_scale`` alone.
     """
@@ -54,6 +55,7 @@ class TrainingSamples:
     difference: torch.Tensor
     refresh_conditional: torch.Tensor
     refresh_latents: torch.Tensor
+    slope: torch.Tensor
     known: torch.Tensor
 
     def __len__(self) -> int:
@@ -64,7 +66,7 @@ class TrainingSamples:
         """What the last refresh of each trajectory found."""
         return Refresh(
             self.refresh_time, self.difference, self.refresh_conditional, self.refresh_latents,
-            self.known,
+            self.slope, self.known,
         )  # fmt: skip
 
     @property

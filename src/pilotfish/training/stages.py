@@ -193,7 +193,7 @@ def guidance_loss(
     return (weight * (guided.float() - target).pow(2).mean((1, 2, 3))).mean()
 
 
-LEAST = 0.03
+LEAST = 0.02
 """Relative error of reuse below which a sample's weight grows no further."""
 
 

@@ -177,6 +177,10 @@ class HalvedTrajectories(Trajectories):
     """Stage 2: latents on the student's grid. The teacher takes two steps on the grid that is
     twice as fine; the student must reach the same latents in one (Salimans & Ho, arXiv 2202.00512).
 
+    Trajectories that the student samples are sampled by the teacher as well, from the same noise,
+    and a share of what would bring the student's latents back there is added to the goal, as in
+    :class:`TrackedTrajectories`.
+
     Args:
         teacher: its guided prediction.
         base: the base's two passes, which a refresh runs.
@@ -194,21 +198,36 @@ class HalvedTrajectories(Trajectories):
         self.teacher, self.base = teacher, base
 
     def teach(self, slots: torch.Tensor) -> tuple[StepSamples, torch.Tensor]:
-        pool, step = self.pool, self.path.step
+        pool, between = self.pool, self.path.prediction_between
         z, scale = pool.latents[slots], pool.scale[slots]
         prompt, negative = pool.prompt[slots], pool.negative[slots]
-        t, middle = pool.time(slots), pool.time(slots, ahead=1, finer=2)
-        to = pool.time(slots, ahead=1)
-        first = self.teacher(z, t, prompt, negative, scale)
-        halfway = step(z, first, t, middle)
-        second = self.teacher(halfway, middle, prompt, negative, scale)
-        end = step(halfway, second, middle, to)
-        goal = self.path.prediction_between(z, end, t, to)
+        t, to = pool.time(slots), pool.time(slots, ahead=1)
+        first, end = self._two_steps(z, slots)
+        goal = between(z, end, t, to)
+        own = pool.on_policy[slots]
+        if own.any():
+            some = slots[own]
+            _, reached = self._two_steps(pool.teacher_latents[some], some)
+            back = between(z[own], reached, t[own], to[own])
+            goal[own] += BACK * (back - goal[own])
+            pool.teacher_latents[some] = reached
         samples = StepSamples(
             z, t, scale, prompt, negative, goal=goal, first=first, due=pool.is_due(slots),
             **pool.refresh(slots),
         )  # fmt: skip
         return samples, goal
+
+    def _two_steps(
+        self, latents: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's first prediction, and the latents that two of its steps reach."""
+        pool, step = self.pool, self.path.step
+        texts = pool.prompt[slots], pool.negative[slots], pool.scale[slots]
+        t, middle = pool.time(slots), pool.time(slots, ahead=1, finer=2)
+        first = self.teacher(latents, t, *texts)
+        halfway = step(latents, first, t, middle)
+        second = self.teacher(halfway, middle, *texts)
+        return first, step(halfway, second, middle, pool.time(slots, ahead=1))
 
     def found(self, samples: TrainingSamples) -> tuple[torch.Tensor, torch.Tensor]:
         unconditional, conditional = self.base(
@@ -249,7 +268,7 @@ class NoisedImages:
         scale = draw_guidance_scales(n, *self.scales, generator)
         negative = draw_negatives(n, self.prompts, self.negative_prompt_prob, generator)
         nothing = torch.zeros_like(z)
-        none = torch.zeros(n), nothing, nothing, nothing, torch.zeros(n)
+        none = torch.zeros(n), *[nothing] * 4, torch.zeros(n)
         return GuidanceSamples(
             z, t, scale, prompt, negative, *none, *self.teacher(z, t, prompt, negative)
         )
