@@ -222,10 +222,13 @@ def _refresh(
     guide: GuideProtocol, step: TeacherStep, unconditional: torch.Tensor, conditional: torch.Tensor,
     before: Refresh | None,
 ) -> Refresh:  # fmt: skip
-    maps = (conditional - unconditional, conditional, step.latents)
-    placed = (x.to(guide.device, guide.dtype) for x in maps)
-    found = *placed, step.time.to(guide.device)
-    return new_refresh(*found, before or Refresh.unknown(*found[2:]))
+    time = step.time.to(guide.device)
+    difference, conditional, latents = (
+        x.to(guide.device, guide.dtype)
+        for x in (conditional - unconditional, conditional, step.latents)
+    )
+    before = before or Refresh.unknown(latents, time)
+    return new_refresh(difference, conditional, latents, time, before)
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

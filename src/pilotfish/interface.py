@@ -7,7 +7,7 @@ Everything between a denoiser family (:mod:`pilotfish.backbones`) and a guide
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -145,8 +145,8 @@ class Refresh:
     def unknown(latents: torch.Tensor, time: torch.Tensor) -> Refresh:
         """Where there was none: N latents now, at times (N,)."""
         # laid out like a known one, for which a compiled graph would be made anew otherwise
-        maps = (torch.zeros_like(latents) for _ in range(4))
-        return Refresh(torch.zeros_like(time), *maps, torch.zeros_like(time))
+        maps = {name: torch.zeros_like(latents) for name in _MAPS}
+        return Refresh(time=torch.zeros_like(time), known=torch.zeros_like(time), **maps)
 
     def __getitem__(self, index: torch.Tensor) -> Refresh:
         return Refresh(*(getattr(self, f.name)[index] for f in fields(self)))
@@ -158,8 +158,10 @@ class Refresh:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Refresh:
         """With the four maps changed."""
-        maps = map(change, (self.difference, self.conditional, self.latents, self.slope))
-        return Refresh(self.time, *maps, self.known)
+        return replace(self, **{name: change(getattr(self, name)) for name in _MAPS})
+
+
+_MAPS = ("difference", "conditional", "latents", "slope")
 
 
 @dataclass(frozen=True)

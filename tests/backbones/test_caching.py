@@ -16,6 +16,7 @@ from torch import nn
 
 from pilotfish import TinyGuide
 from pilotfish.backbones import Backbone, GuidedPass
+from pilotfish.backbones.cache import CallCache
 from pilotfish.guides import Guide
 from pilotfish.interface import TextConditions
 from tests import components
@@ -172,7 +173,7 @@ def test_an_adapter_that_a_callback_scales_is_not_cached(
 
     with guide.attached(pipe):
         made = turned()
-        monkeypatch.setattr(GuidedPass, "cached", lambda self, module, make, parts=(): make())
+        monkeypatch.setattr(CallCache, "made_by", lambda self, module, make, parts=(): make())
         assert torch.equal(made, turned())
 
 

@@ -10,6 +10,7 @@ import torch
 
 from pilotfish import GuideError
 from pilotfish.backbones import Backbone, GuidedPass
+from pilotfish.backbones.cache import CallCache
 from pilotfish.guides import TinyGuide
 from pilotfish.guides.tiny import Modulations
 from pilotfish.interface import GuideInputs, GuideOutput, TextConditions
@@ -268,8 +269,8 @@ def test_a_callback_that_changes_scale_or_prompts_is_followed(
 
     with guide.attached(pipe):
         with_tables = run()
-        monkeypatch.setattr("pilotfish.backbones.context.step_of", lambda *_: None)
-        monkeypatch.setattr(GuidedPass, "cached", lambda self, module, make, parts=(): make())
+        monkeypatch.setattr("pilotfish.backbones.cache.step_of", lambda *_: None)
+        monkeypatch.setattr(CallCache, "made_by", lambda self, module, make, parts=(): make())
         torch.testing.assert_close(with_tables, run(), atol=1e-4, rtol=1e-4)
 
 

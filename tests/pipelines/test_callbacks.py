@@ -15,7 +15,7 @@ from diffusers.callbacks import (
     SDXLControlnetCFGCutoffCallback,
 )
 
-from pilotfish.backbones import GuidedPass
+from pilotfish.backbones.cache import CallCache
 from pilotfish.interface import GuideError
 from tests.pipelines.matrix import covered
 from tests.pipelines.pipelines import PIPELINES, Pipeline, build, guide, guided
@@ -189,7 +189,7 @@ def test_weights_may_change_on_the_way(name: str, monkeypatch: pytest.MonkeyPatc
     found = []
     for cached in (True, False):
         if not cached:
-            monkeypatch.setattr(GuidedPass, "cached", lambda self, key, make, parts=(): make())
+            monkeypatch.setattr(CallCache, "made_by", lambda self, key, make, parts=(): make())
         one = build(name)
         with guide(name).attached(one.pipe):
             found.append(

@@ -6,17 +6,15 @@ plain pipeline that shares the denoiser is never guided.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import local
 from typing import Any, TypeVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 
-from pilotfish.backbones.schedule import ScheduleTable, step_of
+from pilotfish.backbones.cache import CallCache, step_of
 from pilotfish.interface import (
     GuideError,
     GuideInputs,
@@ -30,9 +28,6 @@ from pilotfish.refresh import new_refresh
 T = TypeVar("T")
 TABLE_BYTES = 2**28
 """Largest table of modulations; above it they are computed at each step."""
-TABLES = 2
-"""Tables of a whole schedule that one call makes. A callback at every step makes each useless
-after one step; from then on modulations are computed at the step."""
 LARGEST = 1e4
 """Of a prediction, whose values are of the order of 1: sampler and decoder square them."""
 
@@ -118,10 +113,7 @@ class GuidedPass:
         self._untrained: float | None = None
         self._weights: dict[str, torch.Tensor] = {}
         self._due: set[str] = set()
-        self._cache: dict[Any, Any] = {}
-        self._table: ScheduleTable | None = None
-        self._place: int | None = None
-        self._tables = 0
+        self.cache = CallCache()
 
     @staticmethod
     def current() -> GuidedPass | None:
@@ -136,7 +128,7 @@ class GuidedPass:
                 yield self
         finally:
             # the output stays: gradient checkpointing runs blocks again in the backward pass
-            self._due, self._cache, self._table, self._tables = set(), {}, None, 0
+            self._due, self.cache = set(), CallCache()
             self.refresh, self._calls, self._places = None, 0, None
 
     def forget_refresh(self) -> None:
@@ -149,7 +141,8 @@ class GuidedPass:
         Args:
             hooks: of the denoiser as it is now.
         """
-        self.hooks, self._cache, self._table = hooks, {}, None
+        self.hooks = hooks
+        self.cache.clear()
 
     # -- one denoiser call --------------------------------------------------------------
 
@@ -176,7 +169,7 @@ class GuidedPass:
         negative = self._negative()
         self.check_batch(n)
         if negative is not self.negative:
-            self._cache, self._table = {}, None
+            self.cache.clear()
         self.negative = negative
         if number in self._refreshes(call.timestep, number):
             self.doubled = self.refreshing = True
@@ -310,12 +303,7 @@ class GuidedPass:
             assert call is not None
             conditions = TextConditions(text, mask=call.text.mask)
             against = self.negative if negative is None else negative
-            kept = self._cache.get("text")
-            if kept is None or kept[0] is not text:
-                kept = text, conditions.minus(against)
-                if not torch.compiler.is_compiling():
-                    self._cache["text"] = kept
-            difference = kept[1]
+            difference = self.cache.made_of(text, lambda: conditions.minus(against))
             text = self.to_denoiser(torch.addcmul(self.to_guide(text), output.text_gain,
                                                   self.to_guide(difference)))  # fmt: skip
         return text
@@ -363,46 +351,6 @@ class GuidedPass:
         """A tensor in the denoiser's precision."""
         return x if self._denoiser_dtype is None else x.to(self._denoiser_dtype)
 
-    # -- what is kept for the whole call ------------------------------------------------
-
-    def cached(
-        self, module: nn.Module, make: Callable[[], T], parts: Iterable[nn.Module] = ()
-    ) -> T:
-        """A value made of the negative prompt by ``parts`` of a module, made once a call where it
-        is sure to stay.
-
-        It is not cached while gradients are computed, nor where an adapter may be turned up or
-        down between two steps or a part was patched. Inside a compiled graph the value is
-        computed again; passing it in would need a second graph.
-        """
-        if not _lasting(parts):
-            return make()
-        if module not in self._cache:
-            self._cache[module] = make()
-        kept: T = self._cache[module]
-        return kept
-
-    def scheduled(
-        self, key: Any, make: Callable[[torch.Tensor], torch.Tensor],
-        parts: Iterable[nn.Module] = (),
-    ) -> torch.Tensor | None:  # fmt: skip
-        """A value made of time and the negative prompt by ``parts`` of the denoiser, at this step;
-        made for the whole schedule at its first step. None where the schedule is not known or
-        :meth:`cached` would not cache.
-
-        Args:
-            make: (T,) timesteps -> (T, ...).
-        """
-        if not _lasting(parts):  # first: a graph that reads the step is compiled for it alone
-            return None
-        table = self._table
-        if table is None or self._place is None:
-            return None
-        if key not in table.values:
-            table.values[key] = make(table.schedule.to(table.times.device)).unbind()
-        made: torch.Tensor = table.values[key][self._place]
-        return made
-
     def _scheduled(
         self, call: DenoiserCall, number: int, scale: float | torch.Tensor,
         to_time: Callable[[torch.Tensor], torch.Tensor],
@@ -411,25 +359,15 @@ class GuidedPass:
         next refresh; None where the step is not part of a known schedule."""
         n, device = len(call.latents), call.latents.device
         timestep = torch.as_tensor(call.timestep, device=device)
-        schedule, place = None, None
-        if not isinstance(scale, torch.Tensor) and not torch.is_grad_enabled():
-            schedule = self.timesteps()
-            place = None if schedule is None else step_of(timestep, schedule)
-        table, self._place = self._table, place
-        if schedule is None or place is None:
+        plain = not isinstance(scale, torch.Tensor) and not torch.is_grad_enabled()
+        schedule = self.timesteps() if plain else None
+        table = self.cache.find_table(schedule, timestep, scale, call.text, n, to_time)
+        if table is None:
             w = torch.as_tensor(scale, dtype=torch.float32, device=device).expand(n)
             return self._inputs(call, to_time(timestep).reshape(-1).expand(n), w), None
-        if table is None or not table.holds(schedule, float(scale), call.text, n):
-            self._table = None
-            if self._tables == TABLES:
-                w = torch.full((n,), float(scale), device=device)
-                return self._inputs(call, to_time(timestep).reshape(-1).expand(n), w), None
-            self._tables += 1
-            times = to_time(schedule.to(device))[:, None]
-            w = torch.full((n,), float(scale), device=device)
-            table = self._table = ScheduleTable(schedule, float(scale), call.text, n, times, w)
+        place = table.place
         inputs = self._inputs(call, table.times[place].expand(n), table.w)
-        found = table.modulations_at(place, self.refresh)
+        found = table.modulations_at_step(self.refresh)
         if found is None:
             following = [i for i in self._places or () if i > number]
             # without refreshes for the whole schedule: a part of it rounds otherwise
@@ -444,7 +382,7 @@ class GuidedPass:
             )  # fmt: skip
             table.modulations = None if made is None else made.unbind()
             table.first, table.refresh = first, self.refresh
-            found = table.modulations_at(place, self.refresh)
+            found = table.modulations_at_step(self.refresh)
         return inputs, found
 
     def _inputs(self, call: DenoiserCall, time: torch.Tensor, w: torch.Tensor) -> GuideInputs:
@@ -456,20 +394,6 @@ class GuidedPass:
 
     def _text_to_guide(self, text: TextConditions) -> TextConditions:
         return text if self._denoiser_dtype is None else text.to(self.guide.dtype)
-
-
-def _lasting(parts: Iterable[nn.Module]) -> bool:
-    """Whether what parts of the denoiser make stays the same for the rest of a call."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    return not any(isinstance(part, BaseTunerLayer) or _patched(part) for part in parts)
-
-
-def _patched(module: nn.Module) -> bool:
-    """Whether a module has hooks of others, or another ``forward`` than that of its class."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    others = any(not getattr(hook, "of_guide", False) for hook in hooks)
-    return others or "forward" in vars(module)
 
 
 @contextmanager

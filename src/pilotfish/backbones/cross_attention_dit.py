@@ -52,7 +52,7 @@ class CrossAttentionDiTBackbone(Backbone):
             guided: GuidedPass, module: Any, args: Any, output: torch.Tensor
         ) -> torch.Tensor:
             """The projection is not linear, so the text is extrapolated after it."""
-            embeds = guided.cached(
+            embeds = guided.cache.made_by(
                 module, lambda: module.forward(guided.negative.embeds), module.children()
             )
             negative = TextConditions(embeds, mask=guided.negative.mask)

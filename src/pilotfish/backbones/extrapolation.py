@@ -57,7 +57,7 @@ def cross_attention(
         q = guided.scratch.pop(name, None)
         if q is None:
             return None
-        key, value, bias = guided.cached(
+        key, value, bias = guided.cache.made_by(
             layer, lambda: keys_and_values(guided), (layer.to_k, layer.to_v)
         )
         n = len(q)  # one negative prompt may serve all

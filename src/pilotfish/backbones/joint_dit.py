@@ -63,7 +63,7 @@ class JointDiTBackbone(Backbone):
             guided.scratch["negative temb"] = F.silu(embedding)
             if attention:
                 embedder = net.context_embedder
-                stream = guided.cached(
+                stream = guided.cache.made_by(
                     embedder, lambda: embedder.forward(guided.negative.embeds), [embedder]
                 )
                 joint.begin(guided, stream.expand(n, -1, -1), embedding)

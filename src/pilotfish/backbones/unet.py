@@ -137,7 +137,9 @@ class UNetBackbone(Backbone):
             pooled = guided.negative.pooled
             if pooled is None:  # the hidden states are pooled here
                 embeds = guided.negative.embeds
-                return guided.cached(pooling, lambda: pooling.forward(embeds), _within(pooling))
+                return guided.cache.made_by(
+                    pooling, lambda: pooling.forward(embeds), _within(pooling)
+                )
             sizes = args[0][:, pooled.shape[1] :]  # SDXL's pooled text, with the sizes after it
             pooled = pooled.to(args[0]).expand(len(sizes), -1)
             embedded: torch.Tensor = pooling.forward(torch.cat([pooled, sizes], 1))
@@ -167,7 +169,7 @@ class UNetBackbone(Backbone):
         ) -> torch.Tensor | None:
             if not guided.extrapolates(name):
                 return None
-            negative = guided.scheduled(layer, negatives, parts) if plain_time else None
+            negative = guided.cache.at_step(layer, negatives, parts) if plain_time else None
             if negative is None:
                 scratch = guided.scratch
                 # all residual layers are given one embedding and apply one function to it; with

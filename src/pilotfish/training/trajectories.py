@@ -268,7 +268,7 @@ class NoisedImages:
         scale = draw_guidance_scales(n, *self.scales, generator)
         negative = draw_negatives(n, self.prompts, self.negative_prompt_prob, generator)
         nothing = torch.zeros_like(z)
-        none = torch.zeros(n), *[nothing] * 4, torch.zeros(n)
+        none = torch.zeros(n), nothing, nothing, nothing, nothing, torch.zeros(n)
         return GuidanceSamples(
             z, t, scale, prompt, negative, *none, *self.teacher(z, t, prompt, negative)
         )
