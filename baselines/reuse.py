@@ -58,6 +58,8 @@ class DeltaReuse(Rule, name="delta-reuse"):
     Args:
         count: steps that run both passes.
         places: which.
+        slope: share that is added of what delta would have changed since, if it went on as between
+            the last two of those steps; 0 is the published method.
 
     Raises:
         ValueError: a negative count.
@@ -66,6 +68,7 @@ class DeltaReuse(Rule, name="delta-reuse"):
     title = "delta reuse"
     count: int = 5
     places: Places = every_nth
+    slope: float = 0.0
 
     def __post_init__(self) -> None:
         if self.count < 0:
@@ -73,7 +76,7 @@ class DeltaReuse(Rule, name="delta-reuse"):
         self.reset()
 
     def reset(self) -> None:
-        self.delta: torch.Tensor | None = None
+        self.deltas: list[tuple[int, torch.Tensor]] = []
         self.at: tuple[int, ...] = ()
 
     def is_guided(self, step: Step) -> bool:
@@ -82,11 +85,17 @@ class DeltaReuse(Rule, name="delta-reuse"):
         return step.index in self.at
 
     def after_both(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
-        self.delta = conditional - unconditional
+        self.deltas = [*self.deltas[-1:], (self.now.index, conditional - unconditional)]
         return unconditional
 
     def after_one(self, conditional: torch.Tensor) -> torch.Tensor:
-        return conditional if self.delta is None else conditional - self.delta
+        if not self.deltas:
+            return conditional
+        at, delta = self.deltas[-1]
+        if self.slope and len(self.deltas) > 1:
+            before, earlier = self.deltas[0]
+            delta = delta + self.slope * (self.now.index - at) / (at - before) * (delta - earlier)
+        return conditional - delta
 
 
 @dataclass

@@ -40,6 +40,7 @@ FEW_STEPS = 8
 """Steps at which delta reuse is measured beside a few-step guide."""
 
 _TITLES = TITLES | {
+    "delta-reuse-slope": "delta reuse, half of its slope added",
     "compress-guidance-reuse": "Compress Guidance, reused",
     "linear-ag": LinearAG.title,
     "linear-ag-even": "LinearAG, every n-th step",
@@ -142,6 +143,7 @@ def _rules(gram: Callable[[], torch.Tensor], steps: int) -> list[Candidate]:
     """The rules without training, on a part of the images."""
     kinds: dict[str, Callable[[int], Attachable]] = {
         "compress-guidance": CompressGuidance,
+        "delta-reuse-slope": lambda k: DeltaReuse(k, slope=0.5),
         "compress-guidance-reuse": lambda k: DeltaReuse(k, places=denser_early),
         "linear-ag": lambda k: fit(gram(), alternating(k, steps)),
         "linear-ag-even": lambda k: fit(gram(), every_nth(k, steps)),

@@ -163,6 +163,7 @@ RULES_OF_COUNT: dict[str, Callable[[Any, int], Rule]] = {
     "delta reuse, inside": lambda pipe, count: DeltaReuse(
         count, lambda count, steps: tuple(range(steps))[-count:] if count else ()
     ),
+    "delta reuse with slope": lambda pipe, count: DeltaReuse(count, slope=0.5),
     "Compress Guidance": lambda pipe, count: CompressGuidance(count),
     "LinearAG": fitted,
 }
@@ -259,6 +260,15 @@ def test_compress_guidance_adds_a_constant_difference_as_often_as_cfg(
     made = torch.stack(run(CompressGuidance(count), conditional - delta, conditional))
     torch.testing.assert_close((conditional - made).sum(0), steps * delta, atol=1e-5, rtol=1e-5)
     assert int((conditional - made).flatten(1).any(1).sum()) == min(count, steps)
+
+
+@given(st.integers(2, 9), st.integers(2, 9))
+def test_with_a_difference_that_changes_evenly_its_slope_gives_cfg(count: int, steps: int) -> None:
+    conditional, (delta, change) = predictions(steps), predictions(2, seed=1)
+    deltas = delta + torch.arange(steps)[:, None, None, None, None] * change
+    made = torch.stack(run(DeltaReuse(count, slope=1.0), conditional - deltas, conditional))
+    second = every_nth(count, steps)[1]
+    torch.testing.assert_close(made[second:], (conditional - deltas)[second:], atol=1e-4, rtol=1e-4)
 
 
 def test_delta_reuse_is_unguided_before_its_first_second_pass() -> None:
