@@ -117,6 +117,17 @@ def test_the_text_has_base_figures_picture_and_digest(
     assert Result.load(guide / "result.json").models == result.models
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.12])
+def test_the_text_names_the_ratio_of_steps_with_both_passes(
+    write: Write, guide: Path, ratio: float
+) -> None:
+    network = TinyGuide.from_pretrained(guide)
+    network.register_to_config(refresh_ratio=ratio)
+    network.save_pretrained(guide)
+    text = write("--license", "apache-2.0").text
+    assert ("runs both passes in 12% of the steps" in text) == (ratio > 0)
+
+
 def test_no_folder_of_this_machine_is_told(whole: ModelCard, guide: Path, tmp_path: Path) -> None:
     for name in published(guide):
         content = (guide / name).read_bytes()

@@ -48,6 +48,20 @@ def test_the_shape_of_the_json(result: Result) -> None:
     assert {"cfg_over_guided", "cfg_over_none", "flops", "passes"} < set(written["cost"])
 
 
+@pytest.mark.parametrize(
+    ("refresh", "words"),
+    [
+        (None, "both passes in the ratio of each guide"),
+        (0, "one pass in each step of the guide"),
+        (3, "both passes in 3 of the guide's steps"),
+        (0.12, "both passes in 12% of the guide's steps"),
+        ([0, 8], "both passes in the steps 0, 8"),
+    ],
+)
+def test_the_steps_with_both_passes_in_words(result: Result, refresh: Any, words: str) -> None:
+    assert dataclasses.replace(result.run, refresh=refresh).refreshes == words
+
+
 def test_what_is_not_a_number_is_null(result: Result) -> None:
     text = result.to_json()
     assert "NaN" not in text

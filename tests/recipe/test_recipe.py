@@ -10,6 +10,7 @@ import torch
 import tyro
 
 from pilotfish import bundled
+from pilotfish.guides import Guide
 from pilotfish.training.config import DistillConfig
 from recipe.__main__ import Recipe
 from recipe.ablations import ABLATIONS
@@ -21,9 +22,11 @@ from recipe.finetunes import (
     TRAIN_FINETUNES,
     finetune_folder,
 )
-from recipe.guides import FIRST, REFRESH_RATIO, SIZES, TINY, TRAININGS
+from recipe.guides import FIRST, REFRESH_RATIO, SIZES, TINY, TRAININGS, make_guide
 from recipe.loop import train
 from recipe.vocabulary import write_prompts
+from tests import components
+from tests.training.runs import small_guide
 
 
 def test_help_lists_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,6 +68,35 @@ def test_the_settings_of_every_training_are_valid() -> None:
     trainings += [FIRST | {"guide": guide} for guide in SIZES.values()]
     for settings in (*trainings, *ABLATIONS.values()):
         DistillConfig(output="unused", **settings)
+
+
+def test_each_training_begins_with_the_mean_of_those_before(
+    unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Guide] = []
+    started: list[Guide | None] = []
+
+    def distil(settings: Any, folder: Path, *, bf16: bool, init_from: Path | None = None) -> Guide:
+        started.append(None if init_from is None else Guide.from_pretrained(init_from))
+        made.append(components.randomise(small_guide(unet), seed=len(made)))
+        return made[-1]
+
+    monkeypatch.setattr("recipe.guides.distil", distil)
+    monkeypatch.setitem(TRAININGS, "tiny", ({}, {}, {}))
+    make_guide("tiny", tmp_path, tmp_path, bf16=False)
+    saved = Guide.from_pretrained(tmp_path / "guides" / "tiny")
+    assert saved.refresh_ratio == REFRESH_RATIO["tiny"] > 0
+
+    def mean(guides: list[Guide], name: str) -> torch.Tensor:
+        return torch.stack([guide.state_dict()[name] for guide in guides]).mean(0)
+
+    first, *later = started
+    assert first is None
+    for name, tensor in saved.state_dict().items():
+        torch.testing.assert_close(tensor, mean(made, name).half().float())
+        for i, begun in enumerate(later, 1):
+            assert begun is not None
+            torch.testing.assert_close(begun.state_dict()[name], mean(made[:i], name))
 
 
 def test_normalised_latents_decode_as_before() -> None:

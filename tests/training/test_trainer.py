@@ -22,6 +22,7 @@ from pilotfish.training.checkpoint import list_checkpoints
 from pilotfish.training.config import ConfigError, DistillConfig
 from pilotfish.training.context import TrainingContext
 from pilotfish.training.history import load_settings
+from pilotfish.training.pool import Pool
 from pilotfish.training.stages import GuidanceTrainer, distill
 from pilotfish.training.state import slow_precision
 from pilotfish.training.trainer import TrainingError
@@ -100,6 +101,28 @@ def test_a_guide_is_trained_further(
     for name, value in (("init_from", None), ("training_samples", "on_policy")):
         with pytest.raises(ConfigError, match=f"Cannot continue training .*: {name} is "):
             distill(replace(again, resume="latest", **{name: value}))
+
+
+@pytest.mark.parametrize("prob", [0.0, 1.0])
+def test_the_settings_of_refreshes_reach_the_samples(
+    config: DistillConfig, context: Context, monkeypatch: pytest.MonkeyPatch, prob: float
+) -> None:
+    """At the first step of a trajectory, or never there."""
+    made: list[Pool] = []
+    plain = GuidanceTrainer.pool
+
+    def pool(self: Any, *given: Any) -> Pool:
+        made.append(plain(self, *given))
+        return made[-1]
+
+    monkeypatch.setattr(GuidanceTrainer, "pool", pool)
+    settings = {"refresh_prob": 1.0, "first_step_refresh_prob": prob}
+    settings |= {"max_train_steps": 1, "trajectory_steps_min": 32, "trajectory_steps_max": 32}
+    train(replace(config, pool=64, **settings), context())
+    assert made
+    for one in made:
+        first = one.due[one.position == 0] == 0
+        assert first.float().mean() == 1 if prob else first.float().mean() < 0.5
 
 
 def test_the_student_sees_the_negative_prompts_of_its_samples(
