@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def _short_validation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_both_stages_from_a_base_of_ones_own(
-    say: Say, base: str, prompts: str, tmp_path: Path
+    randomise: Any, say: Say, base: str, prompts: str, tmp_path: Path
 ) -> None:
     """Distil, halve the steps twice, draw with the last guide; resume does nothing twice."""
     own = ("--pretrained_model_name_or_path", base)
@@ -54,6 +55,14 @@ def test_both_stages_from_a_base_of_ones_own(
     code, error = say(*steps, *free, "--steps", "8", "4")
     assert "steps is (4,) in the finished round, (8, 4) in the configuration" in error
     assert not (Path(second) / "steps-8").exists()
+    begun = Path(first) / "guide"
+    first_weights = begun / "diffusion_pytorch_model.safetensors"
+    kept = first_weights.read_bytes()
+    randomise(Guide.from_pretrained(begun)).save_pretrained(begun)
+    code, error = say(*steps, *free)
+    assert (code, error.count("\n")) == (1, 1)
+    assert "steps-4: it began with other weights than the guide has now" in error
+    first_weights.write_bytes(kept)
     assert say(*steps, "--resume", "latest")[0] == 0
     assert four.stat().st_mtime_ns == when
     again = load_file(made)

@@ -26,6 +26,7 @@ from pilotfish.training.pool import Pool
 from pilotfish.training.stages import GuidanceTrainer, distill
 from pilotfish.training.state import slow_precision
 from pilotfish.training.trainer import TrainingError
+from tests.components import randomise
 from tests.training.runs import PROMPTS, same, small_guide, train
 
 Context = Callable[..., TrainingContext]
@@ -101,6 +102,9 @@ def test_a_guide_is_trained_further(
     for name, value in (("init_from", None), ("training_samples", "on_policy")):
         with pytest.raises(ConfigError, match=f"Cannot continue training .*: {name} is "):
             distill(replace(again, resume="latest", **{name: value}))
+    randomise(deepcopy(first)).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"Cannot continue training .*: begun_sha256 is "):
+        distill(replace(again, resume="latest"))
 
 
 @pytest.mark.parametrize("prob", [0.0, 1.0])

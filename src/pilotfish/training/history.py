@@ -55,10 +55,12 @@ class Progress:
         self.history.append({"step": self.step, "loss": self.smooth["loss"], **row})
         (folder / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
 
-    def finish(self, batch: int, folder: Path) -> None:
-        """Write the cost of the finished run to ``folder/training.json``."""
+    def finish(self, batch: int, folder: Path, begun_sha256: str | None) -> None:
+        """Write the cost of the finished run to ``folder/training.json``, and the SHA-256 of the
+        trained guide that it began with, if it did."""
         cost = {"steps": self.step, "samples": self.step * batch, "seconds": self.seconds}
-        (folder / "training.json").write_text(json.dumps(cost, indent=1) + "\n")
+        facts = cost | {"begun_sha256": begun_sha256}
+        (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the step."""
@@ -68,6 +70,13 @@ class Progress:
         """Restore it."""
         self.step, self.seconds = step, facts["seconds"]
         self.smooth, self.history = facts["smooth"], facts["history"]
+
+
+def begun_sha256(folder: Path) -> str | None:
+    """The SHA-256 of the guide with which a finished run began; None where it is not known."""
+    file = folder / "training.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found.get("begun_sha256")
 
 
 def training_folder(guide: Path) -> Path | None:

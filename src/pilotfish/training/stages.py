@@ -20,6 +20,7 @@ from pilotfish.backbones import Origin
 from pilotfish.guides import Guide
 from pilotfish.interface import Refresh
 from pilotfish.noise import NoisePath
+from pilotfish.teacher import checksum
 from pilotfish.training.config import (
     ConfigError,
     DistillConfig,
@@ -28,6 +29,7 @@ from pilotfish.training.config import (
     differences,
 )
 from pilotfish.training.context import TrainingContext
+from pilotfish.training.history import begun_sha256
 from pilotfish.training.samples import (
     GuidanceSamples,
     Source,
@@ -51,6 +53,10 @@ class GuidanceTrainer(Trainer):
     config: DistillConfig
     measure = "guidance_error"
     fixed_settings = (*Trainer.fixed_settings, "init_from", "training_samples")
+
+    @property
+    def begins_trained(self) -> bool:
+        return self.config.init_from is not None
 
     def source(self, stream: int, model: int) -> Source:
         config, context = self.config, self.context
@@ -130,6 +136,10 @@ class StepTrainer(Trainer):
         if self.teacher_guide is not None:
             self.teacher_pass = context.student(self.teacher_guide.to(self.accelerator.device))
             self.hooks.append(self.teacher_pass.hooks)
+
+    @property
+    def begins_trained(self) -> bool:
+        return True
 
     def source(self, stream: int, model: int) -> Source:
         pool = self.pool(stream, model, (self.steps, self.steps), self.config.on_policy_ratio)
@@ -267,7 +277,7 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
     """
     if config.resume not in (None, "latest"):
         raise ConfigError(f"stage 2 resumes with --resume latest only, not {config.resume}")
-    folders = {n: Path(config.output) / f"steps-{n}" for n in config.steps}
+    folders, guide = {n: Path(config.output) / f"steps-{n}" for n in config.steps}, initial
     if config.resume is None and any(folder.exists() for folder in folders.values()):
         raise ConfigError(
             f"{config.output} holds rounds of an earlier run; --resume latest continues it, "
@@ -275,7 +285,8 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
         )
     for steps, folder in folders.items():
         if (folder / "guide").is_dir():
-            check_finished(folder, config, steps)
+            check_finished(folder, config, steps, guide)
+            guide = Guide.from_pretrained(folder / "guide")
     context, made = TrainingContext.from_config(config), {}
     for steps, folder in folders.items():
         if (folder / "guide").is_dir():
@@ -294,8 +305,8 @@ FREE = (
 """Settings that do not change a finished round; of ``steps``, those after it."""
 
 
-def check_finished(folder: Path, config: StepsConfig, steps: int) -> None:
-    """Refuse a finished round that was trained with other settings.
+def check_finished(folder: Path, config: StepsConfig, steps: int, initial: Guide) -> None:
+    """Refuse a finished round that was trained with other settings, or from another guide.
 
     Raises:
         ConfigError: naming them, or the round's own cannot be read.
@@ -310,6 +321,11 @@ def check_finished(folder: Path, config: StepsConfig, steps: int) -> None:
         raise ConfigError(
             f"Cannot continue after {folder}: {differs}; give the same settings or another "
             "--output."
+        )
+    if begun_sha256(folder) not in (None, checksum(initial)):
+        raise ConfigError(
+            f"Cannot continue after {folder}: it began with other weights than the guide has now; "
+            "give another --output, or delete the folder to train the round anew."
         )
 
 

@@ -109,6 +109,7 @@ class Trainer:
         if config.gradient_checkpointing:
             context.denoiser.enable_gradient_checkpointing(checkpoint_in_pass)
         self.base_sha256 = checksum(context.denoiser)
+        self.begun_sha256 = checksum(guide) if self.begins_trained else None
         if (origin := Origin.of(context.denoiser)) is not None:
             guide.register_to_config(trained_on=origin.plain())
         self.finetunes = FineTunes(
@@ -124,6 +125,11 @@ class Trainer:
             base_sha256=self.base_sha256, settings=self._fixed(),
             limit=config.checkpoints_total_limit,
         )  # fmt: skip
+
+    @property
+    def begins_trained(self) -> bool:
+        """Whether it begins with a trained guide, which a resumed run must share."""
+        raise NotImplementedError
 
     # -- the training step ------------------------------------------------------------------
 
@@ -288,7 +294,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             config, processes = self.config, self.accelerator.num_processes
             batch = config.train_batch_size * config.gradient_accumulation_steps * processes
-            self.progress.finish(batch, self.folder)
+            self.progress.finish(batch, self.folder, self.begun_sha256)
             with atomic_folder(self.folder / "guide") as aside:
                 guide.save_pretrained(aside)
             self.log(f"saved {self.folder / 'guide'}")
@@ -311,6 +317,7 @@ class Trainer:
             **self.guide.settings(),
         }
         fixed |= {name: getattr(self.config, name) for name in self.fixed_settings}
+        fixed["begun_sha256"] = self.begun_sha256
         plain: dict[str, Any] = json.loads(json.dumps(fixed))
         return plain
 
