@@ -9,7 +9,7 @@ import torch
 from pilotfish import guidance_error as module
 from pilotfish.guidance_error import GuidanceError, Sums, Trajectories, pipeline_guidance_error
 from pilotfish.guides import ExternalGuide, Guide, TinyGuide
-from pilotfish.interface import GuideError
+from pilotfish.interface import GuideError, GuideInputs
 from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.loading import use_deterministic_scheduler
 from pilotfish.pipelines.sampling import sample
@@ -105,6 +105,23 @@ def test_processes_share_the_prompts(pipe: Any, moved: Guide, count: int) -> Non
             pipe, moved, trajectories, gather=lambda mine: sums.append(mine) or sums
         )
     assert shared.by_w == pytest.approx(measure(pipe, moved).by_w, rel=1e-5)
+
+
+def test_a_guide_for_few_steps_is_given_the_slope_at_a_second_refresh(
+    pipe: Any, randomise: Callable[[Guide], Guide]
+) -> None:
+    few = randomise(TinyGuide.for_denoiser(pipe.unet, "epsilon", rank=4, times=[0.999, 0.499]))
+    seen: list[bool] = []
+
+    def note(module: Any, args: Any) -> None:
+        inputs: GuideInputs = args[0]
+        if inputs.refresh is not None and torch.equal(inputs.refresh.time, inputs.time):
+            seen.append(bool(inputs.refresh.slope.any()))
+
+    # the pipeline's denoiser has the same precision, so the guide is not copied
+    few.register_forward_pre_hook(note)
+    measure(pipe, few, refresh=2, guidance_scales=(4.0,))
+    assert seen == [False, True]
 
 
 def test_trajectories_are_cached_for_further_guides(

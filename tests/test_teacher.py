@@ -132,6 +132,25 @@ def test_each_sample_has_its_own_scale_and_negative_prompt(
     assert ignored == isinstance(student.guide, FullGuide)
 
 
+def test_a_step_with_both_passes_knows_the_refresh_before(
+    family: components.Family, latents: torch.Tensor
+) -> None:
+    """Of the two samples the first has had one."""
+    denoiser, prompts = family.denoiser(), PromptTable(family.text(4, seed=8))
+    guide = TinyGuide.for_denoiser(
+        denoiser, family.prediction_type, rank=4, head=4, times=[0.8, 0.2]
+    )
+    student = Student(components.randomise(guide), denoiser)
+    given = latents, TIME, prompts(PROMPT), prompts.null, SCALE
+    before, due = components.refresh(latents), torch.tensor([True, True])
+    with torch.no_grad():
+        knowing, unknowing = (student(*given, found, due) for found in (before, None))
+        second = student(*given, before, torch.tensor([False, True]))
+    assert (knowing[0] - unknowing[0]).abs().max() > 1e-4
+    torch.testing.assert_close(knowing[1], unknowing[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(knowing[1], second[1], atol=1e-5, rtol=1e-4)
+
+
 def test_only_the_guide_is_trained(
     student: Student, denoiser: Any, prompts: PromptTable, latents: torch.Tensor
 ) -> None:

@@ -171,15 +171,16 @@ def guidance_error(
         if not with_negative:
             negative = torch.full_like(negative, NULL)
         texts = prompts(trajectories.prompt[index]), some_or_one(prompts, negative)
-        scale, found = torch.full((len(index),), w), None
+        scale = torch.full((len(index),), w)
+        found: Refresh | None = None
         for number, step in enumerate(steps):
-            due = None
+            due, before = None, found
             if number in doubled:
                 both = teacher(step.latents, step.time, step.prompt, negative)
                 guided, due = teacher.guided(*both, w), torch.ones(len(index), dtype=torch.bool)
-                found = _refresh(student.guide, step, *both, found)
+                found = _refresh(student.guide, step, *both, before)
             if due is None or student.guide.corrects_refresh:
-                guided = student(step.latents, step.time, *texts, scale, found, due)
+                guided = student(step.latents, step.time, *texts, scale, before, due)
             key = (w, round(float(step.time[0]), 4))
             pair = _distance(guided, step.cfg), _distance(step.conditional, step.cfg)
             sums[key] = _add(sums.get(key, (0.0, 0.0)), pair)

@@ -130,7 +130,7 @@ class Refresh:
         conditional: (N, C, h, w) its conditional prediction.
         latents: (N, C, h, w) its latents.
         slope: (N, C, h, w) by how much the difference changes per unit of time, from the last two
-            such steps (:func:`pilotfish.refresh.slope`); 0 where there was one.
+            such steps (:func:`pilotfish.refresh.new_refresh`); 0 where there was a single one.
         known: (N,) 1 where there was such a step; 0 where there was none, and all else is 0.
     """
 
@@ -145,7 +145,7 @@ class Refresh:
     def unknown(latents: torch.Tensor, time: torch.Tensor) -> Refresh:
         """Where there was none: N latents now, at times (N,)."""
         # laid out like a known one, for which a compiled graph would be made anew otherwise
-        maps = {name: torch.zeros_like(latents) for name in _MAPS}
+        maps = {name: latents.new_zeros(latents.shape) for name in _MAPS}
         return Refresh(time=torch.zeros_like(time), known=torch.zeros_like(time), **maps)
 
     def __getitem__(self, index: torch.Tensor) -> Refresh:

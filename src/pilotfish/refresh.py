@@ -1,7 +1,7 @@
 """Refreshing the guidance: some steps of a call run both passes.
 
 After such a step the guide is given the difference between the two predictions, which changes
-slowly along a trajectory, and its age.
+slowly along a trajectory, and its age; after two, how fast it changes.
 """
 
 from __future__ import annotations
@@ -36,34 +36,29 @@ def refresh_steps(count: int, steps: int) -> tuple[int, ...]:
     return (steps // 2,) if count == 1 and steps else every_nth(count, steps)
 
 
-def slope(
-    difference: torch.Tensor, time: torch.Tensor, difference_before: torch.Tensor,
-    time_before: torch.Tensor, known_before: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """``(d - d_before) / (t - t_before)``, by how much the difference between the two predictions
-    changes per unit of normalised time, from two refreshes.
-
-    Args:
-        difference, difference_before: (N, C, h, w).
-        time, time_before: (N,).
-        known_before: (N,) 1 where there was a refresh before.
-
-    Returns:
-        (N, C, h, w); 0 where there was none before, or one at the same time.
-    """
-    elapsed = time - time_before
-    usable = (known_before > 0) & (elapsed != 0)
-    rate = torch.where(usable, elapsed, torch.inf).reciprocal().to(difference.dtype)
-    return (difference - difference_before) * rate[:, None, None, None]
-
-
 def new_refresh(
     difference: torch.Tensor, conditional: torch.Tensor, latents: torch.Tensor, time: torch.Tensor,
     before: Refresh,
 ) -> Refresh:  # fmt: skip
-    """What a refresh found, with the slope since the one before it; see :class:`Refresh`."""
-    change = slope(difference, time, before.difference, before.time, before.known)
-    return Refresh(time, difference, conditional, latents, change, torch.ones_like(time))
+    """What a refresh found.
+
+    The slope is ``(d - d_before) / (t - t_before)``, by how much the difference between the two
+    predictions changes per unit of normalised time. It is 0 where there was no refresh before.
+    Where that was at the same time (some solvers call the denoiser twice there) its slope stays.
+
+    Args:
+        difference: (N, C, h, w), as the next two.
+        conditional: see :class:`~pilotfish.interface.Refresh`, as the others.
+        latents: of the step.
+        time: (N,).
+        before: the last one.
+    """
+    elapsed = time - before.time
+    same = elapsed == 0
+    rate = (before.known / torch.where(same, torch.inf, elapsed)).to(difference.dtype)
+    slope = (difference - before.difference) * rate[:, None, None, None]
+    slope = torch.where(same[:, None, None, None], before.slope, slope)
+    return Refresh(time, difference, conditional, latents, slope, torch.ones_like(time))
 
 
 def check_refresh(refresh: RefreshSteps) -> RefreshSteps:

@@ -9,7 +9,8 @@ import torch
 
 from pilotfish import GuideError
 from pilotfish.backbones import GuidedPass
-from pilotfish.refresh import places, refresh_steps, slope
+from pilotfish.interface import Refresh
+from pilotfish.refresh import new_refresh, places, refresh_steps
 from tests.pipelines.matrix import covered
 from tests.pipelines.pipelines import PIPELINES, Pipeline, build, guide
 
@@ -82,9 +83,13 @@ def test_the_slope_is_the_change_per_unit_of_time() -> None:
     then, now = torch.tensor([0.9, 0.9, 0.9, 0.5]), torch.tensor([0.6, 0.4, 0.9, 0.3])
     known = torch.tensor([1.0, 1.0, 1.0, 0.0])
     at = [start + t[:, None, None, None] * rate for t in (then, now)]
-    found = slope(at[1], now, at[0], then, known)
-    torch.testing.assert_close(found[:2], rate[:2], rtol=1e-4, atol=1e-5)
-    assert not found[2:].any(), "at the same time, and without a refresh before"
+    kept = torch.full_like(start, 0.5)
+    before = Refresh(then, at[0], start, start, kept, known)
+    found = new_refresh(at[1] + 1, start, start, now, before).slope
+    expected = rate + (1 / (now - then))[:, None, None, None]
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[2], kept[2]), "at the same time it stays"
+    assert not found[3].any(), "without a refresh before there is none"
 
 
 def test_steps_past_the_end_of_a_call_are_left_out() -> None:

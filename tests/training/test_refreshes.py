@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -30,25 +31,26 @@ def one(schedule: NoisePath, steps: int, **options: Any) -> Pool:
     return pool(schedule, size=1, steps=(steps, steps), **{"refresh_prob": 1.0, **options})
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_sample_knows_the_last_refresh_of_its_trajectory(schedule: NoisePath, seed: int) -> None:
-    made = one(schedule, 9, seed=seed)
-    samples = followed(CFGTrajectories(teacher, schedule, made), 9)
-    times = {float(s.time): s for s in samples}
-    assert not samples[0].known.any()
-    known = [s for s in samples if s.known.all()]
-    assert known
-    for sample in known:
-        refresh, then = sample.refresh, times[float(sample.refresh_time)]
-        assert then.time > sample.time
-        assert torch.equal(refresh.latents, then.latents)
-        assert torch.equal(refresh.conditional, then.conditional)
-        assert torch.equal(refresh.difference, then.conditional - then.unconditional)
-        if not then.known.all():
-            assert not refresh.slope.any()
-            continue
-        back = refresh.difference + refresh.change(then.refresh_time)
-        torch.testing.assert_close(back, then.difference, rtol=1e-4, atol=1e-5)
+def test_a_sample_knows_the_last_refreshes_of_its_trajectory(schedule: NoisePath) -> None:
+    of_one, of_two = 0, 0
+    for seed in range(5):
+        samples = followed(CFGTrajectories(teacher, schedule, one(schedule, 9, seed=seed)), 9)
+        times = {float(s.time): s for s in samples}
+        assert not samples[0].known.any()
+        for sample in (s for s in samples if s.known.all()):
+            refresh, then = sample.refresh, times[float(sample.refresh_time)]
+            assert then.time > sample.time
+            assert torch.equal(refresh.latents, then.latents)
+            assert torch.equal(refresh.conditional, then.conditional)
+            assert torch.equal(refresh.difference, then.conditional - then.unconditional)
+            if not then.known.all():
+                assert not refresh.slope.any()
+                of_one += 1
+                continue
+            back = refresh.difference + refresh.change(then.refresh_time)
+            torch.testing.assert_close(back, then.difference, rtol=1e-4, atol=1e-5)
+            of_two += 1
+    assert min(of_one, of_two) > 3
 
 
 def test_a_new_trajectory_knows_nothing_of_the_one_before(schedule: NoisePath) -> None:
@@ -58,6 +60,7 @@ def test_a_new_trajectory_knows_nothing_of_the_one_before(schedule: NoisePath) -
         drawn = [source.draw(1, generator) for _ in range(3)]
         assert not drawn[0].known.any()
         assert not drawn[0].difference.any()
+        assert not drawn[0].slope.any()
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.4, 1.0])
@@ -114,6 +117,30 @@ def test_who_has_left_it_is_led_back(schedule: NoisePath) -> None:
     far = (schedule.step(own, cfg, second.time, to) - teachers).norm()
     near = (schedule.step(own, second.goal, second.time, to) - teachers).norm()
     assert near < far
+
+
+def test_a_student_of_few_steps_that_has_left_it_is_led_back(schedule: NoisePath) -> None:
+    made, generator = one(schedule, 4, refresh_prob=0.0, on_policy_ratio=1.0), seeded(1)
+    source = HalvedTrajectories(guided, teacher, schedule, made, constant)
+    texts = made.prompt.clone(), made.negative.clone(), made.scale.clone()
+
+    def two_steps(z: torch.Tensor, step: int) -> torch.Tensor:
+        for t, to in pairwise(schedule.grid(8)[2 * step : 2 * step + 3, None]):
+            z = schedule.step(z, guided(z, t, *texts), t, to)
+        return z
+
+    theirs = made.latents.clone()
+    for step in range(3):
+        sample = source.draw(1, generator)
+        assert isinstance(sample, StepSamples)
+        theirs = two_steps(theirs, step)
+        torch.testing.assert_close(made.teacher_latents, theirs, atol=1e-4, rtol=1e-4)
+        to = schedule.grid(4)[step + 1].expand(1)
+        near = (schedule.step(sample.latents, sample.goal, sample.time, to) - theirs).norm()
+        far = (two_steps(sample.latents, step) - theirs).norm()
+        assert near < 0.9 * far if step else near < 1e-4
+    source.draw(1, generator)
+    assert torch.equal(made.teacher_latents, made.latents), "both begin anew from the same noise"
 
 
 def test_a_student_of_few_steps_is_told_where_it_runs_both_passes(schedule: NoisePath) -> None:

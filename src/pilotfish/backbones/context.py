@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import local
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -25,7 +25,6 @@ from pilotfish.interface import (
 )
 from pilotfish.refresh import new_refresh
 
-T = TypeVar("T")
 TABLE_BYTES = 2**28
 """Largest table of modulations; above it they are computed at each step."""
 LARGEST = 1e4
@@ -132,7 +131,7 @@ class GuidedPass:
             self.refresh, self._calls, self._places = None, 0, None
 
     def forget_refresh(self) -> None:
-        """Forget what the last refresh found, after the prompts have changed."""
+        """Forget what the last refresh found, after prompts or denoiser have changed."""
         self.refresh = None
 
     def invalidate(self, hooks: object) -> None:
@@ -141,6 +140,8 @@ class GuidedPass:
         Args:
             hooks: of the denoiser as it is now.
         """
+        if hooks is not self.hooks:  # the difference is another denoiser's
+            self.forget_refresh()
         self.hooks = hooks
         self.cache.clear()
 
@@ -177,7 +178,9 @@ class GuidedPass:
             now = time(torch.as_tensor(call.timestep, device=place)).reshape(-1).expand(n)
             w = torch.as_tensor(scale, dtype=torch.float32, device=place).expand(n)
             inputs = self._inputs(call, now.contiguous(), w)
-            if inputs.refresh is None:  # laid out as a known one: a compiled graph is made once
+            before = inputs.refresh
+            if before is None or before.latents.shape != inputs.latents.shape:
+                # laid out as a known one: a compiled graph is made once
                 inputs = replace(inputs, refresh=Refresh.unknown(inputs.latents, now))
             self._began = scale, inputs
             return
@@ -241,10 +244,9 @@ class GuidedPass:
         assert self._began is not None
         inputs = self._began[1]
         assert inputs.refresh is not None
-        self.refresh = new_refresh(
-            self.to_guide(conditional - unconditional), self.to_guide(conditional), inputs.latents,
-            inputs.time, inputs.refresh,
-        )  # fmt: skip
+        maps = (conditional - unconditional, conditional, inputs.latents)
+        difference, conditional, latents = (self.to_guide(x).contiguous() for x in maps)
+        self.refresh = new_refresh(difference, conditional, latents, inputs.time, inputs.refresh)
         self.refreshing = False
 
     def refreshed(

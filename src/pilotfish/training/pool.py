@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 
 from pilotfish.conditioning import NULL
 from pilotfish.guidance import draw_guidance_scales
+from pilotfish.interface import Refresh
 from pilotfish.noise import NoisePath
-from pilotfish.refresh import slope
+from pilotfish.refresh import new_refresh
 from pilotfish.training.config import ConfigError
 from pilotfish.training.samples import Tensors
 
@@ -124,13 +126,11 @@ class Pool:
         generator: torch.Generator,
     ) -> None:  # fmt: skip
         """Store what a refresh found, before :meth:`advance`."""
-        time = self.time(slots)
-        self.slope[slots] = slope(
-            difference, time, self.difference[slots], self.refresh_time[slots], self.known[slots]
-        )
-        self.refresh_time[slots], self.known[slots] = time, 1.0
-        self.difference[slots], self.refresh_conditional[slots] = difference, conditional
-        self.refresh_latents[slots] = self.latents[slots]
+        before = Refresh(*(kept[slots] for kept in self.refresh_fields()))
+        time, latents = self.time(slots), self.latents[slots]
+        found = new_refresh(difference, conditional, latents, time, before)
+        for kept, field in zip(self.refresh_fields(), fields(found), strict=True):
+            kept[slots] = getattr(found, field.name)
         self._set_due(slots, generator, first=1)
 
     def choose(self, n: int, generator: torch.Generator) -> torch.Tensor:

@@ -134,7 +134,8 @@ class TrackingSamples(GuidanceSamples):
 
 @dataclass(frozen=True)
 class StepSamples(TrainingSamples):
-    """Samples of stage 2, with the prediction whose one step equals two steps of the teacher.
+    """Samples of stage 2, with the prediction whose one step equals two steps of the teacher, or
+    leads nearer to its trajectory.
 
     Attributes:
         goal: (N, C, h, w) that prediction.

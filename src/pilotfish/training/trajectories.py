@@ -33,7 +33,8 @@ Guided = Callable[
 # the student's prediction for some samples, at the scales of their trajectories
 GuidedByStudent = Callable[[TrainingSamples], torch.Tensor]
 BACK = 0.25
-"""Share of the way back to the teacher's trajectory in the target of :class:`TrackedTrajectories`:
+"""Share of the way back to the teacher's trajectory in the targets of :class:`TrackedTrajectories`
+and :class:`HalvedTrajectories`:
 nothing would let deviations grow, the whole way would make the target noisy."""
 
 
