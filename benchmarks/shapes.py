@@ -132,7 +132,7 @@ class SamplingStep:
             yield partial(self.base, z, t, prompts)
             return
         if name != mode:
-            refresh = Refresh(t, z, z, z, z, torch.ones(rows, device=self.device))
+            refresh = Refresh(t, z, z, z, z, t, torch.ones(rows, device=self.device))
         student = Student(self.guides[name], self.unet, self.sizes)
         scale = torch.full((rows,), 4.0, device=self.device)
         try:

@@ -20,7 +20,10 @@ ALL: dict[str, Any] = {
     "train_finetunes": tuple(TRAIN_FINETUNES), "pool": 512, "finetune_prob": 0.6,
     "replay_reuse": 2,
 }  # fmt: skip
-FIRST = ALL | {"max_train_steps": 2000, "negative_prompt_prob": 0.25, "refresh_prob": 0.5}
+FIRST = ALL | {
+    "max_train_steps": 2000, "negative_prompt_prob": 0.25, "refresh_prob": 0.65,
+    "first_step_refresh_prob": 0.5,
+}  # fmt: skip
 """The teacher's trajectories: single steps, from which a new guide learns fastest."""
 TRACKING = ALL | {
     "training_samples": "tracking", "max_train_steps": 2500, "learning_rate": 4e-3,

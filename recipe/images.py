@@ -91,7 +91,7 @@ TEST_STYLES = {
         "1.2.4",
     ),
 }  # fmt: skip
-"""Styles far from the base's, for evaluation only: no guide is trained on them. Their images are
+"""Styles far from the base's, for evaluation: no guide is trained on them. Their images are
 not bundled, and names may be missing."""
 
 

@@ -271,4 +271,4 @@ def refresh(latents: torch.Tensor) -> Refresh:
     maps = (
         known[:, None, None, None] * torch.randn(latents.shape, generator=random) for _ in range(4)
     )
-    return Refresh(known * 0.95, *maps, known)
+    return Refresh(known * 0.95, *maps, known * 0.1, known)

@@ -131,7 +131,7 @@ def model_names() -> list[str]:
 
 
 def test_finetune_names() -> list[str]:
-    """The fine-tunes far from the base, for evaluation only: no bundled guide was trained on one.
+    """The fine-tunes far from the base, for evaluation: no bundled guide was trained on one.
     None of them is in :data:`MODELS`. Empty where the bundled models are not installed."""
     return _names("test_finetunes")
 

@@ -131,6 +131,7 @@ class Refresh:
         latents: (N, C, h, w) its latents.
         slope: (N, C, h, w) by how much the difference changes per unit of time, from the last two
             such steps (:func:`pilotfish.refresh.new_refresh`); 0 where there was a single one.
+        gap: (N,) the time between those two, at least 0; 0 where there was a single one.
         known: (N,) 1 where there was such a step; 0 where there was none, and all else is 0.
     """
 
@@ -139,6 +140,7 @@ class Refresh:
     conditional: torch.Tensor
     latents: torch.Tensor
     slope: torch.Tensor
+    gap: torch.Tensor
     known: torch.Tensor
 
     @staticmethod
@@ -146,7 +148,8 @@ class Refresh:
         """Where there was none: N latents now, at times (N,)."""
         # laid out like a known one, for which a compiled graph would be made anew otherwise
         maps = {name: latents.new_zeros(latents.shape) for name in _MAPS}
-        return Refresh(time=torch.zeros_like(time), known=torch.zeros_like(time), **maps)
+        numbers = {name: torch.zeros_like(time) for name in ("time", "gap", "known")}
+        return Refresh(**maps, **numbers)
 
     def __getitem__(self, index: torch.Tensor) -> Refresh:
         return Refresh(*(getattr(self, f.name)[index] for f in fields(self)))

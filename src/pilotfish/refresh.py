@@ -58,7 +58,8 @@ def new_refresh(
     rate = (before.known / torch.where(same, torch.inf, elapsed)).to(difference.dtype)
     slope = (difference - before.difference) * rate[:, None, None, None]
     slope = torch.where(same[:, None, None, None], before.slope, slope)
-    return Refresh(time, difference, conditional, latents, slope, torch.ones_like(time))
+    gap = torch.where(same, before.gap, before.known * elapsed.abs())
+    return Refresh(time, difference, conditional, latents, slope, gap, torch.ones_like(time))
 
 
 def check_refresh(refresh: RefreshSteps) -> RefreshSteps:

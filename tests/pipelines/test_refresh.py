@@ -84,11 +84,13 @@ def test_the_slope_is_the_change_per_unit_of_time() -> None:
     known = torch.tensor([1.0, 1.0, 1.0, 0.0])
     at = [start + t[:, None, None, None] * rate for t in (then, now)]
     kept = torch.full_like(start, 0.5)
-    before = Refresh(then, at[0], start, start, kept, known)
-    found = new_refresh(at[1] + 1, start, start, now, before).slope
+    before = Refresh(then, at[0], start, start, kept, 0.2 * known, known)
+    made = new_refresh(at[1] + 1, start, start, now, before)
+    found = made.slope
     expected = rate + (1 / (now - then))[:, None, None, None]
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-4, atol=1e-4)
     assert torch.equal(found[2], kept[2]), "at the same time it stays"
+    torch.testing.assert_close(made.gap, torch.tensor([0.3, 0.5, 0.2, 0.0]))
     assert not found[3].any(), "without a refresh before there is none"
 
 

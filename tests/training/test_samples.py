@@ -38,7 +38,20 @@ class Numbered:
         stream = torch.full((n,), self.stream)
         scale, none = number.float(), torch.zeros(n)
         return GuidanceSamples(
-            z, scale, scale, stream, stream, none, z, z, z, z, none, unconditional=z, conditional=z
+            z,
+            scale,
+            scale,
+            stream,
+            stream,
+            none,
+            z,
+            z,
+            z,
+            z,
+            none,
+            none,
+            unconditional=z,
+            conditional=z,
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -180,7 +180,7 @@ def test_cfg_teaches_a_guide_of_any_steps(
     both = given.teacher()(z, t, prompt, negative)
     taught = trainer.teach(z, t, prompt, negative, w)
     torch.testing.assert_close(taught, classifier_free_guidance(*both, 1 + multiplier * (w - 1)))
-    none = torch.zeros(2), *torch.zeros(4, 2, 4, 8, 8), torch.zeros(2)
+    none = torch.zeros(2), *torch.zeros(4, 2, 4, 8, 8), *torch.zeros(2, 2)
     samples = StepSamples(z, t, w, prompt, negative, *none, z, z, torch.zeros(2, dtype=torch.bool))
     assert not torch.allclose(taught, trainer.student_prediction(samples))
 

@@ -13,8 +13,10 @@ from pilotfish.guidance import fourier_features
 from pilotfish.guides.layers import FEATURES, zero_module
 from pilotfish.interface import Refresh
 
-COMPARED = 4
-"""Numbers by which the maps of a refresh are compared."""
+COMPARED = 5
+"""Numbers by which what a refresh found is described, beside its age."""
+SHORTEST = 1e-2
+"""Times between two refreshes that are shorter are not told apart."""
 SIDE = 8
 """Pixels of an unconditional template, each way; it is resized to the latents."""
 
@@ -101,8 +103,8 @@ def add_to_prediction(
 
 
 class Age(nn.Module):
-    """What a refresh says of itself: its age, and how the difference that it found and its slope
-    compare with the conditional prediction there.
+    """What a refresh says of itself: its age, its distance to the one before, and how the
+    difference that it found and its slope compare with the conditional prediction there.
 
     Args:
         width: of the embedding of time, w and text, to which this is added.
@@ -134,13 +136,14 @@ class Age(nn.Module):
 
 def _compared(refresh: Refresh) -> torch.Tensor:
     """(N, COMPARED) logarithms of the root mean squares of the difference, of the conditional
-    prediction and of the slope, and the cosine of the first two."""
+    prediction and of the slope, and of the gap; and the cosine of the first two."""
     maps = (refresh.difference, refresh.conditional, refresh.slope)
     difference, conditional, slope = (x.flatten(1).float() for x in maps)
     rms = torch.stack([x.square().mean(1) for x in (difference, conditional, slope)], 1)
     rms = rms.clamp(min=1e-8)
     cosine = F.cosine_similarity(difference, conditional, dim=1)
-    return torch.cat([rms.log() / 2, cosine[:, None]], 1)
+    gap = refresh.gap.float().clamp(min=SHORTEST).log()
+    return torch.cat([rms.log() / 2, gap[:, None], cosine[:, None]], 1)
 
 
 class Templates(nn.Module):

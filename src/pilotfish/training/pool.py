@@ -58,7 +58,7 @@ class Pool:
         self.on_policy = torch.zeros(size, dtype=torch.bool)
         self.gap = torch.zeros(size, dtype=torch.long)
         self.due = torch.zeros(size, dtype=torch.long)
-        self.refresh_time, self.known = torch.zeros(size), torch.zeros(size)
+        self.refresh_time, self.refresh_gap, self.known = torch.zeros(3, size)
         self.difference, self.refresh_conditional, self.refresh_latents, self.slope = torch.zeros(
             4, size, *shape
         )  # fmt: skip
@@ -111,13 +111,14 @@ class Pool:
         """Of :class:`~pilotfish.interface.Refresh`, of all latents."""
         return (
             self.refresh_time, self.difference, self.refresh_conditional, self.refresh_latents,
-            self.slope, self.known,
+            self.slope, self.refresh_gap, self.known,
         )  # fmt: skip
 
     def refresh(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
         """The last refresh of each, as fields of a :class:`TrainingSamples`."""
         names = (
-            "refresh_time", "difference", "refresh_conditional", "refresh_latents", "slope", "known"
+            "refresh_time", "difference", "refresh_conditional", "refresh_latents", "slope",
+            "refresh_gap", "known",
         )  # fmt: skip
         return {n: x[slots] for n, x in zip(names, self.refresh_fields(), strict=True)}
 
@@ -163,7 +164,8 @@ class Pool:
     _SAVED = (
         "latents", "teacher_latents", "position", "length", "prompt", "negative", "scale",
         "on_policy", "gap", "due",
-        "refresh_time", "known", "difference", "refresh_conditional", "refresh_latents", "slope",
+        "refresh_time", "refresh_gap", "known", "difference", "refresh_conditional",
+        "refresh_latents", "slope",
     )  # fmt: skip
 
     def tensors(self) -> Tensors:

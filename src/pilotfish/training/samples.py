@@ -35,11 +35,12 @@ class TrainingSamples:
         guidance_scale: (N,) the scale of the trajectory.
         prompt: (N,) int64, index into the prompts.
         negative: (N,) int64, index of the null or negative prompt.
-        refresh_time: (N,) see :class:`~pilotfish.interface.Refresh`, as the next five.
+        refresh_time: (N,) see :class:`~pilotfish.interface.Refresh`, as the next six.
         difference: (N, C, h, w).
         refresh_conditional: (N, C, h, w).
         refresh_latents: (N, C, h, w).
         slope: (N, C, h, w).
+        refresh_gap: (N,).
         known: (N,).
         any_scale: whether the target is known at every scale, or at ``guidance_scale`` alone.
     """
@@ -56,6 +57,7 @@ class TrainingSamples:
     refresh_conditional: torch.Tensor
     refresh_latents: torch.Tensor
     slope: torch.Tensor
+    refresh_gap: torch.Tensor
     known: torch.Tensor
 
     def __len__(self) -> int:
@@ -66,7 +68,7 @@ class TrainingSamples:
         """What the last refresh of each trajectory found."""
         return Refresh(
             self.refresh_time, self.difference, self.refresh_conditional, self.refresh_latents,
-            self.slope, self.known,
+            self.slope, self.refresh_gap, self.known,
         )  # fmt: skip
 
     @property
@@ -120,8 +122,7 @@ class GuidanceSamples(TrainingSamples):
 
 @dataclass(frozen=True)
 class TrackingSamples(GuidanceSamples):
-    """Samples of stage 1 on the student's trajectories. The two predictions are those of the
-    teacher on its own trajectory from the same noise.
+    """Samples of stage 1 on the student's trajectories.
 
     Attributes:
         goal: (N, C, h, w) the prediction that the student is trained on.

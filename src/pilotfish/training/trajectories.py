@@ -141,9 +141,9 @@ class CFGTrajectories(Trajectories):
 class TrackedTrajectories(CFGTrajectories):
     """Stage 1: latents sampled by the student, and by CFG from the same noise.
 
-    The student is trained on the prediction of CFG on its trajectory, and on a share of what would
-    bring the student's latents back there. A guide that is trained on single steps predicts the
-    mean of what it cannot know, and so guides too little; here it sees where that leads.
+    The student is trained on the prediction of CFG for its own latents, and on a share of what
+    would bring them back to CFG's. A guide that is trained on single steps predicts the mean of
+    what it cannot know, and so guides too little; here it sees where that leads.
     """
 
     samples_type = TrackingSamples
@@ -154,9 +154,9 @@ class TrackedTrajectories(CFGTrajectories):
         z, own, scale = pool.teacher_latents[slots], pool.latents[slots], pool.scale[slots]
         t, to = pool.time(slots), pool.time(slots, ahead=1)
         prompt, negative = pool.prompt[slots], pool.negative[slots]
-        unconditional, conditional = self.teacher(z, t, prompt, negative)
+        stepped = step(z, self.teacher.guided(*self.teacher(z, t, prompt, negative), scale), t, to)
+        unconditional, conditional = self.teacher(own, t, prompt, negative)
         cfg = self.teacher.guided(unconditional, conditional, scale)
-        stepped = step(z, cfg, t, to)
         back = self.path.prediction_between(own, stepped, t, to)
         samples = TrackingSamples(
             own, t, scale, prompt, negative, unconditional=unconditional, conditional=conditional,
@@ -165,10 +165,8 @@ class TrackedTrajectories(CFGTrajectories):
         assert self.student is not None
         due, prediction = pool.is_due(slots), self.student(samples)
         if due.any():
-            some = samples.pick(due)
-            both = self.teacher(some.latents, some.time, some.prompt, some.negative)
-            prediction[due] = self.teacher.guided(*both, some.guidance_scale)
-            pool.keep_refresh(slots[due], both[1] - both[0], both[1], generator)
+            prediction[due] = cfg[due]
+            pool.keep_refresh(slots[due], *self.found(samples.pick(due)), generator)
         pool.teacher_latents[slots] = stepped
         pool.advance(slots, step(own, prediction, t, to), generator)
         return samples
@@ -269,7 +267,8 @@ class NoisedImages:
         scale = draw_guidance_scales(n, *self.scales, generator)
         negative = draw_negatives(n, self.prompts, self.negative_prompt_prob, generator)
         nothing = torch.zeros_like(z)
-        none = torch.zeros(n), nothing, nothing, nothing, nothing, torch.zeros(n)
+        zero = torch.zeros(n)
+        none = zero, nothing, nothing, nothing, nothing, zero, zero
         return GuidanceSamples(
             z, t, scale, prompt, negative, *none, *self.teacher(z, t, prompt, negative)
         )
