@@ -26,7 +26,7 @@ FIRST = ALL | {
 }  # fmt: skip
 """The teacher's trajectories: single steps, from which a new guide learns fastest."""
 TRACKING = ALL | {
-    "training_samples": "tracking", "max_train_steps": 2500, "learning_rate": 4e-3,
+    "training_samples": "tracking", "max_train_steps": 1200, "learning_rate": 4e-3,
     "lr_warmup_steps": 20, "ema_decay": 0.98, "negative_prompt_prob": 0.5,
     "first_step_refresh_prob": 0.5, "replay_capacity": 2048, "trajectory_steps_min": 16,
 }  # fmt: skip
