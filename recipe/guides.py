@@ -60,8 +60,8 @@ class StepGuidesStage:
     """How guides for few steps are trained."""
 
     steps: tuple[int, ...] = (16, 8, 4)
-    max_train_steps: int = 600
-    learning_rate: float = 3e-3
+    max_train_steps: int = 300
+    learning_rate: float = 1.5e-3
 
 
 def distil(
@@ -108,7 +108,8 @@ def make_step_guides(work: Path, target: Path, stage: StepGuidesStage, *, bf16: 
         learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=600,
         report_to="none", resume="latest", mixed_precision="bf16" if bf16 else "no", pool=512,
         train_finetunes=tuple(TRAIN_FINETUNES), finetune_prob=0.75, replay_reuse=2,
-        negative_prompt_prob=0.25, first_step_refresh_prob=0.5,
+        negative_prompt_prob=0.25, first_step_refresh_prob=0.5, lr_warmup_steps=20,
+        ema_decay=0.98, replay_capacity=2048,
     )  # fmt: skip
     for steps, guide in distill_steps(config, Guide.from_pretrained(folder / "tiny")).items():
         guide.half().save_pretrained(folder / f"tiny-{steps}")
