@@ -60,7 +60,7 @@ class StepGuidesStage:
     """How guides for few steps are trained."""
 
     steps: tuple[int, ...] = (16, 8, 4)
-    max_train_steps: int = 300
+    max_train_steps: int = 200
     learning_rate: float = 1.5e-3
 
 
