@@ -4,7 +4,8 @@
 
 - :class:`DeltaReuse`, the core of CFG-Cache (FasterCache, Lyu et al., arXiv 2410.19355): both
   passes at every n-th step, the last delta in between. CFG-Cache, made for video, also weights low
-  and high frequencies of delta by factors of its own; here it is used as it is.
+  and high frequencies of delta by factors of its own; here it is used as it is, or with a
+  share of its slope by steps.
 - :class:`CompressGuidance` (Dinh et al., arXiv 2408.11194): both passes at steps that lie denser at
   high noise. A delta stands for all the steps until the next one: either it is used in each of
   them, or, as the paper does in the end, it is added as many times at once and the others have no

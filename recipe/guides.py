@@ -24,14 +24,15 @@ FIRST = ALL | {
     "max_train_steps": 2000, "negative_prompt_prob": 0.25, "refresh_prob": 0.65,
     "first_step_refresh_prob": 0.5,
 }  # fmt: skip
-"""The teacher's trajectories: single steps, from which a new guide learns fastest."""
+"""The teacher's trajectories: single steps, from which a new guide learns fastest. With a negative
+prompt the error is largest in the first steps, so at least half of the first refreshes are the
+first step."""
 TRACKING = ALL | {
     "training_samples": "tracking", "max_train_steps": 1200, "learning_rate": 4e-3,
     "lr_warmup_steps": 20, "ema_decay": 0.98, "negative_prompt_prob": 0.5,
     "first_step_refresh_prob": 0.5, "replay_capacity": 2048, "trajectory_steps_min": 16,
 }  # fmt: skip
-"""The student's own trajectories. With a negative prompt the error is largest in the first steps,
-so half of the first refreshes are the first step."""
+"""The student's own trajectories."""
 TINY = {"guide": {"condition_on_negative": True, "uncond_templates": 16, "rank": 15, "head": 45}}
 """Conditioning on the negative prompt has the parameters of three ranks, the templates those of
 six."""
@@ -39,7 +40,7 @@ six."""
 
 TRAININGS: dict[str, tuple[dict[str, Any], ...]] = {
     "tiny": (FIRST | TINY, TRACKING | TINY),
-    "full": (FIRST | {"guide_type": "full"},),
+    "full": (FIRST | {"guide_type": "full", "refresh_prob": 0.0},),
 }
 """The trainings of each guide. Each begins with the mean of those before; the result is the mean of
 all."""
@@ -105,7 +106,7 @@ def make_step_guides(work: Path, target: Path, stage: StepGuidesStage, *, bf16: 
     config = StepsConfig(
         output=str(work / "step_guides"), guide=str(folder / "tiny"), teacher="cfg",
         steps=stage.steps, max_train_steps=stage.max_train_steps,
-        learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=600,
+        learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=200,
         report_to="none", resume="latest", mixed_precision="bf16" if bf16 else "no", pool=512,
         train_finetunes=tuple(TRAIN_FINETUNES), finetune_prob=0.75, replay_reuse=2,
         negative_prompt_prob=0.25, first_step_refresh_prob=0.5, lr_warmup_steps=20,

@@ -270,7 +270,8 @@ class Comparison:
                 steps = on_main(partial(self._steps, name, key))
                 self.log(f"training {name}, {key}")
                 distill(self._training_config(name, key, steps, int(key.split("-")[1]), rate))
-            training = Training(**json.loads(on_main((folder / "training.json").read_text)))
+            cost = json.loads(on_main((folder / "training.json").read_text))
+            training = Training(*(cost[name] for name in ("steps", "samples", "seconds")))
         self.found.methods[name].runs.setdefault(key, MethodRun(training, {}))
         self._save()
 

@@ -130,7 +130,8 @@ class Refresh:
         conditional: (N, C, h, w) its conditional prediction.
         latents: (N, C, h, w) its latents.
         slope: (N, C, h, w) by how much the difference changes per unit of time, from the last two
-            such steps (:func:`pilotfish.refresh.new_refresh`); 0 where there was a single one.
+            such steps at different times (:func:`pilotfish.refresh.new_refresh`); 0 where there was
+            a single one.
         gap: (N,) the time between those two, at least 0; 0 where there was a single one.
         known: (N,) 1 where there was such a step; 0 where there was none, and all else is 0.
     """

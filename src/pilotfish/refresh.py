@@ -47,11 +47,11 @@ def new_refresh(
     Where that was at the same time (some solvers call the denoiser twice there) its slope stays.
 
     Args:
-        difference: (N, C, h, w), as the next two.
-        conditional: see :class:`~pilotfish.interface.Refresh`, as the others.
-        latents: of the step.
-        time: (N,).
-        before: the last one.
+        difference: (N, C, h, w) the conditional prediction minus the unconditional one.
+        conditional: (N, C, h, w) the conditional prediction.
+        latents: (N, C, h, w) those of the step.
+        time: (N,) normalised time of the step.
+        before: what the refresh before found.
     """
     elapsed = time - before.time
     same = elapsed == 0

@@ -13,6 +13,7 @@ from pilotfish.training.pool import Pool
 from pilotfish.training.samples import StepSamples, TrackingSamples, TrainingSamples
 from pilotfish.training.stages import freshness_weight
 from pilotfish.training.trajectories import (
+    BACK,
     CFGTrajectories,
     HalvedTrajectories,
     TrackedTrajectories,
@@ -47,6 +48,7 @@ def test_a_sample_knows_the_last_refreshes_of_its_trajectory(schedule: NoisePath
                 assert not refresh.slope.any()
                 of_one += 1
                 continue
+            assert torch.equal(refresh.gap, then.refresh_time - refresh.time)
             back = refresh.difference + refresh.change(then.refresh_time)
             torch.testing.assert_close(back, then.difference, rtol=1e-4, atol=1e-5)
             of_two += 1
@@ -110,13 +112,15 @@ def test_who_has_left_it_is_led_back(schedule: NoisePath) -> None:
     source = TrackedTrajectories(teacher, schedule, made, constant)
     first, second = followed(source, 2)
     assert isinstance(second, TrackingSamples)
-    cfg = teacher.guided(second.unconditional, second.conditional, second.guidance_scale)
+    both = teacher(second.latents, second.time, second.prompt, second.negative)
+    assert torch.equal(torch.stack(both), torch.stack([second.unconditional, second.conditional]))
+    cfg = teacher.guided(*both, second.guidance_scale)
     to = schedule.grid(6)[2].expand(1)
     teachers, own = made.teacher_latents, second.latents
     assert not torch.allclose(first.latents, own)
     far = (schedule.step(own, cfg, second.time, to) - teachers).norm()
     near = (schedule.step(own, second.goal, second.time, to) - teachers).norm()
-    assert near < far
+    torch.testing.assert_close(near, (1 - BACK) * far, rtol=1e-3, atol=1e-5)
 
 
 def test_a_student_of_few_steps_that_has_left_it_is_led_back(schedule: NoisePath) -> None:

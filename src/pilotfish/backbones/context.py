@@ -172,15 +172,15 @@ class GuidedPass:
         if negative is not self.negative:
             self.cache.clear()
         self.negative = negative
+        if self.refresh is not None and self.refresh.latents.shape != call.latents.shape:
+            self.forget_refresh()
         if number in self._refreshes(call.timestep, number):
             self.doubled = self.refreshing = True
             place = call.latents.device
             now = time(torch.as_tensor(call.timestep, device=place)).reshape(-1).expand(n)
             w = torch.as_tensor(scale, dtype=torch.float32, device=place).expand(n)
             inputs = self._inputs(call, now.contiguous(), w)
-            before = inputs.refresh
-            if before is None or before.latents.shape != inputs.latents.shape:
-                # laid out as a known one: a compiled graph is made once
+            if inputs.refresh is None:  # laid out as a known one: a compiled graph is made once
                 inputs = replace(inputs, refresh=Refresh.unknown(inputs.latents, now))
             self._began = scale, inputs
             return

@@ -23,8 +23,8 @@ age are known, and after two of them by how much the difference changes with tim
 adds ``w - 1`` times that difference as well, channel by channel with learned gains around 1, and a
 learned part of the change since, and reads both; all parts are turned down by learned shares in [0,
 1]. With the shares and the gains of the difference at 1 and the rest at 0 that is plain reuse of
-the difference; with all gains and shares at 0 and the head blind to it, it is the guide without
-refresh.
+the difference; with all shares, and the gains of what was found, at 0 and the head blind to it, it
+is the guide without refresh.
 """
 
 from __future__ import annotations

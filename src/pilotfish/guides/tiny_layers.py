@@ -135,8 +135,8 @@ class Age(nn.Module):
 
 
 def _compared(refresh: Refresh) -> torch.Tensor:
-    """(N, COMPARED) logarithms of the root mean squares of the difference, of the conditional
-    prediction and of the slope, and of the gap; and the cosine of the first two."""
+    """(N, COMPARED) logarithms of four numbers: the root mean squares of the difference, of the
+    conditional prediction and of the slope, and the gap; then the cosine of the first two."""
     maps = (refresh.difference, refresh.conditional, refresh.slope)
     difference, conditional, slope = (x.flatten(1).float() for x in maps)
     rms = torch.stack([x.square().mean(1) for x in (difference, conditional, slope)], 1)

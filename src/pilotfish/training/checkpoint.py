@@ -61,17 +61,19 @@ class CheckpointManager:
         folder: of the run.
         state: with the progress, the content of a checkpoint beside the streams.
         base_sha256: of the base's weights.
+        begun_sha256: of the trained guide that the run began with; None for a new one.
         settings: that a resumed run must share, in plain JSON.
         limit: checkpoints to keep; None keeps all.
     """
 
     def __init__(
         self, folder: Path, accelerator: Accelerator, state: TrainState, progress: Progress, *,
-        base_sha256: str, settings: dict[str, Any], limit: int | None,
+        base_sha256: str, begun_sha256: str | None, settings: dict[str, Any], limit: int | None,
     ) -> None:  # fmt: skip
         self.folder, self.accelerator = folder, accelerator
         self.state, self.progress = state, progress
-        self.base_sha256, self.settings, self.limit = base_sha256, settings, limit
+        self.base_sha256, self.begun_sha256 = base_sha256, begun_sha256
+        self.settings, self.limit = settings, limit
 
     def save(self, streams: Streams) -> None:
         """Write a checkpoint. Every process writes its own streams."""
@@ -83,7 +85,8 @@ class CheckpointManager:
             state = self.state.tensors()  # collective under FSDP
             if main:
                 facts = self.state.facts() | self.progress.facts()
-                facts |= {"base_sha256": self.base_sha256, "settings": self.settings}
+                facts |= {"base_sha256": self.base_sha256, "begun_sha256": self.begun_sha256}
+                facts |= {"settings": self.settings}
                 _write(folder, step, state, facts)
         if main:
             prune_checkpoints(self.folder, self.limit)
@@ -120,7 +123,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: it cannot be read.
-            ConfigError: its base or its settings are others.
+            ConfigError: its base, its settings or the guide that it began with are others.
         """
         checkpoint = load_checkpoint(path)
         found = checkpoint.facts.get("settings", {})
@@ -130,6 +133,8 @@ class CheckpointManager:
             raise ConfigError(f"{path} was trained on another base; its SHA-256 differs")
         if differs := differs or differences(found, self.settings, "checkpoint"):
             raise ConfigError(f"Cannot continue training {path}: {differs}.")
+        if checkpoint.facts.get("begun_sha256") != self.begun_sha256:
+            raise ConfigError(f"{path} began with another guide; its SHA-256 differs")
         saved = saved_streams(path)
         if not saved:
             raise CheckpointError(f"{path} holds no stream-*.safetensors; delete it to resume from "

@@ -57,7 +57,7 @@ class Progress:
 
     def finish(self, batch: int, folder: Path, begun_sha256: str | None) -> None:
         """Write the cost of the finished run to ``folder/training.json``, and the SHA-256 of the
-        trained guide that it began with, if it did."""
+        trained guide that it began with; null for a new guide."""
         cost = {"steps": self.step, "samples": self.step * batch, "seconds": self.seconds}
         facts = cost | {"begun_sha256": begun_sha256}
         (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -52,7 +52,7 @@ class GuidanceTrainer(Trainer):
 
     config: DistillConfig
     measure = "guidance_error"
-    fixed_settings = (*Trainer.fixed_settings, "init_from", "training_samples")
+    fixed_settings = (*Trainer.fixed_settings, "training_samples")
 
     @property
     def begins_trained(self) -> bool:
@@ -272,7 +272,8 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
 
     Raises:
         ConfigError: the folder holds an earlier run and ``resume`` is not set, or ``resume`` names
-            a checkpoint, though every round has its own, or a finished round had other settings.
+            a checkpoint, though every round has its own; or a finished round had other settings,
+            began with another guide or comes after one that is not finished.
         GuideError: the guide does not fit the base.
     """
     if config.resume not in (None, "latest"):
@@ -283,10 +284,20 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
             f"{config.output} holds rounds of an earlier run; --resume latest continues it, "
             "another --output keeps it"
         )
+    unfinished: Path | None = None
     for steps, folder in folders.items():
-        if (folder / "guide").is_dir():
-            check_finished(folder, config, steps, guide)
-            guide = Guide.from_pretrained(folder / "guide")
+        if not (folder / "guide").is_dir():
+            unfinished = unfinished or folder
+            continue
+        check_finished(folder, config, steps)
+        if unfinished is not None:
+            raise ConfigError(f"{folder} is finished, {unfinished} is not; delete the former")
+        if begun_sha256(folder) not in (None, checksum(guide)):
+            raise ConfigError(
+                f"Cannot continue after {folder}: it began with other weights than the guide has "
+                "now; give another --output, or delete this round's folder and those after it."
+            )
+        guide = Guide.from_pretrained(folder / "guide")
     context, made = TrainingContext.from_config(config), {}
     for steps, folder in folders.items():
         if (folder / "guide").is_dir():
@@ -305,8 +316,8 @@ FREE = (
 """Settings that do not change a finished round; of ``steps``, those after it."""
 
 
-def check_finished(folder: Path, config: StepsConfig, steps: int, initial: Guide) -> None:
-    """Refuse a finished round that was trained with other settings, or from another guide.
+def check_finished(folder: Path, config: StepsConfig, steps: int) -> None:
+    """Refuse a finished round that was trained with other settings.
 
     Raises:
         ConfigError: naming them, or the round's own cannot be read.
@@ -321,11 +332,6 @@ def check_finished(folder: Path, config: StepsConfig, steps: int, initial: Guide
         raise ConfigError(
             f"Cannot continue after {folder}: {differs}; give the same settings or another "
             "--output."
-        )
-    if begun_sha256(folder) not in (None, checksum(initial)):
-        raise ConfigError(
-            f"Cannot continue after {folder}: it began with other weights than the guide has now; "
-            "give another --output, or delete the folder to train the round anew."
         )
 
 

@@ -122,7 +122,7 @@ class Trainer:
         self.progress = Progress(self.measure)
         self.checkpoints = CheckpointManager(
             self.folder, self.accelerator, self.state, self.progress,
-            base_sha256=self.base_sha256, settings=self._fixed(),
+            base_sha256=self.base_sha256, begun_sha256=self.begun_sha256, settings=self._fixed(),
             limit=config.checkpoints_total_limit,
         )  # fmt: skip
 
@@ -317,7 +317,6 @@ class Trainer:
             **self.guide.settings(),
         }
         fixed |= {name: getattr(self.config, name) for name in self.fixed_settings}
-        fixed["begun_sha256"] = self.begun_sha256
         plain: dict[str, Any] = json.loads(json.dumps(fixed))
         return plain
 

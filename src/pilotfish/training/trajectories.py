@@ -4,7 +4,8 @@
 - A pool holds latents on CFG trajectories, each at its own timestep, prompt and scale. A drawn
   latent is stepped with the target that it gives. This needs prompts alone.
 - On-policy, a ratio of the trajectories is stepped with the student's prediction instead, so that
-  the student is trained on the latents that it reaches itself.
+  the student is trained on the latents that it reaches itself. With tracking it samples all of
+  them, beside the teacher from the same noise.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ Guided = Callable[
 GuidedByStudent = Callable[[TrainingSamples], torch.Tensor]
 BACK = 0.25
 """Share of the way back to the teacher's trajectory in the targets of :class:`TrackedTrajectories`
-and :class:`HalvedTrajectories`:
-nothing would let deviations grow, the whole way would make the target noisy."""
+and :class:`HalvedTrajectories`: nothing would let deviations grow, the whole way would make the
+target noisy."""
 
 
 class TwoPasses(Protocol):
