@@ -26,13 +26,6 @@ Places = Callable[[int, int], tuple[int, ...]]
 """(count, steps) -> which of the steps run both passes, rising and counted from 0."""
 
 
-def inside(count: int, steps: int) -> tuple[int, ...]:
-    """Evenly spaced, with as many steps before the first as between two; all steps where there are
-    fewer."""
-    count = min(count, steps)
-    return tuple((i + 1) * steps // (count + 1) for i in range(count))
-
-
 def denser_early(count: int, steps: int, power: float = 2.0) -> tuple[int, ...]:
     """The steps ``steps * (i / count)^power`` of Compress Guidance. Steps that coincide are moved
     to the next one that is free, so that there are ``count``; all where there are fewer.

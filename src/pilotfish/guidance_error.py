@@ -165,7 +165,8 @@ def guidance_error(
     """
     sums: Sums = {}
     teacher, prompts = trajectories.teacher, trajectories.teacher.prompts
-    doubled = places(refresh, trajectories.num_inference_steps)
+    few_steps = student.guide.times is not None
+    doubled = places(refresh, trajectories.num_inference_steps, few_steps=few_steps)
     for w, index, steps in trajectories:
         negative = trajectories.negative[index]
         if not with_negative:

@@ -24,16 +24,27 @@ def every_nth(count: int, steps: int) -> tuple[int, ...]:
     return tuple(i * steps // count for i in range(count))
 
 
-def refresh_steps(count: int, steps: int) -> tuple[int, ...]:
-    """The steps that run both passes: several are evenly spaced from the first step on, where a
-    guide alone is furthest from CFG on a fine-tune unlike those of its training and with a negative
-    prompt; a single one is in the middle, because what the first step finds says little later.
+def inside(count: int, steps: int) -> tuple[int, ...]:
+    """Evenly spaced, with as many steps before the first as between two; all steps where there are
+    fewer."""
+    count = min(count, steps)
+    return tuple((i + 1) * steps // (count + 1) for i in range(count))
+
+
+def refresh_steps(count: int, steps: int, *, few_steps: bool = False) -> tuple[int, ...]:
+    """The steps that run both passes.
+
+    Several are evenly spaced from the first step on, where a guide alone is furthest from CFG on a
+    fine-tune unlike those of its training and with a negative prompt. With a guide for few steps,
+    and where there is a single one, they are inside the call: what the first step finds says little
+    after a long step.
 
     Args:
         count: how many, at least 0; all where there are fewer steps.
         steps: denoiser calls of the pipeline's call, at least 1.
+        few_steps: whether the guide was distilled to few steps.
     """
-    return (steps // 2,) if count == 1 and steps else every_nth(count, steps)
+    return (inside if few_steps or count == 1 else every_nth)(count, steps)
 
 
 def new_refresh(
@@ -82,10 +93,11 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def places(refresh: RefreshSteps, steps: int) -> tuple[int, ...]:
-    """The steps that a value of ``refresh`` means, in a call of so many."""
+def places(refresh: RefreshSteps, steps: int, *, few_steps: bool = False) -> tuple[int, ...]:
+    """The steps that a value of ``refresh`` means, in a call of so many; see
+    :func:`refresh_steps`."""
     if isinstance(refresh, float):
-        return refresh_steps(int(refresh * steps + 0.5), steps)
+        return refresh_steps(int(refresh * steps + 0.5), steps, few_steps=few_steps)
     if isinstance(refresh, int):
-        return refresh_steps(refresh, steps)
+        return refresh_steps(refresh, steps, few_steps=few_steps)
     return tuple(sorted(i for i in refresh if i < steps))

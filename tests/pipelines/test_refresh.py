@@ -68,9 +68,13 @@ def test_a_guide_makes_use_of_what_was_found_and_keeps_nothing(
 def test_refreshes_are_so_many_steps_of_a_call(steps: int) -> None:
     assert refresh_steps(3, 25) == (0, 8, 16)
     assert refresh_steps(1, 25) == (12,)
+    assert refresh_steps(2, 8, few_steps=True) == (2, 5)
     assert refresh_steps(0, steps) == ()
     for count in range(1, steps):
         found = refresh_steps(count, steps)
+        few = refresh_steps(count, steps, few_steps=True)
+        assert len(set(few)) == count
+        assert max(few) < steps
         assert len(set(found)) == count
         assert list(found) == sorted(found)
         assert 0 <= found[0] <= found[-1] < steps

@@ -178,6 +178,17 @@ def test_places_are_those_of_the_steps_that_are_made(
     assert sizes == [2] * (steps // 2) + [BOTH] + [2] * (steps - steps // 2 - 1)
 
 
+@pytest.mark.filterwarnings("ignore:this guide was distilled")
+@pytest.mark.parametrize(("times", "both"), [(None, [0, 4]), ([0.9, 0.5], [2, 5])])
+def test_a_guide_for_few_steps_runs_both_passes_inside_the_call(
+    times: list[float] | None, both: list[int]
+) -> None:
+    one = build("SD")
+    with guide("SD", times=times).attached(one.pipe, refresh=2), one.batches() as sizes:
+        one.latents(num_inference_steps=8)
+    assert [i for i, n in enumerate(sizes) if n == BOTH] == both
+
+
 def test_a_call_that_ends_before_the_schedule() -> None:
     one = build("SDXL")
     with guide("SDXL").attached(one.pipe, refresh=3), one.batches() as sizes:

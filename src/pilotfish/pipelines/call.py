@@ -64,7 +64,9 @@ class RunningCall:
             timesteps=lambda: getattr(pipe.scheduler, "timesteps", None),
             # fewer than the rest of the schedule with SDXL's denoising_end
             refresh_at=lambda steps: places(
-                pipe._pilotfish_refresh, min(steps, getattr(pipe, "num_timesteps", steps))
+                pipe._pilotfish_refresh,
+                min(steps, getattr(pipe, "num_timesteps", steps)),
+                few_steps=guide.times is not None,
             ),
             check_batch=self._check_batch,
             hooks=pipe._pilotfish_hooks,
