@@ -38,21 +38,9 @@ class Numbered:
         stream = torch.full((n,), self.stream)
         scale, none = number.float(), torch.zeros(n)
         return GuidanceSamples(
-            z,
-            scale,
-            scale,
-            stream,
-            stream,
-            none,
-            z,
-            z,
-            z,
-            z,
-            none,
-            none,
-            unconditional=z,
+            z, scale, scale, stream, stream, none, z, z, z, z, none, none, unconditional=z,
             conditional=z,
-        )
+        )  # fmt: skip
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"next": torch.tensor(self.next)}

@@ -21,10 +21,10 @@ The first three act through the model's own weights, so they transfer to fine-tu
 After a refresh, a step with both passes, the last difference between the two predictions and its
 age are known, and after two of them by how much the difference changes with time. The head then
 adds ``w - 1`` times that difference as well, channel by channel with learned gains around 1, and a
-learned part of the change since, and reads both; all parts are turned down by learned shares in [0,
-1]. With the shares and the gains of the difference at 1 and the rest at 0 that is plain reuse of
-the difference; with all shares, and the gains of what was found, at 0 and the head blind to it, it
-is the guide without refresh.
+learned part of the change since, and reads both. All parts are turned down by learned shares
+between 0 and 1. With the shares and the gains of the difference at 1 and the rest at 0 that is
+plain reuse of the difference; with all shares, and the gains of what was found, at 0 and the head
+blind to it, it is the guide without refresh.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pilotfish.guides.layers import FEATURES, zero_module
 from pilotfish.interface import Refresh
 
 COMPARED = 5
-"""Numbers by which what a refresh found is described, beside its age."""
+"""Numbers by which what a refresh found is described, in addition to its age."""
 SHORTEST = 1e-2
 """Times between two refreshes that are shorter are not told apart."""
 SIDE = 8

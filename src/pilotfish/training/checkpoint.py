@@ -85,8 +85,10 @@ class CheckpointManager:
             state = self.state.tensors()  # collective under FSDP
             if main:
                 facts = self.state.facts() | self.progress.facts()
-                facts |= {"base_sha256": self.base_sha256, "begun_sha256": self.begun_sha256}
-                facts |= {"settings": self.settings}
+                facts |= {
+                    "base_sha256": self.base_sha256, "begun_sha256": self.begun_sha256,
+                    "settings": self.settings,
+                }  # fmt: skip
                 _write(folder, step, state, facts)
         if main:
             prune_checkpoints(self.folder, self.limit)

@@ -285,6 +285,7 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
             "another --output keeps it"
         )
     unfinished: Path | None = None
+    finished: dict[int, Guide] = {}
     for steps, folder in folders.items():
         if not (folder / "guide").is_dir():
             unfinished = unfinished or folder
@@ -297,11 +298,11 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
                 f"Cannot continue after {folder}: it began with other weights than the guide has "
                 "now; give another --output, or delete this round's folder and those after it."
             )
-        guide = Guide.from_pretrained(folder / "guide")
+        finished[steps] = guide = Guide.from_pretrained(folder / "guide")
     context, made = TrainingContext.from_config(config), {}
     for steps, folder in folders.items():
-        if (folder / "guide").is_dir():
-            student = Guide.from_pretrained(folder / "guide")
+        if steps in finished:
+            student = finished[steps]
         else:
             settings = replace(config, output=str(folder))
             student = StepTrainer(settings, context, initial, steps).run()

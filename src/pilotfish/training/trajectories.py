@@ -5,7 +5,7 @@
   latent is stepped with the target that it gives. This needs prompts alone.
 - On-policy, a ratio of the trajectories is stepped with the student's prediction instead, so that
   the student is trained on the latents that it reaches itself. With tracking it samples all of
-  them, beside the teacher from the same noise.
+  them, and the teacher samples from the same noise.
 """
 
 from __future__ import annotations
