@@ -214,6 +214,17 @@ def test_invalidating_forgets_the_table(schedule: Schedule) -> None:
     assert schedule.tables == 2
 
 
+def test_another_denoiser_forgets_what_a_refresh_found() -> None:
+    guide: Any = None
+    mine, found = object(), components.refresh(torch.ones(2, 4, 8, 8))
+    guided = GuidedPass(guide, lambda: 4.0, lambda: TextConditions(torch.empty(0)), hooks=mine)
+    guided.refresh = found
+    guided.invalidate(mine)
+    assert guided.refresh is found
+    guided.invalidate(object())
+    assert guided.refresh is None
+
+
 @pytest.mark.parametrize("name", ["SD", "SD3", "PixArt"])
 def test_pipelines_use_a_table(
     make_pipe: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, name: str
