@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +210,16 @@ class Frontier:
         part.texts, part.seeds = whole.texts[chosen], whole.seeds[chosen]
         part.prompt = whole.prompt[chosen]
 
+        reference_images = None
+        if whole.reference is not None:  # by content: a clone in another folder has the same
+            reference_images = sha256(whole.reference.cpu().numpy().tobytes()).hexdigest()
+
         def reference(method: str, steps: int) -> ScoredImages:
             w = 1.0 if method == "none" else config.guidance_scale
             facts = {
                 "weights": weights, "scorer": checksum(self.scorer.model), "w": w, "steps": steps,
                 "prompts": whole.texts, "seeds": whole.seeds,
-                "reference_images": self.models[model].reference_images,
+                "reference_images": reference_images,
             }  # fmt: skip
             return kept_images(
                 self.folder / model / f"{method}-{steps}.safetensors",

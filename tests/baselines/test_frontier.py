@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +180,19 @@ def test_what_has_changed_is_measured_again(start: Start, guides: dict[str, Guid
     for model, entries in after.items():
         changed = {key[0] for key, text in entries.items() if text != before[model][key]}
         assert changed == {"mine"}
+
+
+def test_images_of_another_clone_are_used_again(
+    start: Start, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, methods=("none", "cfg"))
+    first = start(config=config)
+    found = first.measure()
+    other = ModelSource(first.models["base"].load, shutil.copytree(real, tmp_path / "clone"))
+    (tmp_path / "run" / "frontier.json").unlink()
+    monkeypatch.setattr(ModelScorer, "score", pytest.fail)
+    again = start(config=config, models={**first.models, "base": other}).measure()
+    assert figures_of(again) == figures_of(found)
 
 
 @pytest.mark.parametrize(
