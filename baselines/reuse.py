@@ -46,23 +46,19 @@ def denser_early(count: int, steps: int, power: float = 2.0) -> tuple[int, ...]:
 
 
 @dataclass
-class DeltaReuse(Rule, name="delta-reuse"):
-    """The last delta in all steps that do not run both passes; no guidance before the first.
+class SpacedRule(Rule):
+    """Both passes at a number of steps.
 
     Args:
-        count: steps that run both passes.
+        count: how many.
         places: which.
-        slope: share that is added of what delta would have changed since, if it went on as between
-            the last two of those steps; 0 is the published method.
 
     Raises:
         ValueError: a negative count.
     """
 
-    title = "delta reuse"
     count: int = 5
     places: Places = every_nth
-    slope: float = 0.0
 
     def __post_init__(self) -> None:
         if self.count < 0:
@@ -70,13 +66,29 @@ class DeltaReuse(Rule, name="delta-reuse"):
         self.reset()
 
     def reset(self) -> None:
-        self.deltas: list[tuple[int, torch.Tensor]] = []
         self.at: tuple[int, ...] = ()
 
     def is_guided(self, step: Step) -> bool:
         self.now = step
         self.at = self.at or self.places(self.count, step.count)
         return step.index in self.at
+
+
+@dataclass
+class DeltaReuse(SpacedRule, name="delta-reuse"):
+    """The last delta in all steps that do not run both passes; no guidance before the first.
+
+    Args:
+        slope: share that is added of what delta would have changed since, if it went on as between
+            the last two of those steps; 0 is the published method.
+    """
+
+    title = "delta reuse"
+    slope: float = 0.0
+
+    def reset(self) -> None:
+        super().reset()
+        self.deltas: list[tuple[int, torch.Tensor]] = []
 
     def after_both(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
         self.deltas = [*self.deltas[-1:], (self.now.index, conditional - unconditional)]
@@ -93,17 +105,9 @@ class DeltaReuse(Rule, name="delta-reuse"):
 
 
 @dataclass
-class CompressGuidance(DeltaReuse, name="compress-guidance"):
+class CompressGuidance(SpacedRule, name="compress-guidance"):
     """The delta of each step of both passes, added at once for all the steps until the next one;
-    no guidance in those. With these places, :class:`DeltaReuse` is the paper's other form.
-
-    Args:
-        count: steps that run both passes.
-        places: which.
-
-    Raises:
-        ValueError: a negative count.
-    """
+    no guidance in those. With these places, :class:`DeltaReuse` is the paper's other form."""
 
     title = "Compress Guidance"
     places: Places = denser_early

@@ -13,7 +13,7 @@ from pilotfish.interface import Refresh
 from pilotfish.noise import NoisePath
 from pilotfish.refresh import new_refresh
 from pilotfish.training.config import ConfigError
-from pilotfish.training.samples import Tensors
+from pilotfish.training.samples import REFRESH_FIELDS, Tensors
 
 REFRESHES = 1 / 3
 """Largest share of a training trajectory's steps that run both passes, on average; it is larger
@@ -58,10 +58,11 @@ class Pool:
         self.on_policy = torch.zeros(size, dtype=torch.bool)
         self.gap = torch.zeros(size, dtype=torch.long)
         self.due = torch.zeros(size, dtype=torch.long)
-        self.refresh_time, self.refresh_gap, self.known = torch.zeros(3, size)
-        self.difference, self.refresh_conditional, self.refresh_latents, self.slope = torch.zeros(
-            4, size, *shape
-        )  # fmt: skip
+        nothing = Refresh.unknown(self.latents, self.scale)
+        self.last_refresh = {
+            name: getattr(nothing, f.name)
+            for name, f in zip(REFRESH_FIELDS, fields(nothing), strict=True)
+        }
         # where lengths differ, the first trajectories may have a single step, so that the pool soon
         # covers all timesteps
         fixed = steps[0] == steps[1]
@@ -91,7 +92,7 @@ class Pool:
             if self.first_step_refresh_prob:
                 at_start = torch.rand(n, generator=generator) < self.first_step_refresh_prob
                 self.due[slots[some & at_start]] = 0
-            for kept in self.refresh_fields():
+            for kept in self.last_refresh.values():
                 kept[slots] = 0
 
     def _set_due(self, slots: torch.Tensor, generator: torch.Generator, first: int) -> None:
@@ -107,30 +108,19 @@ class Pool:
         due: torch.Tensor = self.position[slots] == self.due[slots]
         return due if self.refresh_prob else torch.zeros_like(due)
 
-    def refresh_fields(self) -> tuple[torch.Tensor, ...]:
-        """Of :class:`~pilotfish.interface.Refresh`, of all latents."""
-        return (
-            self.refresh_time, self.difference, self.refresh_conditional, self.refresh_latents,
-            self.slope, self.refresh_gap, self.known,
-        )  # fmt: skip
-
     def refresh(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
         """The last refresh of each, as fields of a :class:`TrainingSamples`."""
-        names = (
-            "refresh_time", "difference", "refresh_conditional", "refresh_latents", "slope",
-            "refresh_gap", "known",
-        )  # fmt: skip
-        return {n: x[slots] for n, x in zip(names, self.refresh_fields(), strict=True)}
+        return {name: kept[slots] for name, kept in self.last_refresh.items()}
 
     def keep_refresh(
         self, slots: torch.Tensor, difference: torch.Tensor, conditional: torch.Tensor,
         generator: torch.Generator,
     ) -> None:  # fmt: skip
         """Store what a refresh found, before :meth:`advance`."""
-        before = Refresh(*(kept[slots] for kept in self.refresh_fields()))
+        before = Refresh(*self.refresh(slots).values())
         time, latents = self.time(slots), self.latents[slots]
         found = new_refresh(difference, conditional, latents, time, before)
-        for kept, field in zip(self.refresh_fields(), fields(found), strict=True):
+        for kept, field in zip(self.last_refresh.values(), fields(found), strict=True):
             kept[slots] = getattr(found, field.name)
         self._set_due(slots, generator, first=1)
 
@@ -164,13 +154,11 @@ class Pool:
     _SAVED = (
         "latents", "teacher_latents", "position", "length", "prompt", "negative", "scale",
         "on_policy", "gap", "due",
-        "refresh_time", "refresh_gap", "known", "difference", "refresh_conditional",
-        "refresh_latents", "slope",
     )  # fmt: skip
 
     def tensors(self) -> Tensors:
         """The state to save."""
-        return {name: getattr(self, name) for name in self._SAVED}
+        return {name: getattr(self, name) for name in self._SAVED} | self.last_refresh
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore it.
@@ -178,14 +166,14 @@ class Pool:
         Raises:
             ConfigError: the saved pool has another size.
         """
-        found, own = len(tensors["latents"]), len(self.latents)
-        if found != own:
+        found, size = len(tensors["latents"]), len(self.latents)
+        if found != size:
             raise ConfigError(
-                f"the pool has {found} latents in the checkpoint, {own} in the configuration; "
+                f"the pool has {found} latents in the checkpoint, {size} in the configuration; "
                 "resume with the same --pool, and with --train_finetunes the same batch and streams"
             )
-        for name in self._SAVED:
-            getattr(self, name).copy_(tensors[name])
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])
 
 
 def draw_negatives(n: int, prompts: int, prob: float, generator: torch.Generator) -> torch.Tensor:

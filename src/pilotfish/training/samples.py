@@ -25,6 +25,14 @@ BEFORE_TRAINING = 10**9 - 1
 Tensors = dict[str, torch.Tensor]
 
 
+REFRESH_FIELDS = (
+    "refresh_time", "difference", "refresh_conditional", "refresh_latents", "slope", "refresh_gap",
+    "known",
+)  # fmt: skip
+"""Fields of :class:`TrainingSamples` that make a :class:`~pilotfish.interface.Refresh`, in its
+order."""
+
+
 @dataclass(frozen=True)
 class TrainingSamples:
     """A batch of noisy latents to train on.
@@ -66,10 +74,7 @@ class TrainingSamples:
     @property
     def refresh(self) -> Refresh:
         """What the last refresh of each trajectory found."""
-        return Refresh(
-            self.refresh_time, self.difference, self.refresh_conditional, self.refresh_latents,
-            self.slope, self.refresh_gap, self.known,
-        )  # fmt: skip
+        return Refresh(*(getattr(self, name) for name in REFRESH_FIELDS))
 
     @property
     def untrained(self) -> torch.Tensor:
