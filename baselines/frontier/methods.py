@@ -126,8 +126,8 @@ def candidates(
 def _elsewhere(steps: int) -> dict[str, Callable[[int], tuple[int, ...]]]:
     """Other places for the steps of our guides that run both passes."""
     return {
-        "inside the call": lambda k: inside(k, steps),
-        "denser early": lambda k: denser_early(k, steps),
+        "evenly": lambda k: inside(k, steps),
+        "evenly from the first step": lambda k: every_nth(k, steps),
     }
 
 

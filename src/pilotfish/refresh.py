@@ -18,33 +18,47 @@ RefreshSteps = int | float | Sequence[int]
 which, counted from 0."""
 
 
+DENSER = 1.5
+"""The power of :func:`inside` for guides that were not distilled to few steps."""
+
+
 def every_nth(count: int, steps: int) -> tuple[int, ...]:
     """Evenly spaced from step 0; all steps where there are fewer."""
     count = min(count, steps)
     return tuple(i * steps // count for i in range(count))
 
 
-def inside(count: int, steps: int) -> tuple[int, ...]:
-    """Evenly spaced, with as many steps before the first as between two; all steps where there are
-    fewer."""
-    count = min(count, steps)
-    return tuple((i + 1) * steps // (count + 1) for i in range(count))
+def inside(count: int, steps: int, power: float = 1.0) -> tuple[int, ...]:
+    """The steps ``steps * ((i + 1) / (count + 1))^power``, rounded down, none of them twice; all
+    steps where there are fewer.
+
+    Args:
+        power: at least 1: evenly spaced, with as many steps before the first as between two. Above
+            it the first comes sooner and the steps lie denser at high noise.
+    """
+    if count >= steps:
+        return tuple(range(steps))
+    found: list[int] = []
+    for i in range(count):
+        wanted = int(steps * ((i + 1) / (count + 1)) ** power)
+        found.append(max(wanted, found[-1] + 1 if found else 0))
+    return tuple(found)
 
 
 def refresh_steps(count: int, steps: int, *, few_steps: bool = False) -> tuple[int, ...]:
-    """The steps that run both passes.
+    """The steps that run both passes, :func:`inside` the call.
 
-    Several are evenly spaced from the first step on, where a guide alone is furthest from CFG on a
-    fine-tune unlike those of its training and with a negative prompt. With a guide for few steps,
-    and where there is a single one, they are inside the call: what the first step finds says little
-    after a long step.
+    What the first step finds says little of the next ones: the difference between the two
+    predictions changes fastest there. But a guide alone is furthest from CFG in the first steps on
+    a fine-tune unlike those of its training and with a negative prompt, so the first refresh is not
+    late, and the steps lie denser at high noise; not so with a guide for few steps, which are long.
 
     Args:
         count: how many, at least 0; all where there are fewer steps.
         steps: denoiser calls of the pipeline's call, at least 1.
         few_steps: whether the guide was distilled to few steps.
     """
-    return (inside if few_steps or count == 1 else every_nth)(count, steps)
+    return inside(count, steps, 1.0 if few_steps else DENSER)
 
 
 def new_refresh(

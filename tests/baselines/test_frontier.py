@@ -236,7 +236,7 @@ def test_the_published_frontier_has_the_points_of_ours(guides: dict[str, Guide])
         for name in ("mine", "delta-reuse", "agd", INTERVAL)
     }
     elsewhere = {one.setting for one in found if one.method == "mine" and not one.whole}
-    assert elsewhere == {"inside the call", "denser early"}
+    assert elsewhere == {"evenly", "evenly from the first step"}
     assert counts == {
         "mine": [0, 1, 2, 3, 4, 5, 8], "delta-reuse": [1, 2, 3, 4, 5, 8], "agd": [0, 3, 5],
         INTERVAL: [3, 5, 8, 12, 15],

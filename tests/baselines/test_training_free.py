@@ -24,7 +24,7 @@ from baselines.linear_ag import alternating, fit, gram_matrix
 from baselines.reuse import denser_early
 from baselines.training_free import Step
 from pilotfish.evaluation.speed import counted_rows
-from pilotfish.refresh import every_nth, inside
+from pilotfish.refresh import DENSER, every_nth, inside
 from tests.pipelines import pipelines
 from tests.pipelines.test_conditions import WIDTH, load_ip_adapter
 
@@ -128,7 +128,8 @@ def test_guidance_nowhere_is_the_conditional_model_with_other_conditions(name: s
 
 # -- the last difference, and regression -------------------------------------------------
 
-PLACES = (every_nth, inside, denser_early, partial(denser_early, power=5.0), alternating)
+INNER = (inside, partial(inside, power=DENSER))
+PLACES = (every_nth, *INNER, denser_early, partial(denser_early, power=5.0), alternating)
 
 
 @given(st.integers(0, 60), st.integers(1, 50), st.sampled_from(PLACES))
@@ -137,13 +138,14 @@ def test_places_are_as_many_steps_as_wanted(count: int, steps: int, places: Any)
     assert len(found) == min(count, steps)
     assert list(found) == sorted(set(found))
     assert set(found) <= set(range(steps))
-    inner = places is inside and count < steps
-    assert not found or (found[0] == 0) != inner, "all but one begin with both passes"
+    assert not found or found[0] == 0 or places in INNER, "the others begin with both passes"
+    assert found[:1] != (0,) or places is not inside or count >= steps
 
 
 def test_places_are_those_of_the_papers() -> None:
     assert every_nth(5, 25) == (0, 5, 10, 15, 20)
     assert inside(4, 25) == (5, 10, 15, 20)
+    assert inside(4, 25, 2.0) == (1, 4, 9, 16)
     assert denser_early(5, 25, 1.0) == every_nth(5, 25)
     assert denser_early(5, 25, 2.0) == (0, 1, 4, 9, 16)
     assert alternating(7, 25) == (0, 2, 4, 6, 8, 10, 12), "in the first half every second step"

@@ -66,8 +66,8 @@ def test_a_guide_makes_use_of_what_was_found_and_keeps_nothing(
 
 @pytest.mark.parametrize("steps", [1, 2, 8, 25])
 def test_refreshes_are_so_many_steps_of_a_call(steps: int) -> None:
-    assert refresh_steps(3, 25) == (0, 8, 16)
-    assert refresh_steps(1, 25) == (12,)
+    assert refresh_steps(3, 25) == (3, 8, 16)
+    assert refresh_steps(1, 25) == (8,)
     assert refresh_steps(2, 8, few_steps=True) == (2, 5)
     assert refresh_steps(0, steps) == ()
     for count in range(1, steps):
