@@ -41,7 +41,7 @@ class SampleConfig:
     negative_prompt: str | None = None
     guidance_scale: float = 4.0
     refresh: int | None = None
-    """How many steps run both passes, evenly from the first step on, a single one in the middle;
+    """How many steps run both passes, inside the call and denser at high noise;
     after each the guide is given the difference between the two predictions. Left out: the guide's
     own ratio of the steps."""
     refresh_at: tuple[int, ...] = ()
