@@ -11,8 +11,8 @@ import tyro
 
 from recipe.ablations import AblationsStage, run_ablations
 from recipe.autoencoder import AutoencoderStage, make_autoencoder
+from recipe.batches import DenoiserStage
 from recipe.cards import write_cards
-from recipe.denoiser import BaseStage, make_base
 from recipe.finetunes import (
     STYLES,
     TEST_FINETUNES,
@@ -24,6 +24,7 @@ from recipe.guides import StepGuidesStage, make_guide, make_sizes, make_step_gui
 from recipe.images import TEST_STYLES, TRAIN_STYLES, make_images
 from recipe.pages import draw_readme_grid, write_pages
 from recipe.scorer import ScorerStage, make_scorer
+from recipe.unet import make_base
 from recipe.vocabulary import write_prompts
 
 
@@ -60,7 +61,7 @@ class Recipe:
     target: Path = Path("assets/pilotfish_models")
     """Folder for the finished models."""
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
-    base: BaseStage = field(default_factory=BaseStage)
+    base: DenoiserStage = field(default_factory=DenoiserStage)
     scorer: ScorerStage = field(default_factory=ScorerStage)
     finetunes: tuple[str, ...] = tuple(STYLES)
     """What the stage of that name trains."""

@@ -19,11 +19,11 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from pilotfish.data.images import load_images
 from pilotfish.pipelines.loading import fine_tuned_weights
 from recipe.augment import Restyle, contours, flat, lit
-from recipe.denoiser import BaseStage, DenoisingLoss, categories_of, latent_views, tokenize
+from recipe.batches import Batches, DenoiserStage
 from recipe.loop import train
+from recipe.unet import DenoisingLoss
 
 LORA_TARGETS = [
     "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
@@ -98,14 +98,11 @@ def make_finetune(name: str, images: Path, target: Path, work: Path, *, bf16: bo
         )
     unet.to(memory_format=torch.channels_last)
     average = deepcopy(unet)
-    like_base = replace(BaseStage(), batch=stage.batch, views=stage.views, final_begin=0)
-    latents = latent_views(
-        pipe.vae, folder, stage.views, stage.seed, stage.restyle or (lambda x: x)
+    like_base = replace(
+        DenoiserStage(), batch=stage.batch, views=stage.views, final_begin=0, seed=stage.seed
     )
-    objective = DenoisingLoss(
-        latents, tokenize(pipe.tokenizer, load_images(folder).captions),
-        categories_of(folder), tokenize(pipe.tokenizer, [""]), like_base, bf16=bf16,
-    )  # fmt: skip
+    batches = Batches(pipe.vae, pipe.tokenizer, folder, like_base, stage.restyle or (lambda x: x))
+    objective = DenoisingLoss(batches, bf16=bf16)
     train(
         work / name, {"unet": unet},
         lambda step, generator: objective(unet, encoder, step, generator),

@@ -15,8 +15,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from pilotfish.data.images import from_pixels, load_images
 from recipe.augment import affine, degrade
-from recipe.denoiser import TOKENS, new_tokenizer, tokenize
 from recipe.loop import train
+from recipe.text import TOKENS, new_tokenizer, tokenize
 from recipe.vocabulary import COLOURS, captions
 
 
