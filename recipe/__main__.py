@@ -24,6 +24,7 @@ from recipe.guides import StepGuidesStage, make_guide, make_sizes, make_step_gui
 from recipe.images import TEST_STYLES, TRAIN_STYLES, make_images
 from recipe.pages import draw_readme_grid, write_pages
 from recipe.scorer import ScorerStage, make_scorer
+from recipe.sd3 import make_sd3
 from recipe.unet import make_base
 from recipe.vocabulary import write_prompts
 
@@ -33,8 +34,8 @@ class Recipe:
     """Make the bundled models. ``all`` runs prompts, images, autoencoder, base, finetunes,
     train_finetunes, test_finetunes, scorer, guides, step_guides and cards, in this order. The
     other stages are not part of the models: ablations compares forms of the guide; sizes trains
-    guides of other sizes in --work/sizes; pages writes
-    results into README and documents; screenshots shows the app in docs/images."""
+    guides of other sizes in --work/sizes; sd3 trains a Stable Diffusion 3 in --work/sd3; pages
+    writes results into README and documents; screenshots shows the app in docs/images."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -51,6 +52,7 @@ class Recipe:
             "cards",
             "ablations",
             "sizes",
+            "sd3",
             "pages",
             "screenshots",
             "all",
@@ -160,6 +162,9 @@ MODELS: dict[str, Callable[[Recipe], None]] = {
 OTHERS: dict[str, Callable[[Recipe], None]] = {
     "ablations": lambda r: run_ablations(r.work, r.ablations),
     "sizes": lambda r: make_sizes(r.work / "sizes", bf16=r.mixed),
+    "sd3": lambda r: make_sd3(
+        r.target / "base", r.images, r.work, r.work / "sd3" / "pipeline", bf16=r.mixed
+    ),
     "pages": _pages,
     "screenshots": _screenshots,
 }

@@ -33,7 +33,7 @@ def train(
     loss: Callable[[int, torch.Generator], torch.Tensor],
     *,
     steps: int,
-    learning_rate: float,
+    learning_rate: float | Mapping[str, float],
     seed: int,
     averages: Modules | None = None,
     decay: float = 0.999,
@@ -42,31 +42,42 @@ def train(
 ) -> None:
     """Minimise ``loss(step, generator)`` over all trainable parameters of ``modules``.
 
+    ``learning_rate`` is that of all modules, or of each by its name.
     ``averages`` (same names as ``modules``) are updated as exponential moving averages.
     Continues from the checkpoint in ``folder`` if there is one.
     """
-    parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, (0.9, 0.99), weight_decay=weight_decay)
+    groups = [[p for p in m.parameters() if p.requires_grad] for m in modules.values()]
+    rates = (
+        learning_rate
+        if isinstance(learning_rate, Mapping)
+        else dict.fromkeys(modules, learning_rate)
+    )
+    optimizer = torch.optim.AdamW(
+        [{"params": group} for group in groups], betas=(0.9, 0.99), weight_decay=weight_decay
+    )
+    parameters = [p for group in groups for p in group]
     averages = averages or {}
     checkpoint = folder / "checkpoint.safetensors"
     start = _load(checkpoint, modules, averages, optimizer) if checkpoint.is_file() else 0
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=folder.name, mininterval=5)
     smooth = None
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor(step, steps)
+        for group, rate in zip(
+            optimizer.param_groups, map(rates.__getitem__, modules), strict=True
+        ):
+            group["lr"] = rate * learning_rate_factor(step, steps)
         value = loss(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        rate = min(decay, (step + 1) / (step + 10))
+        kept = min(decay, (step + 1) / (step + 10))
         with torch.no_grad():
             for name, module in averages.items():
                 for average, current in zip(
                     module.parameters(), modules[name].parameters(), strict=True
                 ):
-                    average.lerp_(current, 1 - rate)
+                    average.lerp_(current, 1 - kept)
         smooth = value.item() if smooth is None else 0.98 * smooth + 0.02 * value.item()
         bar.set_postfix_str(f"loss {smooth:.4f}", refresh=False)
         if not math.isfinite(smooth):
