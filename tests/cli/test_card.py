@@ -278,3 +278,13 @@ def test_what_makes_no_difference_is_left_out(tmp_path: Path) -> None:
     config.save(tmp_path / "config.json")
     line = f"pilotfish distill --output {tmp_path.name}"
     assert describe_training(tmp_path) == f"```bash\n{line}\n```"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_damaged_record_of_the_training_is_named(
+    guide: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = guide.parent / "training.json"
+    record.write_text(text)
+    assert cli.main(["card", "--guide", str(guide)]) != 0
+    assert f"{record}" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pilotfish.backbones import portable_path
-from pilotfish.training.config import DistillConfig, StepsConfig, TrainingConfig
+from pilotfish.training.config import ConfigError, DistillConfig, StepsConfig, TrainingConfig
 
 SMOOTHING = 0.98
 """Weight of the old value in the smoothed figures, which average some fifty micro-batches."""
@@ -73,10 +73,24 @@ class Progress:
 
 
 def begun_sha256(folder: Path) -> str | None:
-    """The SHA-256 of the guide with which a finished run began; None where it is not known."""
+    """The SHA-256 of the guide with which a finished run began; None where it is not known.
+
+    Raises:
+        ConfigError: ``training.json`` cannot be read.
+    """
+    return _cost(folder).get("begun_sha256") if (folder / "training.json").is_file() else None
+
+
+def _cost(folder: Path) -> dict[str, Any]:
+    """What :meth:`Progress.finish` wrote."""
     file = folder / "training.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return found.get("begun_sha256")
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); remove it") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} does not hold what a training cost; remove it")
+    return found
 
 
 def training_folder(guide: Path) -> Path | None:
@@ -90,7 +104,7 @@ def describe_training(folder: Path) -> str:
     of stage 2 with the rounds before it.
 
     Raises:
-        ConfigError: ``config.json`` cannot be read.
+        ConfigError: ``config.json`` or ``training.json`` cannot be read.
     """
     config, folders = load_settings(folder), [folder]
     rounds = [f"steps-{n}" for n in getattr(config, "steps", ())]
@@ -100,9 +114,9 @@ def describe_training(folder: Path) -> str:
         config = replace(config, output=str(folder.parent), steps=config.steps[:done])
     text = f"```bash\n{command_line(config)}\n```"
     if all((place / "training.json").is_file() for place in folders):
-        costs = [json.loads((place / "training.json").read_text()) for place in folders]
+        costs = [_cost(place) for place in folders]
         steps, samples, seconds = (
-            sum(one[what] for one in costs) for what in ("steps", "samples", "seconds")
+            sum(one.get(what, 0) for one in costs) for what in ("steps", "samples", "seconds")
         )
         text += f"\n\n{steps:,} steps, {samples:,} samples, {seconds / 60:,.0f} minutes."
     return text
