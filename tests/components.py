@@ -1,4 +1,4 @@
-"""Tiny random components of Stable Diffusion, Stable Diffusion 3 and PixArt-Sigma."""
+"""Tiny random components of Stable Diffusion, Stable Diffusion 3, PixArt-Sigma and Sana."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UNet2DConditionModel,
@@ -109,6 +111,31 @@ def pixart_transformer(seed: int = 0, **config: Any) -> PixArtTransformer2DModel
     }  # fmt: skip
     torch.manual_seed(seed)
     return randomise(PixArtTransformer2DModel(**small | config))
+
+
+def sana_transformer(seed: int = 0, **config: Any) -> SanaTransformer2DModel:
+    small: dict[str, Any] = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+        "attention_head_dim": 8, "num_attention_heads": 2, "num_cross_attention_heads": 4,
+        "cross_attention_head_dim": 4, "cross_attention_dim": WIDTH, "caption_channels": WIDTH,
+        "qk_norm": "rms_norm_across_heads",
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(SanaTransformer2DModel(**small | config))
+
+
+def deep_autoencoder() -> AutoencoderDC:
+    """Sana's, four pixels for one latent."""
+    torch.manual_seed(2)
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (
+            ("block_out_channels", (4, 8, 8)), ("layers_per_block", (1, 1, 1)),
+            ("qkv_multiscales", ((), (), ())),
+        )
+    }  # fmt: skip
+    return AutoencoderDC(latent_channels=4, attention_head_dim=4, **sides).eval()
 
 
 def scheduler(prediction_type: str) -> DDIMScheduler:
@@ -254,6 +281,10 @@ FAMILIES = {
     ),
     "pixart": Family(
         pixart_transformer, "epsilon", WIDTH, masked=True,
+        others=({"num_layers": 3}, {"caption_channels": 24}),
+    ),
+    "sana": Family(
+        sana_transformer, "flow", WIDTH, masked=True,
         others=({"num_layers": 3}, {"caption_channels": 24}),
     ),
     "sd3": Family(

@@ -26,6 +26,7 @@ STEPS = 4
 PROJECTIONS = {
     "unet": "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
     "pixart": "caption_projection",
+    "sana": "caption_projection",
     "sd3": "context_embedder",
 }
 """A module that the negative prompt passes alone."""

@@ -43,7 +43,12 @@ SD3_SHAPES: list[dict[str, Any]] = [
     {"dual_attention_layers": (0, 1), "num_layers": 4, "patch_size": 1},
     {"num_layers": 1, "dual_attention_layers": ()},
 ]
-PIXART_SHAPES: list[dict[str, Any]] = [{}, {"num_layers": 3, "patch_size": 1}]
+MASKED_SHAPES: list[tuple[str, dict[str, Any]]] = [
+    ("pixart", {}),
+    ("pixart", {"num_layers": 3, "patch_size": 1}),
+    ("sana", {}),
+    ("sana", {"num_layers": 3, "patch_size": 1, "qk_norm": None}),
+]
 
 
 def assert_negative_is_recovered(
@@ -97,7 +102,7 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("sd3", {}), ("pixart", {}), *(("unet", config) for config in UNET_TEXT)],
+    [("sd3", {}), ("pixart", {}), ("sana", {}), *(("unet", config) for config in UNET_TEXT)],
 )
 def test_a_gain_of_minus_1_holds_at_each_step_of_a_schedule(
     name: str, config: dict[str, Any]
@@ -154,11 +159,11 @@ def test_a_controlnet_of_sd3_adds_to_both() -> None:
 
 @pytest.mark.parametrize("masks", ["both", "prompt", "negative", "none"])
 @pytest.mark.parametrize("length", [8, 5, 11])
-@pytest.mark.parametrize("config", PIXART_SHAPES)
-def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_pixart(
-    config: dict[str, Any], length: int, masks: str
+@pytest.mark.parametrize(("name", "config"), MASKED_SHAPES)
+def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_masked_text(
+    name: str, config: dict[str, Any], length: int, masks: str
 ) -> None:
-    family = components.FAMILIES["pixart"]
+    family = components.FAMILIES[name]
     text, negative = family.text(2), family.text(1, length, seed=3)
     if masks in ("negative", "none"):
         text = TextConditions(text.embeds)

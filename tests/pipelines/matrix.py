@@ -24,7 +24,7 @@ def family(*names: str) -> tuple[str, ...]:
 
 
 UNET, SD3, PIXART = family("SD", "SDXL"), family("SD3"), family("PixArt")
-ONE = ("SD", "SDXL", "SD3", "PixArt-Sigma")
+ONE = ("SD", "SDXL", "SD3", "PixArt-Sigma", "Sana")
 """One of each family."""
 PLAIN = ("SD", "SD, v", "SDXL")
 SOME = (*PLAIN, "SD ControlNet")
@@ -219,7 +219,7 @@ differs in shape needs a guide of its own.
 
 {sd3}
 
-## PixArt
+## PixArt and Sana
 
 {pixart}
 
@@ -283,7 +283,7 @@ def page() -> str:
     refused = "\n".join(f"| {why} | {', '.join(map(shown, names))} |" for why, names in WHY.items())
     return PAGE.format(
         works=works, warns=warns, refuses=len(ATTACHED) + len(PAG), sd=table(family("SD")),
-        xl=table(family("SDXL")), sd3=table(SD3), pixart=table(PIXART), refused=refused,
+        xl=table(family("SDXL")), sd3=table(SD3), pixart=table((*PIXART, "Sana")), refused=refused,
         pag=", ".join(map(shown, PAG)), ip_adapter=IP_ADAPTER,
     )  # fmt: skip
 

@@ -94,6 +94,10 @@ class Pipeline:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
 
+MASKED = ("PixArt", "Sana")
+"""Families whose text has a mask."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """How a pipeline is built.
@@ -116,11 +120,12 @@ class Spec:
 
     @property
     def family(self) -> str:
-        """SD, SDXL, SD3 or PixArt."""
+        """SD, SDXL, SD3, PixArt or Sana."""
         if "Diffusion3" in self.pipeline:
             return "SD3"
-        if "PixArt" in self.pipeline:
-            return "PixArt"
+        for name in MASKED:
+            if name in self.pipeline:
+                return name
         return "SDXL" if "XL" in self.pipeline else "SD"
 
 
@@ -215,6 +220,10 @@ PIPELINES = {
     ),
     "PixArt-Sigma": Spec("PixArtSigmaPipeline", call=PIXART_CALL),
     "PixArt-Alpha": Spec("PixArtAlphaPipeline", call=PIXART_CALL),
+    "Sana": Spec(
+        "SanaPipeline", denoiser={"timestep_scale": 0.01}, prediction_type="flow",
+        call=PIXART_CALL | {"complex_human_instruction": ["a"]},
+    ),
 }  # fmt: skip
 """Pipelines that a guide works on, by the name they have in the docs."""
 
@@ -234,6 +243,8 @@ def _part(name: str) -> Any:
         return components.text_encoder(tokenizer, 2, CLIPTextModelWithProjection)
     if name == "vae":
         return components.autoencoder()
+    if name == "vae of Sana":
+        return components.deep_autoencoder()
     if name == "vae of SD3":
         config = {k: v for k, v in components.autoencoder().config.items() if k[0] != "_"}
         torch.manual_seed(2)
@@ -254,8 +265,9 @@ def shared(name: str, alone: bool = False) -> dict[str, Any]:
     spec = PIPELINES[name]
     part = _part.__wrapped__ if alone else _part
     made: dict[str, Any] = {"vae": part("vae"), "tokenizer": _tokenizer()}
-    if spec.family == "PixArt":
-        return made | {"text_encoder": part("t5")}
+    if spec.family in MASKED:
+        vae = {"vae": part("vae of Sana")} if spec.family == "Sana" else {}
+        return made | {"text_encoder": part("t5")} | vae
     made["text_encoder"] = part("text_encoder_2" if spec.family == "SD3" else "text_encoder")
     if spec.family != "SD":
         made |= {"tokenizer_2": _tokenizer(), "text_encoder_2": part("text_encoder_2")}
@@ -277,8 +289,10 @@ def _denoiser(name: str) -> Any:
         return components.sd3_transformer(
             **({"in_channels": CHANNELS, "out_channels": CHANNELS} | spec.denoiser)
         )
-    if spec.family == "PixArt":
-        return components.pixart_transformer(**spec.denoiser)
+    if spec.family in MASKED:
+        sana = spec.family == "Sana"
+        make: Any = components.sana_transformer if sana else components.pixart_transformer
+        return make(**spec.denoiser)
     xl = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
@@ -300,7 +314,7 @@ def _helper(name: str) -> dict[str, Any]:
 def scheduler(name: str) -> Any:
     """A fresh one."""
     spec = PIPELINES[name]
-    if spec.family == "SD3":
+    if spec.prediction_type == "flow":
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
     return components.scheduler(spec.prediction_type)
 
@@ -326,7 +340,7 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
         parts: others of its components.
     """
     spec = PIPELINES[name]
-    component = "transformer" if spec.family in ("SD3", "PixArt") else "unet"
+    component = "transformer" if spec.family in ("SD3", *MASKED) else "unet"
     others = components.own_tokenizers(shared(name, alone)) if alone else shared(name)
     own: dict[str, Any] = {"scheduler": scheduler(name)}
     if component not in parts:

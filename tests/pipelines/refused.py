@@ -15,7 +15,6 @@ UNKNOWN = "its denoiser belongs to no family that takes a guide"
 WHY = {
     UNKNOWN: (
         "FluxPipeline",
-        "SanaPipeline",
         "QwenImagePipeline",
         "WanPipeline",
         "Lumina2Pipeline",
@@ -46,7 +45,6 @@ WHY = {
 }
 DENOISERS: dict[str, Any] = {
     "FluxPipeline": diffusers.FluxTransformer2DModel,
-    "SanaPipeline": diffusers.SanaTransformer2DModel,
     "QwenImagePipeline": diffusers.QwenImageTransformer2DModel,
     "WanPipeline": diffusers.WanTransformer3DModel,
     "Lumina2Pipeline": diffusers.Lumina2Transformer2DModel,

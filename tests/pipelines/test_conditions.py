@@ -150,6 +150,7 @@ def _lora_config(name: str) -> LoraConfig:
     layers += {
         "SD3": ["context_embedder", "norm1.linear", "add_k_proj", "proj_out"],
         "PixArt": ["caption_projection.linear_1", "proj_out"],
+        "Sana": ["caption_projection.linear_1", "proj_out"],
     }.get(PIPELINES[name].family, ["conv1", "time_emb_proj", "conv_out"])
     return LoraConfig(r=2, lora_alpha=2, target_modules=layers)
 

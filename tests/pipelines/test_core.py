@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -84,11 +85,18 @@ def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor,
     given = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True} | call
     if "Diffusion3" in type(one.pipe).__name__:
         given |= {"prompt_2": None, "prompt_3": None}
-    encoder = {k: v for k, v in one.call.items() if k in ("max_sequence_length", "clean_caption")}
+    own = ("max_sequence_length", "clean_caption", "complex_human_instruction")
+    known = inspect.signature(one.pipe.encode_prompt).parameters
+    encoder = {k: one.call[k] for k in own if k in one.call and k in known}
     made = one.pipe.encode_prompt(prompt=prompt, device="cpu", **(encoder | given))
-    if "PixArt" in type(one.pipe).__name__:  # prompt, mask, negative, mask
+    if masked(one):  # prompt, mask, negative, mask
         made = (made[0], made[2], made[1], made[3])
     return tuple(made)
+
+
+def masked(one: Pipeline) -> bool:
+    """Whether the text of a pipeline has a mask."""
+    return any(name in type(one.pipe).__name__ for name in pipelines.MASKED)
 
 
 def parts(text: TextConditions) -> list[torch.Tensor]:
@@ -131,7 +139,7 @@ def test_the_negative_prompt_may_have_another_length(name: str) -> None:
 
     def shorter(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         made = encode_prompt(*args, **kwargs)
-        if pipelines.PIPELINES[name].family == "PixArt":
+        if masked(one):
             return (*made[:2], *(None if x is None else x[:, :5] for x in made[2:]))
         return (made[0], None if made[1] is None else made[1][:, :5], *made[2:])
 
@@ -164,7 +172,7 @@ def given_embeddings(one: Pipeline, name: str) -> dict[str, torch.Tensor]:
     """Prompt and negative prompt as arguments of a call."""
     made = encode(one, list(PROMPTS), negative_prompt=NEGATIVE)
     names = ["prompt_embeds", "negative_prompt_embeds"]
-    if pipelines.PIPELINES[name].family == "PixArt":
+    if masked(one):
         names += ["prompt_attention_mask", "negative_prompt_attention_mask"]
     else:
         names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
@@ -175,7 +183,7 @@ def given_embeddings(one: Pipeline, name: str) -> dict[str, torch.Tensor]:
 def test_embeddings_are_as_good_as_prompts(name: str) -> None:
     one = build(name)
     given: dict[str, Any] = given_embeddings(one, name)
-    if pipelines.PIPELINES[name].family == "PixArt":
+    if masked(one):
         given["negative_prompt"] = None
     with guide(name).attached(one.pipe):
         expected = one.latents(negative_prompt=NEGATIVE)
@@ -186,7 +194,7 @@ def test_embeddings_are_as_good_as_prompts(name: str) -> None:
 def test_embeddings_may_be_of_another_precision_than_the_denoiser(name: str) -> None:
     one = build(name, alone=True)
     given: dict[str, Any] = given_embeddings(one, name)
-    if pipelines.PIPELINES[name].family == "PixArt":
+    if masked(one):
         given["negative_prompt"] = None
     halves = {
         k: v.bfloat16() if v is not None and v.is_floating_point() else v for k, v in given.items()
@@ -253,7 +261,7 @@ def test_encode_prompt_may_be_replaced_on_the_object(name: str) -> None:
 
     def without(*given: Any, **more: Any) -> tuple[Any, ...]:
         made = plain_encode(*given, **more)
-        place = 2 if pipelines.PIPELINES[name].family == "PixArt" else 1
+        place = 2 if masked(one) else 1
         return (*made[:place], None, *made[place + 1 :])
 
     one.pipe.encode_prompt = without

@@ -19,6 +19,7 @@ from pilotfish.pipelines.loading import share_weights
 from pilotfish.refresh import refresh_steps
 from tests.pipelines.matrix import covered
 from tests.pipelines.pipelines import (
+    MASKED,
     PIPELINES,
     PROMPTS,
     Pipeline,
@@ -271,7 +272,7 @@ def test_a_guide_can_extrapolate_the_difference(name: str, both: Sequence[int]) 
 
 def shorter(one: Pipeline, name: str) -> None:
     """Negative prompts of five tokens."""
-    plain_encode, first = one.pipe.encode_prompt, 2 if PIPELINES[name].family == "PixArt" else 1
+    plain_encode, first = one.pipe.encode_prompt, 2 if PIPELINES[name].family in MASKED else 1
 
     def encode_prompt(*given: Any, **more: Any) -> tuple[Any, ...]:
         made = list(plain_encode(*given, **more))

@@ -60,7 +60,7 @@ def test_one_guide_serves_two_precisions_at_once(name: str) -> None:
         expected = {"single": several(one)[0], "half": several(half)[0]}
         found = at_once(single=lambda: several(one), half=lambda: several(half))
         assert used.dtype == torch.float32
-    assert expected["half"].dtype == torch.bfloat16
+    assert half.denoiser.dtype == torch.bfloat16
     for which, made in found.items():
         assert [torch.equal(latents, expected[which]) for latents in made] == [True] * 2
     assert all(torch.equal(v, before[k]) for k, v in used.state_dict().items())

@@ -48,7 +48,8 @@ class Backbone(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Backbone.registry.append(cls)
+        if "denoisers" in vars(cls):
+            Backbone.registry.append(cls)
 
     def __init__(self, denoiser: Any) -> None:
         self.denoiser = denoiser
@@ -162,7 +163,7 @@ class Backbone(ABC):
 
     def _begin(self, guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
-        guided.begin(self.read_call(given), self.time)
+        guided.begin(self.read_call(given), self)
         if guided.doubled:
             return with_arguments(args, kwargs, self.parameters, self.doubled(guided, given))
         if not guided.active:
@@ -230,9 +231,13 @@ class Backbone(ABC):
     num_train_timesteps: int = 1000
     """Timesteps of the denoiser at time 1."""
 
+    def schedule_time(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Normalised time of a scheduler's timesteps."""
+        return timesteps.float() / self.num_train_timesteps
+
     def time(self, timestep: torch.Tensor) -> torch.Tensor:
         """Normalised time of the timesteps that the denoiser is given."""
-        return timestep.float() / self.num_train_timesteps
+        return self.schedule_time(timestep)
 
     def timestep(self, time: torch.Tensor) -> torch.Tensor:
         """Timesteps of normalised times, as the denoiser is given them."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import local
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -46,6 +46,18 @@ class DenoiserCall:
     timestep: Any
     text: TextConditions
     added_cond_kwargs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Times(Protocol):
+    """How a family's timesteps are turned into normalised time."""
+
+    def time(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Of the timesteps that the denoiser is given."""
+        ...
+
+    def schedule_time(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Of a scheduler's."""
+        ...
 
 
 class _Thread(local):
@@ -147,13 +159,9 @@ class GuidedPass:
 
     # -- one denoiser call --------------------------------------------------------------
 
-    def begin(self, call: DenoiserCall, time: Callable[[Any], torch.Tensor]) -> None:
+    def begin(self, call: DenoiserCall, times: Times) -> None:
         """A denoiser call starts: run the guide, unless the scale is at most 1 or the call runs
-        both passes.
-
-        Args:
-            time: turns the denoiser's timesteps into normalised time.
-        """
+        both passes."""
         self.active = self.doubled = self.refreshing = False
         self.output, self.call = GuideOutput(), call
         number, self._calls = self._calls, self._calls + 1
@@ -174,10 +182,10 @@ class GuidedPass:
         self.negative = negative
         if self.refresh is not None and self.refresh.latents.shape != call.latents.shape:
             self.forget_refresh()
-        if number in self._refreshes(call.timestep, number):
+        if number in self._refreshes(call.timestep, number, times):
             self.doubled = self.refreshing = True
             place = call.latents.device
-            now = time(torch.as_tensor(call.timestep, device=place)).reshape(-1).expand(n)
+            now = times.time(torch.as_tensor(call.timestep, device=place)).reshape(-1).expand(n)
             w = torch.as_tensor(scale, dtype=torch.float32, device=place).expand(n)
             inputs = self._inputs(call, now.contiguous(), w)
             if inputs.refresh is None:  # laid out as a known one: a compiled graph is made once
@@ -185,7 +193,7 @@ class GuidedPass:
             self._began = scale, inputs
             return
         self.active = True
-        inputs, modulations = self._scheduled(call, number, scale, time)
+        inputs, modulations = self._scheduled(call, number, scale, times)
         self.output = self.guide(inputs, modulations)
         gains = self.output.gains
         if gains and self._denoiser_dtype is None:
@@ -196,13 +204,13 @@ class GuidedPass:
         """N negative prompts, or one that serves all."""
         return self._negative()
 
-    def will_double(self, timestep: Any) -> bool:
+    def will_double(self, timestep: Any, times: Times) -> bool:
         """Whether the next denoiser call, at this timestep, runs both passes."""
         scale = self.guidance_scale()
         guided = isinstance(scale, torch.Tensor) or scale > 1
-        return guided and self._calls in self._refreshes(timestep, self._calls)
+        return guided and self._calls in self._refreshes(timestep, self._calls, times)
 
-    def _refreshes(self, timestep: Any, number: int) -> tuple[int, ...]:
+    def _refreshes(self, timestep: Any, number: int, times: Times) -> tuple[int, ...]:
         """The denoiser calls that run both passes. Their number is known at the first one: image
         to image begins inside the schedule."""
         if self._places is None:
@@ -211,8 +219,9 @@ class GuidedPass:
             if schedule is not None and len(schedule):
                 timestep = torch.as_tensor(timestep, device=schedule.device).reshape(-1)[:1]
                 first = step_of(timestep, schedule)
-                if first is None:  # a copy of the timestep: the nearest one of the schedule
-                    first = int((schedule.float() - timestep.float()).abs().argmin())
+                if first is None:  # not the timestep itself: the nearest one of the schedule
+                    there = times.schedule_time(schedule)
+                    first = int((there - times.time(timestep)).abs().argmin())
                 steps = number + len(schedule) - first
             self._places = self.refresh_at(steps)
         return self._places
@@ -354,19 +363,20 @@ class GuidedPass:
         return x if self._denoiser_dtype is None else x.to(self._denoiser_dtype)
 
     def _scheduled(
-        self, call: DenoiserCall, number: int, scale: float | torch.Tensor,
-        to_time: Callable[[torch.Tensor], torch.Tensor],
-    ) -> tuple[GuideInputs, Any]:  # fmt: skip
+        self, call: DenoiserCall, number: int, scale: float | torch.Tensor, times: Times
+    ) -> tuple[GuideInputs, Any]:
         """The guide's inputs, and its modulations at this step from those of all steps until the
         next refresh; None where the step is not part of a known schedule."""
         n, device = len(call.latents), call.latents.device
         timestep = torch.as_tensor(call.timestep, device=device)
         plain = not isinstance(scale, torch.Tensor) and not torch.is_grad_enabled()
         schedule = self.timesteps() if plain else None
-        table = self.cache.find_table(schedule, timestep, scale, call.text, n, to_time)
+        table = self.cache.find_table(
+            schedule, timestep, scale, call.text, n, times.schedule_time
+        )  # fmt: skip
         if table is None:
             w = torch.as_tensor(scale, dtype=torch.float32, device=device).expand(n)
-            return self._inputs(call, to_time(timestep).reshape(-1).expand(n), w), None
+            return self._inputs(call, times.time(timestep).reshape(-1).expand(n), w), None
         place = table.place
         inputs = self._inputs(call, table.times[place].expand(n), table.w)
         found = table.modulations_at_step(self.refresh)

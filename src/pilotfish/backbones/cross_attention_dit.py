@@ -1,16 +1,17 @@
-"""PixArtTransformer2DModel: PixArt-Alpha and PixArt-Sigma.
+"""PixArtTransformer2DModel (PixArt-Alpha and PixArt-Sigma) and SanaTransformer2DModel (Sana).
 
-Text enters through cross-attention after a projection, padded to one length and masked. The
-denoiser predicts epsilon and a variance, which sampling does not use.
+Text enters through cross-attention after a projection, padded to one length and masked. PixArt
+predicts epsilon and a variance, which sampling does not use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from typing import Any, ClassVar
 
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import PixArtTransformer2DModel, SanaPipeline, SanaTransformer2DModel
 
 from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
@@ -21,12 +22,13 @@ from pilotfish.interface import TextConditions
 
 
 class CrossAttentionDiTBackbone(Backbone):
-    """See the module."""
+    """What the two have in common."""
 
-    family = "cross-attention-dit"
-    denoisers = (PixArtTransformer2DModel,)
     parameters = ("hidden_states", "encoder_hidden_states", "timestep")
-    cfg_by_argument = True
+    projections: ClassVar[tuple[str, ...]]
+    """The modules that the text passes one after the other before the first block."""
+    norm_across_heads: ClassVar[bool] = False
+    """Whether cross-attention normalises queries and keys before it splits them into heads."""
 
     def sites(self) -> dict[str, Any]:
         net = self.denoiser
@@ -35,7 +37,7 @@ class CrossAttentionDiTBackbone(Backbone):
             "text_dim": plain(net.caption_projection.linear_1).in_features,
             "attention": [[f"{name}.attn2", block.attn2.heads] for name, block in blocks.items()],
             "modulation": [],
-            "layers": [[name, net.inner_dim] for name in blocks],
+            "layers": [[name, plain(net.proj_out).in_features] for name in blocks],
             "head": {
                 "module": "proj_out",
                 "features": plain(net.proj_out).in_features,
@@ -46,14 +48,20 @@ class CrossAttentionDiTBackbone(Backbone):
     # -- hooks ------------------------------------------------------------------------------
 
     def place(self, hooks: Hooks) -> None:
-        net = self.denoiser
+        passed = [hooks.modules[name] for name in self.projections]
+        layers = [m for module in passed for m in (module, *module.children())]
+
+        def project(embeds: torch.Tensor) -> torch.Tensor:
+            for module in passed:
+                embeds = module.forward(embeds)
+            return embeds
 
         def projected(
             guided: GuidedPass, module: Any, args: Any, output: torch.Tensor
         ) -> torch.Tensor:
             """The projection is not linear, so the text is extrapolated after it."""
             embeds = guided.cache.made_by(
-                module, lambda: module.forward(guided.negative.embeds), module.children()
+                passed[-1], lambda: project(guided.negative.embeds), layers
             )
             negative = TextConditions(embeds, mask=guided.negative.mask)
             guided.scratch["negative"] = negative
@@ -66,25 +74,33 @@ class CrossAttentionDiTBackbone(Backbone):
             bias = (1 - negative.mask.to(negative.dtype)) * -10000.0
             return negative.embeds, bias[:, None, None]
 
-        hooks.after(net.caption_projection, projected)
+        hooks.after(passed[-1], projected)
         for name in hooks.guide.extrapolated:
-            cross_attention(hooks, name, hooks.modules[name], negative_states)
+            cross_attention(
+                hooks, name, hooks.modules[name], negative_states,
+                norm_across_heads=self.norm_across_heads,
+            )  # fmt: skip
         self.place_residuals(hooks)
 
     def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
         assert guided.call is not None
-        if name == "proj_out":  # the channels of epsilon, without those of the variance
+        if name == "proj_out" and self._has_variance:
             output = self._by_pixel(output)[..., : self.denoiser.config.in_channels].flatten(2)
         return to_map(output, guided.call.latents.shape[-2:])
 
     def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
         tokens = to_tokens(made)
-        if name != "proj_out":
+        if name != "proj_out" or not self._has_variance:
             return tokens
         pixels = self._by_pixel(output)
         channels = self.denoiser.config.in_channels
         epsilon = tokens.unflatten(2, (-1, channels))
         return torch.cat([epsilon, pixels[..., channels:]], -1).flatten(2)
+
+    @property
+    def _has_variance(self) -> bool:
+        """Whether the prediction's first half are the channels of epsilon."""
+        return bool(self.denoiser.config.out_channels > self.denoiser.config.in_channels)
 
     def _by_pixel(self, tokens: torch.Tensor) -> torch.Tensor:
         """(N, tokens, p^2 C) -> (N, tokens, p^2, C)."""
@@ -108,6 +124,20 @@ class CrossAttentionDiTBackbone(Backbone):
         # the text is extrapolated after its projection
         return {"encoder_hidden_states": guided.added_text(given["encoder_hidden_states"])}
 
+    def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
+        prompt, mask, negative, negative_mask = encoded
+        kept = None if negative is None else TextConditions(negative, mask=negative_mask)
+        return TextConditions(prompt, mask=mask), kept
+
+
+class PixArtBackbone(CrossAttentionDiTBackbone):
+    """PixArt-Alpha and PixArt-Sigma."""
+
+    family = "cross-attention-dit"
+    denoisers = (PixArtTransformer2DModel,)
+    cfg_by_argument = True
+    projections = ("caption_projection",)
+
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
     ) -> torch.Tensor:
@@ -124,7 +154,37 @@ class CrossAttentionDiTBackbone(Backbone):
             return "its denoiser takes resolution and aspect ratio (PixArt-Alpha at 1024 pixels)"
         return None
 
-    def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
-        prompt, mask, negative, negative_mask = encoded
-        kept = None if negative is None else TextConditions(negative, mask=negative_mask)
-        return TextConditions(prompt, mask=mask), kept
+
+class SanaBackbone(CrossAttentionDiTBackbone):
+    """Sana: flow matching, linear attention among the image's tokens."""
+
+    family = "sana"
+    denoisers = (SanaTransformer2DModel,)
+    projections = ("caption_projection", "caption_norm")
+    norm_across_heads = True
+
+    def time(self, timestep: torch.Tensor) -> torch.Tensor:
+        return self.schedule_time(timestep / self.denoiser.config.timestep_scale)
+
+    def timestep(self, time: torch.Tensor) -> torch.Tensor:
+        scaled: torch.Tensor = super().timestep(time) * self.denoiser.config.timestep_scale
+        return scaled
+
+    def __call__(
+        self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
+    ) -> torch.Tensor:
+        prediction: torch.Tensor = self.denoiser(
+            latents, encoder_hidden_states=text.embeds, timestep=self.timestep(time),
+            encoder_attention_mask=text.mask, return_dict=False,
+        )[0]  # fmt: skip
+        return prediction
+
+    def refusal(self, pipe: Any) -> str | None:
+        if self.denoiser.config.guidance_embeds:
+            return "its denoiser takes in the guidance scale and needs no second pass"
+        return None
+
+    def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
+        # its call writes this before a prompt, and nothing before a negative prompt
+        instruction = signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
+        return {**super().encoding(texts), "complex_human_instruction": instruction.default}

@@ -29,28 +29,35 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def cross_attention(
-    hooks: Hooks, name: str, layer: Any, negative_states: Any = lambda guided: (None, None)
-) -> None:
+    hooks: Hooks, name: str, layer: Any, negative_states: Any = lambda guided: (None, None),
+    *, norm_across_heads: bool = False,
+) -> None:  # fmt: skip
     """Extrapolate a cross-attention layer of diffusers' ``Attention`` class.
 
     Args:
         name: of the layer; its gain is (N, heads).
         negative_states: of a guided pass, the negative prompt as the layer sees it, (1 or N, L,
             D), and the bias (1 or N, 1, 1, L) that masks it, or None.
+        norm_across_heads: whether queries and keys are normalised before they are split into heads.
     """
     normed = layer.norm_q is not None
     query_layer = layer.norm_q if normed else layer.to_q
 
     def query(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
         if guided.extrapolates(name):
-            guided.scratch[name] = output if normed else split_heads(output, layer.heads)
+            split = normed and not norm_across_heads
+            guided.scratch[name] = output if split else split_heads(output, layer.heads)
 
     def keys_and_values(guided: GuidedPass) -> tuple[torch.Tensor, torch.Tensor, Any]:
         states, bias = negative_states(guided)
         if layer.norm_cross:
             states = layer.norm_encoder_hidden_states(states)
-        key = split_heads(layer.to_k(states), layer.heads)
-        key = key if layer.norm_k is None else layer.norm_k(key)
+        key = layer.to_k(states)
+        if normed and norm_across_heads:
+            key = layer.norm_k(key)
+        key = split_heads(key, layer.heads)
+        if normed and not norm_across_heads:
+            key = layer.norm_k(key)
         return key, split_heads(layer.to_v(states), layer.heads), bias
 
     def extrapolated(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:

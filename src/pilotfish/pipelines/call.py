@@ -135,7 +135,7 @@ class RunningCall:
             return
         known, self._times = self._times, None
         scheduler = self.pipe.scheduler
-        taken = self.backbone.time(scheduler.timesteps).tolist()
+        taken = self.backbone.schedule_time(scheduler.timesteps).tolist()
         # Euler's steps are those of DDIM; multistep solvers would repeat what the guide was
         # distilled to do
         name = type(scheduler).__name__

@@ -37,7 +37,7 @@ def doubled_controlnets(pipe: Any, backbone: Backbone, guided: GuidedPass) -> It
         if GuidedPass.current() is not guided:
             return None
         given = dict(zip(names[id(net)], args, strict=False)) | kwargs
-        if not guided.will_double(given["timestep"]):
+        if not guided.will_double(given["timestep"], backbone):
             return None
         n = len(given["sample"] if "sample" in given else given["hidden_states"])
         both = twice_arguments(given, n)
