@@ -1,4 +1,5 @@
-"""Tiny random components of Stable Diffusion, Stable Diffusion 3, PixArt-Sigma and Sana."""
+"""Tiny random components of Stable Diffusion, Stable Diffusion 3, PixArt-Sigma, Sana
+and Lumina2."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
@@ -122,6 +124,16 @@ def sana_transformer(seed: int = 0, **config: Any) -> SanaTransformer2DModel:
     }  # fmt: skip
     torch.manual_seed(seed)
     return randomise(SanaTransformer2DModel(**small | config))
+
+
+def lumina2_transformer(seed: int = 0, **config: Any) -> Lumina2Transformer2DModel:
+    small: dict[str, Any] = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 24, "num_layers": 3,
+        "num_refiner_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 8,
+        "axes_dim_rope": (4, 2, 2), "axes_lens": (64, 16, 16), "cap_feat_dim": WIDTH,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(Lumina2Transformer2DModel(**small | config))
 
 
 def deep_autoencoder() -> AutoencoderDC:
@@ -263,7 +275,7 @@ class Family:
         generator = torch.Generator().manual_seed(seed)
         embeds = torch.randn(n, length, self.text_dim, generator=generator)
         pooled = torch.randn(n, self.pooled, generator=generator) if self.pooled else None
-        mask = torch.ones(n, length) if self.masked else None
+        mask = torch.ones(n, length, dtype=torch.long) if self.masked else None
         if mask is not None:
             for i in range(n):
                 mask[i, length - 1 - i % 2 :] = 0
@@ -278,6 +290,10 @@ FAMILIES = {
     "unet": Family(
         unet, "epsilon", WIDTH,
         others=({"block_out_channels": (8, 32)}, {"layers_per_block": 2}),
+    ),
+    "lumina2": Family(
+        lumina2_transformer, "flow", WIDTH, masked=True,
+        others=({"num_layers": 2}, {"cap_feat_dim": 24}),
     ),
     "pixart": Family(
         pixart_transformer, "epsilon", WIDTH, masked=True,

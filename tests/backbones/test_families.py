@@ -134,14 +134,15 @@ def test_latents_and_prediction_have_one_order_of_channels_and_tokens(
 ) -> None:
     """What the head adds of its own latents arrives in the prediction pixel by pixel."""
     z, guide = latents[..., : size[0], : size[1]], FixedGuide()
-    head = Backbone.of(denoiser).sites()["head"]["module"]
+    backbone = Backbone.of(denoiser)
+    head = backbone.sites()["head"]["module"]
 
     def add(entered: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         return made + guide.inputs[-1].latents
 
     guide.output = GuideOutput(residuals={head: add})
     made = guided(denoiser, guide, z, text, negative)
-    torch.testing.assert_close(made, plain(denoiser, z, text) + z)
+    torch.testing.assert_close(made, plain(denoiser, z, text) + backbone.sign * z)
 
 
 def test_a_guide_trained_at_one_size_serves_others(

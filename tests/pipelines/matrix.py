@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import diffusers
 
-from tests.pipelines.pipelines import PIPELINES
+from tests.pipelines.pipelines import MASKED, PIPELINES
 from tests.pipelines.refused import ATTACHED, CONFIG, PAG, WHY
 
 EVERY = tuple(PIPELINES)
@@ -24,7 +24,7 @@ def family(*names: str) -> tuple[str, ...]:
 
 
 UNET, SD3, PIXART = family("SD", "SDXL"), family("SD3"), family("PixArt")
-ONE = ("SD", "SDXL", "SD3", "PixArt-Sigma", "Sana")
+ONE = ("SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2")
 """One of each family."""
 PLAIN = ("SD", "SD, v", "SDXL")
 SOME = (*PLAIN, "SD ControlNet")
@@ -153,7 +153,7 @@ FEATURES = {
         "with `fullgraph=True`, before or after attaching, the same up to rounding; another w, "
         "prompt, negative prompt or number of steps compiles nothing anew (captured by "
         "torch.compile; its kernels are not what is tested)",
-        ONE,
+        [name for name in ONE if name != "Lumina2"],  # which diffusers cannot compile
     ),
     "compile_repeated_blocks": Feature(
         "block by block with `fullgraph=True`, of a denoiser with many; the same up to rounding",
@@ -188,6 +188,13 @@ FEATURES = {
     "skip_guidance_layers": Feature(
         "makes a further pass", taking("skip_guidance_layers"), True
     ),
+    "cfg_normalization": Feature(
+        "is another rule of CFG than that which the guide learned", taking("cfg_normalization"),
+        True,
+    ),
+    "cfg_trunc_ratio": Feature(
+        "ends the second pass on the way", taking("cfg_trunc_ratio"), True
+    ),
 }  # fmt: skip
 
 
@@ -219,9 +226,9 @@ differs in shape needs a guide of its own.
 
 {sd3}
 
-## PixArt and Sana
+## PixArt, Sana and Lumina 2
 
-{pixart}
+{others}
 
 ## Notes
 
@@ -283,8 +290,8 @@ def page() -> str:
     refused = "\n".join(f"| {why} | {', '.join(map(shown, names))} |" for why, names in WHY.items())
     return PAGE.format(
         works=works, warns=warns, refuses=len(ATTACHED) + len(PAG), sd=table(family("SD")),
-        xl=table(family("SDXL")), sd3=table(SD3), pixart=table((*PIXART, "Sana")), refused=refused,
-        pag=", ".join(map(shown, PAG)), ip_adapter=IP_ADAPTER,
+        xl=table(family("SDXL")), sd3=table(SD3), others=table(family(*MASKED)),
+        refused=refused, pag=", ".join(map(shown, PAG)), ip_adapter=IP_ADAPTER,
     )  # fmt: skip
 
 

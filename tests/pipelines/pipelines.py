@@ -94,7 +94,7 @@ class Pipeline:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
 
-MASKED = ("PixArt", "Sana")
+MASKED = ("PixArt", "Sana", "Lumina2")
 """Families whose text has a mask."""
 
 
@@ -120,7 +120,7 @@ class Spec:
 
     @property
     def family(self) -> str:
-        """SD, SDXL, SD3, PixArt or Sana."""
+        """SD, SDXL, SD3, PixArt, Sana or Lumina2."""
         if "Diffusion3" in self.pipeline:
             return "SD3"
         for name in MASKED:
@@ -220,6 +220,10 @@ PIPELINES = {
     ),
     "PixArt-Sigma": Spec("PixArtSigmaPipeline", call=PIXART_CALL),
     "PixArt-Alpha": Spec("PixArtAlphaPipeline", call=PIXART_CALL),
+    "Lumina2": Spec(
+        "Lumina2Pipeline", prediction_type="flow",
+        call={"system_prompt": "", "max_sequence_length": 24},
+    ),
     "Sana": Spec(
         "SanaPipeline", denoiser={"timestep_scale": 0.01}, prediction_type="flow",
         call=PIXART_CALL | {"complex_human_instruction": ["a"]},
@@ -290,8 +294,7 @@ def _denoiser(name: str) -> Any:
             **({"in_channels": CHANNELS, "out_channels": CHANNELS} | spec.denoiser)
         )
     if spec.family in MASKED:
-        sana = spec.family == "Sana"
-        make: Any = components.sana_transformer if sana else components.pixart_transformer
+        make: Any = getattr(components, f"{spec.family.lower()}_transformer")
         return make(**spec.denoiser)
     xl = {
         "addition_embed_type": "text_time",

@@ -17,7 +17,6 @@ WHY = {
         "FluxPipeline",
         "QwenImagePipeline",
         "WanPipeline",
-        "Lumina2Pipeline",
         "AnimateDiffPipeline",
     ),
     "it has no encode_prompt, which makes the negative prompt": (
@@ -47,7 +46,6 @@ DENOISERS: dict[str, Any] = {
     "FluxPipeline": diffusers.FluxTransformer2DModel,
     "QwenImagePipeline": diffusers.QwenImageTransformer2DModel,
     "WanPipeline": diffusers.WanTransformer3DModel,
-    "Lumina2Pipeline": diffusers.Lumina2Transformer2DModel,
     "AnimateDiffPipeline": diffusers.UNetMotionModel,
 }
 """Of pipelines whose denoiser no family knows."""

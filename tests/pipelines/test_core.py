@@ -17,6 +17,8 @@ from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, p
 from tests.pipelines.test_conditions import load_lora, unload_lora
 
 NEGATIVE = ["red", "blue"]
+SEQUENTIAL = {"Lumina2"}
+"""Pipelines whose CFG makes two calls, which may have two lengths of text."""
 
 
 @pytest.mark.parametrize("name", covered("one pass"))
@@ -27,11 +29,12 @@ def test_one_pass_a_step(name: str) -> None:
     with guide(name).attached(one.pipe), one.batches() as sizes, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert len(one.latents()) == 2
-        assert sizes == [2] * len(cfg)
+        steps = sum(cfg) // 4
+        assert sizes == [2] * steps
         sizes.clear()
         assert len(one.latents(PROMPTS[0])) == 1
-    assert sizes == [1] * len(cfg)
-    assert cfg == [4] * len(cfg)
+    assert sizes == [1] * steps
+    assert set(cfg) == ({2} if name in SEQUENTIAL else {4})
 
 
 @pytest.mark.parametrize("name", covered("fresh"))
@@ -85,7 +88,9 @@ def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor,
     given = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True} | call
     if "Diffusion3" in type(one.pipe).__name__:
         given |= {"prompt_2": None, "prompt_3": None}
-    own = ("max_sequence_length", "clean_caption", "complex_human_instruction")
+    own = (
+        "max_sequence_length", "clean_caption", "complex_human_instruction", "system_prompt",
+    )  # fmt: skip
     known = inspect.signature(one.pipe.encode_prompt).parameters
     encoder = {k: one.call[k] for k in own if k in one.call and k in known}
     made = one.pipe.encode_prompt(prompt=prompt, device="cpu", **(encoder | given))
@@ -149,8 +154,9 @@ def test_the_negative_prompt_may_have_another_length(name: str) -> None:
     with guide(name).attached(one.pipe):
         one.latents(negative_prompt=NEGATIVE)
     assert one.pipe.encode_prompt is shorter
-    with pytest.raises(RuntimeError):
-        one.latents(negative_prompt=NEGATIVE)
+    if name not in SEQUENTIAL:
+        with pytest.raises(RuntimeError):
+            one.latents(negative_prompt=NEGATIVE)
 
 
 @pytest.mark.parametrize("name", covered("num_images_per_prompt"))

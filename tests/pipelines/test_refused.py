@@ -13,7 +13,7 @@ from pilotfish import GuideError, TinyGuide
 from tests import components
 from tests.pipelines import pipelines, refused
 from tests.pipelines.matrix import covered
-from tests.pipelines.pipelines import build, guide, guided
+from tests.pipelines.pipelines import build, guide, guided, plain
 
 
 @pytest.mark.parametrize(("name", "why"), refused.ATTACHED)
@@ -172,6 +172,27 @@ def test_skipped_layers_warn(name: str) -> None:
         pytest.warns(UserWarning, match="skip_guidance_layers acts on the second pass"),
     ):
         assert torch.equal(one.latents(skip_guidance_layers=[0]), guided(name))
+
+
+@pytest.mark.parametrize("name", covered("cfg_normalization"))
+def test_another_rule_of_guidance_warns(name: str) -> None:
+    has_no_effect(name, cfg_normalization=False)
+
+
+@pytest.mark.parametrize("name", covered("cfg_trunc_ratio"))
+def test_the_end_of_guidance_warns(name: str) -> None:
+    has_no_effect(name, cfg_trunc_ratio=0.5)
+
+
+def has_no_effect(name: str, **given: Any) -> None:
+    """With a guide, and one is warned."""
+    one = build(name)
+    assert not torch.equal(one.latents(**given), plain(name))
+    with (
+        guide(name).attached(one.pipe),
+        pytest.warns(UserWarning, match=f"{next(iter(given))} acts on the second pass"),
+    ):
+        assert torch.equal(one.latents(**given), guided(name))
 
 
 def test_custom_diffusion_is_refused_and_nothing_is_left() -> None:

@@ -9,6 +9,7 @@ from pilotfish.backbones.context import DenoiserCall, GuidedPass, current_pass
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.joint_dit import JointDiTBackbone
+from pilotfish.backbones.one_stream_dit import OneStreamDiTBackbone
 from pilotfish.backbones.origin import Origin, portable_path, public_name
 from pilotfish.backbones.unet import UNetBackbone
 
@@ -19,6 +20,7 @@ __all__ = [
     "GuidedPass",
     "Hooks",
     "JointDiTBackbone",
+    "OneStreamDiTBackbone",
     "Origin",
     "UNetBackbone",
     "current_pass",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from pilotfish.backbones.compiled import uncompiled
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.hooks import Hooks, first_output, with_arguments, with_first
 from pilotfish.guidance import classifier_free_guidance
-from pilotfish.interface import GuideError, GuideProtocol, TextConditions
+from pilotfish.interface import GuideError, GuideProtocol, Refresh, TextConditions
 
 
 def plain(module: nn.Module) -> Any:
@@ -215,6 +216,16 @@ class Backbone(ABC):
         :class:`~pilotfish.interface.GuideInputs`. Further channels, such as a mask or a variance,
         are left out."""
 
+    def refresh_on_grid(self, refresh: Refresh) -> Refresh:
+        """What a refresh found, from predictions (N, C, H, W) of the noise path to the denoiser's
+        own on the grid of :class:`~pilotfish.interface.GuideInputs`."""
+        found = refresh.map(self.on_grid)
+        if self.sign > 0:
+            return found
+        return replace(
+            found, difference=-found.difference, conditional=-found.conditional, slope=-found.slope
+        )
+
     @abstractmethod
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
@@ -248,6 +259,11 @@ class Backbone(ABC):
     cfg_by_argument: ClassVar[bool] = False
     """Whether the family's pipelines decide on classifier-free guidance by comparing the argument
     ``guidance_scale`` with 1, and have no property for it."""
+
+    sign: ClassVar[int] = 1
+    """-1 where the denoiser's output is the negative of the noise path's prediction."""
+    other_negatives: ClassVar[bool] = False
+    """Whether the pipeline encodes a text as negative prompt in another way than as prompt."""
 
     guidance_rule: Callable[..., torch.Tensor] = staticmethod(classifier_free_guidance)
     """The teacher's rule: how the pipeline combines the two predictions."""

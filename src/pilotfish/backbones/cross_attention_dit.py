@@ -162,6 +162,7 @@ class SanaBackbone(CrossAttentionDiTBackbone):
     denoisers = (SanaTransformer2DModel,)
     projections = ("caption_projection", "caption_norm")
     norm_across_heads = True
+    other_negatives = True  # its call writes an instruction before a prompt alone
 
     def time(self, timestep: torch.Tensor) -> torch.Tensor:
         return self.schedule_time(timestep / self.denoiser.config.timestep_scale)
@@ -185,6 +186,5 @@ class SanaBackbone(CrossAttentionDiTBackbone):
         return None
 
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
-        # its call writes this before a prompt, and nothing before a negative prompt
         instruction = signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
         return {**super().encoding(texts), "complex_human_instruction": instruction.default}

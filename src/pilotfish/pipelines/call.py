@@ -33,6 +33,8 @@ SECOND_PASS = (
     "negative_crops_coords_top_left",
     "negative_aesthetic_score",
     "skip_guidance_layers",
+    "cfg_normalization",
+    "cfg_trunc_ratio",
 )
 """Arguments of a pipeline's call that act on the second pass only."""
 

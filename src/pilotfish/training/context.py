@@ -66,7 +66,7 @@ class TrainingContext:
                 f"the base is a {type(self.pipe).__name__}, which needs an image as input; train a "
                 "guide on a text-to-image pipeline"
             )
-        if shape.in_channels > shape.out_channels:
+        if shape.in_channels > (shape.out_channels or shape.in_channels):
             raise ConfigError(
                 f"the base takes {shape.in_channels} channels and predicts {shape.out_channels}: "
                 "it needs an image as input; train a guide on a text-to-image model"
