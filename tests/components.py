@@ -1,5 +1,5 @@
-"""Tiny random components of Stable Diffusion, Stable Diffusion 3, PixArt-Sigma, Sana
-and Lumina2."""
+"""Tiny random components of Stable Diffusion, Stable Diffusion 3, PixArt-Sigma, Sana,
+Lumina2 and Wan."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Lumina2Transformer2DModel,
@@ -21,6 +22,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UNet2DConditionModel,
+    WanTransformer3DModel,
 )
 from tokenizers import pre_tokenizers
 from torch import nn
@@ -33,6 +35,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from pilotfish.guidance import per_sample
 from pilotfish.interface import Refresh, TextConditions
 
 WIDTH = 16
@@ -130,10 +133,30 @@ def lumina2_transformer(seed: int = 0, **config: Any) -> Lumina2Transformer2DMod
     small: dict[str, Any] = {
         "sample_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 24, "num_layers": 3,
         "num_refiner_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 8,
-        "axes_dim_rope": (4, 2, 2), "axes_lens": (64, 16, 16), "cap_feat_dim": WIDTH,
+        "axes_dim_rope": (4, 2, 2), "axes_lens": (300, 16, 16), "cap_feat_dim": WIDTH,
     }  # fmt: skip
     torch.manual_seed(seed)
     return randomise(Lumina2Transformer2DModel(**small | config))
+
+
+def wan_transformer(seed: int = 0, **config: Any) -> WanTransformer3DModel:
+    small: dict[str, Any] = {
+        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12,
+        "in_channels": 4, "out_channels": 4, "text_dim": WIDTH, "freq_dim": 16, "ffn_dim": 32,
+        "num_layers": 2, "rope_max_seq_len": 16,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(WanTransformer3DModel(**small | config))
+
+
+def video_autoencoder() -> AutoencoderKLWan:
+    """Wan's, two pixels for one latent."""
+    torch.manual_seed(2)
+    return AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1] * 4, latents_std=[0.9] * 4, scale_factor_temporal=4,
+        scale_factor_spatial=2,
+    ).eval()  # fmt: skip
 
 
 def deep_autoencoder() -> AutoencoderDC:
@@ -261,6 +284,7 @@ class Family:
         pooled: width of the pooled text, 0 for none.
         masked: whether text has a mask.
         others: configurations of other shapes.
+        shape: of the latents.
     """
 
     denoiser: Callable[..., Any]
@@ -269,6 +293,7 @@ class Family:
     pooled: int = 0
     masked: bool = False
     others: tuple[dict[str, Any], ...] = ()
+    shape: tuple[int, ...] = (4, 8, 8)
 
     def text(self, n: int, length: int = TOKENS, seed: int = 6) -> TextConditions:
         """``n`` random prompts; of a masked one the last tokens do not count."""
@@ -282,8 +307,8 @@ class Family:
         return TextConditions(embeds, pooled, mask)
 
     def latents(self, n: int, seed: int = 5) -> torch.Tensor:
-        """(n, 4, 8, 8)"""
-        return torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        r"""(n, \*shape)"""
+        return torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(seed))
 
 
 FAMILIES = {
@@ -303,6 +328,10 @@ FAMILIES = {
         sana_transformer, "flow", WIDTH, masked=True,
         others=({"num_layers": 3}, {"caption_channels": 24}),
     ),
+    "wan": Family(
+        wan_transformer, "flow", WIDTH, shape=(4, 2, 8, 8),
+        others=({"num_layers": 3}, {"text_dim": 24}),
+    ),
     "sd3": Family(
         sd3_transformer, "flow", 2 * WIDTH, POOLED,
         others=({"num_layers": 2}, {"pooled_projection_dim": 24}),
@@ -316,6 +345,6 @@ def refresh(latents: torch.Tensor) -> Refresh:
     known = torch.ones(len(latents))
     known[-1] = 0
     maps = (
-        known[:, None, None, None] * torch.randn(latents.shape, generator=random) for _ in range(4)
+        per_sample(known, latents) * torch.randn(latents.shape, generator=random) for _ in range(4)
     )
     return Refresh(known * 0.95, *maps, known * 0.1, known)

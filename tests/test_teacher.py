@@ -11,7 +11,7 @@ import torch
 
 from pilotfish.backbones import Backbone
 from pilotfish.conditioning import NULL, PromptTable, some_or_one
-from pilotfish.guidance import classifier_free_guidance
+from pilotfish.guidance import classifier_free_guidance, per_sample
 from pilotfish.guides import FullGuide, Guide, TinyGuide
 from pilotfish.teacher import Denoiser, Student, Teacher, checkpoint_in_pass, checksum
 from tests import components
@@ -42,16 +42,26 @@ def denoiser(student: Student) -> Any:
 @pytest.fixture
 def prompts(denoiser: Any) -> PromptTable:
     """Three, and the null prompt."""
-    name = {
+    return PromptTable(components.FAMILIES[kind(denoiser)].text(4, seed=8))
+
+
+def kind(denoiser: Any) -> str:
+    """The name of its family in tests."""
+    return {
         "unet": "unet", "cross-attention-dit": "pixart", "sana": "sana", "joint-dit": "sd3",
-        "one-stream-dit": "lumina2",
+        "one-stream-dit": "lumina2", "video-dit": "wan",
     }[Backbone.of(denoiser).family]  # fmt: skip
-    return PromptTable(components.FAMILIES[name].text(4, seed=8))
 
 
 @pytest.fixture
-def latents() -> torch.Tensor:
-    return components.FAMILIES["unet"].latents(2, seed=9)
+def latents(request: pytest.FixtureRequest) -> torch.Tensor:
+    if "student" in request.fixturenames:
+        family = components.FAMILIES[kind(request.getfixturevalue("denoiser"))]
+    elif "name" in request.fixturenames:
+        family = components.FAMILIES[request.getfixturevalue("name")]
+    else:
+        family = request.getfixturevalue("family")
+    return family.latents(2, seed=9)
 
 
 @pytest.fixture
@@ -99,6 +109,8 @@ def test_a_denoiser_is_called_as_diffusers_calls_it(name: str, latents: torch.Te
             expected = module(latents, text.embeds, text.pooled, t).sample
         elif name == "lumina2":
             expected = -module(latents, 1 - t / 1000, text.embeds, text.mask).sample
+        elif name == "wan":
+            expected = module(latents, t, text.embeds).sample
         elif name == "sana":
             expected = module(
                 latents, text.embeds, t, encoder_attention_mask=text.mask
@@ -172,7 +184,7 @@ def test_a_fresh_guide_adds_the_difference_of_the_last_refresh(
     with torch.no_grad():
         made = Student(guide, denoiser)(latents, TIME, text, prompts.null, SCALE, refresh)
         plain = Backbone.of(denoiser)(latents, TIME, text)
-    added = (SCALE - 1)[:, None, None, None] * refresh.difference
+    added = per_sample(SCALE - 1, latents) * refresh.difference
     torch.testing.assert_close(made, plain + added, atol=1e-5, rtol=1e-4)
     assert refresh.difference[0].any()
 

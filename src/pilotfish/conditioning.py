@@ -136,7 +136,7 @@ def _encode(
     backbone = Backbone.of_pipeline(pipe)
     told = {"negative_prompt": negatives[0]} if any(negatives) else {}
     made = pipe.encode_prompt(
-        **backbone.encoding(texts), **told, device=pipe._execution_device, num_images_per_prompt=1,
+        **backbone.encoding(texts), **told, device=pipe._execution_device,
         do_classifier_free_guidance=bool(negatives),
     )  # fmt: skip
     return backbone.split_encoded(made)

@@ -158,7 +158,7 @@ class Refresh:
     def change(self, time: torch.Tensor) -> torch.Tensor:
         """(N, C, h, w) how far the difference has changed until times (N,), at that slope."""
         elapsed = (time - self.time).to(self.slope.dtype)
-        return elapsed[:, None, None, None] * self.slope
+        return elapsed.reshape(-1, *[1] * (self.slope.ndim - 1)) * self.slope
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Refresh:
         """With the four maps changed."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pilotfish.guidance import per_sample
 from pilotfish.interface import GuideError, Refresh
 
 RefreshSteps = int | float | Sequence[int]
@@ -81,8 +82,8 @@ def new_refresh(
     elapsed = time - before.time
     same = elapsed == 0
     rate = (before.known / torch.where(same, torch.inf, elapsed)).to(difference.dtype)
-    slope = (difference - before.difference) * rate[:, None, None, None]
-    slope = torch.where(same[:, None, None, None], before.slope, slope)
+    slope = (difference - before.difference) * per_sample(rate, difference)
+    slope = torch.where(per_sample(same, difference) > 0, before.slope, slope)
     gap = torch.where(same, before.gap, before.known * elapsed.abs())
     return Refresh(time, difference, conditional, latents, slope, gap, torch.ones_like(time))
 

@@ -58,7 +58,7 @@ class Teacher:
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Predictions for (negative, prompt), each given by its index (N,), in one doubled call."""
         both = TextConditions.cat([self.prompts.negative(negative), self.prompts(prompt)])
-        made = self.base(latents.repeat(2, 1, 1, 1), time.repeat(2), both)
+        made = self.base(torch.cat([latents, latents]), time.repeat(2), both)
         unconditional, conditional = made.float().chunk(2)
         return unconditional, conditional
 

@@ -28,6 +28,7 @@ PROJECTIONS = {
     "lumina2": "time_caption_embed.caption_embedder",
     "pixart": "caption_projection",
     "sana": "caption_projection",
+    "wan": "condition_embedder.text_embedder",
     "sd3": "context_embedder",
 }
 """A module that the negative prompt passes alone."""

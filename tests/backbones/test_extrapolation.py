@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 
@@ -57,7 +58,8 @@ def assert_negative_is_recovered(
     denoiser: Any, text: TextConditions, negative: TextConditions, sizes: Any = None
 ) -> None:
     """A gain of -1 in every layer gives the prediction for the negative prompt."""
-    latents = components.FAMILIES["unet"].latents(2)
+    kind = "wan" if isinstance(denoiser, WanTransformer3DModel) else "unet"
+    latents = components.FAMILIES[kind].latents(2)
     unconditional = plain(denoiser, latents, negative[torch.tensor([0, 0])], sizes=sizes)
     conditional = plain(denoiser, latents, text, sizes=sizes)
     guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, -1.0)))
@@ -105,7 +107,7 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        *((name, {}) for name in ("sd3", "lumina2", "pixart", "sana")),
+        *((name, {}) for name in ("sd3", "lumina2", "pixart", "sana", "wan")),
         *(("unet", config) for config in UNET_TEXT),
     ],
 )
@@ -160,6 +162,17 @@ def test_a_controlnet_of_sd3_adds_to_both() -> None:
         torch.testing.assert_close(call(family.text(2)), expected, atol=1e-5, rtol=1e-4)
         with pytest.raises(GuideError, match=r"went past transformer_blocks\.1\.attn"):
             call(family.text(2), skip_layers=[1])
+
+
+@pytest.mark.parametrize("length", [8, 5, 11])
+@pytest.mark.parametrize("config", [{}, {"num_layers": 3, "cross_attn_norm": False}])
+def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_a_video(
+    config: dict[str, Any], length: int
+) -> None:
+    family = components.FAMILIES["wan"]
+    assert_negative_is_recovered(
+        family.denoiser(**config), family.text(2), family.text(1, length, seed=3)
+    )
 
 
 @pytest.mark.parametrize("masks", ["both", "prompt", "negative", "none"])

@@ -34,7 +34,7 @@ def test_a_layer_that_is_skipped_is_reported(family: components.Family) -> None:
     layer.forward = lambda *args, **kwargs: original(*args, **kwargs)  # a wrapper is no harm
     guided(denoiser, guide, *given)
 
-    def skip(hidden_states: torch.Tensor, encoder_hidden_states: Any = None, **_: Any) -> Any:
+    def skip(hidden_states: Any, encoder_hidden_states: Any = None, *_: Any, **__: Any) -> Any:
         return (hidden_states, encoder_hidden_states) if family.pooled else hidden_states
 
     layer.forward = skip
@@ -306,7 +306,9 @@ def test_inputs_are_read_as_they_are_given(family: components.Family) -> None:
     if family.masked:
         assert first.text.mask is text.mask
     patch = getattr(denoiser.config, "patch_size", 1)
-    assert first.latents.shape == (2, 4 * patch**2, 8 // patch, 8 // patch)
+    patch = patch if isinstance(patch, int) else patch[-1]
+    frames = z[0, 0].numel() // 64
+    assert first.latents.shape == (2, 4 * patch**2, frames * 8 // patch, 8 // patch)
     assert isinstance(first.text, TextConditions)
 
 

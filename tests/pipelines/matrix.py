@@ -24,7 +24,7 @@ def family(*names: str) -> tuple[str, ...]:
 
 
 UNET, SD3, PIXART = family("SD", "SDXL"), family("SD3"), family("PixArt")
-ONE = ("SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2")
+ONE = ("SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan")
 """One of each family."""
 PLAIN = ("SD", "SD, v", "SDXL")
 SOME = (*PLAIN, "SD ControlNet")
@@ -77,7 +77,9 @@ FEATURES = {
     "negative prompt of another length": Feature(
         "than the prompt, which CFG in one batch cannot take", ONE
     ),
-    "num_images_per_prompt": Feature("one call a step at N times as many", EVERY),
+    "num_images_per_prompt": Feature(
+        "one call a step at N times as many", [name for name in EVERY if name != "Wan"]
+    ),
     "prompt_embeds": Feature("given embeddings are as good as prompts", EVERY),
     "prompt_embeds, other precision": Feature(
         "half precision given float32, as CFG", (*PLAIN, "PixArt-Sigma")
@@ -226,7 +228,7 @@ differs in shape needs a guide of its own.
 
 {sd3}
 
-## PixArt, Sana and Lumina 2
+## PixArt, Sana, Lumina 2 and Wan
 
 {others}
 
@@ -290,7 +292,7 @@ def page() -> str:
     refused = "\n".join(f"| {why} | {', '.join(map(shown, names))} |" for why, names in WHY.items())
     return PAGE.format(
         works=works, warns=warns, refuses=len(ATTACHED) + len(PAG), sd=table(family("SD")),
-        xl=table(family("SDXL")), sd3=table(SD3), others=table(family(*MASKED)),
+        xl=table(family("SDXL")), sd3=table(SD3), others=table(family(*MASKED, "Wan")),
         refused=refused, pag=", ".join(map(shown, PAG)), ip_adapter=IP_ADAPTER,
     )  # fmt: skip
 

@@ -6,10 +6,12 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
+from inspect import signature
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -70,7 +72,7 @@ class Pipeline:
         }
         images = {name: image[:rows] for name, image in self.images.items()}
         torch.manual_seed(0)  # some pipelines encode control images without their generator
-        return self.pipe(**(given | images | self.call | call)).images
+        return self.pipe(**(given | images | self.call | call))[0]
 
     @contextmanager
     def batches(self) -> Iterator[list[int]]:
@@ -120,10 +122,10 @@ class Spec:
 
     @property
     def family(self) -> str:
-        """SD, SDXL, SD3, PixArt, Sana or Lumina2."""
+        """SD, SDXL, SD3, PixArt, Sana, Lumina2 or Wan."""
         if "Diffusion3" in self.pipeline:
             return "SD3"
-        for name in MASKED:
+        for name in (*MASKED, "Wan"):
             if name in self.pipeline:
                 return name
         return "SDXL" if "XL" in self.pipeline else "SD"
@@ -224,6 +226,13 @@ PIPELINES = {
         "Lumina2Pipeline", prediction_type="flow",
         call={"system_prompt": "", "max_sequence_length": 24},
     ),
+    "Wan": Spec(
+        "WanPipeline", prediction_type="flow",
+        call={
+            "height": SIDE, "width": SIDE, "num_frames": 5,
+            "max_sequence_length": components.TOKENS,
+        },
+    ),
     "Sana": Spec(
         "SanaPipeline", denoiser={"timestep_scale": 0.01}, prediction_type="flow",
         call=PIXART_CALL | {"complex_human_instruction": ["a"]},
@@ -249,6 +258,8 @@ def _part(name: str) -> Any:
         return components.autoencoder()
     if name == "vae of Sana":
         return components.deep_autoencoder()
+    if name == "vae of Wan":
+        return components.video_autoencoder()
     if name == "vae of SD3":
         config = {k: v for k, v in components.autoencoder().config.items() if k[0] != "_"}
         torch.manual_seed(2)
@@ -269,8 +280,9 @@ def shared(name: str, alone: bool = False) -> dict[str, Any]:
     spec = PIPELINES[name]
     part = _part.__wrapped__ if alone else _part
     made: dict[str, Any] = {"vae": part("vae"), "tokenizer": _tokenizer()}
-    if spec.family in MASKED:
-        vae = {"vae": part("vae of Sana")} if spec.family == "Sana" else {}
+    if spec.family in (*MASKED, "Wan"):
+        own = f"vae of {spec.family}"
+        vae = {"vae": part(own)} if spec.family in ("Sana", "Wan") else {}
         return made | {"text_encoder": part("t5")} | vae
     made["text_encoder"] = part("text_encoder_2" if spec.family == "SD3" else "text_encoder")
     if spec.family != "SD":
@@ -293,7 +305,7 @@ def _denoiser(name: str) -> Any:
         return components.sd3_transformer(
             **({"in_channels": CHANNELS, "out_channels": CHANNELS} | spec.denoiser)
         )
-    if spec.family in MASKED:
+    if spec.family in (*MASKED, "Wan"):
         make: Any = getattr(components, f"{spec.family.lower()}_transformer")
         return make(**spec.denoiser)
     xl = {
@@ -343,7 +355,7 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
         parts: others of its components.
     """
     spec = PIPELINES[name]
-    component = "transformer" if spec.family in ("SD3", *MASKED) else "unet"
+    component = "transformer" if spec.family in ("SD3", "Wan", *MASKED) else "unet"
     others = components.own_tokenizers(shared(name, alone)) if alone else shared(name)
     own: dict[str, Any] = {"scheduler": scheduler(name)}
     if component not in parts:
@@ -358,6 +370,18 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
         for what in spec.images
     }
     return Pipeline(pipe, images, spec.call)
+
+
+def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of a pipeline class without its bins of sizes, which are those of full-size models."""
+    call: Any = pipeline.__call__
+    if "use_resolution_binning" in signature(call).parameters:
+
+        @wraps(call)
+        def any_size(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return call(self, *args, **({"use_resolution_binning": False} | kwargs))
+
+        monkeypatch.setattr(pipeline, "__call__", any_size)
 
 
 @cache

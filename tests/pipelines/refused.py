@@ -16,7 +16,6 @@ WHY = {
     UNKNOWN: (
         "FluxPipeline",
         "QwenImagePipeline",
-        "WanPipeline",
         "AnimateDiffPipeline",
     ),
     "it has no encode_prompt, which makes the negative prompt": (
@@ -45,7 +44,6 @@ WHY = {
 DENOISERS: dict[str, Any] = {
     "FluxPipeline": diffusers.FluxTransformer2DModel,
     "QwenImagePipeline": diffusers.QwenImageTransformer2DModel,
-    "WanPipeline": diffusers.WanTransformer3DModel,
     "AnimateDiffPipeline": diffusers.UNetMotionModel,
 }
 """Of pipelines whose denoiser no family knows."""

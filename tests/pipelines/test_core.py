@@ -17,7 +17,7 @@ from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, p
 from tests.pipelines.test_conditions import load_lora, unload_lora
 
 NEGATIVE = ["red", "blue"]
-SEQUENTIAL = {"Lumina2"}
+SEQUENTIAL = {"Lumina2", "Wan"}
 """Pipelines whose CFG makes two calls, which may have two lengths of text."""
 
 
@@ -85,7 +85,7 @@ def negatives(one: Pipeline, name: str, **call: Any) -> list[TextConditions]:
 def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor, ...]:
     """What the plain pipeline makes of prompts, with classifier-free guidance: the prompts'
     tensors and the negative prompts' take turns."""
-    given = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True} | call
+    given = {"do_classifier_free_guidance": True} | call
     if "Diffusion3" in type(one.pipe).__name__:
         given |= {"prompt_2": None, "prompt_3": None}
     own = (

@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    PixArtSigmaPipeline,
     PNDMScheduler,
 )
 
@@ -29,7 +27,7 @@ from pilotfish.training.config import ConfigError, DistillConfig, StepsConfig
 from pilotfish.training.context import TrainingContext
 from pilotfish.training.samples import StepSamples
 from pilotfish.training.stages import StepTrainer
-from tests import components
+from tests.pipelines.pipelines import build, without_bins
 from tests.training.runs import PROMPTS, VALIDATION, same, small_guide, train, train_steps
 
 Context = Callable[..., TrainingContext]
@@ -70,22 +68,15 @@ def test_it_learns_resumes_and_leaves_teacher_and_base_as_they_were(
     assert same(student, train_steps(again, context("v_prediction"), initial("v_prediction")))
 
 
-@pytest.mark.parametrize("make", [components.sd3_pipeline, components.pixart_pipeline])
+@pytest.mark.parametrize("name", ["SD3", "PixArt-Sigma", "Sana", "Lumina2"])
 def test_both_stages_train_every_family(
-    make: Callable[[], Any], config: DistillConfig, steps_config: StepsConfig, tmp_path: Path,
+    name: str, config: DistillConfig, steps_config: StepsConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if make is components.pixart_pipeline:  # has resolution bins of full-size models only
-        call = PixArtSigmaPipeline.__call__
-
-        @wraps(call)
-        def without_bins(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return call(self, *args, use_resolution_binning=False, **kwargs)
-
-        monkeypatch.setattr(PixArtSigmaPipeline, "__call__", without_bins)
+    without_bins(type(build(name).pipe), monkeypatch)
 
     def context() -> TrainingContext:
-        return TrainingContext(make(), PROMPTS, VALIDATION)
+        return TrainingContext(build(name, alone=True).pipe, PROMPTS, VALIDATION)
 
     config = replace(
         config, training_samples="on_policy", negative_prompt_prob=0.5, learning_rate=1e-4,

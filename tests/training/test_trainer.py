@@ -27,6 +27,7 @@ from pilotfish.training.stages import GuidanceTrainer, distill
 from pilotfish.training.state import slow_precision
 from pilotfish.training.trainer import TrainingError
 from tests.components import randomise
+from tests.pipelines.pipelines import build
 from tests.training.runs import PROMPTS, same, small_guide, train
 
 Context = Callable[..., TrainingContext]
@@ -192,6 +193,11 @@ def test_a_base_that_needs_an_image_is_refused(make_pipe: Callable[[str], Any]) 
     inpainting.unet.register_to_config(in_channels=9)
     with pytest.raises(ConfigError, match="takes 9 channels and predicts 4"):
         TrainingContext(inpainting, PROMPTS, PROMPTS)
+
+
+def test_a_base_that_makes_videos_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a WanPipeline, which makes videos"):
+        TrainingContext(build("Wan").pipe, PROMPTS, PROMPTS)
 
 
 def test_a_scheduler_of_other_timesteps_is_refused(make_pipe: Callable[[str], Any]) -> None:

@@ -12,6 +12,7 @@ from pilotfish.backbones.joint_dit import JointDiTBackbone
 from pilotfish.backbones.one_stream_dit import OneStreamDiTBackbone
 from pilotfish.backbones.origin import Origin, portable_path, public_name
 from pilotfish.backbones.unet import UNetBackbone
+from pilotfish.backbones.video_dit import VideoDiTBackbone
 
 __all__ = [
     "Backbone",
@@ -23,6 +24,7 @@ __all__ = [
     "OneStreamDiTBackbone",
     "Origin",
     "UNetBackbone",
+    "VideoDiTBackbone",
     "current_pass",
     "is_compiled",
     "portable_path",

@@ -274,7 +274,7 @@ class Backbone(ABC):
 
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
         """Arguments of the pipeline's ``encode_prompt`` for some texts."""
-        return {"prompt": list(texts)}
+        return {"prompt": list(texts), "num_images_per_prompt": 1}
 
     @abstractmethod
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
@@ -284,8 +284,8 @@ class Backbone(ABC):
         """(1, k) size conditions of the denoiser, for images of the pipeline's default size."""
         return None
 
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents at the denoiser's own size."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w) of the latents at the denoiser's own size; of a video (C, F, h, w)."""
         size = self.denoiser.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.denoiser.config.in_channels), int(height), int(width)

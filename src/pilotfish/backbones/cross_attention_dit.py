@@ -25,6 +25,8 @@ class CrossAttentionDiTBackbone(Backbone):
     """What the two have in common."""
 
     parameters = ("hidden_states", "encoder_hidden_states", "timestep")
+    blocks: ClassVar[str] = "transformer_blocks"
+    """The name of the blocks."""
     projections: ClassVar[tuple[str, ...]]
     """The modules that the text passes one after the other before the first block."""
     norm_across_heads: ClassVar[bool] = False
@@ -32,16 +34,17 @@ class CrossAttentionDiTBackbone(Backbone):
 
     def sites(self) -> dict[str, Any]:
         net = self.denoiser
-        blocks = {f"transformer_blocks.{i}": b for i, b in enumerate(net.transformer_blocks)}
+        blocks = {f"{self.blocks}.{i}": b for i, b in enumerate(getattr(net, self.blocks))}
+        projection = net.get_submodule(self.projections[0])
         return {
-            "text_dim": plain(net.caption_projection.linear_1).in_features,
+            "text_dim": plain(projection.linear_1).in_features,
             "attention": [[f"{name}.attn2", block.attn2.heads] for name, block in blocks.items()],
             "modulation": [],
             "layers": [[name, plain(net.proj_out).in_features] for name in blocks],
             "head": {
                 "module": "proj_out",
                 "features": plain(net.proj_out).in_features,
-                "channels": net.config.patch_size**2 * net.config.in_channels,
+                "channels": self.patch**2 * net.config.in_channels,
             },
         }
 
@@ -98,13 +101,18 @@ class CrossAttentionDiTBackbone(Backbone):
         return torch.cat([epsilon, pixels[..., channels:]], -1).flatten(2)
 
     @property
+    def patch(self) -> int:
+        """Pixels of a token, each way."""
+        return int(self.denoiser.config.patch_size)
+
+    @property
     def _has_variance(self) -> bool:
         """Whether the prediction's first half are the channels of epsilon."""
         return bool(self.denoiser.config.out_channels > self.denoiser.config.in_channels)
 
     def _by_pixel(self, tokens: torch.Tensor) -> torch.Tensor:
         """(N, tokens, p^2 C) -> (N, tokens, p^2, C)."""
-        return tokens.unflatten(2, (self.denoiser.config.patch_size**2, -1))
+        return tokens.unflatten(2, (self.patch**2, -1))
 
     # -- calls ------------------------------------------------------------------------------
 
@@ -115,7 +123,7 @@ class CrossAttentionDiTBackbone(Backbone):
 
     def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
         latents = latents[:, : self.denoiser.config.in_channels]  # without the variance
-        return patchify(latents, self.denoiser.config.patch_size)
+        return patchify(latents, self.patch)
 
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
         return {"encoder_hidden_states": text.embeds, "encoder_attention_mask": text.mask}

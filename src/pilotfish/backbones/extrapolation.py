@@ -50,7 +50,7 @@ def cross_attention(
 
     def keys_and_values(guided: GuidedPass) -> tuple[torch.Tensor, torch.Tensor, Any]:
         states, bias = negative_states(guided)
-        if layer.norm_cross:
+        if getattr(layer, "norm_cross", None):
             states = layer.norm_encoder_hidden_states(states)
         key = layer.to_k(states)
         if normed and norm_across_heads:
@@ -69,7 +69,8 @@ def cross_attention(
         )
         n = len(q)  # one negative prompt may serve all
         negative = F.scaled_dot_product_attention(
-            q, key.expand(n, -1, -1, -1), value.expand(n, -1, -1, -1), scale=layer.scale,
+            q, key.expand(n, -1, -1, -1), value.expand(n, -1, -1, -1),
+            scale=getattr(layer, "scale", None),
             attn_mask=None if bias is None else bias.to(q.dtype).expand(n, -1, q.shape[2], -1),
         ).transpose(1, 2)  # fmt: skip
         output = args[0].unflatten(-1, (layer.heads, -1))

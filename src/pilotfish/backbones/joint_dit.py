@@ -123,7 +123,7 @@ class JointDiTBackbone(Backbone):
         return made
 
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
-        return {"prompt": list(texts), "prompt_2": None, "prompt_3": None}
+        return {**super().encoding(texts), "prompt_2": None, "prompt_3": None}
 
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
         prompt, negative, pooled, negative_pooled = encoded

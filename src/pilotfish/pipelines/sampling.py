@@ -101,7 +101,7 @@ def _drawn(
                 output_type="latent",
                 **negative,
                 **call,
-            ).images
+            )[0]
         images = decode(pipe, latents)
         for text, seed, z, x in zip(texts, some, latents.float(), images, strict=True):
             yield Sample(text, seed, z, x)

@@ -66,6 +66,11 @@ class TrainingContext:
                 f"the base is a {type(self.pipe).__name__}, which needs an image as input; train a "
                 "guide on a text-to-image pipeline"
             )
+        if len(self.latent_shape) > 3:
+            raise ConfigError(
+                f"the base is a {type(self.pipe).__name__}, which makes videos; the commands train "
+                "no guide for these yet"
+            )
         if shape.in_channels > (shape.out_channels or shape.in_channels):
             raise ConfigError(
                 f"the base takes {shape.in_channels} channels and predicts {shape.out_channels}: "
@@ -136,8 +141,8 @@ class TrainingContext:
         self.path = NoisePath.of(self.pipe.scheduler)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w) of the latents, of a video (C, F, h, w)."""
         return self.backbone.latent_shape()
 
     @cached_property

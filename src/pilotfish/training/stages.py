@@ -200,7 +200,7 @@ def guidance_loss(
         The mean over batch and elements, a scalar.
     """
     weight = weight * (w - 1).clamp(min=0.5) ** -2
-    return (weight * (guided.float() - target).pow(2).mean((1, 2, 3))).mean()
+    return (weight * (guided.float() - target).pow(2).flatten(1).mean(1)).mean()
 
 
 LEAST = 0.02
@@ -215,8 +215,8 @@ def freshness_weight(refresh: Refresh, difference: torch.Tensor) -> torch.Tensor
     Args:
         difference: (N, C, h, w) the difference between the two predictions now.
     """
-    error = (refresh.difference - difference).pow(2).mean((1, 2, 3))
-    relative = error / difference.pow(2).mean((1, 2, 3)).clamp(min=1e-12)
+    error = (refresh.difference - difference).pow(2).flatten(1).mean(1)
+    relative = error / difference.pow(2).flatten(1).mean(1).clamp(min=1e-12)
     return torch.where(refresh.known > 0, 1 / (relative.clamp(max=1) + LEAST), 1.0)
 
 
@@ -233,7 +233,7 @@ def step_loss(
     Returns:
         The mean over batch and elements, a scalar.
     """
-    distance = (prediction.float() - goal).pow(2).mean((1, 2, 3))
+    distance = (prediction.float() - goal).pow(2).flatten(1).mean(1)
     return (weight * distance / w).mean()
 
 
