@@ -12,12 +12,14 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -156,6 +158,25 @@ def video_autoencoder() -> AutoencoderKLWan:
         base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
         latents_mean=[0.1] * 4, latents_std=[0.9] * 4, scale_factor_temporal=4,
         scale_factor_spatial=2,
+    ).eval()  # fmt: skip
+
+
+def qwen_transformer(seed: int = 0, **config: Any) -> QwenImageTransformer2DModel:
+    small: dict[str, Any] = {
+        "patch_size": 2, "in_channels": 4, "out_channels": 1, "num_layers": 3,
+        "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": WIDTH,
+        "axes_dims_rope": (4, 2, 2),
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(QwenImageTransformer2DModel(**small | config))
+
+
+def packed_autoencoder() -> AutoencoderKLQwenImage:
+    """Qwen-Image's, two pixels for one latent."""
+    torch.manual_seed(2)
+    return AutoencoderKLQwenImage(
+        base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1] * 4, latents_std=[0.9] * 4,
     ).eval()  # fmt: skip
 
 
@@ -323,6 +344,10 @@ FAMILIES = {
     "pixart": Family(
         pixart_transformer, "epsilon", WIDTH, masked=True,
         others=({"num_layers": 3}, {"caption_channels": 24}),
+    ),
+    "qwen": Family(
+        qwen_transformer, "flow", WIDTH, masked=True,
+        others=({"num_layers": 2}, {"joint_attention_dim": 24}),
     ),
     "sana": Family(
         sana_transformer, "flow", WIDTH, masked=True,

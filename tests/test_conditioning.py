@@ -74,6 +74,15 @@ def test_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any) -> None:
     assert_close(null, expected[1][:1])
 
 
+def test_a_space_stands_for_no_negative_prompt_where_that_means_no_guidance() -> None:
+    pipe = pipelines.build("Qwen-Image").pipe
+    prompts = encoded(pipe, [" ", "cat"])
+    assert_close(prompts.null, null_prompt(pipe))
+    space = prompts.negative(torch.tensor([0]))
+    torch.testing.assert_close(space.mean(), prompts.null.mean())
+    assert not torch.allclose(space.mean(), prompts.negative(torch.tensor([1])).mean())
+
+
 @pytest.mark.parametrize("cache_bytes", [0, 2**20])
 def test_negative_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any, cache_bytes: int) -> None:
     prompts, order = encoded(pipe, TEXTS, cache_bytes), torch.tensor([2, 0, 1])

@@ -49,7 +49,7 @@ def kind(denoiser: Any) -> str:
     """The name of its family in tests."""
     return {
         "unet": "unet", "cross-attention-dit": "pixart", "sana": "sana", "joint-dit": "sd3",
-        "one-stream-dit": "lumina2", "video-dit": "wan",
+        "one-stream-dit": "lumina2", "video-dit": "wan", "qwen-dit": "qwen",
     }[Backbone.of(denoiser).family]  # fmt: skip
 
 
@@ -93,7 +93,8 @@ def test_the_teacher_predicts_both_in_one_call(
     rule = Backbone.of(denoiser).guidance_rule
     assert torch.equal(guided, rule(unconditional, conditional, SCALE))
     is_plain = torch.equal(guided, classifier_free_guidance(unconditional, conditional, SCALE))
-    assert is_plain == (family is not components.FAMILIES["lumina2"])
+    renormalises = [components.FAMILIES[name] for name in ("lumina2", "qwen")]
+    assert is_plain == (family not in renormalises)
     torch.testing.assert_close(teacher.guided(unconditional, conditional, 1.0), conditional)
 
 
@@ -109,6 +110,10 @@ def test_a_denoiser_is_called_as_diffusers_calls_it(name: str, latents: torch.Te
             expected = module(latents, text.embeds, text.pooled, t).sample
         elif name == "lumina2":
             expected = -module(latents, 1 - t / 1000, text.embeds, text.mask).sample
+        elif name == "qwen":
+            tokens, shapes = latents.flatten(2).mT, [[(1, 8, 8)]] * 2
+            made_of = module(tokens, text.embeds, text.mask, t / 1000, shapes).sample
+            expected = made_of.mT.unflatten(2, (8, 8))
         elif name == "wan":
             expected = module(latents, t, text.embeds).sample
         elif name == "sana":

@@ -124,7 +124,9 @@ def encode_negatives(pipe: Any, texts: Sequence[str]) -> TextConditions:
 @torch.no_grad()
 def null_prompt(pipe: Any) -> TextConditions:
     """The negative prompt of a call that gives none: the empty text, or zeros where a pipeline of
-    SDXL is made that way."""
+    SDXL is made that way; a space where a call without one has no guidance."""
+    if Backbone.of_pipeline(pipe).separate_negative:
+        return encode_prompts(pipe, [" "])  # an empty one is no text to some of these
     negative = _encode(pipe, [""], None)[1]
     assert negative is not None
     return negative
@@ -134,9 +136,10 @@ def _encode(
     pipe: Any, texts: Sequence[str], *negatives: Sequence[str] | None
 ) -> tuple[TextConditions, TextConditions | None]:
     backbone = Backbone.of_pipeline(pipe)
-    told = {"negative_prompt": negatives[0]} if any(negatives) else {}
+    told: dict[str, Any] = {"negative_prompt": negatives[0]} if any(negatives) else {}
+    if not backbone.separate_negative:
+        told["do_classifier_free_guidance"] = bool(negatives)
     made = pipe.encode_prompt(
-        **backbone.encoding(texts), **told, device=pipe._execution_device,
-        do_classifier_free_guidance=bool(negatives),
+        **backbone.encoding(texts), **told, device=pipe._execution_device
     )  # fmt: skip
     return backbone.split_encoded(made)

@@ -27,6 +27,7 @@ PROJECTIONS = {
     "unet": "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
     "lumina2": "time_caption_embed.caption_embedder",
     "pixart": "caption_projection",
+    "qwen": "txt_norm",
     "sana": "caption_projection",
     "wan": "condition_embedder.text_embedder",
     "sd3": "context_embedder",

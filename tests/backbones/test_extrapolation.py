@@ -49,6 +49,8 @@ MASKED_SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("pixart", {"num_layers": 3, "patch_size": 1}),
     ("lumina2", {}),
     ("lumina2", {"num_layers": 2, "patch_size": 1, "num_kv_heads": 3, "num_refiner_layers": 2}),
+    ("qwen", {}),
+    ("qwen", {"num_layers": 1}),
     ("sana", {}),
     ("sana", {"num_layers": 3, "patch_size": 1, "qk_norm": None}),
 ]
@@ -107,7 +109,7 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        *((name, {}) for name in ("sd3", "lumina2", "pixart", "sana", "wan")),
+        *((name, {}) for name in ("sd3", "lumina2", "pixart", "qwen", "sana", "wan")),
         *(("unet", config) for config in UNET_TEXT),
     ],
 )

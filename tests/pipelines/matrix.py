@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import diffusers
 
-from tests.pipelines.pipelines import MASKED, PIPELINES
+from tests.pipelines.pipelines import OTHERS, PIPELINES
 from tests.pipelines.refused import ATTACHED, CONFIG, PAG, WHY
 
 EVERY = tuple(PIPELINES)
@@ -24,7 +24,7 @@ def family(*names: str) -> tuple[str, ...]:
 
 
 UNET, SD3, PIXART = family("SD", "SDXL"), family("SD3"), family("PixArt")
-ONE = ("SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan")
+ONE = ("SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "Qwen-Image")
 """One of each family."""
 PLAIN = ("SD", "SD, v", "SDXL")
 SOME = (*PLAIN, "SD ControlNet")
@@ -75,7 +75,7 @@ FEATURES = {
         "the guide is given what CFG would take: the empty text, or zeros (SDXL)", EVERY
     ),
     "negative prompt of another length": Feature(
-        "than the prompt, which CFG in one batch cannot take", ONE
+        "than the prompt, which CFG in one batch cannot take", ONE[:-1]
     ),
     "num_images_per_prompt": Feature(
         "one call a step at N times as many", [name for name in EVERY if name != "Wan"]
@@ -85,7 +85,7 @@ FEATURES = {
         "half precision given float32, as CFG", (*PLAIN, "PixArt-Sigma")
     ),
     "encode_prompt replaced": Feature(
-        "on the object, to weight prompts; one that returns no negative prompt is refused", ONE
+        "on the object, to weight prompts; one that returns no negative prompt is refused", ONE[:-1]
     ),
     "clip_skip": Feature(
         "holds for the prompt; the negative prompt is that of CFG", (*family("SDXL"), *SD3)
@@ -155,7 +155,7 @@ FEATURES = {
         "with `fullgraph=True`, before or after attaching, the same up to rounding; another w, "
         "prompt, negative prompt or number of steps compiles nothing anew (captured by "
         "torch.compile; its kernels are not what is tested)",
-        [name for name in ONE if name != "Lumina2"],  # which diffusers cannot compile
+        ONE[:5],
     ),
     "compile_repeated_blocks": Feature(
         "block by block with `fullgraph=True`, of a denoiser with many; the same up to rounding",
@@ -228,7 +228,7 @@ differs in shape needs a guide of its own.
 
 {sd3}
 
-## PixArt, Sana, Lumina 2 and Wan
+## PixArt, Sana, Lumina 2, Wan and Qwen-Image
 
 {others}
 
@@ -292,7 +292,7 @@ def page() -> str:
     refused = "\n".join(f"| {why} | {', '.join(map(shown, names))} |" for why, names in WHY.items())
     return PAGE.format(
         works=works, warns=warns, refuses=len(ATTACHED) + len(PAG), sd=table(family("SD")),
-        xl=table(family("SDXL")), sd3=table(SD3), others=table(family(*MASKED, "Wan")),
+        xl=table(family("SDXL")), sd3=table(SD3), others=table(family(*OTHERS)),
         refused=refused, pag=", ".join(map(shown, PAG)), ip_adapter=IP_ADAPTER,
     )  # fmt: skip
 

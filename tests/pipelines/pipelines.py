@@ -70,6 +70,10 @@ class Pipeline:
             "generator": torch.Generator().manual_seed(5),
             "output_type": "latent",
         }
+        if "Qwen" in type(self.pipe).__name__:
+            given["true_cfg_scale"] = given.pop("guidance_scale")
+            if "negative_prompt_embeds" not in call:
+                given["negative_prompt"] = [" "] * rows
         images = {name: image[:rows] for name, image in self.images.items()}
         torch.manual_seed(0)  # some pipelines encode control images without their generator
         return self.pipe(**(given | images | self.call | call))[0]
@@ -97,7 +101,9 @@ class Pipeline:
 
 
 MASKED = ("PixArt", "Sana", "Lumina2")
-"""Families whose text has a mask."""
+"""Families whose text and its mask are encoded together with the negative prompt's."""
+OTHERS = (*MASKED, "Wan", "Qwen")
+"""All transformers but Stable Diffusion 3."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +128,10 @@ class Spec:
 
     @property
     def family(self) -> str:
-        """SD, SDXL, SD3, PixArt, Sana, Lumina2 or Wan."""
+        """SD, SDXL, SD3, PixArt, Sana, Lumina2, Wan or Qwen."""
         if "Diffusion3" in self.pipeline:
             return "SD3"
-        for name in (*MASKED, "Wan"):
+        for name in OTHERS:
             if name in self.pipeline:
                 return name
         return "SDXL" if "XL" in self.pipeline else "SD"
@@ -233,6 +239,10 @@ PIPELINES = {
             "max_sequence_length": components.TOKENS,
         },
     ),
+    "Qwen-Image": Spec(
+        "QwenImagePipeline", (), {"in_channels": 16, "out_channels": 4}, "flow",
+        call={"height": SIDE, "width": SIDE},
+    ),
     "Sana": Spec(
         "SanaPipeline", denoiser={"timestep_scale": 0.01}, prediction_type="flow",
         call=PIXART_CALL | {"complex_human_instruction": ["a"]},
@@ -258,6 +268,8 @@ def _part(name: str) -> Any:
         return components.autoencoder()
     if name == "vae of Sana":
         return components.deep_autoencoder()
+    if name == "vae of Qwen":
+        return components.packed_autoencoder()
     if name == "vae of Wan":
         return components.video_autoencoder()
     if name == "vae of SD3":
@@ -280,9 +292,9 @@ def shared(name: str, alone: bool = False) -> dict[str, Any]:
     spec = PIPELINES[name]
     part = _part.__wrapped__ if alone else _part
     made: dict[str, Any] = {"vae": part("vae"), "tokenizer": _tokenizer()}
-    if spec.family in (*MASKED, "Wan"):
+    if spec.family in OTHERS:
         own = f"vae of {spec.family}"
-        vae = {"vae": part(own)} if spec.family in ("Sana", "Wan") else {}
+        vae = {"vae": part(own)} if spec.family in ("Sana", "Wan", "Qwen") else {}
         return made | {"text_encoder": part("t5")} | vae
     made["text_encoder"] = part("text_encoder_2" if spec.family == "SD3" else "text_encoder")
     if spec.family != "SD":
@@ -305,7 +317,7 @@ def _denoiser(name: str) -> Any:
         return components.sd3_transformer(
             **({"in_channels": CHANNELS, "out_channels": CHANNELS} | spec.denoiser)
         )
-    if spec.family in (*MASKED, "Wan"):
+    if spec.family in OTHERS:
         make: Any = getattr(components, f"{spec.family.lower()}_transformer")
         return make(**spec.denoiser)
     xl = {
@@ -355,7 +367,7 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
         parts: others of its components.
     """
     spec = PIPELINES[name]
-    component = "transformer" if spec.family in ("SD3", "Wan", *MASKED) else "unet"
+    component = "transformer" if spec.family in ("SD3", *OTHERS) else "unet"
     others = components.own_tokenizers(shared(name, alone)) if alone else shared(name)
     own: dict[str, Any] = {"scheduler": scheduler(name)}
     if component not in parts:

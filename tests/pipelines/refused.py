@@ -15,7 +15,6 @@ UNKNOWN = "its denoiser belongs to no family that takes a guide"
 WHY = {
     UNKNOWN: (
         "FluxPipeline",
-        "QwenImagePipeline",
         "AnimateDiffPipeline",
     ),
     "it has no encode_prompt, which makes the negative prompt": (
@@ -43,7 +42,6 @@ WHY = {
 }
 DENOISERS: dict[str, Any] = {
     "FluxPipeline": diffusers.FluxTransformer2DModel,
-    "QwenImagePipeline": diffusers.QwenImageTransformer2DModel,
     "AnimateDiffPipeline": diffusers.UNetMotionModel,
 }
 """Of pipelines whose denoiser no family knows."""

@@ -17,7 +17,7 @@ from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, p
 from tests.pipelines.test_conditions import load_lora, unload_lora
 
 NEGATIVE = ["red", "blue"]
-SEQUENTIAL = {"Lumina2", "Wan"}
+SEQUENTIAL = {"Lumina2", "Wan", "Qwen-Image"}
 """Pipelines whose CFG makes two calls, which may have two lengths of text."""
 
 
@@ -85,6 +85,10 @@ def negatives(one: Pipeline, name: str, **call: Any) -> list[TextConditions]:
 def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor, ...]:
     """What the plain pipeline makes of prompts, with classifier-free guidance: the prompts'
     tensors and the negative prompts' take turns."""
+    if "Qwen" in type(one.pipe).__name__:  # embeddings and mask, the negative prompt by itself
+        told = call.pop("negative_prompt", [" "] * len(prompt))
+        both = [one.pipe.encode_prompt(list(texts), **call) for texts in (prompt, told)]
+        return tuple(part for pair in zip(*both, strict=True) for part in pair if part is not None)
     given = {"do_classifier_free_guidance": True} | call
     if "Diffusion3" in type(one.pipe).__name__:
         given |= {"prompt_2": None, "prompt_3": None}
@@ -136,6 +140,17 @@ def test_without_a_negative_prompt_the_guide_is_given_that_of_cfg(name: str) -> 
         assert not seen[0].embeds.any()
 
 
+def test_no_guidance_without_a_negative_prompt_where_the_pipeline_has_none() -> None:
+    one = build("Qwen-Image")
+    conditional = one.latents(negative_prompt=None)
+    with (
+        guide("Qwen-Image").attached(one.pipe),
+        pytest.warns(UserWarning, match="no classifier-free guidance without a negative_prompt"),
+    ):
+        assert torch.equal(one.latents(negative_prompt=None), conditional)
+    assert torch.equal(conditional, plain("Qwen-Image", 1.0))
+
+
 @pytest.mark.parametrize("name", covered("negative prompt of another length"))
 def test_the_negative_prompt_may_have_another_length(name: str) -> None:
     """Two passes in one batch could not take it."""
@@ -180,6 +195,8 @@ def given_embeddings(one: Pipeline, name: str) -> dict[str, torch.Tensor]:
     names = ["prompt_embeds", "negative_prompt_embeds"]
     if masked(one):
         names += ["prompt_attention_mask", "negative_prompt_attention_mask"]
+    elif "Qwen" in type(one.pipe).__name__:
+        names += ["prompt_embeds_mask", "negative_prompt_embeds_mask"]
     else:
         names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
     return dict(zip(names, made, strict=False))

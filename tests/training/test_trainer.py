@@ -195,9 +195,10 @@ def test_a_base_that_needs_an_image_is_refused(make_pipe: Callable[[str], Any]) 
         TrainingContext(inpainting, PROMPTS, PROMPTS)
 
 
-def test_a_base_that_makes_videos_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a WanPipeline, which makes videos"):
-        TrainingContext(build("Wan").pipe, PROMPTS, PROMPTS)
+@pytest.mark.parametrize("name", ["Wan", "Qwen-Image"])
+def test_a_base_whose_latents_are_no_images_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"train no guide for a (Wan|QwenImage)Pipeline yet"):
+        TrainingContext(build(name).pipe, PROMPTS, PROMPTS)
 
 
 def test_a_scheduler_of_other_timesteps_is_refused(make_pipe: Callable[[str], Any]) -> None:

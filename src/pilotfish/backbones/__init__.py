@@ -11,6 +11,7 @@ from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.joint_dit import JointDiTBackbone
 from pilotfish.backbones.one_stream_dit import OneStreamDiTBackbone
 from pilotfish.backbones.origin import Origin, portable_path, public_name
+from pilotfish.backbones.qwen_dit import QwenDiTBackbone
 from pilotfish.backbones.unet import UNetBackbone
 from pilotfish.backbones.video_dit import VideoDiTBackbone
 
@@ -23,6 +24,7 @@ __all__ = [
     "JointDiTBackbone",
     "OneStreamDiTBackbone",
     "Origin",
+    "QwenDiTBackbone",
     "UNetBackbone",
     "VideoDiTBackbone",
     "current_pass",

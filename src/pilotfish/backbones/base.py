@@ -143,6 +143,10 @@ class Backbone(ABC):
         """The output of a target module with another map for the image."""
         return with_first(output, made)
 
+    def prediction_map(self, guided: GuidedPass, prediction: torch.Tensor) -> torch.Tensor:
+        """The denoiser's prediction on the grid of :class:`~pilotfish.interface.GuideInputs`."""
+        return self.on_grid(prediction)
+
     def install(self, guide: GuideProtocol) -> Hooks:
         """Put a guide's hooks on the denoiser, for training and for inference alike.
 
@@ -174,7 +178,9 @@ class Backbone(ABC):
     def _end(self, guided: GuidedPass, module: Any, args: Any, output: Any) -> Any:
         if guided.doubled:
             unconditional, conditional = output[0].chunk(2)
-            scale = guided.refreshed(self.on_grid(unconditional), self.on_grid(conditional))
+            scale = guided.refreshed(
+                *(self.prediction_map(guided, x) for x in (unconditional, conditional))
+            )
             if scale is not None:
                 conditional = self.guidance_rule(unconditional, conditional, scale)
             return with_first(output, conditional)
@@ -258,7 +264,12 @@ class Backbone(ABC):
 
     cfg_by_argument: ClassVar[bool] = False
     """Whether the family's pipelines decide on classifier-free guidance by comparing the argument
-    ``guidance_scale`` with 1, and have no property for it."""
+    of the scale with 1, and have no property for it."""
+    scale_argument: ClassVar[str] = "guidance_scale"
+    """The argument of the pipeline's call that is w."""
+    separate_negative: ClassVar[bool] = False
+    """Whether the pipeline encodes the negative prompt in a call of ``encode_prompt`` of its own,
+    and makes no second pass where none is given."""
 
     sign: ClassVar[int] = 1
     """-1 where the denoiser's output is the negative of the noise path's prediction."""

@@ -131,10 +131,11 @@ def check(guide: GuideProtocol, pipe: Any) -> Backbone:
         raise _refused(pipe, "it has no encode_prompt, which makes the negative prompt")
     if not backbone.cfg_by_argument and not hasattr(type(pipe), CFG_FLAG):
         raise _refused(pipe, f"it has no property {CFG_FLAG} that turns its second pass off")
-    if CFG_FLAG not in signature(type(pipe).encode_prompt).parameters:
+    flagged = CFG_FLAG in signature(type(pipe).encode_prompt).parameters
+    if not (flagged or backbone.separate_negative):
         raise _refused(pipe, f"its encode_prompt takes no {CFG_FLAG}")
-    if "guidance_scale" not in call:
-        raise _refused(pipe, "its call takes no guidance_scale")
+    if backbone.scale_argument not in call:
+        raise _refused(pipe, f"its call takes no {backbone.scale_argument}")
     if (why := backbone.refusal(pipe)) is not None:
         raise _refused(pipe, why)
     predicted = prediction_type(pipe.scheduler)

@@ -3,7 +3,8 @@
 A pipeline of diffusers decides on classifier-free guidance either by a property, or by comparing
 the argument ``guidance_scale`` with 1 inside its call. The argument is replaced here, the property
 in :mod:`pilotfish.pipelines.attach`. In both cases ``encode_prompt`` still encodes the negative
-prompt, which is kept for the guide, and the denoiser runs once a step on a batch of N.
+prompt, which is kept for the guide, and the denoiser runs once a step on a batch of N. Where the
+pipeline encodes the negative prompt separately, that is done here.
 """
 
 from __future__ import annotations
@@ -39,6 +40,15 @@ SECOND_PASS = (
 """Arguments of a pipeline's call that act on the second pass only."""
 
 
+TOLD = {
+    "negative_prompt": "prompt",
+    "negative_prompt_embeds": "prompt_embeds",
+    "negative_prompt_embeds_mask": "prompt_embeds_mask",
+}
+"""Arguments of a call that give the negative prompt, and those with which ``encode_prompt`` takes
+it where it is encoded separately."""
+
+
 class RunningCall:
     """What belongs to one call of a guided pipeline, and is gone after it.
 
@@ -56,9 +66,20 @@ class RunningCall:
         self._argument: float | None = None
         if not hasattr(type(pipe).__bases__[1], CFG_FLAG):
             # the pipeline compares this argument with 1 by itself
-            default = call.signature.parameters["guidance_scale"].default
-            self._argument = float(call.arguments.get("guidance_scale", default))
-            call.arguments["guidance_scale"] = 1.0
+            name = self.backbone.scale_argument
+            default = call.signature.parameters[name].default
+            self._argument = float(call.arguments.get(name, default))
+            call.arguments[name] = 1.0
+        self._told: dict[str, Any] = {}
+        if self.backbone.separate_negative:
+            self._told = {name: call.arguments.pop(name, None) for name in TOLD}
+            if self.needs_guidance and all(v is None for v in self._told.values()):
+                self._argument = 1.0  # as the pipeline does, which warns of it
+                warnings.warn(
+                    f"{type(pipe).__name__} makes no classifier-free guidance without a "
+                    "negative_prompt, and the guide none in its place; give one, such as ' '",
+                    stacklevel=5,
+                )
         self.guided = GuidedPass(
             guide,
             lambda: self.guidance_scale,
@@ -91,6 +112,14 @@ class RunningCall:
         encodes further texts while the call runs, such as a callback, gets what is asked for."""
         if not self.needs_guidance or self.negative is not None:
             return plain(*args, **kwargs)
+        if self.backbone.separate_negative:
+            encoded = plain(*args, **kwargs)
+            own = dict(zip(TOLD.values(), self._told.values(), strict=True))
+            told = bind(plain, args, kwargs, **own)
+            split = self.backbone.split_encoded
+            self.images = len(split(encoded)[0])
+            self.keep(split(plain(*told.args, **told.kwargs))[0].clone())
+            return encoded
         # encode_prompt may have been replaced by one with other names for its arguments
         place = list(signature(type(self.pipe).encode_prompt).parameters).index(CFG_FLAG) - 1
         if place < len(args):
@@ -214,9 +243,10 @@ def warn_of_arguments(guide: GuideProtocol, call: BoundArguments, pipe: Any) -> 
     if "guess_mode" in given:  # some ControlNets ask for it themselves
         nets = getattr(pipe.controlnet, "nets", [pipe.controlnet])
         given["guess_mode"] |= any(n.config.get("global_pool_conditions") for n in nets)
-    scale = given["guidance_scale"]
+    name = Backbone.of_pipeline(pipe).scale_argument
+    scale = given[name]
     if not abs(scale) <= torch.finfo(torch.float32).max:  # nor is what is not a number
-        raise GuideError(f"guidance_scale must be a finite number in single precision, not {scale}")
+        raise GuideError(f"{name} must be a finite number in single precision, not {scale}")
     if scale <= 1:
         return
     if given.get("pag_scale", 0) > 0 and getattr(pipe, "pag_applied_layers", None):
@@ -228,7 +258,7 @@ def warn_of_arguments(guide: GuideProtocol, call: BoundArguments, pipe: Any) -> 
     low, high = guide.guidance_scale_range
     if not low <= scale <= high:
         warnings.warn(
-            f"guidance_scale {scale} lies outside [{low}, {high}], where this guide was trained",
+            f"{name} {scale} lies outside [{low}, {high}], where this guide was trained",
             stacklevel=4,
         )
     for name in SECOND_PASS:

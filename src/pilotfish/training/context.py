@@ -30,6 +30,9 @@ from pilotfish.training.config import ConfigError, TrainingConfig
 
 BASE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+UNTRAINED = ("video-dit", "qwen-dit")
+"""Families whose latents are packed or videos."""
+
 
 @dataclass
 class TrainingContext:
@@ -66,10 +69,10 @@ class TrainingContext:
                 f"the base is a {type(self.pipe).__name__}, which needs an image as input; train a "
                 "guide on a text-to-image pipeline"
             )
-        if len(self.latent_shape) > 3:
+        if self.backbone.family in UNTRAINED:
             raise ConfigError(
-                f"the base is a {type(self.pipe).__name__}, which makes videos; the commands train "
-                "no guide for these yet"
+                f"the commands train no guide for a {type(self.pipe).__name__} yet: they would not "
+                "decode its latents"
             )
         if shape.in_channels > (shape.out_channels or shape.in_channels):
             raise ConfigError(
