@@ -76,11 +76,12 @@ def test_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any) -> None:
 
 def test_a_space_stands_for_no_negative_prompt_where_that_means_no_guidance() -> None:
     pipe = pipelines.build("Qwen-Image").pipe
-    prompts = encoded(pipe, [" ", "cat"])
-    assert_close(prompts.null, null_prompt(pipe))
-    space = prompts.negative(torch.tensor([0]))
-    torch.testing.assert_close(space.mean(), prompts.null.mean())
-    assert not torch.allclose(space.mean(), prompts.negative(torch.tensor([1])).mean())
+    assert_close(null_prompt(pipe), encode_prompts(pipe, [" "]))
+    prompts = encoded(pipe, [" ", "cat"])  # of two lengths
+    space, cat = prompts.negative(torch.tensor([0, 1])).mean()
+    torch.testing.assert_close(space, prompts.null.mean()[0])
+    torch.testing.assert_close(space, null_prompt(pipe).mean()[0])
+    assert not torch.allclose(space, cat)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**20])
