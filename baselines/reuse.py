@@ -20,10 +20,15 @@ from dataclasses import dataclass
 import torch
 
 from baselines.training_free import Rule, Step
-from pilotfish.refresh import every_nth
 
 Places = Callable[[int, int], tuple[int, ...]]
 """(count, steps) -> which of the steps run both passes, rising and counted from 0."""
+
+
+def every_nth(count: int, steps: int) -> tuple[int, ...]:
+    """Evenly spaced from step 0; all steps where there are fewer."""
+    count = min(count, steps)
+    return tuple(i * steps // count for i in range(count))
 
 
 def denser_early(count: int, steps: int, power: float = 2.0) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ two LoRAs; no guide is trained on them. Text encoder and VAE stay those of the b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from pilotfish.pipelines.loading import fine_tuned_weights
 from recipe.augment import Restyle, contours, flat, lit
 from recipe.batches import Batches, DenoiserStage
+from recipe.configs import tidy_configs
 from recipe.loop import train
 from recipe.unet import DenoisingLoss
 
@@ -118,10 +118,7 @@ def make_finetune(name: str, images: Path, target: Path, work: Path, *, bf16: bo
         StableDiffusionPipeline.save_lora_weights(saved, unet_lora_layers=layers)
     else:
         average.save_pretrained(saved / "unet")
-        path = saved / "unet" / "config.json"
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path")  # a path of the machine that trained it
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        tidy_configs(saved)
 
 
 def distances(target: Path, names: Iterable[str]) -> dict[str, float]:

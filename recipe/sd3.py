@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from recipe.batches import Batches, DenoiserStage
+from recipe.configs import tidy_configs
 from recipe.loop import train
 from recipe.text import TOKENS
 
@@ -47,7 +48,7 @@ ZERO_TOKENS, EVERY = 256, 8
 
 
 def new_transformer() -> SD3Transformer2DModel:
-    """(N, 8, 8, 8) latents, each pixel a token, 10.4 M parameters; attention as in SD 3.5."""
+    """(N, 8, 8, 8) latents, each pixel a token, 10.5 M parameters; attention as in SD 3.5."""
     return SD3Transformer2DModel(
         sample_size=8,
         patch_size=1,
@@ -172,6 +173,4 @@ def make_sd3(base: Path, images: Path, work: Path, target: Path, *, bf16: bool) 
         transformer=averages["transformer"].half(),
         scheduler=new_scheduler(),
     ).save_pretrained(target)
-    # transformers loads in the precision that the configuration names, diffusers in float32
-    for path in target.glob("text_encoder*/config.json"):
-        path.write_text(path.read_text().replace('"float16"', '"float32"'))
+    tidy_configs(target)

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from recipe.batches import Batches, DenoiserStage
+from recipe.configs import tidy_configs
 from recipe.loop import train
 from recipe.text import TOKENS, new_tokenizer
 from recipe.vocabulary import COLOURS, captions
@@ -122,6 +123,4 @@ def make_base(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(target)
-    # transformers loads in the precision that the configuration names, diffusers in float32
-    config = target / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    tidy_configs(target)

@@ -11,13 +11,13 @@ import torch
 
 from baselines.comparison.run import titles
 from baselines.linear_ag import LinearAG, alternating, fit
-from baselines.reuse import CompressGuidance, DeltaReuse, denser_early
+from baselines.reuse import CompressGuidance, DeltaReuse, denser_early, every_nth
 from baselines.training_free import AdaptiveGuidance, GuidanceInterval
 from pilotfish.evaluation.images import TITLES
 from pilotfish.guides import Guide
 from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import Attachable
-from pilotfish.refresh import every_nth, inside
+from pilotfish.refresh import inside
 
 COUNTS = (0, 1, 2, 3, 4, 5, 8)
 """Second passes of our guides and, but for 0, of delta reuse."""

@@ -24,7 +24,7 @@ class TextConditions:
     Attributes:
         embeds: (N, L, D) the encoder hidden states.
         pooled: (N, E) the pooled text, where the denoiser takes it (SDXL, SD3).
-        mask: (N, L) 1 for tokens that count, where the denoiser takes a mask (PixArt).
+        mask: (N, L) 1 for tokens that count, where the denoiser takes a mask (PixArt, Sana).
     """
 
     embeds: torch.Tensor

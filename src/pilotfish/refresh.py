@@ -23,12 +23,6 @@ DENSER = 1.5
 """The power of :func:`inside` for guides that were not distilled to few steps."""
 
 
-def every_nth(count: int, steps: int) -> tuple[int, ...]:
-    """Evenly spaced from step 0; all steps where there are fewer."""
-    count = min(count, steps)
-    return tuple(i * steps // count for i in range(count))
-
-
 def inside(count: int, steps: int, power: float = 1.0) -> tuple[int, ...]:
     """The steps ``steps * ((i + 1) / (count + 1))^power``, rounded down, none of them twice; all
     steps where there are fewer.

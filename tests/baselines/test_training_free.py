@@ -21,10 +21,10 @@ from baselines import (
     Rule,
 )
 from baselines.linear_ag import alternating, fit, gram_matrix
-from baselines.reuse import denser_early
+from baselines.reuse import denser_early, every_nth
 from baselines.training_free import Step
 from pilotfish.evaluation.speed import counted_rows
-from pilotfish.refresh import DENSER, every_nth, inside
+from pilotfish.refresh import DENSER, inside
 from tests.pipelines import pipelines
 from tests.pipelines.test_conditions import WIDTH, load_ip_adapter
 

@@ -18,7 +18,7 @@ from diffusers.callbacks import (
 from pilotfish.backbones.cache import CallCache
 from pilotfish.interface import GuideError
 from tests.pipelines.matrix import covered
-from tests.pipelines.pipelines import PIPELINES, Pipeline, build, guide, guided
+from tests.pipelines.pipelines import PIPELINES, Pipeline, build, guide, guided, plain
 from tests.pipelines.test_conditions import load_lora
 from tests.pipelines.test_core import NEGATIVE, encode, parts
 
@@ -231,3 +231,22 @@ def test_guidance_that_begins_on_the_way_is_refused_in_words(name: str) -> None:
             with pytest.raises(GuideError, match="began at a guidance scale of at most 1"):
                 one.latents(guidance_scale=1.0, callback_on_step_end=begin)
         assert torch.equal(one.latents(), guided(name))
+
+
+def test_other_negative_embeddings_from_a_callback_reach_the_guide_where_they_reach_cfg() -> None:
+    one, used = build("Wan"), guide("Wan", trained=False)
+    seen: list[torch.Tensor] = []
+    used.register_forward_pre_hook(lambda _, args: seen.append(args[0].negative.embeds))
+
+    def double(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return {"negative_prompt_embeds": 2 * given["negative_prompt_embeds"]}
+
+    call = {
+        "callback_on_step_end": double,
+        "callback_on_step_end_tensor_inputs": ["latents", "negative_prompt_embeds"],
+    }
+    assert not torch.equal(one.latents(**call), plain("Wan"))
+    with used.attached(one.pipe):
+        one.latents(**call)
+    first, second = seen
+    torch.testing.assert_close(second, 2 * first)

@@ -151,6 +151,26 @@ def test_no_guidance_without_a_negative_prompt_where_the_pipeline_has_none() -> 
     assert torch.equal(conditional, plain("Qwen-Image", 1.0))
 
 
+@pytest.mark.parametrize("name", ["Sana", "Wan", "Lumina2", "Qwen-Image"])
+def test_the_text_encoder_may_be_of_another_precision(name: str) -> None:
+    """Where the pipeline casts what it makes on the way to the denoiser."""
+    one = build(name, alone=True)
+    one.denoiser.to(torch.bfloat16)
+    if name not in ("Sana", "Wan"):
+        one.pipe.to(torch.bfloat16)
+    assert one.latents().isfinite().all()
+    with guide(name).attached(one.pipe, refresh=[1]):
+        assert one.latents().isfinite().all()
+
+
+def test_a_replaced_encode_prompt_encodes_a_separate_negative_prompt() -> None:
+    one = build("Qwen-Image")
+    plain_encode = one.pipe.encode_prompt
+    one.pipe.encode_prompt = lambda *given, **more: plain_encode(*given, **more)
+    with guide("Qwen-Image").attached(one.pipe):
+        assert torch.equal(one.latents(), guided("Qwen-Image"))
+
+
 @pytest.mark.parametrize("name", covered("negative prompt of another length"))
 def test_the_negative_prompt_may_have_another_length(name: str) -> None:
     """Two passes in one batch could not take it."""

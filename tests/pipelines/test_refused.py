@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
@@ -201,6 +202,31 @@ def test_a_pipeline_of_two_denoisers_is_refused() -> None:
     pipe.transformer_2 = pipe.transformer
     with pytest.raises(GuideError, match="Pipeline cannot take a guide: it has two denoisers"):
         guide("Wan").attach(pipe)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "why"),
+    [
+        ("QwenImageEditPipeline", "its denoiser reads images beside the one that it draws"),
+        ("QwenImageControlNetPipeline", "its ControlNet reads the prompt alone, for both passes"),
+    ],
+)
+def test_qwen_images_relatives_are_refused(pipeline: str, why: str) -> None:
+    parts = build("Qwen-Image").pipe.components
+    more = {"processor": None} if "Edit" in pipeline else {"controlnet": parts["transformer"]}
+    with pytest.raises(GuideError, match=f"{pipeline} cannot take a guide: {why}"):
+        guide("Qwen-Image").attach(getattr(diffusers, pipeline)(**parts | more))
+
+
+def test_two_negative_prompts_or_too_few_are_refused() -> None:
+    one = build("Qwen-Image")
+    embeds, mask = one.pipe.encode_prompt(["red", "blue"])
+    told = {"negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask}
+    with guide("Qwen-Image").attached(one.pipe):
+        with pytest.raises(GuideError, match="give negative_prompt or negative_prompt_embeds"):
+            one.latents(negative_prompt=["a", "b"], **told)
+        with pytest.raises(GuideError, match="returned 2 negative prompts for 4 images, and"):
+            one.latents(prompt=["a", "b", "a", "b"], negative_prompt=["a", "b"])
 
 
 def test_cross_attention_that_reads_an_image_is_refused() -> None:

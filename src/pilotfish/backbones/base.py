@@ -196,7 +196,8 @@ class Backbone(ABC):
 
     def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that the guide changes, by name."""
-        text = guided.extrapolated_text(given["encoder_hidden_states"])
+        text = given["encoder_hidden_states"]
+        text = text if self.text_is_projected else guided.extrapolated_text(text)
         return {"encoder_hidden_states": guided.added_text(text)}
 
     def doubled(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,6 +276,13 @@ class Backbone(ABC):
     """-1 where the denoiser's output is the negative of the noise path's prediction."""
     other_negatives: ClassVar[bool] = False
     """Whether the pipeline encodes a text as negative prompt in another way than as prompt."""
+    negative_from_callback: ClassVar[bool] = False
+    """Whether the pipeline takes other embeddings of the negative prompt from a callback."""
+    decodable: ClassVar[bool] = True
+    """Whether the latents of a pipeline's call are images that its VAE decodes as they are."""
+    text_is_projected: ClassVar[bool] = False
+    """Whether the text is extrapolated inside the denoiser, after a projection that is not
+    linear."""
 
     guidance_rule: Callable[..., torch.Tensor] = staticmethod(classifier_free_guidance)
     """The teacher's rule: how the pipeline combines the two predictions."""

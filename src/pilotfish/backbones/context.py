@@ -117,7 +117,7 @@ class GuidedPass:
         self._places: tuple[int, ...] | None = None
         self._began: tuple[Any, GuideInputs] | None = None
         self.call: DenoiserCall | None = None
-        self.negative: TextConditions = TextConditions(torch.empty(0))
+        self.negative = self._given_negative = TextConditions(torch.empty(0))
         self.scratch: dict[Any, Any] = {}
         """Values that hooks of one denoiser call pass to later hooks."""
         self._denoiser_dtype: torch.dtype | None = None
@@ -177,9 +177,12 @@ class GuidedPass:
         self._denoiser_dtype = None if same else call.latents.dtype
         negative = self._negative()
         self.check_batch(n)
-        if negative is not self.negative:
+        if negative is not self._given_negative:
             self.cache.clear()
-        self.negative = negative
+            # a pipeline casts its own negative prompts on the way to the denoiser
+            same = negative.dtype == call.text.dtype
+            self._given_negative = negative
+            self.negative = negative if same else negative.to(call.text.dtype)
         if self.refresh is not None and self.refresh.latents.shape != call.latents.shape:
             self.forget_refresh()
         if number in self._refreshes(call.timestep, number, times):

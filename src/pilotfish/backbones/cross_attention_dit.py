@@ -25,6 +25,7 @@ class CrossAttentionDiTBackbone(Backbone):
     """What the two have in common."""
 
     parameters = ("hidden_states", "encoder_hidden_states", "timestep")
+    text_is_projected = True
     blocks: ClassVar[str] = "transformer_blocks"
     """The name of the blocks."""
     projections: ClassVar[tuple[str, ...]]
@@ -108,7 +109,8 @@ class CrossAttentionDiTBackbone(Backbone):
     @property
     def _has_variance(self) -> bool:
         """Whether the prediction's first half are the channels of epsilon."""
-        return bool(self.denoiser.config.out_channels > self.denoiser.config.in_channels)
+        config = self.denoiser.config
+        return bool((config.out_channels or config.in_channels) > config.in_channels)
 
     def _by_pixel(self, tokens: torch.Tensor) -> torch.Tensor:
         """(N, tokens, p^2 C) -> (N, tokens, p^2, C)."""
@@ -127,10 +129,6 @@ class CrossAttentionDiTBackbone(Backbone):
 
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
         return {"encoder_hidden_states": text.embeds, "encoder_attention_mask": text.mask}
-
-    def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
-        # the text is extrapolated after its projection
-        return {"encoder_hidden_states": guided.added_text(given["encoder_hidden_states"])}
 
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
         prompt, mask, negative, negative_mask = encoded

@@ -36,6 +36,7 @@ class OneStreamDiTBackbone(Backbone):
     sign = -1
     guidance_rule = staticmethod(partial(renormalised_guidance, dim=-1))
     other_negatives = True
+    text_is_projected = True
 
     def sites(self) -> dict[str, Any]:
         net = self.denoiser
@@ -49,7 +50,11 @@ class OneStreamDiTBackbone(Backbone):
             ],
             "modulation": [],
             "layers": [[name, width] for name in names],
-            "head": {"module": "norm_out", "features": width, "channels": last.out_features},
+            "head": {
+                "module": "norm_out.linear_2",
+                "features": width,
+                "channels": last.out_features,
+            },
         }
 
     # -- hooks ------------------------------------------------------------------------------
@@ -196,10 +201,6 @@ class OneStreamDiTBackbone(Backbone):
 
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
         return {"encoder_hidden_states": text.embeds, "encoder_attention_mask": _mask(text)}
-
-    def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
-        # the text is extrapolated after it is embedded
-        return {"encoder_hidden_states": guided.added_text(given["encoder_hidden_states"])}
 
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None

@@ -9,12 +9,13 @@ token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
 from pilotfish.backbones.base import Backbone, plain
@@ -47,6 +48,8 @@ class QwenDiTBackbone(Backbone):
     cfg_by_argument = True
     scale_argument = "true_cfg_scale"
     separate_negative = True
+    decodable = False
+    text_is_projected = True
     guidance_rule = staticmethod(renormalised_by_token)
 
     def sites(self) -> dict[str, Any]:
@@ -198,10 +201,6 @@ class QwenDiTBackbone(Backbone):
         mask = text.mask
         return {"encoder_hidden_states": text.embeds, "encoder_hidden_states_mask": mask}
 
-    def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
-        # the text is extrapolated after it is embedded
-        return {"encoder_hidden_states": guided.added_text(given["encoder_hidden_states"])}
-
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
     ) -> torch.Tensor:
@@ -225,9 +224,17 @@ class QwenDiTBackbone(Backbone):
         config = self.denoiser.config
         if config.guidance_embeds:
             return "its denoiser takes in the guidance scale and needs no second pass"
-        if config.zero_cond_t or config.use_additional_t_cond or config.use_layer3d_rope:
+        edits = "image" in signature(type(pipe).encode_prompt).parameters
+        others = config.zero_cond_t or config.use_additional_t_cond or config.use_layer3d_rope
+        if edits or others:
             return "its denoiser reads images beside the one that it draws"
+        if getattr(pipe, "controlnet", None) is not None:
+            return "its ControlNet reads the prompt alone, for both passes"
         return None
+
+    def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
+        length = signature(QwenImagePipeline.__call__).parameters["max_sequence_length"]
+        return {**super().encoding(texts), "max_sequence_length": length.default}
 
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
         embeds, mask = encoded

@@ -8,10 +8,11 @@ frames of a video are laid one below the other for the guide, so that everywhere
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 
 from pilotfish.backbones.context import DenoiserCall
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
@@ -27,6 +28,8 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
     blocks = "blocks"
     projections = ("condition_embedder.text_embedder",)
     norm_across_heads = True
+    negative_from_callback = True
+    decodable = False
 
     @property
     def patch(self) -> int:
@@ -66,12 +69,16 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
     def refusal(self, pipe: Any) -> str | None:
         if getattr(pipe, "transformer_2", None) is not None:
             return "it has two denoisers (transformer_2), and a guide is made for one"
-        if self.denoiser.config.added_kv_proj_dim is not None:
+        config = self.denoiser.config
+        if config.in_channels > (config.out_channels or config.in_channels):
+            return "its denoiser reads images beside the video that it makes"
+        if config.added_kv_proj_dim is not None:
             return "its cross-attention reads an image together with the text (added_kv_proj_dim)"
         return None
 
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
-        return {"prompt": list(texts), "num_videos_per_prompt": 1}
+        length = signature(WanPipeline.__call__).parameters["max_sequence_length"].default
+        return {"prompt": list(texts), "num_videos_per_prompt": 1, "max_sequence_length": length}
 
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
         prompt, negative = encoded

@@ -73,12 +73,15 @@ class RunningCall:
         self._told: dict[str, Any] = {}
         if self.backbone.separate_negative:
             self._told = {name: call.arguments.pop(name, None) for name in TOLD}
-            if self.needs_guidance and all(v is None for v in self._told.values()):
+            given = [name for name in list(TOLD)[:2] if self._told[name] is not None]
+            if len(given) > 1:
+                raise GuideError(f"give {given[0]} or {given[1]}, not both")
+            if self.needs_guidance and not given:
                 self._argument = 1.0  # as the pipeline does, which warns of it
                 warnings.warn(
                     f"{type(pipe).__name__} makes no classifier-free guidance without a "
                     "negative_prompt, and the guide none in its place; give one, such as ' '",
-                    stacklevel=5,
+                    stacklevel=4,
                 )
         self.guided = GuidedPass(
             guide,
@@ -112,13 +115,11 @@ class RunningCall:
         encodes further texts while the call runs, such as a callback, gets what is asked for."""
         if not self.needs_guidance or self.negative is not None:
             return plain(*args, **kwargs)
+        split = self.backbone.split_encoded
         if self.backbone.separate_negative:
             encoded = plain(*args, **kwargs)
-            own = dict(zip(TOLD.values(), self._told.values(), strict=True))
-            told = bind(plain, args, kwargs, **own)
-            split = self.backbone.split_encoded
-            self.images = len(split(encoded)[0])
-            self.keep(split(plain(*told.args, **told.kwargs))[0].clone())
+            told = {TOLD[name]: value for name, value in self._told.items()}
+            self._keep_encoded(split(encoded)[0], split(plain(*args, **(kwargs | told)))[0])
             return encoded
         # encode_prompt may have been replaced by one with other names for its arguments
         place = list(signature(type(self.pipe).encode_prompt).parameters).index(CFG_FLAG) - 1
@@ -127,18 +128,20 @@ class RunningCall:
         else:
             kwargs = {**kwargs, CFG_FLAG: True}
         encoded = plain(*args, **kwargs)
-        prompt, negative = self.backbone.split_encoded(encoded)
+        self._keep_encoded(*split(encoded))
+        return encoded
+
+    def _keep_encoded(self, prompt: TextConditions, negative: TextConditions | None) -> None:
         found = 0 if negative is None else len(negative)
         self.images = len(prompt)
         if negative is None or found not in (1, self.images):
             raise GuideError(
                 f"encode_prompt of this {type(self.pipe).__name__} returned "
                 f"{found or 'no'} negative prompt{'s' if found > 1 else ''} for {self.images} "
-                "images, and the guide needs one, or one for each image; return them where "
-                "do_classifier_free_guidance is True"
+                "images, and the guide needs one, or one for each image"
+                + ("" if self._told else f"; return them where {CFG_FLAG} is True")
             )
         self.keep(negative.clone())  # they may be the caller's own
-        return encoded
 
     def keep(self, negative: TextConditions) -> None:
         """Keep the negative prompts of the batch for the guide."""
@@ -304,6 +307,11 @@ class CallbackAdapter(MultiPipelineCallbacks):
         prompts = (n for n in (*TEXT, *POOLED, *NEGATIVE) if n in after)
         if any(after[n] is not before.get(n) for n in prompts):
             running.guided.forget_refresh()
+        name, negative = NEGATIVE[0], running.negative
+        if running.backbone.negative_from_callback and negative is not None:
+            given_now = after.get(name)
+            if given_now is not None and given_now is not before.get(name):
+                running.keep(replace(negative, embeds=given_now))
         doubled = {
             name: value.chunk(2)
             for name, value in after.items()

@@ -45,7 +45,8 @@ def doubled_controlnets(pipe: Any, backbone: Backbone, guided: GuidedPass) -> It
         seen = given | added
         if seen.get("encoder_hidden_states") is not None:
             pooled = next((seen[k] for k in POOLED if seen.get(k) is not None), None)
-            text = TextConditions(seen["encoder_hidden_states"], pooled)
+            mask = seen.get("encoder_attention_mask")
+            text = TextConditions(seen["encoder_hidden_states"], pooled, mask)
             negative = guided.negative_prompts().expand(n).to(text.dtype)
             changed = backbone.text_arguments(TextConditions.cat([negative, text]), both)
             both |= {k: v for k, v in changed.items() if _holds_prompts(given.get(k))}

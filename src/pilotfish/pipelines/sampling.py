@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pilotfish.backbones import Backbone
 from pilotfish.noise import NoisePath
 from pilotfish.teacher import Teacher
 
@@ -68,9 +69,14 @@ def sample(
         call: further arguments of the pipeline's call.
 
     Raises:
-        ValueError: prompts, seeds or negative prompts differ in number; no step, or an empty
-            batch. Raised before sampling.
+        ValueError: the pipeline makes videos or packed latents; prompts, seeds or negative prompts
+            differ in number; no step, or an empty batch. Raised before sampling.
     """
+    if not Backbone.of_pipeline(pipe).decodable:
+        raise ValueError(
+            f"the latents of a {type(pipe).__name__} cannot be decoded here yet: attach the guide "
+            "and call the pipeline itself"
+        )
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     if negative_prompts is not None and len(negative_prompts) != len(prompts):

@@ -30,9 +30,6 @@ from pilotfish.training.config import ConfigError, TrainingConfig
 
 BASE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-UNTRAINED = ("video-dit", "qwen-dit")
-"""Families whose latents are packed or videos."""
-
 
 @dataclass
 class TrainingContext:
@@ -69,7 +66,7 @@ class TrainingContext:
                 f"the base is a {type(self.pipe).__name__}, which needs an image as input; train a "
                 "guide on a text-to-image pipeline"
             )
-        if self.backbone.family in UNTRAINED:
+        if not self.backbone.decodable:
             raise ConfigError(
                 f"the commands train no guide for a {type(self.pipe).__name__} yet: they would not "
                 "decode its latents"
@@ -181,10 +178,12 @@ class TrainingContext:
         if missing:
             raise ConfigError(f"{len(missing)} captions are not among the prompts: {missing[:3]}")
         vae = self.pipe.vae
-        latents = [
-            vae.encode(from_pixels(part).to(vae.device, vae.dtype)).latent_dist.mean
+        encoded = [
+            vae.encode(from_pixels(part).to(vae.device, vae.dtype))
             for part in images.pixels.split(at_once(size, size))
         ]
+        # Sana's has no distribution
+        latents = [e.latent_dist.mean if hasattr(e, "latent_dist") else e.latent for e in encoded]
         prompt = torch.tensor([place[c] for c in images.captions])
         shift = vae.config.get("shift_factor") or 0
         return (torch.cat(latents).float().cpu() - shift) * vae.config.scaling_factor, prompt
