@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pilotfish import ExternalGuide, FullGuide, Guide, GuideError, TinyGuide
+from pilotfish.backbones import GuidedPass
 from tests import components
-from tests.pipelines.matrix import FEATURES, covered
+from tests.pipelines.matrix import FEATURES, ONE, covered
 from tests.pipelines.pipelines import (
     PIPELINES,
     PROMPTS,
@@ -230,3 +231,32 @@ def test_a_denoiser_compiled_block_by_block(name: str) -> None:
 def graphs() -> int:
     """Those that torch.compile has made."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_what_depends_on_the_schedule_alone_is_computed_once_for_all_steps(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a pipeline gives its denoiser timesteps of its own."""
+    one, call, times = build(name), {"num_inference_steps": 4}, list[tuple[int, ...]]()
+    modulations = TinyGuide.modulations
+
+    def counted(self: TinyGuide, time: torch.Tensor, *given: Any) -> Any:
+        times.append(tuple(time.shape))
+        return modulations(self, time, *given)
+
+    monkeypatch.setattr(TinyGuide, "modulations", counted)
+    with guide(name).attached(one.pipe):
+        made = one.latents(**call)
+    # Sana's scheduler counts from its first step on
+    assert times == [*[(2,)] * (name == "Sana"), (4, 2)]
+    monkeypatch.setattr(GuidedPass, "_scheduled", at_each_step)
+    with guide(name).attached(one.pipe):
+        torch.testing.assert_close(one.latents(**call), made, rtol=1e-3, atol=1e-4)
+
+
+def at_each_step(self: GuidedPass, call: Any, number: int, scale: Any, times: Any) -> Any:
+    """In place of a table."""
+    n = len(call.latents)
+    time = times.time(torch.as_tensor(call.timestep)).reshape(-1).expand(n)
+    return self._inputs(call, time, torch.full((n,), float(scale))), None

@@ -127,13 +127,12 @@ class CallCache:
         return made
 
     def find_table(
-        self, schedule: torch.Tensor | None, timestep: torch.Tensor,
-        scale: float | torch.Tensor, text: TextConditions, n: int,
-        to_time: Callable[[torch.Tensor], torch.Tensor],
+        self, schedule: torch.Tensor | None, place: int | None, scale: float | torch.Tensor,
+        text: TextConditions, n: int, to_time: Callable[[torch.Tensor], torch.Tensor],
+        device: torch.device,
     ) -> ScheduleTable | None:  # fmt: skip
-        """The table of a schedule, at this timestep; a new one where scale, prompts or their number
-        have changed. None where the timestep is not part of it, or too many were made."""
-        place = None if schedule is None else step_of(timestep, schedule)
+        """The table of a schedule, at this place; a new one where scale, prompts or their number
+        have changed. None where the place is not known, or too many were made."""
         self._in_schedule = place is not None
         if schedule is None or place is None:
             return None
@@ -143,7 +142,6 @@ class CallCache:
             if self._tables == TABLES:
                 return None
             self._tables += 1
-            device = timestep.device
             w = torch.full((n,), scale, device=device)
             times = to_time(schedule.to(device))[:, None]
             table = self._table = ScheduleTable(schedule, scale, text, n, times, w)

@@ -82,6 +82,8 @@ class GuidedPass:
         negative: gives the N negative prompts, or one that serves all.
         timesteps: gives the timesteps of the whole schedule, where they are known: what depends
             on time, scale and text alone is then computed for all of them at once.
+        step: gives the place of the running step in that schedule, for denoisers that are given
+            timesteps of their own; None where it is not known.
         refresh_at: gives the denoiser calls, counted from 0, that run both passes, from the number
             of calls.
         check_batch: called before every guided call with its batch size N.
@@ -96,13 +98,14 @@ class GuidedPass:
         negative: Callable[[], TextConditions],
         *,
         timesteps: Callable[[], torch.Tensor | None] = lambda: None,
+        step: Callable[[], int | None] = lambda: None,
         refresh_at: Callable[[int], tuple[int, ...]] = lambda steps: (),
         check_batch: Callable[[int], None] = lambda n: None,
         hooks: object | None = None,
     ) -> None:
         self.guide, self.guidance_scale, self._negative = guide, guidance_scale, negative
         self.timesteps, self.check_batch, self.hooks = timesteps, check_batch, hooks
-        self.refresh_at = refresh_at
+        self.refresh_at, self.step = refresh_at, step
         self.output = GuideOutput()
         self.active = False
         self.doubled = False
@@ -222,6 +225,7 @@ class GuidedPass:
             if schedule is not None and len(schedule):
                 timestep = torch.as_tensor(timestep, device=schedule.device).reshape(-1)[:1]
                 first = step_of(timestep, schedule)
+                first = self.step() if first is None else first
                 if first is None:  # not the timestep itself: the nearest one of the schedule
                     there = times.schedule_time(schedule)
                     first = int((there - times.time(timestep)).abs().argmin())
@@ -374,8 +378,10 @@ class GuidedPass:
         timestep = torch.as_tensor(call.timestep, device=device)
         plain = not isinstance(scale, torch.Tensor) and not torch.is_grad_enabled()
         schedule = self.timesteps() if plain else None
+        place = None if schedule is None else step_of(timestep, schedule)
+        place = self.step() if schedule is not None and place is None else place
         table = self.cache.find_table(
-            schedule, timestep, scale, call.text, n, times.schedule_time
+            schedule, place, scale, call.text, n, times.schedule_time, device
         )  # fmt: skip
         if table is None:
             w = torch.as_tensor(scale, dtype=torch.float32, device=device).expand(n)

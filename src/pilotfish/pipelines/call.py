@@ -88,6 +88,7 @@ class RunningCall:
             lambda: self.guidance_scale,
             self._negative,
             timesteps=lambda: getattr(pipe.scheduler, "timesteps", None),
+            step=lambda: _step(pipe.scheduler),
             # fewer than the rest of the schedule with SDXL's denoising_end
             refresh_at=lambda steps: places(
                 pipe._pilotfish_refresh,
@@ -187,6 +188,16 @@ class RunningCall:
             f"{name} takes {len(taken)} at {_listed(taken)}; use num_inference_steps={len(known)} "
             f"and {how}", stacklevel=2,
         )  # fmt: skip
+
+
+def _step(scheduler: Any) -> int | None:
+    """The place of the running step in a schedule that has one denoiser call a step; None where
+    the scheduler does not count, or not yet."""
+    if getattr(scheduler, "order", 1) != 1:
+        return None
+    step = getattr(scheduler, "step_index", None)
+    found: int | None = getattr(scheduler, "begin_index", None) if step is None else step
+    return found
 
 
 def sync(pipe: Any) -> GuideProtocol:
