@@ -98,7 +98,7 @@ print(json.dumps(found))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads its memory from /proc")
 def test_prompts_are_not_held_in_memory(config: DistillConfig, tmp_path: Path) -> None:
-    count, words = 200_000, "a cat " * 200
+    count, words = 140_000, "a cat " * 200
     # first few, so that what the libraries themselves take is not counted
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "few.parquet")
     texts = [f"{i} {words}" for i in range(count)]
