@@ -25,6 +25,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     UNet2DConditionModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from tokenizers import pre_tokenizers
 from torch import nn
@@ -178,6 +179,15 @@ def packed_autoencoder() -> AutoencoderKLQwenImage:
         base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
         latents_mean=[0.1] * 4, latents_std=[0.9] * 4,
     ).eval()  # fmt: skip
+
+
+def z_image_transformer(seed: int = 0, **config: Any) -> ZImageTransformer2DModel:
+    small: dict[str, Any] = {
+        "in_channels": 4, "dim": 16, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2,
+        "n_kv_heads": 2, "cap_feat_dim": WIDTH, "axes_dims": [4, 2, 2], "axes_lens": [600, 16, 16],
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(ZImageTransformer2DModel(**small | config))
 
 
 def deep_autoencoder() -> AutoencoderDC:
@@ -352,6 +362,10 @@ FAMILIES = {
     "sana": Family(
         sana_transformer, "flow", WIDTH, masked=True,
         others=({"num_layers": 3}, {"caption_channels": 24}),
+    ),
+    "z-image": Family(
+        z_image_transformer, "flow", WIDTH, masked=True,
+        others=({"n_layers": 2}, {"cap_feat_dim": 24}),
     ),
     "wan": Family(
         wan_transformer, "flow", WIDTH, shape=(4, 2, 8, 8),

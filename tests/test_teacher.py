@@ -50,6 +50,7 @@ def kind(denoiser: Any) -> str:
     return {
         "unet": "unet", "cross-attention-dit": "pixart", "sana": "sana", "joint-dit": "sd3",
         "one-stream-dit": "lumina2", "video-dit": "wan", "qwen-dit": "qwen",
+        "z-image-dit": "z-image",
     }[Backbone.of(denoiser).family]  # fmt: skip
 
 
@@ -114,6 +115,10 @@ def test_a_denoiser_is_called_as_diffusers_calls_it(name: str, latents: torch.Te
             tokens, shapes = latents.flatten(2).mT, [[(1, 8, 8)]] * 2
             made_of = module(tokens, text.embeds, text.mask, t / 1000, shapes).sample
             expected = made_of.mT.unflatten(2, (8, 8))
+        elif name == "z-image":
+            texts = [row[mask == 1] for row, mask in zip(text.embeds, text.mask, strict=True)]
+            listed = module(list(latents[:, :, None]), 1 - t / 1000, texts, return_dict=False)[0]
+            expected = -torch.cat(listed, 1).transpose(0, 1)
         elif name == "wan":
             expected = module(latents, t, text.embeds).sample
         elif name == "sana":
@@ -175,8 +180,8 @@ def test_a_step_with_both_passes_knows_the_refresh_before(
         knowing, unknowing = (student(*given, found, due) for found in (before, None))
         second = student(*given, before, torch.tensor([False, True]))
     assert (knowing[0] - unknowing[0]).abs().max() > 1e-4
-    torch.testing.assert_close(knowing[1], unknowing[1], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(knowing[1], second[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(knowing[1], unknowing[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(knowing[1], second[1], atol=1e-4, rtol=1e-4)
 
 
 def test_a_fresh_guide_adds_the_difference_of_the_last_refresh(

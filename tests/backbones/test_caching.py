@@ -29,6 +29,7 @@ PROJECTIONS = {
     "pixart": "caption_projection",
     "qwen": "txt_norm",
     "sana": "caption_projection",
+    "z-image": "cap_embedder",
     "wan": "condition_embedder.text_embedder",
     "sd3": "context_embedder",
 }

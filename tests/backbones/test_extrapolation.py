@@ -51,6 +51,8 @@ MASKED_SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("lumina2", {"num_layers": 2, "patch_size": 1, "num_kv_heads": 3, "num_refiner_layers": 2}),
     ("qwen", {}),
     ("qwen", {"num_layers": 1}),
+    ("z-image", {}),
+    ("z-image", {"n_layers": 2, "n_refiner_layers": 2, "qk_norm": False}),
     ("sana", {}),
     ("sana", {"num_layers": 3, "patch_size": 1, "qk_norm": None}),
 ]
@@ -109,7 +111,7 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        *((name, {}) for name in ("sd3", "lumina2", "pixart", "qwen", "sana", "wan")),
+        *((name, {}) for name in ("sd3", "lumina2", "pixart", "qwen", "sana", "wan", "z-image")),
         *(("unet", config) for config in UNET_TEXT),
     ],
 )

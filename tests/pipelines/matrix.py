@@ -24,7 +24,9 @@ def family(*names: str) -> tuple[str, ...]:
 
 
 UNET, SD3, PIXART = family("SD", "SDXL"), family("SD3"), family("PixArt")
-ONE = ("SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "Qwen-Image")
+ONE = (
+    "SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "Qwen-Image", "Z-Image",
+)  # fmt: skip
 """One of each family."""
 PLAIN = ("SD", "SD, v", "SDXL")
 SOME = (*PLAIN, "SD ControlNet")
@@ -75,7 +77,7 @@ FEATURES = {
         "the guide is given what CFG would take: the empty text, or zeros (SDXL)", EVERY
     ),
     "negative prompt of another length": Feature(
-        "than the prompt, which CFG in one batch cannot take", ONE[:-1]
+        "than the prompt, which CFG in one batch cannot take", ONE[:-2]
     ),
     "num_images_per_prompt": Feature(
         "one call a step at N times as many", [name for name in EVERY if name != "Wan"]
@@ -85,7 +87,7 @@ FEATURES = {
         "half precision given float32, as CFG", (*PLAIN, "PixArt-Sigma")
     ),
     "encode_prompt replaced": Feature(
-        "on the object, to weight prompts; one that returns no negative prompt is refused", ONE[:-1]
+        "on the object, to weight prompts; one that returns no negative prompt is refused", ONE[:-2]
     ),
     "clip_skip": Feature(
         "holds for the prompt; the negative prompt is that of CFG", (*family("SDXL"), *SD3)
@@ -228,7 +230,7 @@ differs in shape needs a guide of its own.
 
 {sd3}
 
-## PixArt, Sana, Lumina 2, Wan and Qwen-Image
+## PixArt, Sana, Lumina 2, Wan, Qwen-Image and Z-Image
 
 {others}
 

@@ -23,6 +23,7 @@ from diffusers import (
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from pilotfish import Guide, TinyGuide
+from pilotfish.backbones import ZImageDiTBackbone
 from tests import components
 
 SIDE = 16
@@ -74,6 +75,8 @@ class Pipeline:
             given["true_cfg_scale"] = given.pop("guidance_scale")
             if "negative_prompt_embeds" not in call:
                 given["negative_prompt"] = [" "] * rows
+        if "ZImage" in type(self.pipe).__name__:  # whose scale is one less
+            given["guidance_scale"] -= 1
         images = {name: image[:rows] for name, image in self.images.items()}
         torch.manual_seed(0)  # some pipelines encode control images without their generator
         return self.pipe(**(given | images | self.call | call))[0]
@@ -102,7 +105,7 @@ class Pipeline:
 
 MASKED = ("PixArt", "Sana", "Lumina2")
 """Families whose text and its mask are encoded together with the negative prompt's."""
-OTHERS = (*MASKED, "Wan", "Qwen")
+OTHERS = (*MASKED, "Wan", "Qwen", "ZImage")
 """All transformers but Stable Diffusion 3."""
 
 
@@ -128,7 +131,7 @@ class Spec:
 
     @property
     def family(self) -> str:
-        """SD, SDXL, SD3, PixArt, Sana, Lumina2, Wan or Qwen."""
+        """SD, SDXL, SD3, PixArt, Sana, Lumina2, Wan, Qwen or ZImage."""
         if "Diffusion3" in self.pipeline:
             return "SD3"
         for name in OTHERS:
@@ -243,6 +246,10 @@ PIPELINES = {
         "QwenImagePipeline", (), {"in_channels": 16, "out_channels": 4}, "flow",
         call={"height": SIDE, "width": SIDE},
     ),
+    "Z-Image": Spec(
+        "ZImagePipeline", prediction_type="flow",
+        call={"height": SIDE, "width": SIDE, "max_sequence_length": 24},
+    ),
     "Sana": Spec(
         "SanaPipeline", denoiser={"timestep_scale": 0.01}, prediction_type="flow",
         call=PIXART_CALL | {"complex_human_instruction": ["a"]},
@@ -292,6 +299,9 @@ def shared(name: str, alone: bool = False) -> dict[str, Any]:
     spec = PIPELINES[name]
     part = _part.__wrapped__ if alone else _part
     made: dict[str, Any] = {"vae": part("vae"), "tokenizer": _tokenizer()}
+    if spec.family == "ZImage":
+        made["tokenizer"] = copy.deepcopy(_tokenizer())
+        made["tokenizer"].chat_template = "{{ messages[0]['content'] }}"
     if spec.family in OTHERS:
         own = f"vae of {spec.family}"
         vae = {"vae": part(own)} if spec.family in ("Sana", "Wan", "Qwen") else {}
@@ -318,7 +328,9 @@ def _denoiser(name: str) -> Any:
             **({"in_channels": CHANNELS, "out_channels": CHANNELS} | spec.denoiser)
         )
     if spec.family in OTHERS:
-        make: Any = getattr(components, f"{spec.family.lower()}_transformer")
+        known = {"ZImage": "z_image"}
+        kind = known.get(spec.family, spec.family.lower())
+        make: Any = getattr(components, f"{kind}_transformer")
         return make(**spec.denoiser)
     xl = {
         "addition_embed_type": "text_time",
@@ -385,15 +397,21 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
 
 
 def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of a pipeline class without its bins of sizes, which are those of full-size models."""
+    """Calls of a pipeline class without what is that of full-size models: bins of sizes, and
+    Z-Image's default size."""
     call: Any = pipeline.__call__
+    small: dict[str, Any] = {}
     if "use_resolution_binning" in signature(call).parameters:
+        small = {"use_resolution_binning": False}
+    if pipeline is diffusers.ZImagePipeline:
+        small = {"height": SIDE, "width": SIDE}
+        monkeypatch.setattr(ZImageDiTBackbone, "latent_shape", lambda self: (4, 8, 8))
 
-        @wraps(call)
-        def any_size(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return call(self, *args, **({"use_resolution_binning": False} | kwargs))
+    @wraps(call)
+    def any_size(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(self, *args, **(small | kwargs))
 
-        monkeypatch.setattr(pipeline, "__call__", any_size)
+    monkeypatch.setattr(pipeline, "__call__", any_size)
 
 
 @cache

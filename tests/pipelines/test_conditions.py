@@ -152,6 +152,7 @@ def _lora_config(name: str) -> LoraConfig:
         "PixArt": ["caption_projection.linear_1", "proj_out"],
         "Sana": ["caption_projection.linear_1", "proj_out"],
         "Qwen": ["txt_in", "add_k_proj", "proj_out"],
+        "ZImage": ["cap_embedder.1", "linear"],
         "Wan": ["text_embedder.linear_1", "proj_out"],
         "Lumina2": ["caption_embedder.1", "norm_out.linear_2"],
     }.get(PIPELINES[name].family, ["conv1", "time_emb_proj", "conv_out"])

@@ -164,6 +164,7 @@ def test_another_denoiser_under_the_guide(name: str) -> None:
         "PixArt": lambda: components.pixart_transformer(num_layers=3),
         "Sana": lambda: components.sana_transformer(num_layers=3),
         "Qwen": lambda: components.qwen_transformer(num_layers=2),
+        "ZImage": lambda: components.z_image_transformer(n_layers=2),
         "Wan": lambda: components.wan_transformer(num_layers=3),
         "Lumina2": lambda: components.lumina2_transformer(num_layers=2),
     }.get(PIPELINES[name].family, lambda: components.unet(block_out_channels=(8, 32)))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from pilotfish.backbones.z_image_dit import as_conditions, as_list
 from pilotfish.interface import TextConditions
 from tests.pipelines import pipelines
 from tests.pipelines.matrix import covered
@@ -89,6 +90,14 @@ def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor,
         told = call.pop("negative_prompt", [" "] * len(prompt))
         both = [one.pipe.encode_prompt(list(texts), **call) for texts in (prompt, told)]
         return tuple(part for pair in zip(*both, strict=True) for part in pair if part is not None)
+    if "ZImage" in type(one.pipe).__name__:  # lists, which the call repeats
+        times = call.pop("num_images_per_prompt", 1)
+        length = {"max_sequence_length": one.call["max_sequence_length"]}
+        listed = one.pipe.encode_prompt(list(prompt), **length, **copy.deepcopy(call))
+        p, n = (as_conditions([t for t in texts for _ in range(times)]) for texts in listed)
+        assert p.mask is not None
+        assert n.mask is not None
+        return p.embeds, n.embeds, p.mask, n.mask
     given = {"do_classifier_free_guidance": True} | call
     if "Diffusion3" in type(one.pipe).__name__:
         given |= {"prompt_2": None, "prompt_3": None}
@@ -211,7 +220,11 @@ def test_several_images_of_a_prompt(name: str) -> None:
 
 def given_embeddings(one: Pipeline, name: str) -> dict[str, torch.Tensor]:
     """Prompt and negative prompt as arguments of a call."""
-    made = encode(one, list(PROMPTS), negative_prompt=NEGATIVE)
+    made: tuple[Any, ...] = encode(one, list(PROMPTS), negative_prompt=NEGATIVE)
+    if "ZImage" in type(one.pipe).__name__:
+        embeds, negative, mask, negative_mask = made
+        made = (as_list(TextConditions(embeds, mask=mask)),
+                as_list(TextConditions(negative, mask=negative_mask)))  # fmt: skip
     names = ["prompt_embeds", "negative_prompt_embeds"]
     if masked(one):
         names += ["prompt_attention_mask", "negative_prompt_attention_mask"]

@@ -14,6 +14,7 @@ from pilotfish.backbones.origin import Origin, portable_path, public_name
 from pilotfish.backbones.qwen_dit import QwenDiTBackbone
 from pilotfish.backbones.unet import UNetBackbone
 from pilotfish.backbones.video_dit import VideoDiTBackbone
+from pilotfish.backbones.z_image_dit import ZImageDiTBackbone
 
 __all__ = [
     "Backbone",
@@ -27,6 +28,7 @@ __all__ = [
     "QwenDiTBackbone",
     "UNetBackbone",
     "VideoDiTBackbone",
+    "ZImageDiTBackbone",
     "current_pass",
     "is_compiled",
     "portable_path",

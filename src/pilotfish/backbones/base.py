@@ -268,6 +268,8 @@ class Backbone(ABC):
     of the scale with 1, and have no property for it."""
     scale_argument: ClassVar[str] = "guidance_scale"
     """The argument of the pipeline's call that is w."""
+    scale_offset: ClassVar[float] = 0.0
+    """What is added to that argument to give w."""
     separate_negative: ClassVar[bool] = False
     """Whether the pipeline encodes the negative prompt in a call of ``encode_prompt`` of its own,
     and makes no second pass where none is given."""
@@ -283,6 +285,10 @@ class Backbone(ABC):
     text_is_projected: ClassVar[bool] = False
     """Whether the text is extrapolated inside the denoiser, after a projection that is not
     linear."""
+
+    def scale_argument_of(self, guidance_scale: float) -> dict[str, float]:
+        """The argument of the pipeline's call for a scale w."""
+        return {self.scale_argument: guidance_scale - self.scale_offset}
 
     guidance_rule: Callable[..., torch.Tensor] = staticmethod(classifier_free_guidance)
     """The teacher's rule: how the pipeline combines the two predictions."""

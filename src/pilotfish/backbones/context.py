@@ -308,18 +308,20 @@ class GuidedPass:
             )
 
     def extrapolated_text(
-        self, text: torch.Tensor, negative: TextConditions | None = None
-    ) -> torch.Tensor:
+        self, text: torch.Tensor, negative: TextConditions | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """``c + g (c - n)`` of the embeddings of the running call.
 
         Args:
             text: (N, L, D) the embeddings c.
             negative: n, where the denoiser has changed both on the way. Left out: as given.
+            mask: (N, L) of the embeddings, where it is another than in the call.
         """
         output, call = self.output, self.call
         if output.text_gain is not None:
             assert call is not None
-            conditions = TextConditions(text, mask=call.text.mask)
+            conditions = TextConditions(text, mask=call.text.mask if mask is None else mask)
             against = self.negative if negative is None else negative
             difference = self.cache.made_of(text, lambda: conditions.minus(against))
             text = self.to_denoiser(torch.addcmul(self.to_guide(text), output.text_gain,

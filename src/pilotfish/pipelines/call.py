@@ -36,6 +36,7 @@ SECOND_PASS = (
     "skip_guidance_layers",
     "cfg_normalization",
     "cfg_trunc_ratio",
+    "cfg_truncation",
 )
 """Arguments of a pipeline's call that act on the second pass only."""
 
@@ -70,6 +71,14 @@ class RunningCall:
             default = call.signature.parameters[name].default
             self._argument = float(call.arguments.get(name, default))
             call.arguments[name] = 1.0
+        # how often a pipeline repeats its prompts after encoding them
+        encoding = signature(type(pipe).encode_prompt).parameters
+        later = "num_images_per_prompt" not in encoding
+        self._repeats = call.arguments.get("num_images_per_prompt", 1) if later else 1
+        names = ("prompt_embeds", "negative_prompt_embeds")
+        embeds = [call.arguments.get(name) for name in names]
+        # given as lists, a pipeline takes them without a call of encode_prompt
+        self._embeds = embeds if all(isinstance(x, list) for x in embeds) else None
         self._told: dict[str, Any] = {}
         if self.backbone.separate_negative:
             self._told = {name: call.arguments.pop(name, None) for name in TOLD}
@@ -104,7 +113,7 @@ class RunningCall:
         """The scale of the call; callbacks may change it between two steps."""
         scale = self.pipe.guidance_scale if self._argument is None else self._argument
         single = isinstance(scale, torch.Tensor) and scale.ndim == 0
-        return float(scale) if single else scale
+        return (float(scale) if single else scale) + self.backbone.scale_offset
 
     @property
     def needs_guidance(self) -> bool:
@@ -142,7 +151,9 @@ class RunningCall:
                 "images, and the guide needs one, or one for each image"
                 + ("" if self._told else f"; return them where {CFG_FLAG} is True")
             )
-        self.keep(negative.clone())  # they may be the caller's own
+        rows = torch.arange(found, device=negative.device).repeat_interleave(self._repeats)
+        self.images *= self._repeats
+        self.keep(negative[rows])  # a copy: they may be the caller's own
 
     def keep(self, negative: TextConditions) -> None:
         """Keep the negative prompts of the batch for the guide."""
@@ -151,6 +162,8 @@ class RunningCall:
         self.negative = negative if compiled else negative.one_if_equal()
 
     def _negative(self) -> TextConditions:
+        if self.negative is None and self._embeds is not None:
+            self._keep_encoded(*self.backbone.split_encoded(self._embeds))
         if self.negative is None:
             raise GuideError(
                 "this call began at a guidance scale of at most 1 and encoded no negative prompt; "
@@ -257,11 +270,12 @@ def warn_of_arguments(guide: GuideProtocol, call: BoundArguments, pipe: Any) -> 
     if "guess_mode" in given:  # some ControlNets ask for it themselves
         nets = getattr(pipe.controlnet, "nets", [pipe.controlnet])
         given["guess_mode"] |= any(n.config.get("global_pool_conditions") for n in nets)
-    name = Backbone.of_pipeline(pipe).scale_argument
-    scale = given[name]
+    backbone = Backbone.of_pipeline(pipe)
+    name, scale = backbone.scale_argument, given[backbone.scale_argument]
     if not abs(scale) <= torch.finfo(torch.float32).max:  # nor is what is not a number
         raise GuideError(f"{name} must be a finite number in single precision, not {scale}")
-    if scale <= 1:
+    w = scale + backbone.scale_offset
+    if w <= 1:
         return
     if given.get("pag_scale", 0) > 0 and getattr(pipe, "pag_applied_layers", None):
         # found only at the denoiser, diffusers would leave its attention processors perturbed
@@ -270,7 +284,8 @@ def warn_of_arguments(guide: GuideProtocol, call: BoundArguments, pipe: Any) -> 
             "none; call it with pag_scale=0"
         )
     low, high = guide.guidance_scale_range
-    if not low <= scale <= high:
+    if not low <= w <= high:
+        low, high = (bound - backbone.scale_offset for bound in (low, high))
         warnings.warn(
             f"{name} {scale} lies outside [{low}, {high}], where this guide was trained",
             stacklevel=4,

@@ -72,7 +72,8 @@ def sample(
         ValueError: the pipeline makes videos or packed latents; prompts, seeds or negative prompts
             differ in number; no step, or an empty batch. Raised before sampling.
     """
-    if not Backbone.of_pipeline(pipe).decodable:
+    backbone = Backbone.of_pipeline(pipe)
+    if not backbone.decodable:
         raise ValueError(
             f"the latents of a {type(pipe).__name__} cannot be decoded here yet: attach the guide "
             "and call the pipeline itself"
@@ -84,7 +85,8 @@ def sample(
     for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    call |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    call |= backbone.scale_argument_of(guidance_scale)
+    call["num_inference_steps"] = num_inference_steps
     batches = (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size))
     return _drawn(pipe, prompts, seeds, guide, negative_prompts, batches, call)
 

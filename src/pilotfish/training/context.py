@@ -71,7 +71,7 @@ class TrainingContext:
                 f"the commands train no guide for a {type(self.pipe).__name__} yet: they would not "
                 "decode its latents"
             )
-        if shape.in_channels > (shape.out_channels or shape.in_channels):
+        if shape.in_channels > (shape.get("out_channels") or shape.in_channels):
             raise ConfigError(
                 f"the base takes {shape.in_channels} channels and predicts {shape.out_channels}: "
                 "it needs an image as input; train a guide on a text-to-image model"

@@ -1,0 +1,307 @@
+"""ZImageTransformer2DModel: Z-Image.
+
+Image and text are one sequence of tokens, the image first, each padded to a multiple of 32 with a
+learned token that is attended to. The denoiser takes and gives lists, one tensor for each image. It
+predicts the negative of the flow's velocity at the time 1 - sigma. The pipeline's guidance scale g
+is w - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ZImageTransformer2DModel
+from torch.nn.utils.rnn import pad_sequence
+
+from pilotfish.backbones.base import Backbone, plain
+from pilotfish.backbones.context import DenoiserCall, GuidedPass
+from pilotfish.backbones.extrapolation import split_heads
+from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.tokens import patchify, to_map, to_tokens
+from pilotfish.interface import TextConditions
+
+MULTIPLE = 32
+"""The length of each part of the sequence is a multiple of it."""
+
+
+class ZImageDiTBackbone(Backbone):
+    """See the module."""
+
+    family = "z-image-dit"
+    denoisers = (ZImageTransformer2DModel,)
+    parameters = ("x", "t", "cap_feats")
+    sign = -1
+    scale_offset = 1.0
+    text_is_projected = True
+
+    @property
+    def patch(self) -> int:
+        """Pixels of a token, each way."""
+        return int(self.denoiser.all_patch_size[0])
+
+    @property
+    def final(self) -> str:
+        """Name of the last layer."""
+        return f"all_final_layer.{self.patch}-{self.denoiser.all_f_patch_size[0]}.linear"
+
+    def sites(self) -> dict[str, Any]:
+        net = self.denoiser
+        names = [f"layers.{i}" for i in range(len(net.layers))]
+        return {
+            "text_dim": plain(net.cap_embedder[1]).in_features,
+            "attention": [[f"{name}.attention", net.n_heads] for name in names],
+            "modulation": [],
+            "layers": [[name, net.dim] for name in names],
+            "head": {
+                "module": self.final,
+                "features": net.dim,
+                "channels": plain(net.get_submodule(self.final)).out_features,
+            },
+        }
+
+    # -- hooks ------------------------------------------------------------------------------
+
+    def place(self, hooks: Hooks) -> None:
+        net, names = self.denoiser, hooks.guide.extrapolated
+        attention = [name for name, _ in self.sites()["attention"]]
+        last = max((i for i, name in enumerate(attention) if name in names), default=-1)
+        attention = attention[: last + 1]
+
+        def timed(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
+            guided.scratch["embedding"] = output
+
+        def embedded(
+            guided: GuidedPass, module: Any, args: Any, output: torch.Tensor
+        ) -> torch.Tensor:
+            """The prompts' tokens, those of all samples in a row, are embedded: extrapolate these,
+            and begin the negative prompt's stream."""
+            assert guided.call is not None
+            given, text = guided.negative, guided.call.text
+            embeds = guided.cache.made_by(
+                module, lambda: module.forward(given.embeds), [module, *module]
+            )
+            if attention:
+                stream, positions, mask = guided.cache.made_by(
+                    net.context_refiner, lambda: self._refined(guided, embeds),
+                    [module, *module, *net.context_refiner.modules()],
+                )  # fmt: skip
+                n = len(text)
+                guided.scratch["stream", attention[0]] = stream.expand(n, -1, -1)
+                guided.scratch["negative"] = positions.expand(n, -1, -1), mask.expand(n, -1)
+            lengths = [padded(int(count)) for count in _counts(text)]
+            rows = pad_sequence(list(output.split(lengths)), batch_first=True)
+            counts = F.pad(_mask(text), (0, rows.shape[1] - text.embeds.shape[1]))
+            made = guided.extrapolated_text(
+                rows, TextConditions(embeds, mask=_mask(given)), mask=counts
+            )
+            return torch.cat([row[:length] for row, length in zip(made, lengths, strict=True)])
+
+        hooks.after(net.t_embedder, timed)
+        hooks.after(net.cap_embedder, embedded)
+        for i, name in enumerate(attention):
+            following = attention[i + 1] if i + 1 < len(attention) else None
+            self._place_attention(hooks, name, net.layers[i], following)
+        self.place_residuals(hooks)
+
+    def _refined(
+        self, guided: GuidedPass, embeds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(N, L, d) the negative prompts as they enter the first block, (N, I + L, k) the positions
+        of the image's tokens and of theirs, and (N, L) which of theirs count."""
+        assert guided.call is not None
+        net, device = self.denoiser, embeds.device
+        height, width = guided.call.latents.shape[-2:]
+        parts, places, pads, images = [], [], [], []
+        for row, count in zip(embeds, _counts(guided.negative), strict=True):
+            length = padded(int(count))
+            part, place, pad, _, _ = net._pad_with_ids(
+                row[: int(count)], (length, 1, 1), (1, 0, 0), device
+            )
+            parts.append(part)
+            places.append(place)
+            pads.append(pad)
+            pixels = row.new_zeros(height * width, 1)
+            _, image, *_ = net._pad_with_ids(pixels, (1, height, width), (length + 1, 0, 0), device)
+            images.append(net.rope_embedder(image))
+        stream, of_text, mask, *_ = net._prepare_sequence(
+            parts, places, pads, net.cap_pad_token, None, device
+        )
+        for layer in net.context_refiner:
+            stream = layer.forward(stream, mask, of_text)
+        counted = torch.ones_like(stream[..., 0], dtype=torch.bool) if mask is None else mask
+        return stream, torch.cat([torch.stack(images), of_text], 1), counted
+
+    def _place_attention(self, hooks: Hooks, name: str, block: Any, following: str | None) -> None:
+        """Extrapolate the attention of one block where the guide has a gain for it, and take the
+        negative prompt's stream to the next block."""
+        layer = block.attention
+
+        def keep(part: str) -> Any:
+            def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
+                split = part == "v" or output.ndim == 4  # a norm is given heads
+                guided.scratch[name, part] = (
+                    output if split else output.unflatten(-1, (layer.heads, -1))
+                )
+
+            return after
+
+        def extrapolated(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
+            stream = guided.scratch.get(("stream", name))
+            q, k, v = (guided.scratch.pop((name, part), None) for part in "qkv")
+            if stream is None or q is None or k is None or v is None:
+                return None  # the projections are fused; the end of the call reports it
+            positions, mask = guided.scratch["negative"]
+            embedding = guided.scratch["embedding"].to(stream.dtype)
+            of_block = block.adaLN_modulation.forward(embedding)[:, None].chunk(4, -1)
+            scale, gate, scale_ff, gate_ff = of_block
+            x = block.attention_norm1.forward(stream) * (1 + scale)
+            image, size = positions.shape[1] - stream.shape[1], q.shape[-1]
+
+            def heads(projection: Any) -> torch.Tensor:
+                made: torch.Tensor = projection.forward(x).unflatten(-1, (-1, size))
+                return made
+
+            def turned(pixels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+                both = torch.cat([pixels[:, :image], text], 1)
+                pairs = torch.view_as_complex(both.float().unflatten(-1, (-1, 2)))
+                made = torch.view_as_real(pairs * positions[:, :, None]).flatten(3)
+                return made.type_as(both).transpose(1, 2)
+
+            q_n, k_n = heads(layer.to_q), heads(layer.to_k)
+            if layer.norm_q is not None:
+                q_n, k_n = layer.norm_q.forward(q_n), layer.norm_k.forward(k_n)
+            values = torch.cat([v[:, :image], layer.to_v.forward(x)], 1)
+            made = F.scaled_dot_product_attention(
+                turned(q, q_n), turned(k, k_n), split_heads(values, layer.heads),
+                attn_mask=F.pad(mask, (image, 0), value=True)[:, None, None],
+            ).transpose(1, 2)  # fmt: skip
+            if following is not None:
+                out = layer.to_out[0].forward(made[:, image:].flatten(2))
+                stream = stream + gate.tanh() * block.attention_norm2.forward(out)
+                hidden = block.ffn_norm1.forward(stream) * (1 + scale_ff)
+                hidden = block.ffn_norm2.forward(block.feed_forward.forward(hidden))
+                guided.scratch["stream", following] = stream + gate_ff.tanh() * hidden
+            if not guided.extrapolates(name):
+                return None
+            output = args[0][:, :image].unflatten(-1, (layer.heads, -1))
+            changed = guided.extrapolate(name, output, made[:, :image], by_head=True)
+            rest = args[0][:, image:]
+            return (torch.cat([changed.flatten(2).to(rest.dtype), rest], 1), *args[1:]), kwargs
+
+        normed = layer.norm_q is not None
+        for part, module in (
+            ("q", layer.norm_q if normed else layer.to_q),
+            ("k", layer.norm_k if normed else layer.to_k), ("v", layer.to_v),
+        ):  # fmt: skip
+            hooks.after(module, keep(part))
+        hooks.before(layer.to_out[0], extrapolated)
+
+    def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
+        assert guided.call is not None
+        grid = guided.call.latents.shape[-2:]
+        return to_map(output[:, : grid.numel()], grid)
+
+    def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
+        tokens = to_tokens(made).to(output.dtype)
+        return torch.cat([tokens, output[:, tokens.shape[1] :]], 1)
+
+    # -- calls ------------------------------------------------------------------------------
+
+    def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
+        latents = torch.stack(list(given["x"])).squeeze(2)
+        return DenoiserCall(self.on_grid(latents), given["t"], as_conditions(given["cap_feats"]))
+
+    def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
+        return patchify(latents.squeeze(2) if latents.ndim == 5 else latents, self.patch)
+
+    def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
+        assert guided.call is not None
+        text = guided.call.text
+        added = guided.added_text(text.embeds)
+        if added is text.embeds:
+            return {}
+        return {"cap_feats": as_list(TextConditions(added, mask=text.mask))}
+
+    def doubled(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
+        assert guided.call is not None
+        text = guided.call.text
+        negative = as_list(guided.negative.expand(len(text)))
+        return {
+            "x": [*given["x"], *given["x"]],
+            "t": torch.cat([given["t"], given["t"]]),
+            "cap_feats": [*negative, *given["cap_feats"]],
+        }
+
+    def _end(self, guided: GuidedPass, module: Any, args: Any, output: Any) -> Any:
+        listed = output[0]
+        made = super()._end(guided, module, args, (torch.stack(list(listed)), *output[1:]))
+        return None if made is None else (list(made[0].unbind()), *made[1:])
+
+    def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"cap_feats": as_list(text)}
+
+    def __call__(
+        self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
+    ) -> torch.Tensor:
+        made = self.denoiser(
+            list(latents[:, :, None].unbind()), self.timestep(time), as_list(text),
+            patch_size=self.patch, return_dict=False,
+        )[0]  # fmt: skip
+        return self.sign * torch.stack(list(made)).squeeze(2)
+
+    def time(self, timestep: torch.Tensor) -> torch.Tensor:
+        return 1 - timestep.float()
+
+    def timestep(self, time: torch.Tensor) -> torch.Tensor:
+        return 1 - time
+
+    # -- the pipeline -----------------------------------------------------------------------
+
+    def refusal(self, pipe: Any) -> str | None:
+        if self.denoiser.siglip_embedder is not None:
+            return "its denoiser reads images beside the one that it draws"
+        if getattr(pipe, "controlnet", None) is not None:
+            return "its ControlNet takes lists, which are not doubled for a refresh"
+        return None
+
+    def encoding(self, texts: Any) -> dict[str, Any]:
+        return {"prompt": list(texts)}
+
+    def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
+        prompt, negative = encoded
+        return as_conditions(prompt), as_conditions(negative) if negative else None
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w) of the pipeline's default, 1024 x 1024 pixels."""
+        return int(self.denoiser.in_channels), 128, 128
+
+
+def padded(length: int) -> int:
+    """The next multiple of :data:`MULTIPLE`."""
+    return length + -length % MULTIPLE
+
+
+def as_conditions(texts: Any) -> TextConditions:
+    """A list of (L, D) as (N, L, D) and its mask."""
+    lengths = [len(text) for text in texts]
+    embeds = pad_sequence(list(texts), batch_first=True)
+    places = torch.arange(embeds.shape[1], device=embeds.device)
+    mask = places < torch.tensor(lengths, device=embeds.device)[:, None]
+    return TextConditions(embeds, mask=mask.long())
+
+
+def as_list(text: TextConditions) -> list[torch.Tensor]:
+    """Each prompt without its padding."""
+    counts = _counts(text).tolist()
+    return [row[:count] for row, count in zip(text.embeds, counts, strict=True)]
+
+
+def _mask(text: TextConditions) -> torch.Tensor:
+    return torch.ones_like(text.embeds[..., 0]).long() if text.mask is None else text.mask
+
+
+def _counts(text: TextConditions) -> torch.Tensor:
+    return _mask(text).long().sum(1)
