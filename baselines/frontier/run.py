@@ -171,6 +171,7 @@ class Frontier:
             self._measure(model)
         if self.config.timed_rounds and self.base[0] in self.found.models:
             self._measure_cost()
+        self.save()  # with this command, also where nothing was missing
         return self.found
 
     def save(self) -> None:
