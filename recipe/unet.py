@@ -105,9 +105,8 @@ def make_base(
     tokenizer = new_tokenizer([*captions(), *COLOURS, "with a and of"])
     encoder, unet = new_text_encoder(tokenizer), new_unet().to(memory_format=torch.channels_last)
     averages = {"text_encoder": deepcopy(encoder), "unet": deepcopy(unet)}
-    objective = DenoisingLoss(
-        Batches(autoencoder, tokenizer, images / "noto", stage), bf16=bf16
-    )  # fmt: skip
+    batches = Batches(autoencoder, tokenizer, images / "noto", stage)
+    objective = DenoisingLoss(batches, bf16=bf16)
     train(
         work / "base", {"text_encoder": encoder, "unet": unet},
         lambda step, generator: objective(unet, encoder, step, generator),

@@ -136,10 +136,10 @@ def _encode(
     pipe: Any, texts: Sequence[str], *negatives: Sequence[str] | None
 ) -> tuple[TextConditions, TextConditions | None]:
     backbone = Backbone.of_pipeline(pipe)
-    told: dict[str, Any] = {"negative_prompt": negatives[0]} if any(negatives) else {}
+    arguments: dict[str, Any] = {"negative_prompt": negatives[0]} if any(negatives) else {}
     if not backbone.separate_negative:
-        told["do_classifier_free_guidance"] = bool(negatives)
+        arguments["do_classifier_free_guidance"] = bool(negatives)
     made = pipe.encode_prompt(
-        **backbone.encoding(texts), **told, device=pipe._execution_device
+        **backbone.encoding(texts), **arguments, device=pipe._execution_device
     )  # fmt: skip
     return backbone.split_encoded(made)

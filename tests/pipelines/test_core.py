@@ -87,8 +87,8 @@ def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor,
     """What the plain pipeline makes of prompts, with classifier-free guidance: the prompts'
     tensors and the negative prompts' take turns."""
     if "Qwen" in type(one.pipe).__name__:  # embeddings and mask, the negative prompt by itself
-        told = call.pop("negative_prompt", [" "] * len(prompt))
-        both = [one.pipe.encode_prompt(list(texts), **call) for texts in (prompt, told)]
+        negative = call.pop("negative_prompt", [" "] * len(prompt))
+        both = [one.pipe.encode_prompt(list(texts), **call) for texts in (prompt, negative)]
         return tuple(part for pair in zip(*both, strict=True) for part in pair if part is not None)
     if "ZImage" in type(one.pipe).__name__:  # lists, which the call repeats
         times = call.pop("num_images_per_prompt", 1)

@@ -209,7 +209,10 @@ def test_a_pipeline_of_two_denoisers_is_refused() -> None:
 @pytest.mark.parametrize(
     ("pipeline", "why"),
     [
-        ("QwenImageEditPipeline", "its denoiser reads images beside the one that it draws"),
+        (
+            "QwenImageEditPipeline",
+            "its denoiser reads images in addition to the one that it generates",
+        ),
         ("QwenImageControlNetPipeline", "its ControlNet reads the prompt alone, for both passes"),
     ],
 )
@@ -223,10 +226,10 @@ def test_qwen_images_relatives_are_refused(pipeline: str, why: str) -> None:
 def test_two_negative_prompts_or_too_few_are_refused() -> None:
     one = build("Qwen-Image")
     embeds, mask = one.pipe.encode_prompt(["red", "blue"])
-    told = {"negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask}
+    given = {"negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask}
     with guide("Qwen-Image").attached(one.pipe):
         with pytest.raises(GuideError, match="give negative_prompt or negative_prompt_embeds"):
-            one.latents(negative_prompt=["a", "b"], **told)
+            one.latents(negative_prompt=["a", "b"], **given)
         with pytest.raises(GuideError, match="returned 2 negative prompts for 4 images, and"):
             one.latents(prompt=["a", "b", "a", "b"], negative_prompt=["a", "b"])
 

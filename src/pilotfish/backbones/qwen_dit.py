@@ -1,6 +1,6 @@
 """QwenImageTransformer2DModel: Qwen-Image.
 
-Text is a stream of tokens beside the image's, joined with it in every attention, with positions by
+Text and image are two streams of tokens, joined in every attention, with positions by
 rotation (RoPE) and a mask. Latents are packed: tokens of 2 x 2 pixels, which are the channels of a
 map for the guide. Flow matching; the timestep is sigma. The pipeline makes a second pass only where
 a negative prompt is given, and brings CFG back to the norm of the conditional prediction, token by
@@ -227,7 +227,7 @@ class QwenDiTBackbone(Backbone):
         edits = "image" in signature(type(pipe).encode_prompt).parameters
         others = config.zero_cond_t or config.use_additional_t_cond or config.use_layer3d_rope
         if edits or others:
-            return "its denoiser reads images beside the one that it draws"
+            return "its denoiser reads images in addition to the one that it generates"
         if getattr(pipe, "controlnet", None) is not None:
             return "its ControlNet reads the prompt alone, for both passes"
         return None

@@ -71,7 +71,7 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
             return "it has two denoisers (transformer_2), and a guide is made for one"
         config = self.denoiser.config
         if config.in_channels > (config.out_channels or config.in_channels):
-            return "its denoiser reads images beside the video that it makes"
+            return "its denoiser reads images in addition to the video that it generates"
         if config.added_kv_proj_dim is not None:
             return "its cross-attention reads an image together with the text (added_kv_proj_dim)"
         return None

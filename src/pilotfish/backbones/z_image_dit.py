@@ -262,7 +262,7 @@ class ZImageDiTBackbone(Backbone):
 
     def refusal(self, pipe: Any) -> str | None:
         if self.denoiser.siglip_embedder is not None:
-            return "its denoiser reads images beside the one that it draws"
+            return "its denoiser reads images in addition to the one that it generates"
         if getattr(pipe, "controlnet", None) is not None:
             return "its ControlNet takes lists, which are not doubled for a refresh"
         return None

@@ -41,7 +41,7 @@ SECOND_PASS = (
 """Arguments of a pipeline's call that act on the second pass only."""
 
 
-TOLD = {
+NEGATIVE_ARGUMENTS = {
     "negative_prompt": "prompt",
     "negative_prompt_embeds": "prompt_embeds",
     "negative_prompt_embeds_mask": "prompt_embeds_mask",
@@ -79,10 +79,16 @@ class RunningCall:
         embeds = [call.arguments.get(name) for name in names]
         # given as lists, a pipeline takes them without a call of encode_prompt
         self._embeds = embeds if all(isinstance(x, list) for x in embeds) else None
-        self._told: dict[str, Any] = {}
+        self._negative_arguments: dict[str, Any] = {}
         if self.backbone.separate_negative:
-            self._told = {name: call.arguments.pop(name, None) for name in TOLD}
-            given = [name for name in list(TOLD)[:2] if self._told[name] is not None]
+            self._negative_arguments = {
+                name: call.arguments.pop(name, None) for name in NEGATIVE_ARGUMENTS
+            }
+            given = [
+                name
+                for name in list(NEGATIVE_ARGUMENTS)[:2]
+                if self._negative_arguments[name] is not None
+            ]
             if len(given) > 1:
                 raise GuideError(f"give {given[0]} or {given[1]}, not both")
             if self.needs_guidance and not given:
@@ -128,8 +134,10 @@ class RunningCall:
         split = self.backbone.split_encoded
         if self.backbone.separate_negative:
             encoded = plain(*args, **kwargs)
-            told = {TOLD[name]: value for name, value in self._told.items()}
-            self._keep_encoded(split(encoded)[0], split(plain(*args, **(kwargs | told)))[0])
+            negative = {
+                NEGATIVE_ARGUMENTS[name]: value for name, value in self._negative_arguments.items()
+            }
+            self._keep_encoded(split(encoded)[0], split(plain(*args, **(kwargs | negative)))[0])
             return encoded
         # encode_prompt may have been replaced by one with other names for its arguments
         place = list(signature(type(self.pipe).encode_prompt).parameters).index(CFG_FLAG) - 1
@@ -149,7 +157,7 @@ class RunningCall:
                 f"encode_prompt of this {type(self.pipe).__name__} returned "
                 f"{found or 'no'} negative prompt{'s' if found > 1 else ''} for {self.images} "
                 "images, and the guide needs one, or one for each image"
-                + ("" if self._told else f"; return them where {CFG_FLAG} is True")
+                + ("" if self._negative_arguments else f"; return them where {CFG_FLAG} is True")
             )
         rows = torch.arange(found, device=negative.device).repeat_interleave(self._repeats)
         self.images *= self._repeats
