@@ -14,6 +14,7 @@ UNet is left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +80,49 @@ def cross_attention(
 
     hooks.after(query_layer, query)
     hooks.before(layer.to_out[0], extrapolated)
+
+
+def up_to_last(names: Sequence[str], extrapolated: Collection[str]) -> list[str]:
+    """The layers up to the last that is extrapolated, in running order."""
+    last = max((i for i, name in enumerate(names) if name in extrapolated), default=-1)
+    return list(names[: last + 1])
+
+
+def joined_attention(
+    hooks: Hooks, name: str, layer: Any, attend: Callable[..., torch.Tensor | None]
+) -> None:
+    """Extrapolate a layer in which the tokens of text and image attend to each other, by a negative
+    stream that runs along with the pass.
+
+    Args:
+        attend: ``attend(guided, stream, q, k, v, output)`` with the negative prompt's stream as it
+            enters the block, (N, L, d), the pass's own queries and keys, (N, tokens, heads, width),
+            and values, (N, tokens, d), before they are rotated, and what enters the layer's last
+            projection, (N, tokens, d). It takes the stream to the next block, and returns the
+            changed output, or None to leave it as it is.
+    """
+
+    def keep(part: str) -> Any:
+        def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
+            by_head = part == "v" or output.ndim == 4  # a norm is given heads
+            guided.scratch[name, part] = (
+                output if by_head else output.unflatten(-1, (layer.heads, -1))
+            )
+
+        return after
+
+    def before(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
+        stream = guided.scratch.get(("stream", name))
+        q, k, v = (guided.scratch.pop((name, part), None) for part in "qkv")
+        if stream is None or q is None or k is None or v is None:
+            return None  # the projections are fused; the end of the call reports it
+        changed = attend(guided, stream, q, k, v, args[0])
+        return None if changed is None else ((changed, *args[1:]), kwargs)
+
+    hooks.after(layer.to_q if layer.norm_q is None else layer.norm_q, keep("q"))
+    hooks.after(layer.to_k if layer.norm_k is None else layer.norm_k, keep("k"))
+    hooks.after(layer.to_v, keep("v"))
+    hooks.before(layer.to_out[0], before)
 
 
 class JointAttention:

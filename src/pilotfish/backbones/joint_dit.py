@@ -15,7 +15,7 @@ from diffusers import SD3Transformer2DModel
 
 from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
-from pilotfish.backbones.extrapolation import JointAttention
+from pilotfish.backbones.extrapolation import JointAttention, up_to_last
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.tokens import patchify, to_map, to_tokens
 from pilotfish.interface import GuideError, TextConditions
@@ -48,9 +48,7 @@ class JointDiTBackbone(Backbone):
 
     def place(self, hooks: Hooks) -> None:
         net, names = self.denoiser, hooks.guide.extrapolated
-        attention = [name for name, _ in self.sites()["attention"]]
-        last = max((i for i, name in enumerate(attention) if name in names), default=-1)
-        attention = attention[: last + 1]
+        attention = up_to_last([name for name, _ in self.sites()["attention"]], names)
         joint = JointAttention(attention)
 
         def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:

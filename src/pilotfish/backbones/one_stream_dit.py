@@ -19,6 +19,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
+from pilotfish.backbones.extrapolation import joined_attention, up_to_last
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.tokens import patchify, to_map, to_tokens
 from pilotfish.guidance import renormalised_guidance
@@ -61,9 +62,7 @@ class OneStreamDiTBackbone(Backbone):
 
     def place(self, hooks: Hooks) -> None:
         net, names = self.denoiser, hooks.guide.extrapolated
-        attention = [name for name, _ in self.sites()["attention"]]
-        last = max((i for i, name in enumerate(attention) if name in names), default=-1)
-        attention = attention[: last + 1]
+        attention = up_to_last([name for name, _ in self.sites()["attention"]], names)
 
         def embedded(guided: GuidedPass, module: Any, args: Any, output: Any) -> Any:
             """Time and the prompts are embedded: extrapolate these, and begin the negative
@@ -110,17 +109,10 @@ class OneStreamDiTBackbone(Backbone):
         negative prompt's stream to the next block."""
         layer = block.attn
 
-        def keep(part: str) -> Any:
-            def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-                guided.scratch[name, part] = output
-
-            return after
-
-        def extrapolated(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
-            stream = guided.scratch.get(("stream", name))
-            q, k, v = (guided.scratch.pop((name, part), None) for part in "qkv")
-            if stream is None or q is None or k is None or v is None:
-                return None  # the projections are fused; the end of the call reports it
+        def attend(
+            guided: GuidedPass, stream: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
+            v: torch.Tensor, output: torch.Tensor,
+        ) -> torch.Tensor | None:  # fmt: skip
             embedding, positions, mask = guided.scratch["negative"]
             rows, length = self._rows(guided, q), stream.shape[1]
             x, gate, scale_ff, gate_ff = block.norm1.forward(stream, embedding)
@@ -158,14 +150,11 @@ class OneStreamDiTBackbone(Backbone):
                 guided.scratch["stream", following] = stream + gate_ff[:, None].tanh() * hidden
             if not guided.extrapolates(name):
                 return None
-            output = _rows_of(args[0], rows).unflatten(-1, (layer.heads, -1))
-            changed = guided.extrapolate(name, output, made[:, length:], by_head=True)
-            return (_with_rows(args[0], rows, changed.flatten(2)), *args[1:]), kwargs
+            own = _rows_of(output, rows).unflatten(-1, (layer.heads, -1))
+            changed = guided.extrapolate(name, own, made[:, length:], by_head=True)
+            return _with_rows(output, rows, changed.flatten(2))
 
-        hooks.after(layer.norm_q, keep("q"))
-        hooks.after(layer.norm_k, keep("k"))
-        hooks.after(layer.to_v, keep("v"))
-        hooks.before(layer.to_out[0], extrapolated)
+        joined_attention(hooks, name, layer, attend)
 
     def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
         assert guided.call is not None

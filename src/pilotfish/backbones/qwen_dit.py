@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb
 
 from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
-from pilotfish.backbones.extrapolation import split_heads
+from pilotfish.backbones.extrapolation import joined_attention, split_heads, up_to_last
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.tokens import to_map, to_tokens
 from pilotfish.guidance import renormalised_guidance
@@ -71,9 +71,7 @@ class QwenDiTBackbone(Backbone):
 
     def place(self, hooks: Hooks) -> None:
         net, names = self.denoiser, hooks.guide.extrapolated
-        attention = [name for name, _ in self.sites()["attention"]]
-        last = max((i for i, name in enumerate(attention) if name in names), default=-1)
-        attention = attention[: last + 1]
+        attention = up_to_last([name for name, _ in self.sites()["attention"]], names)
 
         def embedded(
             guided: GuidedPass, module: Any, args: Any, output: torch.Tensor
@@ -104,17 +102,10 @@ class QwenDiTBackbone(Backbone):
         negative prompt's stream to the next block."""
         layer = block.attn
 
-        def keep(part: str) -> Any:
-            def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-                guided.scratch[name, part] = output
-
-            return after
-
-        def extrapolated(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
-            stream = guided.scratch.get(("stream", name))
-            q, k, v = (guided.scratch.pop((name, part), None) for part in "qkv")
-            if stream is None or q is None or k is None or v is None:
-                return None  # the projections are fused; the end of the call reports it
+        def attend(
+            guided: GuidedPass, stream: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
+            v: torch.Tensor, output: torch.Tensor,
+        ) -> torch.Tensor | None:  # fmt: skip
             of_attention, of_ff = block.txt_mod.forward(guided.scratch["embedding"]).chunk(2, -1)
             x, gate = block._modulate(block.txt_norm1.forward(stream), of_attention)
             size, length = q.shape[-1], stream.shape[1]
@@ -146,14 +137,10 @@ class QwenDiTBackbone(Backbone):
                 guided.scratch["stream", following] = stream
             if not guided.extrapolates(name):
                 return None
-            output = args[0].unflatten(-1, (layer.heads, -1))
-            changed = guided.extrapolate(name, output, made[:, length:], by_head=True)
-            return (changed.flatten(2), *args[1:]), kwargs
+            own = output.unflatten(-1, (layer.heads, -1))
+            return guided.extrapolate(name, own, made[:, length:], by_head=True).flatten(2)
 
-        hooks.after(layer.norm_q, keep("q"))
-        hooks.after(layer.norm_k, keep("k"))
-        hooks.after(layer.to_v, keep("v"))
-        hooks.before(layer.to_out[0], extrapolated)
+        joined_attention(hooks, name, layer, attend)
 
     def _positions(self, guided: GuidedPass, length: int) -> Any:
         """The rotations of the image's tokens and of so many of the text."""

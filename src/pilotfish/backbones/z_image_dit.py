@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
-from pilotfish.backbones.extrapolation import split_heads
+from pilotfish.backbones.extrapolation import joined_attention, split_heads, up_to_last
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.tokens import patchify, to_map, to_tokens
 from pilotfish.interface import TextConditions
@@ -66,9 +66,7 @@ class ZImageDiTBackbone(Backbone):
 
     def place(self, hooks: Hooks) -> None:
         net, names = self.denoiser, hooks.guide.extrapolated
-        attention = [name for name, _ in self.sites()["attention"]]
-        last = max((i for i, name in enumerate(attention) if name in names), default=-1)
-        attention = attention[: last + 1]
+        attention = up_to_last([name for name, _ in self.sites()["attention"]], names)
 
         def timed(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
             guided.scratch["embedding"] = output
@@ -139,20 +137,10 @@ class ZImageDiTBackbone(Backbone):
         negative prompt's stream to the next block."""
         layer = block.attention
 
-        def keep(part: str) -> Any:
-            def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-                split = part == "v" or output.ndim == 4  # a norm is given heads
-                guided.scratch[name, part] = (
-                    output if split else output.unflatten(-1, (layer.heads, -1))
-                )
-
-            return after
-
-        def extrapolated(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
-            stream = guided.scratch.get(("stream", name))
-            q, k, v = (guided.scratch.pop((name, part), None) for part in "qkv")
-            if stream is None or q is None or k is None or v is None:
-                return None  # the projections are fused; the end of the call reports it
+        def attend(
+            guided: GuidedPass, stream: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
+            v: torch.Tensor, output: torch.Tensor,
+        ) -> torch.Tensor | None:  # fmt: skip
             positions, mask = guided.scratch["negative"]
             embedding = guided.scratch["embedding"].to(stream.dtype)
             of_block = block.adaLN_modulation.forward(embedding)[:, None].chunk(4, -1)
@@ -186,18 +174,11 @@ class ZImageDiTBackbone(Backbone):
                 guided.scratch["stream", following] = stream + gate_ff.tanh() * hidden
             if not guided.extrapolates(name):
                 return None
-            output = args[0][:, :image].unflatten(-1, (layer.heads, -1))
-            changed = guided.extrapolate(name, output, made[:, :image], by_head=True)
-            rest = args[0][:, image:]
-            return (torch.cat([changed.flatten(2).to(rest.dtype), rest], 1), *args[1:]), kwargs
+            own, rest = output[:, :image].unflatten(-1, (layer.heads, -1)), output[:, image:]
+            changed = guided.extrapolate(name, own, made[:, :image], by_head=True)
+            return torch.cat([changed.flatten(2).to(rest.dtype), rest], 1)
 
-        normed = layer.norm_q is not None
-        for part, module in (
-            ("q", layer.norm_q if normed else layer.to_q),
-            ("k", layer.norm_k if normed else layer.to_k), ("v", layer.to_v),
-        ):  # fmt: skip
-            hooks.after(module, keep(part))
-        hooks.before(layer.to_out[0], extrapolated)
+        joined_attention(hooks, name, layer, attend)
 
     def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
         assert guided.call is not None
