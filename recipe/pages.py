@@ -67,11 +67,13 @@ def readme_text(found: FrontierResult) -> str:
         "CFG": ("cfg", run.num_inference_steps),
     }  # fmt: skip
     models = [name for name in bundled.MODELS if name in found.models]
+    timed = any(entry.has_cost for entry in found.models[models[0]])
+    speed = " *Speed*: relative to CFG." if timed else ""
     return (
         f"{summary_markdown(found, columns, models, best).rstrip()}\n\n"
         "*Top-1*: the share of images whose prompt a small CLIP ranks first among all names; it "
         "takes no part in training. After it the share of CFG's gain over no guidance that is "
-        "kept, with its 95 % interval. *w*: the guidance scale. *Speed*: relative to CFG.\n\n"
+        f"kept, with its 95 % interval. *w*: the guidance scale.{speed}\n\n"
         f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, {run.samples:,} images "
         f"for each model and column, {run.dtype}; the whole result is in "
         f"[results/frontier.json](results/frontier.json). The guide has {guide.parameters:,} "
