@@ -362,10 +362,11 @@ class Modulations(NamedTuple):
         tensors = [self.text_gain, *self.gains, *(t for p in self.paths for t in p)]
         tensors += [*self.scalings, self.template]
         steps = max((len(t) for t in tensors if t is not None), default=0)
+        # copies: a compiled graph of views is made for the number of steps, which differs from one
+        # refresh to the next
+        copies = [[None] if t is None else [at_step.clone() for at_step in t] for t in tensors]
         # what does not change along the schedule has one step there
-        apart = [
-            [None] * steps if t is None else t.expand(steps, *t.shape[1:]).unbind() for t in tensors
-        ]
+        apart = [steps * one if len(one) == 1 else one for one in copies]
         n, k = 1 + len(self.gains), len(self.paths)
         return [
             Modulations(
