@@ -44,11 +44,11 @@ def test_a_guide_is_measured(
     model, cost = found.models["base"], found.cost
     assert math.isfinite(model.guidance_error.mean)
     assert cost.passes == {"none": 2, "cfg": 4, "guided": 2}
-    assert 2 * cost.flops["none"] > cost.flops["guided"]
-    if type(pipe).__name__ == "Lumina2Pipeline":  # whose negative prompt is shorter
-        assert 2 * cost.flops["none"] > cost.flops["cfg"] > cost.flops["guided"]
+    none, cfg, guided = (cost.flops[key] for key in ("none", "cfg", "guided"))
+    if type(pipe).__name__ == "Lumina2Pipeline":  # whose prompt, with its long preface, is all here
+        assert none < cfg < 2 * none < guided
     else:
-        assert 2 * cost.flops["none"] == cost.flops["cfg"]
+        assert none < guided < cfg == 2 * none
     negatives = evaluate_negatives(models, guide, names[:2], guide_name="", **small)
     assert math.isfinite(negatives.models["base"].ratio)
     curve: dict[str, Any] = {"names": names, "command": "", "scorer": scorer, "samples": 2}

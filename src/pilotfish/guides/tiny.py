@@ -33,6 +33,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -362,11 +363,17 @@ class Modulations(NamedTuple):
         tensors = [self.text_gain, *self.gains, *(t for p in self.paths for t in p)]
         tensors += [*self.scalings, self.template]
         steps = max((len(t) for t in tensors if t is not None), default=0)
-        # copies: a compiled graph of views is made for the number of steps, which differs from one
-        # refresh to the next
-        copies = [[None] if t is None else [at_step.clone() for at_step in t] for t in tensors]
+        # Products by 1, which are copies made by one operator: a compiled graph of views is made
+        # for the number of steps, which differs from one refresh to the next.
+        views = [at_step for t in tensors if t is not None for at_step in t]
+        copies = iter(torch._foreach_mul(views, 1.0) if views else ())
         # what does not change along the schedule has one step there
-        apart = [steps * one if len(one) == 1 else one for one in copies]
+        apart = [
+            [None] * steps if t is None
+            else steps * [next(copies)] if len(t) == 1
+            else list(islice(copies, len(t)))
+            for t in tensors
+        ]  # fmt: skip
         n, k = 1 + len(self.gains), len(self.paths)
         return [
             Modulations(
