@@ -10,12 +10,15 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -190,6 +193,40 @@ def z_image_transformer(seed: int = 0, **config: Any) -> ZImageTransformer2DMode
     return randomise(ZImageTransformer2DModel(**small | config))
 
 
+def aura_flow_transformer(seed: int = 0, **config: Any) -> AuraFlowTransformer2DModel:
+    small: dict[str, Any] = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4,
+        "num_mmdit_layers": 2, "num_single_dit_layers": 2, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": WIDTH, "caption_projection_dim": 16,
+        "pos_embed_max_size": 64,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(AuraFlowTransformer2DModel(**small | config))
+
+
+def flux2_transformer(seed: int = 0, **config: Any) -> Flux2Transformer2DModel:
+    small: dict[str, Any] = {
+        "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": 3 * WIDTH,
+        "timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2), "guidance_embeds": False,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(Flux2Transformer2DModel(**small | config))
+
+
+def flux2_autoencoder() -> AutoencoderKLFlux2:
+    """FLUX.2's, two pixels for one latent, with a variance of packed latents."""
+    torch.manual_seed(2)
+    made = AutoencoderKLFlux2(
+        block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, layers_per_block=1,
+        norm_num_groups=2, sample_size=16,
+    ).eval()  # fmt: skip
+    assert made.bn.running_var is not None
+    made.bn.running_var.uniform_(0.5, 1.5)
+    return made
+
+
 def deep_autoencoder() -> AutoencoderDC:
     """Sana's, four pixels for one latent."""
     torch.manual_seed(2)
@@ -346,6 +383,14 @@ FAMILIES = {
     "unet": Family(
         unet, "epsilon", WIDTH,
         others=({"block_out_channels": (8, 32)}, {"layers_per_block": 2}),
+    ),
+    "aura-flow": Family(
+        aura_flow_transformer, "flow", WIDTH,
+        others=({"num_single_dit_layers": 3}, {"joint_attention_dim": 24}),
+    ),
+    "flux2": Family(
+        flux2_transformer, "flow", 3 * WIDTH,
+        others=({"num_single_layers": 3}, {"joint_attention_dim": 24}),
     ),
     "lumina2": Family(
         lumina2_transformer, "flow", WIDTH, masked=True,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline
 
 from pilotfish.backbones import Backbone
 from pilotfish.conditioning import NULL, PromptTable, some_or_one
@@ -50,7 +51,7 @@ def kind(denoiser: Any) -> str:
     return {
         "unet": "unet", "cross-attention-dit": "pixart", "sana": "sana", "joint-dit": "sd3",
         "one-stream-dit": "lumina2", "video-dit": "wan", "qwen-dit": "qwen",
-        "z-image-dit": "z-image",
+        "z-image-dit": "z-image", "aura-flow-dit": "aura-flow", "flux2-dit": "flux2",
     }[Backbone.of(denoiser).family]  # fmt: skip
 
 
@@ -119,6 +120,14 @@ def test_a_denoiser_is_called_as_diffusers_calls_it(name: str, latents: torch.Te
             texts = [row[mask == 1] for row, mask in zip(text.embeds, text.mask, strict=True)]
             listed = module(list(latents[:, :, None]), 1 - t / 1000, texts, return_dict=False)[0]
             expected = -torch.cat(listed, 1).transpose(0, 1)
+        elif name == "aura-flow":
+            expected = module(latents, text.embeds, t / 1000).sample
+        elif name == "flux2":
+            klein = Flux2KleinPipeline
+            tokens, image_ids = klein._pack_latents(latents), klein._prepare_latent_ids(latents)
+            text_ids = klein._prepare_text_ids(text.embeds)
+            packed = module(tokens, text.embeds, t / 1000, image_ids, text_ids).sample
+            expected = torch.stack([row.mT.unflatten(1, (8, 8)) for row in packed])
         elif name == "wan":
             expected = module(latents, t, text.embeds).sample
         elif name == "sana":

@@ -125,8 +125,10 @@ def encode_negatives(pipe: Any, texts: Sequence[str]) -> TextConditions:
 def null_prompt(pipe: Any) -> TextConditions:
     """The negative prompt of a call that gives none: the empty text, or zeros where a pipeline of
     SDXL is made that way; a space where a call without one has no guidance."""
-    if Backbone.of_pipeline(pipe).separate_negative:
-        return encode_prompts(pipe, [" "])  # an empty one is no text to some of these
+    backbone = Backbone.of_pipeline(pipe)
+    if backbone.separate_negative:
+        default = backbone.default_negative  # an empty one is no text to some of these
+        return encode_prompts(pipe, [" " if default is None else default])
     negative = _encode(pipe, [""], None)[1]
     assert negative is not None
     return negative

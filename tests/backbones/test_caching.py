@@ -24,6 +24,8 @@ from tests.backbones.stubs import TIME
 
 STEPS = 4
 PROJECTIONS = {
+    "aura-flow": "context_embedder",
+    "flux2": "context_embedder",
     "unet": "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
     "lumina2": "time_caption_embed.caption_embedder",
     "pixart": "caption_projection",

@@ -44,6 +44,15 @@ SD3_SHAPES: list[dict[str, Any]] = [
     {"dual_attention_layers": (0, 1), "num_layers": 4, "patch_size": 1},
     {"num_layers": 1, "dual_attention_layers": ()},
 ]
+TWO_THEN_ONE_SHAPES: list[tuple[str, dict[str, Any]]] = [
+    ("aura-flow", {}),
+    ("aura-flow", {"num_mmdit_layers": 3, "num_single_dit_layers": 0, "patch_size": 1}),
+    ("aura-flow", {"num_mmdit_layers": 0, "num_single_dit_layers": 1}),
+    ("flux2", {}),
+    ("flux2", {"num_layers": 3, "num_single_layers": 0}),
+    ("flux2", {"num_layers": 0, "num_single_layers": 1, "mlp_ratio": 4.0}),
+]
+"""Blocks of two streams, then blocks of one."""
 MASKED_SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("pixart", {}),
     ("pixart", {"num_layers": 3, "patch_size": 1}),
@@ -107,11 +116,22 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
     )
 
 
+@pytest.mark.parametrize("length", [8, 5, 11])
+@pytest.mark.parametrize(("name", "config"), TWO_THEN_ONE_SHAPES)
+def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_two_streams_that_join(
+    name: str, config: dict[str, Any], length: int
+) -> None:
+    family = components.FAMILIES[name]
+    assert_negative_is_recovered(
+        family.denoiser(**config), family.text(2), family.text(1, length, seed=3)
+    )
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        *((name, {}) for name in ("sd3", "lumina2", "pixart", "qwen", "sana", "wan", "z-image")),
+        *((name, {}) for name in components.FAMILIES if name != "unet"),
         *(("unet", config) for config in UNET_TEXT),
     ],
 )
@@ -320,16 +340,16 @@ def test_custom_diffusion_is_refused() -> None:
 
 
 def test_fused_projections_work_or_are_noticed(family: components.Family) -> None:
-    joint = family.pooled > 0
-    denoiser = family.denoiser(**({"dual_attention_layers": ()} if joint else {}))
+    noticed = family in [components.FAMILIES[name] for name in ("sd3", "aura-flow", "flux2")]
+    denoiser = family.denoiser(**({"dual_attention_layers": ()} if family.pooled else {}))
     guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, 0.5)))
     given = family.latents(2), family.text(2), family.text(1, seed=3)
     expected = guided(denoiser, guide, *given)
     if not hasattr(denoiser, "fuse_qkv_projections"):
         return
     denoiser.fuse_qkv_projections()
-    if joint:
-        with pytest.raises(GuideError, match=r"went past transformer_blocks\.0\.attn"):
+    if noticed:
+        with pytest.raises(GuideError, match=r"went past .*transformer_blocks\.0\.attn"):
             guided(denoiser, guide, *given)
     else:
         made = guided(denoiser, guide, *given)

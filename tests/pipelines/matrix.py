@@ -25,7 +25,8 @@ def family(*names: str) -> tuple[str, ...]:
 
 UNET, SD3, PIXART = family("SD", "SDXL"), family("SD3"), family("PixArt")
 ONE = (
-    "SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "Qwen-Image", "Z-Image",
+    "SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "AuraFlow", "FLUX.2 klein",
+    "Qwen-Image", "Z-Image",
 )  # fmt: skip
 """One of each family."""
 PLAIN = ("SD", "SD, v", "SDXL")
@@ -77,7 +78,7 @@ FEATURES = {
         "the guide is given what CFG would take: the empty text, or zeros (SDXL)", EVERY
     ),
     "negative prompt of another length": Feature(
-        "than the prompt, which CFG in one batch cannot take", ONE[:-2]
+        "than the prompt, which CFG in one batch cannot take", ONE[:-3]
     ),
     "num_images_per_prompt": Feature(
         "one call a step at N times as many", [name for name in EVERY if name != "Wan"]
@@ -87,7 +88,7 @@ FEATURES = {
         "half precision given float32, as CFG", (*PLAIN, "PixArt-Sigma")
     ),
     "encode_prompt replaced": Feature(
-        "on the object, to weight prompts; one that returns no negative prompt is refused", ONE[:-2]
+        "on the object, to weight prompts; one that returns no negative prompt is refused", ONE[:-3]
     ),
     "clip_skip": Feature(
         "holds for the prompt; the negative prompt is that of CFG", (*family("SDXL"), *SD3)
@@ -230,7 +231,7 @@ differs in shape needs a guide of its own.
 
 {sd3}
 
-## PixArt, Sana, Lumina 2, Wan, Qwen-Image and Z-Image
+## PixArt, Sana, Lumina 2, AuraFlow, FLUX.2 klein, Wan, Qwen-Image and Z-Image
 
 {others}
 
@@ -238,13 +239,16 @@ differs in shape needs a guide of its own.
 
 - *IP-Adapter.* {ip_adapter}
 - *Refresh.* These rows are tested with refreshes too, on the pipelines that are marked: \
-*negative_prompt*, *negative prompt of another length* (SD3 refuses it), *num_images_per_prompt*, \
-*prompt_embeds*, *w ≤ 1*, *conditions from a callback*, *LoRA from a callback*, *CFG cutoff*, \
-*dynamic CFG*, *IP-Adapter*, *LoRA*, every scheduler, *half precision*, *model offload*, \
-*sequential offload*, *torch.compile*, *threads*, *pickle*, *copy* and *ExternalGuide*. What acts \
-on the second pass alone is warned of with a refresh as well, and has no effect there.
+*negative_prompt*, *negative prompt of another length* (SD3, Wan and AuraFlow refuse it), \
+*num_images_per_prompt*, *prompt_embeds*, *w ≤ 1*, *conditions from a callback*, \
+*LoRA from a callback*, *CFG cutoff*, *dynamic CFG*, *IP-Adapter*, *LoRA*, every scheduler, \
+*half precision*, *model offload*, *sequential offload*, *torch.compile*, *threads*, *pickle*, \
+*copy* and *ExternalGuide*. What acts on the second pass alone is warned of with a refresh as \
+well, and has no effect there.
 - *Pickle.* The text encoders of transformers cannot be pickled once they have given their hidden \
 states (SDXL, SD3), in a plain pipeline as in a guided one: pickle before the first call.
+- *FLUX.2 klein.* Its pipeline takes no `negative_prompt`; that row is tested with \
+`negative_prompt_embeds`.
 - *PixArt-Alpha at 1024 pixels* gives its denoiser resolution and aspect ratio, and is refused \
 (`use_additional_conditions`).
 

@@ -23,7 +23,12 @@ from diffusers import (
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from pilotfish import Guide, TinyGuide
-from pilotfish.backbones import ZImageDiTBackbone
+from pilotfish.backbones import (
+    AuraFlowDiTBackbone,
+    Backbone,
+    Flux2DiTBackbone,
+    ZImageDiTBackbone,
+)
 from tests import components
 
 SIDE = 16
@@ -77,9 +82,17 @@ class Pipeline:
                 given["negative_prompt"] = [" "] * rows
         if "ZImage" in type(self.pipe).__name__:  # whose scale is one less
             given["guidance_scale"] -= 1
+        if "Klein" in type(self.pipe).__name__ and call.get("negative_prompt"):
+            given["negative_prompt_embeds"] = self.encoded(call.pop("negative_prompt"))
         images = {name: image[:rows] for name, image in self.images.items()}
         torch.manual_seed(0)  # some pipelines encode control images without their generator
         return self.pipe(**(given | images | self.call | call))[0]
+
+    @torch.no_grad()
+    def encoded(self, texts: list[str], **call: Any) -> torch.Tensor:
+        """What FLUX.2's pipeline makes of texts. It takes a negative prompt as embeddings alone."""
+        made: torch.Tensor = self.pipe.encode_prompt(texts, **KLEIN_TEXT, **call)[0]
+        return made
 
     @contextmanager
     def batches(self) -> Iterator[list[int]]:
@@ -103,9 +116,9 @@ class Pipeline:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
 
-MASKED = ("PixArt", "Sana", "Lumina2")
+MASKED = ("PixArt", "Sana", "Lumina2", "AuraFlow")
 """Families whose text and its mask are encoded together with the negative prompt's."""
-OTHERS = (*MASKED, "Wan", "Qwen", "ZImage")
+OTHERS = (*MASKED, "Flux2Klein", "Wan", "Qwen", "ZImage")
 """All transformers but Stable Diffusion 3."""
 
 
@@ -131,7 +144,7 @@ class Spec:
 
     @property
     def family(self) -> str:
-        """SD, SDXL, SD3, PixArt, Sana, Lumina2, Wan, Qwen or ZImage."""
+        """SD, SDXL, SD3, PixArt, Sana, Lumina2, AuraFlow, Flux2Klein, Wan, Qwen or ZImage."""
         if "Diffusion3" in self.pipeline:
             return "SD3"
         for name in OTHERS:
@@ -175,6 +188,10 @@ SD3_CALL: dict[str, Any] = {"max_sequence_length": 4}
 PIXART_CALL: dict[str, Any] = {
     "use_resolution_binning": False, "clean_caption": False,
     "max_sequence_length": components.TOKENS,
+}  # fmt: skip
+
+KLEIN_TEXT: dict[str, Any] = {
+    "max_sequence_length": components.TOKENS, "text_encoder_out_layers": (0, 1, 1),
 }  # fmt: skip
 
 
@@ -235,6 +252,14 @@ PIPELINES = {
         "Lumina2Pipeline", prediction_type="flow",
         call={"system_prompt": "", "max_sequence_length": 24},
     ),
+    "AuraFlow": Spec(
+        "AuraFlowPipeline", prediction_type="flow",
+        call={"height": SIDE, "width": SIDE, "max_sequence_length": components.TOKENS},
+    ),
+    "FLUX.2 klein": Spec(
+        "Flux2KleinPipeline", (), {"in_channels": 16}, "flow",
+        call={"height": SIDE, "width": SIDE, **KLEIN_TEXT},
+    ),
     "Wan": Spec(
         "WanPipeline", prediction_type="flow",
         call={
@@ -277,6 +302,8 @@ def _part(name: str) -> Any:
         return components.deep_autoencoder()
     if name == "vae of Qwen":
         return components.packed_autoencoder()
+    if name == "vae of Flux2Klein":
+        return components.flux2_autoencoder()
     if name == "vae of Wan":
         return components.video_autoencoder()
     if name == "vae of SD3":
@@ -299,12 +326,12 @@ def shared(name: str, alone: bool = False) -> dict[str, Any]:
     spec = PIPELINES[name]
     part = _part.__wrapped__ if alone else _part
     made: dict[str, Any] = {"vae": part("vae"), "tokenizer": _tokenizer()}
-    if spec.family == "ZImage":
+    if spec.family in ("ZImage", "Flux2Klein"):
         made["tokenizer"] = copy.deepcopy(_tokenizer())
         made["tokenizer"].chat_template = "{{ messages[0]['content'] }}"
     if spec.family in OTHERS:
         own = f"vae of {spec.family}"
-        vae = {"vae": part(own)} if spec.family in ("Sana", "Wan", "Qwen") else {}
+        vae = {"vae": part(own)} if spec.family in ("Sana", "Flux2Klein", "Wan", "Qwen") else {}
         return made | {"text_encoder": part("t5")} | vae
     made["text_encoder"] = part("text_encoder_2" if spec.family == "SD3" else "text_encoder")
     if spec.family != "SD":
@@ -328,7 +355,7 @@ def _denoiser(name: str) -> Any:
             **({"in_channels": CHANNELS, "out_channels": CHANNELS} | spec.denoiser)
         )
     if spec.family in OTHERS:
-        known = {"ZImage": "z_image"}
+        known = {"ZImage": "z_image", "AuraFlow": "aura_flow", "Flux2Klein": "flux2"}
         kind = known.get(spec.family, spec.family.lower())
         make: Any = getattr(components, f"{kind}_transformer")
         return make(**spec.denoiser)
@@ -398,14 +425,23 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
 
 def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls of a pipeline class without what is that of full-size models: bins of sizes, and
-    Z-Image's default size."""
+    default sizes."""
     call: Any = pipeline.__call__
     small: dict[str, Any] = {}
     if "use_resolution_binning" in signature(call).parameters:
         small = {"use_resolution_binning": False}
-    if pipeline is diffusers.ZImagePipeline:
-        small = {"height": SIDE, "width": SIDE}
-        monkeypatch.setattr(ZImageDiTBackbone, "latent_shape", lambda self: (4, 8, 8))
+    sized: dict[type, tuple[type[Backbone], tuple[int, ...], dict[str, Any]]] = {
+        diffusers.ZImagePipeline: (ZImageDiTBackbone, (4, 8, 8), {}),
+        diffusers.AuraFlowPipeline: (
+            AuraFlowDiTBackbone, (4, 8, 8), {"max_sequence_length": components.TOKENS}
+        ),
+        diffusers.Flux2KleinPipeline: (Flux2DiTBackbone, (16, 4, 4), KLEIN_TEXT),
+    }  # fmt: skip
+    if pipeline in sized:
+        family, shape, text = sized[pipeline]
+        small, encoding = {"height": SIDE, "width": SIDE, **text}, family.encoding
+        monkeypatch.setattr(family, "latent_shape", lambda self: shape)
+        monkeypatch.setattr(family, "encoding", lambda self, texts: encoding(self, texts) | text)
 
     @wraps(call)
     def any_size(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, p
 from tests.pipelines.test_conditions import load_lora, unload_lora
 
 NEGATIVE = ["red", "blue"]
-SEQUENTIAL = {"Lumina2", "Wan", "Qwen-Image"}
+SEQUENTIAL = {"Lumina2", "Wan", "Qwen-Image", "FLUX.2 klein"}
 """Pipelines whose CFG makes two calls, which may have two lengths of text."""
 
 
@@ -90,6 +90,9 @@ def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor,
         negative = call.pop("negative_prompt", [" "] * len(prompt))
         both = [one.pipe.encode_prompt(list(texts), **call) for texts in (prompt, negative)]
         return tuple(part for pair in zip(*both, strict=True) for part in pair if part is not None)
+    if "Klein" in type(one.pipe).__name__:
+        negative = call.pop("negative_prompt", [""] * len(prompt))
+        return one.encoded(list(prompt), **call), one.encoded(negative, **call)
     if "ZImage" in type(one.pipe).__name__:  # lists, which the call repeats
         times = call.pop("num_images_per_prompt", 1)
         length = {"max_sequence_length": one.call["max_sequence_length"]}
@@ -108,7 +111,9 @@ def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor,
     known = inspect.signature(one.pipe.encode_prompt).parameters
     encoder = {k: one.call[k] for k in own if k in one.call and k in known}
     made = one.pipe.encode_prompt(prompt=prompt, device="cpu", **(encoder | given))
-    if masked(one):  # prompt, mask, negative, mask
+    if "AuraFlow" in type(one.pipe).__name__:  # has applied its masks
+        made = (made[0], made[2])
+    elif masked(one):  # prompt, mask, negative, mask
         made = (made[0], made[2], made[1], made[3])
     return tuple(made)
 
@@ -227,6 +232,8 @@ def given_embeddings(one: Pipeline, name: str) -> dict[str, torch.Tensor]:
         made = (as_list(TextConditions(embeds, mask=mask)),
                 as_list(TextConditions(negative, mask=negative_mask)))  # fmt: skip
     names = ["prompt_embeds", "negative_prompt_embeds"]
+    if "AuraFlow" in type(one.pipe).__name__:
+        made += tuple(torch.ones_like(embeds[..., 0]) for embeds in made)
     if masked(one):
         names += ["prompt_attention_mask", "negative_prompt_attention_mask"]
     elif "Qwen" in type(one.pipe).__name__:

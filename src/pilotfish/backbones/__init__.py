@@ -3,10 +3,13 @@
 A new family is one file with a subclass of :class:`Backbone`, and one line here.
 """
 
-from pilotfish.backbones.base import Backbone, twice_arguments
+from pilotfish.backbones.aura_flow_dit import AuraFlowDiTBackbone
+from pilotfish.backbones.base import Backbone
 from pilotfish.backbones.compiled import is_compiled, watch_hooks
 from pilotfish.backbones.context import DenoiserCall, GuidedPass, current_pass
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
+from pilotfish.backbones.doubling import twice_arguments
+from pilotfish.backbones.flux2_dit import Flux2DiTBackbone
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.joint_dit import JointDiTBackbone
 from pilotfish.backbones.one_stream_dit import OneStreamDiTBackbone
@@ -17,9 +20,11 @@ from pilotfish.backbones.video_dit import VideoDiTBackbone
 from pilotfish.backbones.z_image_dit import ZImageDiTBackbone
 
 __all__ = [
+    "AuraFlowDiTBackbone",
     "Backbone",
     "CrossAttentionDiTBackbone",
     "DenoiserCall",
+    "Flux2DiTBackbone",
     "GuidedPass",
     "Hooks",
     "JointDiTBackbone",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from pilotfish.backbones.compiled import uncompiled
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
+from pilotfish.backbones.doubling import twice_arguments
 from pilotfish.backbones.hooks import Hooks, first_output, with_arguments, with_first
 from pilotfish.guidance import classifier_free_guidance
 from pilotfish.interface import GuideError, GuideProtocol, Refresh, TextConditions
@@ -271,8 +273,10 @@ class Backbone(ABC):
     scale_offset: ClassVar[float] = 0.0
     """What is added to that argument to give w."""
     separate_negative: ClassVar[bool] = False
-    """Whether the pipeline encodes the negative prompt in a call of ``encode_prompt`` of its own,
-    and makes no second pass where none is given."""
+    """Whether the pipeline encodes the negative prompt in another call of ``encode_prompt``."""
+    default_negative: ClassVar[str | None] = None
+    """The negative prompt that such a pipeline encodes where none is given; None where it then
+    makes no second pass."""
 
     sign: ClassVar[int] = 1
     """-1 where the denoiser's output is the negative of the noise path's prediction."""
@@ -285,6 +289,14 @@ class Backbone(ABC):
     text_is_projected: ClassVar[bool] = False
     """Whether the text is extrapolated inside the denoiser, after a projection that is not
     linear."""
+
+    def needs_image(self, pipe: Any) -> bool:
+        """Whether the pipeline's call starts from an image."""
+        return "image" in signature(type(pipe).__call__).parameters
+
+    def negative_arguments(self, pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
+        """The arguments of the pipeline's call for some negative prompts."""
+        return {"negative_prompt": list(texts)}
 
     def scale_argument_of(self, guidance_scale: float) -> dict[str, float]:
         """The argument of the pipeline's call for a scale w."""
@@ -315,19 +327,26 @@ class Backbone(ABC):
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.denoiser.config.in_channels), int(height), int(width)
 
+    def pixels(self, pipe: Any) -> int:
+        """Pixels of a latent, each way."""
+        return int(pipe.vae_scale_factor)
 
-def twice_arguments(given: Mapping[str, Any], n: int) -> dict[str, Any]:
-    """The arguments of a call of n rows, every batch twice. What attention processors are given,
-    such as masks of images, stays: pipelines give the same to one pass and to two."""
-    return {k: v if k.endswith("attention_kwargs") else twice(v, n) for k, v in given.items()}
+    def from_vae(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+        """The denoiser's latents (N, C, h, w) of what the VAE makes of images."""
+        shift, scale = vae_statistics(vae, latents)
+        return (latents - shift) / scale
+
+    def to_vae(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+        """What the VAE decodes of the final latents of the pipeline's call."""
+        shift, scale = vae_statistics(vae, latents)
+        return latents * scale + shift
 
 
-def twice(value: Any, n: int) -> Any:
-    """Every tensor of n rows, here or in lists and mappings, repeated; all else as it is."""
-    if isinstance(value, torch.Tensor):
-        return torch.cat([value, value]) if value.ndim and len(value) == n else value
-    if isinstance(value, list | tuple):
-        return type(value)(twice(v, n) for v in value)
-    if isinstance(value, Mapping):
-        return {k: twice(v, n) for k, v in value.items()}
-    return value
+def vae_statistics(vae: Any, like: torch.Tensor) -> tuple[Any, Any]:
+    """Shift and scale of a VAE's latents, numbers or (1, C, 1, 1)."""
+    config = vae.config
+    mean, std = (config.get(f"latents_{name}") for name in ("mean", "std"))
+    if mean is None or std is None:
+        return config.get("shift_factor") or 0, 1 / config.scaling_factor
+    shift, scale = (torch.tensor(x).to(like).view(1, -1, 1, 1) for x in (mean, std))
+    return shift, scale / config.scaling_factor

@@ -296,9 +296,12 @@ class GuidedPass:
                 be.
         """
         if self._due:
+            # the first one: what it skips may be missing in those after it
+            order = (*self.output.gains, *self.output.residuals)
+            name = next(name for name in order if name in self._due)
             raise GuideError(
-                f"the denoiser went past {min(self._due)}, to which the guide adds; undo what "
-                "skips or replaces its layers"
+                f"the denoiser went past {name}, to which the guide adds; undo what skips or "
+                "replaces its layers"
             )
         if self._untrained is not None and not prediction.abs().max() <= LARGEST:
             low, high = self.guide.guidance_scale_range

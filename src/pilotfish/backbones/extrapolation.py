@@ -89,8 +89,9 @@ def up_to_last(names: Sequence[str], extrapolated: Collection[str]) -> list[str]
 
 
 def joined_attention(
-    hooks: Hooks, name: str, layer: Any, attend: Callable[..., torch.Tensor | None]
-) -> None:
+    hooks: Hooks, name: str, layer: Any, attend: Callable[..., torch.Tensor | None], *,
+    value: Any = None, out: Any = None,
+) -> None:  # fmt: skip
     """Extrapolate a layer in which the tokens of text and image attend to each other, by a negative
     stream that runs along with the pass.
 
@@ -100,6 +101,8 @@ def joined_attention(
             and values, (N, tokens, d), before they are rotated, and what enters the layer's last
             projection, (N, tokens, d). It takes the stream to the next block, and returns the
             changed output, or None to leave it as it is.
+        value: the projection to values, whose whole output is v; left out, ``to_v``.
+        out: the layer's last projection; left out, ``to_out[0]``.
     """
 
     def keep(part: str) -> Any:
@@ -117,12 +120,22 @@ def joined_attention(
         if stream is None or q is None or k is None or v is None:
             return None  # the projections are fused; the end of the call reports it
         changed = attend(guided, stream, q, k, v, args[0])
-        return None if changed is None else ((changed, *args[1:]), kwargs)
+        if changed is None or torch.is_grad_enabled() or args[0].is_contiguous():
+            return None if changed is None else ((changed, *args[1:]), kwargs)
+        _copy(args[0], changed)
+        return None
 
     hooks.after(layer.to_q if layer.norm_q is None else layer.norm_q, keep("q"))
     hooks.after(layer.to_k if layer.norm_k is None else layer.norm_k, keep("k"))
-    hooks.after(layer.to_v, keep("v"))
-    hooks.before(layer.to_out[0], before)
+    hooks.after(layer.to_v if value is None else value, keep("v"))
+    hooks.before(layer.to_out[0] if out is None else out, before)
+
+
+def _copy(output: torch.Tensor, changed: torch.Tensor) -> None:
+    """Write the changed output in place: a linear layer rounds otherwise where its input lies in
+    memory as a part of the joined tokens, and a fresh guide is to change no bit in half
+    precision."""
+    output.copy_(changed)
 
 
 class JointAttention:
@@ -197,9 +210,7 @@ class JointAttention:
             changed = guided.extrapolate(name, output, joined[:, :image], by_head=True)
             if torch.is_grad_enabled() or args[0].is_contiguous():
                 return (changed.flatten(2), *args[1:]), kwargs
-            # a linear layer rounds otherwise where its input lies in memory as a part of the
-            # joined tokens: keep that, so that a fresh guide changes no bit in half precision
-            output.copy_(changed)
+            _copy(output, changed)
             return None
 
         for part, norm, projection in (

@@ -15,10 +15,11 @@ from diffusers import SD3Transformer2DModel
 
 from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
+from pilotfish.backbones.doubling import without_mask
 from pilotfish.backbones.extrapolation import JointAttention, up_to_last
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.tokens import patchify, to_map, to_tokens
-from pilotfish.interface import GuideError, TextConditions
+from pilotfish.interface import TextConditions
 
 
 class JointDiTBackbone(Backbone):
@@ -96,12 +97,9 @@ class JointDiTBackbone(Backbone):
         return patchify(latents, self.denoiser.config.patch_size)
 
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
-        if text.mask is not None:
-            raise GuideError(
-                "prompt and negative prompt are of two lengths, which this denoiser cannot take in "
-                "one batch: encode both to the same length, or use refresh=0"
-            )
-        return {"encoder_hidden_states": text.embeds, "pooled_projections": text.pooled}
+        return {
+            "encoder_hidden_states": without_mask(text), "pooled_projections": text.pooled,
+        }  # fmt: skip
 
     def doubled(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
         changed = super().doubled(guided, given)

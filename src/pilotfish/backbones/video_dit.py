@@ -16,7 +16,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 
 from pilotfish.backbones.context import DenoiserCall
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
-from pilotfish.interface import GuideError, TextConditions
+from pilotfish.backbones.doubling import without_mask
+from pilotfish.interface import TextConditions
 
 
 class VideoDiTBackbone(CrossAttentionDiTBackbone):
@@ -48,12 +49,7 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
         return super().on_grid(latents.flatten(2, 3))
 
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
-        if text.mask is not None:
-            raise GuideError(
-                "prompt and negative prompt are of two lengths, which this denoiser cannot take in "
-                "one batch: encode both to the same length, or use refresh=0"
-            )
-        return {"encoder_hidden_states": text.embeds}
+        return {"encoder_hidden_states": without_mask(text)}
 
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None

@@ -145,7 +145,8 @@ def load_reference(pipe: Any, folder: str | Path | None) -> torch.Tensor | None:
     """(M, 3, H, W) reference images in [-1, 1], as large as the pipeline's own."""
     if folder is None:
         return None
-    size = Backbone.of_pipeline(pipe).latent_shape()[1] * int(pipe.vae_scale_factor)
+    backbone = Backbone.of_pipeline(pipe)
+    size = backbone.latent_shape()[1] * backbone.pixels(pipe)
     return from_pixels(load_images(folder, size).pixels)
 
 

@@ -128,7 +128,7 @@ def timed_call(
     with method.attached(pipe) if method else nullcontext():
         start = clock()
         pipe(
-            [prompt] * batch, **scale, num_inference_steps=steps, output_type="latent",
+            prompt=[prompt] * batch, **scale, num_inference_steps=steps, output_type="latent",
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         if torch.cuda.is_available():

@@ -32,6 +32,13 @@ from pilotfish.pipelines.call import (
 from pilotfish.pipelines.control import doubled_controlnets
 from pilotfish.refresh import RefreshSteps, check_refresh
 
+GUIDER = (
+    "its guider makes the second pass and combines the two by a rule of its own, which a guide "
+    "does not replace"
+)
+"""Why a pipeline with a guider, such as HunyuanImage's, is refused. Its default rule (APG) sums up
+the differences of the steps before."""
+
 
 def attach(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None) -> None:
     """Attach ``guide`` to ``pipe``.
@@ -122,6 +129,8 @@ def check(guide: GuideProtocol, pipe: Any) -> Backbone:
         GuideError: the pipeline's guidance cannot be turned off, or the guide was made for
             another denoiser.
     """
+    if hasattr(pipe, "guider"):
+        raise _refused(pipe, GUIDER)
     try:
         backbone = Backbone.of_pipeline(pipe)
     except GuideError as error:
@@ -129,6 +138,8 @@ def check(guide: GuideProtocol, pipe: Any) -> Backbone:
     call = signature(pipe.__call__).parameters
     if not hasattr(pipe, "encode_prompt"):
         raise _refused(pipe, "it has no encode_prompt, which makes the negative prompt")
+    if (why := backbone.refusal(pipe)) is not None:
+        raise _refused(pipe, why)
     if not backbone.cfg_by_argument and not hasattr(type(pipe), CFG_FLAG):
         raise _refused(pipe, f"it has no property {CFG_FLAG} that turns its second pass off")
     flagged = CFG_FLAG in signature(type(pipe).encode_prompt).parameters
@@ -136,8 +147,6 @@ def check(guide: GuideProtocol, pipe: Any) -> Backbone:
         raise _refused(pipe, f"its encode_prompt takes no {CFG_FLAG}")
     if backbone.scale_argument not in call:
         raise _refused(pipe, f"its call takes no {backbone.scale_argument}")
-    if (why := backbone.refusal(pipe)) is not None:
-        raise _refused(pipe, why)
     predicted = prediction_type(pipe.scheduler)
     guide.check(backbone.signature(predicted), Origin.of(backbone.denoiser))
     return backbone

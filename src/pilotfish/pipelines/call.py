@@ -81,17 +81,16 @@ class RunningCall:
         self._embeds = embeds if all(isinstance(x, list) for x in embeds) else None
         self._negative_arguments: dict[str, Any] = {}
         if self.backbone.separate_negative:
-            self._negative_arguments = {
-                name: call.arguments.pop(name, None) for name in NEGATIVE_ARGUMENTS
-            }
+            known = [name for name in NEGATIVE_ARGUMENTS if name in call.signature.parameters]
+            self._negative_arguments = {name: call.arguments.pop(name, None) for name in known}
             given = [
                 name
                 for name in list(NEGATIVE_ARGUMENTS)[:2]
-                if self._negative_arguments[name] is not None
+                if self._negative_arguments.get(name) is not None
             ]
             if len(given) > 1:
                 raise GuideError(f"give {given[0]} or {given[1]}, not both")
-            if self.needs_guidance and not given:
+            if not given and self.backbone.default_negative is None and self.needs_guidance:
                 self._argument = 1.0  # as the pipeline does, which warns of it
                 warnings.warn(
                     f"{type(pipe).__name__} makes no classifier-free guidance without a "
@@ -137,6 +136,10 @@ class RunningCall:
             negative = {
                 NEGATIVE_ARGUMENTS[name]: value for name, value in self._negative_arguments.items()
             }
+            default = self.backbone.default_negative
+            if default is not None and negative.get("prompt") is None:
+                texts = kwargs.get("prompt")
+                negative["prompt"] = [default] * len(texts) if isinstance(texts, list) else default
             self._keep_encoded(split(encoded)[0], split(plain(*args, **(kwargs | negative)))[0])
             return encoded
         # encode_prompt may have been replaced by one with other names for its arguments

@@ -97,14 +97,15 @@ def _drawn(
     negative_prompts: Sequence[str] | None, batches: Iterable[slice], call: dict[str, Any],
 ) -> Iterator[Sample]:  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
+    negatives = Backbone.of_pipeline(pipe).negative_arguments
     for batch in batches:
         texts, some = list(prompts[batch]), seeds[batch]
         # left out where there is none: to PixArt's pipeline None is no text
-        negative = {"negative_prompt": list(negative_prompts[batch])} if negative_prompts else {}
+        negative = negatives(pipe, negative_prompts[batch]) if negative_prompts else {}
         # attached for one batch only: between two of them the pipeline is its owner's
         with guide.attached(pipe) if guide is not None else nullcontext():
             latents = pipe(
-                texts,
+                prompt=texts,
                 generator=[torch.Generator().manual_seed(s) for s in some],
                 output_type="latent",
                 **negative,
@@ -118,18 +119,12 @@ def _drawn(
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """(N, C, h, w) latents to (N, 3, H, W) images in [-1, 1], as the pipeline decodes them."""
-    vae, config = pipe.vae, pipe.vae.config
-    overflows = vae.dtype == torch.float16 and config.get("force_upcast", False)
+    vae = pipe.vae
+    overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if overflows:
         vae.to(torch.float32)
     height, width = (side * int(pipe.vae_scale_factor) for side in latents.shape[2:])
-    latents = latents.to(vae.dtype)
-    mean, std = (config.get(f"latents_{name}") for name in ("mean", "std"))
-    if mean is not None and std is not None:  # one for each channel
-        shift, scale = (torch.tensor(x).to(latents).view(1, -1, 1, 1) for x in (mean, std))
-        latents = latents * scale / config.scaling_factor + shift
-    else:
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+    latents = Backbone.of_pipeline(pipe).to_vae(vae, latents.to(vae.dtype))
     try:
         parts = [
             vae.decode(part, return_dict=False)[0] for part in latents.split(at_once(height, width))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ class TrainingContext:
         self.path = NoisePath.of(self.pipe.scheduler)
         self.backbone = Backbone.of_pipeline(self.pipe)
         shape = self.backbone.denoiser.config
-        if "image" in signature(type(self.pipe).__call__).parameters:
+        if self.backbone.needs_image(self.pipe):
             raise ConfigError(
                 f"the base is a {type(self.pipe).__name__}, which needs an image as input; train a "
                 "guide on a text-to-image pipeline"
@@ -170,7 +169,7 @@ class TrainingContext:
             raise ConfigError(
                 "--training_samples noised needs --train_images, a folder with metadata.jsonl"
             )
-        size = self.latent_shape[1] * int(self.pipe.vae_scale_factor)
+        size = self.latent_shape[1] * self.backbone.pixels(self.pipe)
         images = load_images(self.image_folder, size)
         captions = set(images.captions)
         place = {text: i for i, text in enumerate(self.prompts) if text in captions}
@@ -185,5 +184,4 @@ class TrainingContext:
         # Sana's has no distribution
         latents = [e.latent_dist.mean if hasattr(e, "latent_dist") else e.latent for e in encoded]
         prompt = torch.tensor([place[c] for c in images.captions])
-        shift = vae.config.get("shift_factor") or 0
-        return (torch.cat(latents).float().cpu() - shift) * vae.config.scaling_factor, prompt
+        return self.backbone.from_vae(vae, torch.cat(latents).float().cpu()), prompt
