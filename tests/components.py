@@ -14,11 +14,13 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -162,6 +164,32 @@ def video_autoencoder() -> AutoencoderKLWan:
         base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
         latents_mean=[0.1] * 4, latents_std=[0.9] * 4, scale_factor_temporal=4,
         scale_factor_spatial=2,
+    ).eval()  # fmt: skip
+
+
+def ltx_transformer(seed: int = 0, **config: Any) -> LTXVideoTransformer3DModel:
+    small: dict[str, Any] = {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+        "cross_attention_dim": WIDTH, "num_layers": 2, "caption_channels": WIDTH,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(LTXVideoTransformer3DModel(**small | config))
+
+
+def ltx_autoencoder() -> AutoencoderKLLTXVideo:
+    """LTX's, four pixels for one latent, and four frames."""
+    torch.manual_seed(2)
+    sides: dict[str, Any] = {
+        f"{side}{name}": value
+        for side in ("", "decoder_")
+        for name, value in (
+            ("block_out_channels", (4,) * 4), ("layers_per_block", (1,) * 5),
+            ("spatio_temporal_scaling", (True, True, False, False)),
+        )
+    }  # fmt: skip
+    return AutoencoderKLLTXVideo(
+        latent_channels=4, patch_size=1, patch_size_t=1, encoder_causal=True, decoder_causal=False,
+        **sides,
     ).eval()  # fmt: skip
 
 
@@ -391,6 +419,10 @@ FAMILIES = {
     "flux2": Family(
         flux2_transformer, "flow", 3 * WIDTH,
         others=({"num_single_layers": 3}, {"joint_attention_dim": 24}),
+    ),
+    "ltx": Family(
+        ltx_transformer, "flow", WIDTH, masked=True, shape=(4, 2, 8, 8),
+        others=({"num_layers": 3}, {"caption_channels": 24}),
     ),
     "lumina2": Family(
         lumina2_transformer, "flow", WIDTH, masked=True,

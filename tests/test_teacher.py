@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, LTXPipeline
 
 from pilotfish.backbones import Backbone
 from pilotfish.conditioning import NULL, PromptTable, some_or_one
@@ -52,6 +52,7 @@ def kind(denoiser: Any) -> str:
         "unet": "unet", "cross-attention-dit": "pixart", "sana": "sana", "joint-dit": "sd3",
         "one-stream-dit": "lumina2", "video-dit": "wan", "qwen-dit": "qwen",
         "z-image-dit": "z-image", "aura-flow-dit": "aura-flow", "flux2-dit": "flux2",
+        "ltx-dit": "ltx",
     }[Backbone.of(denoiser).family]  # fmt: skip
 
 
@@ -128,6 +129,18 @@ def test_a_denoiser_is_called_as_diffusers_calls_it(name: str, latents: torch.Te
             text_ids = klein._prepare_text_ids(text.embeds)
             packed = module(tokens, text.embeds, t / 1000, image_ids, text_ids).sample
             expected = torch.stack([row.mT.unflatten(1, (8, 8)) for row in packed])
+        elif name == "ltx":
+            packed = module(
+                LTXPipeline._pack_latents(latents),
+                text.embeds,
+                t,
+                text.mask,
+                2,
+                8,
+                8,
+                (8 / 25, 32, 32),
+            ).sample
+            expected = LTXPipeline._unpack_latents(packed, 2, 8, 8)
         elif name == "wan":
             expected = module(latents, t, text.embeds).sample
         elif name == "sana":

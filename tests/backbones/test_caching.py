@@ -27,6 +27,7 @@ PROJECTIONS = {
     "aura-flow": "context_embedder",
     "flux2": "context_embedder",
     "unet": "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+    "ltx": "caption_projection",
     "lumina2": "time_caption_embed.caption_embedder",
     "pixart": "caption_projection",
     "qwen": "txt_norm",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 
@@ -56,6 +56,7 @@ TWO_THEN_ONE_SHAPES: list[tuple[str, dict[str, Any]]] = [
 MASKED_SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("pixart", {}),
     ("pixart", {"num_layers": 3, "patch_size": 1}),
+    ("ltx", {}),
     ("lumina2", {}),
     ("lumina2", {"num_layers": 2, "patch_size": 1, "num_kv_heads": 3, "num_refiner_layers": 2}),
     ("qwen", {}),
@@ -71,7 +72,8 @@ def assert_negative_is_recovered(
     denoiser: Any, text: TextConditions, negative: TextConditions, sizes: Any = None
 ) -> None:
     """A gain of -1 in every layer gives the prediction for the negative prompt."""
-    kind = "wan" if isinstance(denoiser, WanTransformer3DModel) else "unet"
+    video = isinstance(denoiser, WanTransformer3DModel | LTXVideoTransformer3DModel)
+    kind = "wan" if video else "unet"
     latents = components.FAMILIES[kind].latents(2)
     unconditional = plain(denoiser, latents, negative[torch.tensor([0, 0])], sizes=sizes)
     conditional = plain(denoiser, latents, text, sizes=sizes)

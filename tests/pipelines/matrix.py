@@ -25,8 +25,8 @@ def family(*names: str) -> tuple[str, ...]:
 
 UNET, SD3, PIXART = family("SD", "SDXL"), family("SD3"), family("PixArt")
 ONE = (
-    "SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "AuraFlow", "FLUX.2 klein",
-    "Qwen-Image", "Z-Image",
+    "SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "LTX", "AuraFlow",
+    "FLUX.2 klein", "Qwen-Image", "Z-Image",
 )  # fmt: skip
 """One of each family."""
 PLAIN = ("SD", "SD, v", "SDXL")
@@ -81,7 +81,7 @@ FEATURES = {
         "than the prompt, which CFG in one batch cannot take", ONE[:-3]
     ),
     "num_images_per_prompt": Feature(
-        "one call a step at N times as many", [name for name in EVERY if name != "Wan"]
+        "one call a step at N times as many", [name for name in EVERY if name not in ("Wan", "LTX")]
     ),
     "prompt_embeds": Feature("given embeddings are as good as prompts", EVERY),
     "prompt_embeds, other precision": Feature(
@@ -231,7 +231,7 @@ differs in shape needs a guide of its own.
 
 {sd3}
 
-## PixArt, Sana, Lumina 2, AuraFlow, FLUX.2 klein, Wan, Qwen-Image and Z-Image
+## PixArt, Sana, Lumina 2, AuraFlow, FLUX.2 klein, Wan, LTX, Qwen-Image and Z-Image
 
 {others}
 

@@ -116,7 +116,7 @@ class Pipeline:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
 
-MASKED = ("PixArt", "Sana", "Lumina2", "AuraFlow")
+MASKED = ("PixArt", "Sana", "Lumina2", "AuraFlow", "LTX")
 """Families whose text and its mask are encoded together with the negative prompt's."""
 OTHERS = (*MASKED, "Flux2Klein", "Wan", "Qwen", "ZImage")
 """All transformers but Stable Diffusion 3."""
@@ -144,7 +144,7 @@ class Spec:
 
     @property
     def family(self) -> str:
-        """SD, SDXL, SD3, PixArt, Sana, Lumina2, AuraFlow, Flux2Klein, Wan, Qwen or ZImage."""
+        """SD, SDXL, SD3, PixArt, Sana, Lumina2, AuraFlow, LTX, Flux2Klein, Wan, Qwen or ZImage."""
         if "Diffusion3" in self.pipeline:
             return "SD3"
         for name in OTHERS:
@@ -267,6 +267,13 @@ PIPELINES = {
             "max_sequence_length": components.TOKENS,
         },
     ),
+    "LTX": Spec(
+        "LTXPipeline", prediction_type="flow",
+        call={
+            "height": 2 * SIDE, "width": 2 * SIDE, "num_frames": 5,
+            "max_sequence_length": components.TOKENS,
+        },
+    ),
     "Qwen-Image": Spec(
         "QwenImagePipeline", (), {"in_channels": 16, "out_channels": 4}, "flow",
         call={"height": SIDE, "width": SIDE},
@@ -304,6 +311,8 @@ def _part(name: str) -> Any:
         return components.packed_autoencoder()
     if name == "vae of Flux2Klein":
         return components.flux2_autoencoder()
+    if name == "vae of LTX":
+        return components.ltx_autoencoder()
     if name == "vae of Wan":
         return components.video_autoencoder()
     if name == "vae of SD3":
@@ -331,7 +340,8 @@ def shared(name: str, alone: bool = False) -> dict[str, Any]:
         made["tokenizer"].chat_template = "{{ messages[0]['content'] }}"
     if spec.family in OTHERS:
         own = f"vae of {spec.family}"
-        vae = {"vae": part(own)} if spec.family in ("Sana", "Flux2Klein", "Wan", "Qwen") else {}
+        with_own = ("Sana", "Flux2Klein", "LTX", "Wan", "Qwen")
+        vae = {"vae": part(own)} if spec.family in with_own else {}
         return made | {"text_encoder": part("t5")} | vae
     made["text_encoder"] = part("text_encoder_2" if spec.family == "SD3" else "text_encoder")
     if spec.family != "SD":

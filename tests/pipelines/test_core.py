@@ -101,7 +101,8 @@ def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor,
         assert p.mask is not None
         assert n.mask is not None
         return p.embeds, n.embeds, p.mask, n.mask
-    images = {} if "Wan" in type(one.pipe).__name__ else {"num_images_per_prompt": 1}
+    video = type(one.pipe).__name__.startswith(("Wan", "LTX"))
+    images = {} if video else {"num_images_per_prompt": 1}
     given = {"do_classifier_free_guidance": True} | images | call
     if "Diffusion3" in type(one.pipe).__name__:
         given |= {"prompt_2": None, "prompt_3": None}

@@ -199,6 +199,22 @@ def has_no_effect(name: str, **given: Any) -> None:
         assert torch.equal(one.latents(**given), guided(name))
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "why"),
+    [
+        (
+            "LTXConditionPipeline",
+            "its denoiser reads frames in addition to those that it generates",
+        ),
+        ("LTXI2VLongMultiPromptPipeline", "it calls its denoiser for parts of a longer video"),
+    ],
+)
+def test_ltxs_relatives_are_refused(pipeline: str, why: str) -> None:
+    parts = build("LTX").pipe.components
+    with pytest.raises(GuideError, match=f"{pipeline} cannot take a guide: {why}"):
+        guide("LTX").attach(getattr(diffusers, pipeline)(**parts))
+
+
 def test_a_pipeline_of_two_denoisers_is_refused() -> None:
     pipe = build("Wan").pipe
     pipe.transformer_2 = pipe.transformer

@@ -12,6 +12,7 @@ from pilotfish.backbones.doubling import twice_arguments
 from pilotfish.backbones.flux2_dit import Flux2DiTBackbone
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.joint_dit import JointDiTBackbone
+from pilotfish.backbones.ltx_dit import LTXBackbone
 from pilotfish.backbones.one_stream_dit import OneStreamDiTBackbone
 from pilotfish.backbones.origin import Origin, portable_path, public_name
 from pilotfish.backbones.qwen_dit import QwenDiTBackbone
@@ -28,6 +29,7 @@ __all__ = [
     "GuidedPass",
     "Hooks",
     "JointDiTBackbone",
+    "LTXBackbone",
     "OneStreamDiTBackbone",
     "Origin",
     "QwenDiTBackbone",
