@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import diffusers
 
+from pilotfish.pipelines.attach import GUIDER
 from tests.pipelines.pipelines import OTHERS, PIPELINES
 from tests.pipelines.refused import ATTACHED, CONFIG, PAG, WHY
 
@@ -33,6 +34,7 @@ PLAIN = ("SD", "SD, v", "SDXL")
 SOME = (*PLAIN, "SD ControlNet")
 ADAPTED = (*SOME, "SD img2img", "SDXL ControlNet")
 MORE = (*SOME, "SD3", "PixArt-Sigma")
+JOINED = ("AuraFlow", "FLUX.2 klein")
 
 
 def taking(*arguments: str) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ FEATURES = {
     "LoRA": Feature(
         "loaded before or after attaching, the same bit for bit; unloaded, the guide is as before, "
         "up to rounding",
-        (*ADAPTED, *SD3, *PIXART),
+        (*ADAPTED, *SD3, *PIXART, *JOINED),
     ),
     "LoRA scale": Feature(
         "`cross_attention_kwargs` or `joint_attention_kwargs` reach the denoiser",
@@ -141,9 +143,11 @@ FEATURES = {
     "prediction_type": Feature(
         "changed after attaching, or from a callback: refused, naming both", ("SD", "SD, v", "SD3")
     ),
-    "half precision": Feature("bfloat16 and float16; the guide itself stays as it is", MORE),
-    "model offload": Feature("with accelerate's hooks, CPU to CPU", MORE),
-    "sequential offload": Feature("with weights on no device, CPU to CPU", MORE),
+    "half precision": Feature(
+        "bfloat16 and float16; the guide itself stays as it is", (*MORE, *JOINED)
+    ),
+    "model offload": Feature("with accelerate's hooks, CPU to CPU", (*MORE, *JOINED)),
+    "sequential offload": Feature("with weights on no device, CPU to CPU", (*MORE, *JOINED)),
     "attention slicing": Feature("the same images, up to rounding", SOME),
     "fuse_qkv_projections": Feature(
         "the same images, up to rounding", (*SOME, "PixArt-Sigma")
@@ -248,7 +252,8 @@ well, and has no effect there.
 - *Pickle.* The text encoders of transformers cannot be pickled once they have given their hidden \
 states (SDXL, SD3), in a plain pipeline as in a guided one: pickle before the first call.
 - *FLUX.2 klein.* Its pipeline takes no `negative_prompt`; that row is tested with \
-`negative_prompt_embeds`.
+`negative_prompt_embeds`. Of another length than the prompt they are refused in a step with both \
+passes.
 - *PixArt-Alpha at 1024 pixels* gives its denoiser resolution and aspect ratio, and is refused \
 (`use_additional_conditions`).
 
@@ -296,6 +301,7 @@ def page() -> str:
     works = sum(len(f.pipelines) for f in FEATURES.values() if not f.warns)
     warns = sum(len(f.pipelines) for f in FEATURES.values() if f.warns)
     refused = "\n".join(f"| {why} | {', '.join(map(shown, names))} |" for why, names in WHY.items())
+    refused += f"\n| {GUIDER} | `HunyuanImagePipeline` with a guider |"
     return PAGE.format(
         works=works, warns=warns, refuses=len(ATTACHED) + len(PAG), sd=table(family("SD")),
         xl=table(family("SDXL")), sd3=table(SD3), others=table(family(*OTHERS)),

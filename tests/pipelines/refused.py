@@ -9,7 +9,7 @@ import diffusers
 import torch
 
 from pilotfish.backbones import Backbone
-from pilotfish.pipelines.attach import GUIDER
+from pilotfish.pipelines.attach import NO_GUIDER
 from tests import components
 
 UNKNOWN = "its denoiser belongs to no family that takes a guide"
@@ -33,7 +33,7 @@ WHY = {
     "its encode_prompt takes no do_classifier_free_guidance": (
         "LEditsPPPipelineStableDiffusionXL",
     ),
-    GUIDER: ("HunyuanImagePipeline",),
+    NO_GUIDER: ("HunyuanImagePipeline",),
     "its denoiser takes in the guidance scale and needs no second pass": (
         "LatentConsistencyModelPipeline",
     ),

@@ -152,6 +152,8 @@ def _lora_config(name: str) -> LoraConfig:
         "PixArt": ["caption_projection.linear_1", "proj_out"],
         "Sana": ["caption_projection.linear_1", "proj_out"],
         "Qwen": ["txt_in", "add_k_proj", "proj_out"],
+        "AuraFlow": ["context_embedder", "add_k_proj", "proj_out"],
+        "Flux2Klein": ["context_embedder", "add_k_proj", "to_qkv_mlp_proj", "proj_out"],
         "ZImage": ["cap_embedder.1", "linear"],
         "Wan": ["text_embedder.linear_1", "proj_out"],
         "Lumina2": ["caption_embedder.1", "norm_out.linear_2"],

@@ -199,6 +199,13 @@ def has_no_effect(name: str, **given: Any) -> None:
         assert torch.equal(one.latents(**given), guided(name))
 
 
+def test_a_pipeline_with_a_guider_is_refused() -> None:
+    pipe = refused.build("HunyuanImagePipeline")
+    pipe.register_modules(guider=diffusers.AdaptiveProjectedMixGuidance())
+    with pytest.raises(GuideError, match="its guider makes the second pass and combines the two"):
+        guide("SD").attach(pipe)
+
+
 @pytest.mark.parametrize(
     ("pipeline", "why"),
     [

@@ -24,7 +24,9 @@ from pilotfish.interface import TextConditions
 class CrossAttentionDiTBackbone(Backbone):
     """What the two have in common."""
 
-    parameters = ("hidden_states", "encoder_hidden_states", "timestep")
+    parameters: ClassVar[tuple[str, ...]] = (
+        "hidden_states", "encoder_hidden_states", "timestep",
+    )  # fmt: skip
     text_is_projected = True
     blocks: ClassVar[str] = "transformer_blocks"
     """The name of the blocks."""

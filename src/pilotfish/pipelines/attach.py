@@ -36,8 +36,10 @@ GUIDER = (
     "its guider makes the second pass and combines the two by a rule of its own, which a guide "
     "does not replace"
 )
-"""Why a pipeline with a guider, such as HunyuanImage's, is refused. Its default rule (APG) sums up
-the differences of the steps before."""
+"""Why HunyuanImage's pipeline and others with a guider are refused. The default rule of that one
+(APG) sums up the differences of the steps before, and a guide knows one step."""
+NO_GUIDER = "it has no guider, so it makes no second pass"
+"""Why they are refused without one, as the distilled models come."""
 
 
 def attach(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None) -> None:
@@ -130,7 +132,7 @@ def check(guide: GuideProtocol, pipe: Any) -> Backbone:
             another denoiser.
     """
     if hasattr(pipe, "guider"):
-        raise _refused(pipe, GUIDER)
+        raise _refused(pipe, NO_GUIDER if pipe.guider is None else GUIDER)
     try:
         backbone = Backbone.of_pipeline(pipe)
     except GuideError as error:
