@@ -17,6 +17,7 @@ time below 0 is past the last step of a schedule that does not end at a clean im
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -61,12 +62,14 @@ class NoisePath:
             preserving path; None for rectified flow, ``alpha = 1 - time``, ``sigma = time``.
         final_alpha_cumprod: the same after the last step, 1 for a clean image.
         scheduler: gives the grids; see :func:`deterministic_scheduler`.
+        mu: gives the shift of a grid of so many steps to a scheduler with dynamic shifting.
     """
 
     prediction_type: str
     alphas_cumprod: torch.Tensor | None = None
     final_alpha_cumprod: float = 1.0
     scheduler: Any = field(default=None, compare=False)
+    mu: Callable[[int], float] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -75,15 +78,22 @@ class NoisePath:
             )
 
     @classmethod
-    def of(cls, scheduler: Any) -> NoisePath:
+    def of(cls, scheduler: Any, mu: Callable[[int], float] | None = None) -> NoisePath:
         """The path of a diffusers scheduler.
 
         Raises:
-            ValueError: the scheduler belongs to neither kind, or predicts something else.
+            ValueError: the scheduler belongs to neither kind, or predicts something else; or it has
+                dynamic shifting and there is no ``mu``.
         """
         prediction = prediction_type(scheduler)
         if prediction == "flow":
-            return cls("flow", scheduler=deterministic_scheduler(scheduler))
+            if scheduler.config.get("use_dynamic_shifting") and mu is None:
+                raise ValueError(
+                    "the scheduler shifts its times by the size of images (use_dynamic_shifting), "
+                    "by a rule that is not known for this model; give the pipeline a scheduler "
+                    "with a fixed shift"
+                )
+            return cls("flow", scheduler=deterministic_scheduler(scheduler), mu=mu)
         if getattr(scheduler, "alphas_cumprod", None) is None:
             raise ValueError(
                 f"{type(scheduler).__name__} has no alphas_cumprod and is no flow matching "
@@ -173,7 +183,10 @@ class NoisePath:
         scheduler = deepcopy(self.scheduler)
         if self.alphas_cumprod is None:
             # the scheduler's own grid applies the shift twice and is not nested
-            scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+            scheduler.set_timesteps(
+                sigmas=torch.linspace(1, 1 / steps, steps).tolist(),
+                mu=self.mu(steps) if self.mu else None,
+            )
             return scheduler.sigmas.float().clone()
         scheduler.set_timesteps(steps)
         timesteps = scheduler.timesteps[:steps]  # diffusers may append a -1 by rounding

@@ -19,7 +19,7 @@ from pilotfish.training.config import ConfigError
 from pilotfish.training.context import TrainingContext
 from tests import components
 from tests.backbones.stubs import FixedGuide, equal_gains
-from tests.pipelines.pipelines import PROMPTS, SIDE, Pipeline, build, guide, plain
+from tests.pipelines.pipelines import PROMPTS, SIDE, Pipeline, build, guide, plain, without_bins
 from tests.pipelines.test_core import negatives
 
 NAME = "FLUX.2 klein"
@@ -100,6 +100,18 @@ def test_latents_are_encoded_and_decoded_as_in_the_pipeline() -> None:
         encoded = vae.encode(pixels).latent_dist.mean
     torch.testing.assert_close(backbone.from_vae(vae, encoded), expected)
     assert backbone.pixels(one.pipe) * expected.shape[-1] == SIDE
+
+
+def test_the_grid_of_a_scheduler_with_dynamic_shifting(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    one = build(NAME, scheduler=scheduler)
+    without_bins(type(one.pipe), monkeypatch)
+    context = TrainingContext(one.pipe, PROMPTS, PROMPTS)
+    for steps in (2, 4):
+        one.latents(num_inference_steps=steps)
+        torch.testing.assert_close(context.path.grid(steps), one.pipe.scheduler.sigmas)
+    with pytest.raises(ValueError, match="shifts its times by the size of images"):
+        TrainingContext(build("SD3", scheduler=scheduler).pipe, PROMPTS, PROMPTS)
 
 
 def parts(one: Pipeline, **changed: Any) -> dict[str, Any]:

@@ -317,6 +317,11 @@ class Backbone(ABC):
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
         """Prompt and negative prompt in what the pipeline's ``encode_prompt`` returned."""
 
+    def dynamic_shift(self) -> Callable[[int], float] | None:
+        """What the pipeline gives a scheduler with dynamic shifting as ``mu`` for images of its
+        default size, of the number of steps; None where that is not known here."""
+        return None
+
     def sizes(self, pipe: Any) -> torch.Tensor | None:
         """(1, k) size conditions of the denoiser, for images of the pipeline's default size."""
         return None

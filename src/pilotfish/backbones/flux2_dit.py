@@ -10,7 +10,8 @@ is given none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from diffusers import Flux2Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
@@ -258,6 +260,10 @@ class Flux2DiTBackbone(Backbone):
     def negative_arguments(self, pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
         embeds, _ = pipe.encode_prompt(**self.encoding(texts))
         return {"negative_prompt_embeds": embeds}
+
+    def dynamic_shift(self) -> Callable[[int], float]:
+        _, height, width = self.latent_shape()
+        return partial(compute_empirical_mu, height * width)
 
     def latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of the packed latents of the pipeline's default, 1024 x 1024 pixels."""

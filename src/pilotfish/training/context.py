@@ -57,8 +57,8 @@ class TrainingContext:
     backbone: Backbone = field(init=False)
 
     def __post_init__(self) -> None:
-        self.path = NoisePath.of(self.pipe.scheduler)
         self.backbone = Backbone.of_pipeline(self.pipe)
+        self.path = NoisePath.of(self.pipe.scheduler, self.backbone.dynamic_shift())
         shape = self.backbone.denoiser.config
         if self.backbone.needs_image(self.pipe):
             raise ConfigError(
@@ -137,7 +137,7 @@ class TrainingContext:
         """Replace the pipeline's scheduler by the deterministic one of stage 2, and the noise path
         with it: alpha after the last step depends on the scheduler."""
         use_deterministic_scheduler(self.pipe)
-        self.path = NoisePath.of(self.pipe.scheduler)
+        self.path = NoisePath.of(self.pipe.scheduler, self.backbone.dynamic_shift())
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
