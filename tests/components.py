@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Lumina2Transformer2DModel,
@@ -190,6 +191,16 @@ def z_image_transformer(seed: int = 0, **config: Any) -> ZImageTransformer2DMode
     return randomise(ZImageTransformer2DModel(**small | config))
 
 
+def chroma_transformer(seed: int = 0, **config: Any) -> ChromaTransformer2DModel:
+    small: dict[str, Any] = {
+        "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 2, 2),
+        "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(ChromaTransformer2DModel(**small | config))
+
+
 def deep_autoencoder() -> AutoencoderDC:
     """Sana's, four pixels for one latent."""
     torch.manual_seed(2)
@@ -346,6 +357,10 @@ FAMILIES = {
     "unet": Family(
         unet, "epsilon", WIDTH,
         others=({"block_out_channels": (8, 32)}, {"layers_per_block": 2}),
+    ),
+    "chroma": Family(
+        chroma_transformer, "flow", WIDTH, masked=True,
+        others=({"num_single_layers": 3}, {"joint_attention_dim": 24}),
     ),
     "lumina2": Family(
         lumina2_transformer, "flow", WIDTH, masked=True,

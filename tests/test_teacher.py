@@ -50,7 +50,7 @@ def kind(denoiser: Any) -> str:
     return {
         "unet": "unet", "cross-attention-dit": "pixart", "sana": "sana", "joint-dit": "sd3",
         "one-stream-dit": "lumina2", "video-dit": "wan", "qwen-dit": "qwen",
-        "z-image-dit": "z-image",
+        "z-image-dit": "z-image", "chroma-dit": "chroma",
     }[Backbone.of(denoiser).family]  # fmt: skip
 
 
@@ -114,6 +114,13 @@ def test_a_denoiser_is_called_as_diffusers_calls_it(name: str, latents: torch.Te
         elif name == "qwen":
             tokens, shapes = latents.flatten(2).mT, [[(1, 8, 8)]] * 2
             made_of = module(tokens, text.embeds, text.mask, t / 1000, shapes).sample
+            expected = made_of.mT.unflatten(2, (8, 8))
+        elif name == "chroma":
+            tokens, mask = latents.flatten(2).mT, torch.cat([text.mask, torch.ones(2, 64)], 1)
+            places = torch.cartesian_prod(*map(torch.arange, (1, 8, 8)))
+            made_of = module(
+                tokens, text.embeds, t / 1000, places, torch.zeros(8, 3), mask
+            ).sample  # fmt: skip
             expected = made_of.mT.unflatten(2, (8, 8))
         elif name == "z-image":
             texts = [row[mask == 1] for row, mask in zip(text.embeds, text.mask, strict=True)]

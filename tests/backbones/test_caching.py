@@ -25,6 +25,7 @@ from tests.backbones.stubs import TIME
 STEPS = 4
 PROJECTIONS = {
     "unet": "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+    "chroma": "context_embedder",
     "lumina2": "time_caption_embed.caption_embedder",
     "pixart": "caption_projection",
     "qwen": "txt_norm",

@@ -47,6 +47,8 @@ SD3_SHAPES: list[dict[str, Any]] = [
 MASKED_SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("pixart", {}),
     ("pixart", {"num_layers": 3, "patch_size": 1}),
+    ("chroma", {}),
+    ("chroma", {"num_layers": 1, "num_single_layers": 3}),
     ("lumina2", {}),
     ("lumina2", {"num_layers": 2, "patch_size": 1, "num_kv_heads": 3, "num_refiner_layers": 2}),
     ("qwen", {}),
@@ -111,7 +113,7 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        *((name, {}) for name in ("sd3", "lumina2", "pixart", "qwen", "sana", "wan", "z-image")),
+        *((name, {}) for name in components.FAMILIES if name != "unet"),
         *(("unet", config) for config in UNET_TEXT),
     ],
 )
@@ -320,15 +322,15 @@ def test_custom_diffusion_is_refused() -> None:
 
 
 def test_fused_projections_work_or_are_noticed(family: components.Family) -> None:
-    joint = family.pooled > 0
-    denoiser = family.denoiser(**({"dual_attention_layers": ()} if joint else {}))
+    sd3 = family is components.FAMILIES["sd3"]
+    denoiser = family.denoiser(**({"dual_attention_layers": ()} if sd3 else {}))
     guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, 0.5)))
     given = family.latents(2), family.text(2), family.text(1, seed=3)
     expected = guided(denoiser, guide, *given)
     if not hasattr(denoiser, "fuse_qkv_projections"):
         return
     denoiser.fuse_qkv_projections()
-    if joint:
+    if sd3 or family is components.FAMILIES["chroma"]:
         with pytest.raises(GuideError, match=r"went past transformer_blocks\.0\.attn"):
             guided(denoiser, guide, *given)
     else:

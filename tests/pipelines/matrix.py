@@ -25,7 +25,8 @@ def family(*names: str) -> tuple[str, ...]:
 
 UNET, SD3, PIXART = family("SD", "SDXL"), family("SD3"), family("PixArt")
 ONE = (
-    "SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "Qwen-Image", "Z-Image",
+    "SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "Chroma", "Qwen-Image",
+    "Z-Image",
 )  # fmt: skip
 """One of each family."""
 PLAIN = ("SD", "SD, v", "SDXL")
@@ -230,7 +231,7 @@ differs in shape needs a guide of its own.
 
 {sd3}
 
-## PixArt, Sana, Lumina 2, Wan, Qwen-Image and Z-Image
+## PixArt, Sana, Lumina 2, Wan, Chroma, Qwen-Image and Z-Image
 
 {others}
 
@@ -238,13 +239,16 @@ differs in shape needs a guide of its own.
 
 - *IP-Adapter.* {ip_adapter}
 - *Refresh.* These rows are tested with refreshes too, on the pipelines that are marked: \
-*negative_prompt*, *negative prompt of another length* (SD3 refuses it), *num_images_per_prompt*, \
-*prompt_embeds*, *w ≤ 1*, *conditions from a callback*, *LoRA from a callback*, *CFG cutoff*, \
-*dynamic CFG*, *IP-Adapter*, *LoRA*, every scheduler, *half precision*, *model offload*, \
-*sequential offload*, *torch.compile*, *threads*, *pickle*, *copy* and *ExternalGuide*. What acts \
-on the second pass alone is warned of with a refresh as well, and has no effect there.
+*negative_prompt*, *negative prompt of another length* (SD3, Wan and Chroma refuse it), \
+*num_images_per_prompt*, *prompt_embeds*, *w ≤ 1*, *conditions from a callback*, \
+*LoRA from a callback*, *CFG cutoff*, *dynamic CFG*, *IP-Adapter*, *LoRA*, every scheduler, \
+*half precision*, *model offload*, *sequential offload*, *torch.compile*, \
+*threads*, *pickle*, *copy* and *ExternalGuide*. What acts on the second pass alone is warned of \
+with a refresh as well, and has no effect there.
 - *Pickle.* The text encoders of transformers cannot be pickled once they have given their hidden \
 states (SDXL, SD3), in a plain pipeline as in a guided one: pickle before the first call.
+- *Chroma.* `ChromaInpaintPipeline` of diffusers 0.42.1 fails without a guide, too. An IP-Adapter \
+is refused in the call.
 - *PixArt-Alpha at 1024 pixels* gives its denoiser resolution and aspect ratio, and is refused \
 (`use_additional_conditions`).
 

@@ -103,7 +103,7 @@ class Pipeline:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
 
-MASKED = ("PixArt", "Sana", "Lumina2")
+MASKED = ("PixArt", "Sana", "Lumina2", "Chroma")
 """Families whose text and its mask are encoded together with the negative prompt's."""
 OTHERS = (*MASKED, "Wan", "Qwen", "ZImage")
 """All transformers but Stable Diffusion 3."""
@@ -131,7 +131,7 @@ class Spec:
 
     @property
     def family(self) -> str:
-        """SD, SDXL, SD3, PixArt, Sana, Lumina2, Wan, Qwen or ZImage."""
+        """SD, SDXL, SD3, or one of OTHERS."""
         if "Diffusion3" in self.pipeline:
             return "SD3"
         for name in OTHERS:
@@ -176,6 +176,15 @@ PIXART_CALL: dict[str, Any] = {
     "use_resolution_binning": False, "clean_caption": False,
     "max_sequence_length": components.TOKENS,
 }  # fmt: skip
+
+
+CHROMA_CALL: dict[str, Any] = {
+    "height": SIDE, "width": SIDE, "max_sequence_length": components.TOKENS,
+}  # fmt: skip
+
+
+def _chroma(pipeline: str, images: tuple[str, ...] = (), **call: Any) -> Spec:
+    return Spec(pipeline, images, {"in_channels": 16}, "flow", call=CHROMA_CALL | call)
 
 
 def _sd3(pipeline: str, images: tuple[str, ...] = (), helper: Any = None, **call: Any) -> Spec:
@@ -242,6 +251,8 @@ PIPELINES = {
             "max_sequence_length": components.TOKENS,
         },
     ),
+    "Chroma": _chroma("ChromaPipeline"),
+    "Chroma img2img": _chroma("ChromaImg2ImgPipeline", IMAGE, **PARTLY),
     "Qwen-Image": Spec(
         "QwenImagePipeline", (), {"in_channels": 16, "out_channels": 4}, "flow",
         call={"height": SIDE, "width": SIDE},
@@ -273,6 +284,8 @@ def _part(name: str) -> Any:
         return components.text_encoder(tokenizer, 2, CLIPTextModelWithProjection)
     if name == "vae":
         return components.autoencoder()
+    if name == "vae of Chroma":
+        return components.autoencoder(shift_factor=0.1)
     if name == "vae of Sana":
         return components.deep_autoencoder()
     if name == "vae of Qwen":
@@ -304,7 +317,7 @@ def shared(name: str, alone: bool = False) -> dict[str, Any]:
         made["tokenizer"].chat_template = "{{ messages[0]['content'] }}"
     if spec.family in OTHERS:
         own = f"vae of {spec.family}"
-        vae = {"vae": part(own)} if spec.family in ("Sana", "Wan", "Qwen") else {}
+        vae = {"vae": part(own)} if spec.family in ("Chroma", "Sana", "Wan", "Qwen") else {}
         return made | {"text_encoder": part("t5")} | vae
     made["text_encoder"] = part("text_encoder_2" if spec.family == "SD3" else "text_encoder")
     if spec.family != "SD":

@@ -234,6 +234,17 @@ def test_two_negative_prompts_or_too_few_are_refused() -> None:
             one.latents(prompt=["a", "b", "a", "b"], negative_prompt=["a", "b"])
 
 
+@pytest.mark.parametrize("refresh", [0, 2])
+def test_an_ip_adapter_of_chroma_is_refused_in_a_call(refresh: int) -> None:
+    one = build("Chroma")
+    images = {"ip_adapter_image_embeds": [torch.zeros(2, 1, 8)]}
+    with (
+        guide("Chroma").attached(one.pipe, refresh=refresh),
+        pytest.raises(GuideError, match="a guide does not work with an IP-Adapter of Chroma"),
+    ):
+        one.latents(joint_attention_kwargs=images)
+
+
 def test_cross_attention_that_reads_an_image_is_refused() -> None:
     with pytest.raises(GuideError, match="reads an image together with the text"):
         guide("Wan").attach(build("Wan", transformer=wan_transformer(added_kv_proj_dim=8)).pipe)

@@ -195,9 +195,11 @@ def test_a_base_that_needs_an_image_is_refused(make_pipe: Callable[[str], Any]) 
         TrainingContext(inpainting, PROMPTS, PROMPTS)
 
 
-@pytest.mark.parametrize("name", ["Wan", "Qwen-Image"])
+@pytest.mark.parametrize("name", ["Wan", "Chroma", "Qwen-Image"])
 def test_a_base_whose_latents_are_no_images_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"train no guide for a (Wan|QwenImage)Pipeline yet"):
+    with pytest.raises(
+        ConfigError, match=r"train no guide for a (Wan|Chroma|QwenImage)Pipeline yet"
+    ):
         TrainingContext(build(name).pipe, PROMPTS, PROMPTS)
 
 

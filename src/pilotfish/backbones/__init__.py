@@ -4,6 +4,7 @@ A new family is one file with a subclass of :class:`Backbone`, and one line here
 """
 
 from pilotfish.backbones.base import Backbone, twice_arguments
+from pilotfish.backbones.chroma_dit import ChromaDiTBackbone
 from pilotfish.backbones.compiled import is_compiled, watch_hooks
 from pilotfish.backbones.context import DenoiserCall, GuidedPass, current_pass
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
@@ -18,6 +19,7 @@ from pilotfish.backbones.z_image_dit import ZImageDiTBackbone
 
 __all__ = [
     "Backbone",
+    "ChromaDiTBackbone",
     "CrossAttentionDiTBackbone",
     "DenoiserCall",
     "GuidedPass",

@@ -296,9 +296,11 @@ class GuidedPass:
                 be.
         """
         if self._due:
+            names = (*self.output.gains, *self.output.residuals)  # in running order
+            first = next(name for name in names if name in self._due)
             raise GuideError(
-                f"the denoiser went past {min(self._due)}, to which the guide adds; undo what "
-                "skips or replaces its layers"
+                f"the denoiser went past {first}, to which the guide adds; undo what skips or "
+                "replaces its layers"
             )
         if self._untrained is not None and not prediction.abs().max() <= LARGEST:
             low, high = self.guide.guidance_scale_range

@@ -98,8 +98,8 @@ def joined_attention(
         attend: ``attend(guided, stream, q, k, v, output)`` with the negative prompt's stream as it
             enters the block, (N, L, d), the pass's own queries and keys, (N, tokens, heads, width),
             and values, (N, tokens, d), before they are rotated, and what enters the layer's last
-            projection, (N, tokens, d). It takes the stream to the next block, and returns the
-            changed output, or None to leave it as it is.
+            projection, (N, tokens, d), or comes out of a layer without one. It takes the stream
+            to the next block, and returns the changed output, or None to leave it as it is.
     """
 
     def keep(part: str) -> Any:
@@ -119,10 +119,17 @@ def joined_attention(
         changed = attend(guided, stream, q, k, v, args[0])
         return None if changed is None else ((changed, *args[1:]), kwargs)
 
+    def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> Any:
+        made = before(guided, module, (output,), {})
+        return None if made is None else made[0][0]
+
     hooks.after(layer.to_q if layer.norm_q is None else layer.norm_q, keep("q"))
     hooks.after(layer.to_k if layer.norm_k is None else layer.norm_k, keep("k"))
     hooks.after(layer.to_v, keep("v"))
-    hooks.before(layer.to_out[0], before)
+    if layer.pre_only:  # the projection is part of a later layer of the block
+        hooks.after(layer, after)
+    else:
+        hooks.before(layer.to_out[0], before)
 
 
 class JointAttention:

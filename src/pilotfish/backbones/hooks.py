@@ -47,11 +47,17 @@ class Hooks:
             return None
         return guided if guided.hooks is None or guided.hooks is self else None
 
-    def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
+    def before(
+        self, module: nn.Module, function: Callable[..., Any], doubled: bool = False
+    ) -> None:  # fmt: skip
         """``function(guided, module, args, kwargs)`` before a module; it returns ``args, kwargs``,
-        or None to leave them as they are."""
-        handle = module.register_forward_pre_hook(_Hook(self, function), with_kwargs=True)
-        self.handles.append(handle)
+        or None to leave them as they are.
+
+        Args:
+            doubled: call it in denoiser calls with both passes, too.
+        """
+        hook = _Hook(self, function, opens=doubled)
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def after(
         self, module: nn.Module, function: Callable[..., Any], doubled: bool = False

@@ -204,13 +204,15 @@ class Guided:
         """The embeddings of the images alone, given or made together with the negative ones, as
         with classifier-free guidance."""
         plain = super().prepare_ip_adapter_image_embeds  # type: ignore[misc]
-        if self._pilotfish_running is None or not self._pilotfish_running.needs_guidance:
+        flagged = CFG_FLAG in signature(plain).parameters  # others are made in two calls
+        running = self._pilotfish_running
+        if running is None or not running.needs_guidance or not flagged:
             return plain(*args, **kwargs)
         call = bind(plain, args, kwargs, **{CFG_FLAG: True})
         made = plain(*call.args, **call.kwargs)
         single = isinstance(made, torch.Tensor)  # SD3 takes one IP-Adapter
         halves = [both.chunk(2) for both in ([made] if single else made)]
-        self._pilotfish_running.guided.negative_images = [negative for negative, _ in halves]
+        running.guided.negative_images = [negative for negative, _ in halves]
         images = [image for _, image in halves]
         return images[0] if single else images
 
