@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     ChromaTransformer2DModel,
+    CogView4Transformer2DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Lumina2Transformer2DModel,
@@ -201,6 +202,16 @@ def chroma_transformer(seed: int = 0, **config: Any) -> ChromaTransformer2DModel
     return randomise(ChromaTransformer2DModel(**small | config))
 
 
+def cogview4_transformer(seed: int = 0, **config: Any) -> CogView4Transformer2DModel:
+    small: dict[str, Any] = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
+        "attention_head_dim": 8, "num_attention_heads": 2, "text_embed_dim": WIDTH,
+        "time_embed_dim": 8, "condition_dim": 4, "rope_axes_dim": (16, 16),
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(CogView4Transformer2DModel(**small | config))
+
+
 def deep_autoencoder() -> AutoencoderDC:
     """Sana's, four pixels for one latent."""
     torch.manual_seed(2)
@@ -361,6 +372,10 @@ FAMILIES = {
     "chroma": Family(
         chroma_transformer, "flow", WIDTH, masked=True,
         others=({"num_single_layers": 3}, {"joint_attention_dim": 24}),
+    ),
+    "cogview4": Family(
+        cogview4_transformer, "flow", WIDTH, masked=True,
+        others=({"num_layers": 2}, {"text_embed_dim": 24}),
     ),
     "lumina2": Family(
         lumina2_transformer, "flow", WIDTH, masked=True,

@@ -123,7 +123,7 @@ class Trajectories:
         index, count = process
         mine = torch.arange(index, len(prompts), count)
         return cls(
-            teacher, NoisePath.of(pipe.scheduler), mine, negative[mine],
+            teacher, NoisePath.of(pipe.scheduler, backbone.time_shift(pipe)), mine, negative[mine],
             noise[mine].to(denoiser.device), **settings,
         )  # fmt: skip
 

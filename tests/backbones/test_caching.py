@@ -26,6 +26,7 @@ STEPS = 4
 PROJECTIONS = {
     "unet": "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
     "chroma": "context_embedder",
+    "cogview4": "patch_embed.text_proj",
     "lumina2": "time_caption_embed.caption_embedder",
     "pixart": "caption_projection",
     "qwen": "txt_norm",

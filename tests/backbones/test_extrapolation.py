@@ -49,6 +49,8 @@ MASKED_SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("pixart", {"num_layers": 3, "patch_size": 1}),
     ("chroma", {}),
     ("chroma", {"num_layers": 1, "num_single_layers": 3}),
+    ("cogview4", {}),
+    ("cogview4", {"num_layers": 2, "patch_size": 1}),
     ("lumina2", {}),
     ("lumina2", {"num_layers": 2, "patch_size": 1, "num_kv_heads": 3, "num_refiner_layers": 2}),
     ("qwen", {}),
@@ -209,6 +211,19 @@ def test_a_gain_of_minus_1_holds_with_a_lora_on_every_layer(family: components.F
     inject_adapter_in_model(config, denoiser)
     assert Backbone.of(denoiser).sites() == sites
     assert_negative_is_recovered(denoiser, family.text(2), family.text(1, 5, seed=3))
+
+
+def test_texts_of_one_length_are_compared_by_their_means_where_they_are_padded_on_the_left() -> (
+    None
+):
+    """As in training, where other lengths bring a mask."""
+    family = components.FAMILIES["cogview4"]
+    denoiser, latents, embeds = family.denoiser(), family.latents(2), family.text(2).embeds
+    guide = FixedGuide(GuideOutput(text_gain=torch.full((2, 1, 1), 0.5)))
+    negative = TextConditions(family.text(1, seed=3).embeds)
+    made = guided(denoiser, guide, latents, TextConditions(embeds), negative)
+    means = embeds + 0.5 * (embeds - negative.embeds.mean(1, keepdim=True))
+    torch.testing.assert_close(made, plain(denoiser, latents, TextConditions(means)))
 
 
 def test_what_is_masked_does_not_count() -> None:

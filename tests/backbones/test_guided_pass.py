@@ -37,7 +37,7 @@ def test_a_layer_that_is_skipped_is_reported(family: components.Family) -> None:
     def skip(hidden_states: Any, encoder_hidden_states: Any = None, *_: Any, **__: Any) -> Any:
         return (hidden_states, encoder_hidden_states) if joint else hidden_states
 
-    joint = family in [components.FAMILIES[name] for name in ("chroma", "qwen", "sd3")]
+    joint = family in [components.FAMILIES[name] for name in ("chroma", "cogview4", "qwen", "sd3")]
 
     layer.forward = skip
     with pytest.raises(GuideError, match=rf"went past {name}, to which the guide adds"):

@@ -25,8 +25,8 @@ def family(*names: str) -> tuple[str, ...]:
 
 UNET, SD3, PIXART = family("SD", "SDXL"), family("SD3"), family("PixArt")
 ONE = (
-    "SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "Chroma", "Qwen-Image",
-    "Z-Image",
+    "SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "Chroma", "CogView4",
+    "Qwen-Image", "Z-Image",
 )  # fmt: skip
 """One of each family."""
 PLAIN = ("SD", "SD, v", "SDXL")
@@ -231,7 +231,7 @@ differs in shape needs a guide of its own.
 
 {sd3}
 
-## PixArt, Sana, Lumina 2, Wan, Chroma, Qwen-Image and Z-Image
+## PixArt, Sana, Lumina 2, Wan, Chroma, CogView4, Qwen-Image and Z-Image
 
 {others}
 
@@ -249,6 +249,9 @@ with a refresh as well, and has no effect there.
 states (SDXL, SD3), in a plain pipeline as in a guided one: pickle before the first call.
 - *Chroma.* `ChromaInpaintPipeline` of diffusers 0.42.1 fails without a guide, too. An IP-Adapter \
 is refused in the call.
+- *CogView4* masks no text. For a refresh with a prompt and a negative prompt of two lengths its \
+attention layers get a processor that masks; it stays, and does what that of diffusers does where \
+there is no mask.
 - *PixArt-Alpha at 1024 pixels* gives its denoiser resolution and aspect ratio, and is refused \
 (`use_additional_conditions`).
 

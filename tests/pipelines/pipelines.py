@@ -105,7 +105,7 @@ class Pipeline:
 
 MASKED = ("PixArt", "Sana", "Lumina2", "Chroma")
 """Families whose text and its mask are encoded together with the negative prompt's."""
-OTHERS = (*MASKED, "Wan", "Qwen", "ZImage")
+OTHERS = (*MASKED, "Wan", "CogView4", "Qwen", "ZImage")
 """All transformers but Stable Diffusion 3."""
 
 
@@ -253,6 +253,10 @@ PIPELINES = {
     ),
     "Chroma": _chroma("ChromaPipeline"),
     "Chroma img2img": _chroma("ChromaImg2ImgPipeline", IMAGE, **PARTLY),
+    "CogView4": Spec("CogView4Pipeline", prediction_type="flow"),
+    "CogView4 Control": Spec(
+        "CogView4ControlPipeline", ("control_image",), {"in_channels": 8}, "flow"
+    ),
     "Qwen-Image": Spec(
         "QwenImagePipeline", (), {"in_channels": 16, "out_channels": 4}, "flow",
         call={"height": SIDE, "width": SIDE},

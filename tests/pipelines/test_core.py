@@ -18,7 +18,9 @@ from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, p
 from tests.pipelines.test_conditions import load_lora, unload_lora
 
 NEGATIVE = ["red", "blue"]
-SEQUENTIAL = {"Lumina2", "Wan", "Chroma", "Chroma img2img", "Qwen-Image"}
+SEQUENTIAL = {
+    "Lumina2", "Wan", "Chroma", "Chroma img2img", "CogView4", "CogView4 Control", "Qwen-Image",
+}  # fmt: skip
 """Pipelines whose CFG makes two calls, which may have two lengths of text."""
 
 

@@ -5,6 +5,7 @@ A new family is one file with a subclass of :class:`Backbone`, and one line here
 
 from pilotfish.backbones.base import Backbone, twice_arguments
 from pilotfish.backbones.chroma_dit import ChromaDiTBackbone
+from pilotfish.backbones.cogview4_dit import CogView4DiTBackbone
 from pilotfish.backbones.compiled import is_compiled, watch_hooks
 from pilotfish.backbones.context import DenoiserCall, GuidedPass, current_pass
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
@@ -20,6 +21,7 @@ from pilotfish.backbones.z_image_dit import ZImageDiTBackbone
 __all__ = [
     "Backbone",
     "ChromaDiTBackbone",
+    "CogView4DiTBackbone",
     "CrossAttentionDiTBackbone",
     "DenoiserCall",
     "GuidedPass",

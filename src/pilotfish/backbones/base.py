@@ -263,6 +263,16 @@ class Backbone(ABC):
 
     # -- the pipeline ---------------------------------------------------------------------
 
+    def time_shift(self, pipe: Any) -> float | None:
+        """The shift of the noise levels where the pipeline gives its denoiser the timesteps before
+        it, for images of the default size: see :class:`~pilotfish.noise.NoisePath`."""
+        return None
+
+    def even_grid(self, steps: int) -> dict[str, list[float]]:
+        """The arguments of a pipeline's call with which flow matching takes the grid of
+        :meth:`~pilotfish.noise.NoisePath.grid`; the scheduler's own is another."""
+        return {"sigmas": torch.linspace(1, 1 / steps, steps).tolist()}
+
     cfg_by_argument: ClassVar[bool] = False
     """Whether the family's pipelines decide on classifier-free guidance by comparing the argument
     of the scale with 1, and have no property for it."""

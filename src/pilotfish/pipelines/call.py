@@ -201,7 +201,8 @@ class RunningCall:
         if same and name.startswith(("DDIM", "Euler", "FlowMatchEuler")):
             return
         how = (
-            "sigmas that lie on an even grid" if name.startswith("FlowMatch")
+            f"{next(iter(self.backbone.even_grid(1)))} that lie on an even grid"
+            if name.startswith("FlowMatch")
             else 'a DDIMScheduler with timestep_spacing="trailing"'
         )  # fmt: skip
         warnings.warn(

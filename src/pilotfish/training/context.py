@@ -58,8 +58,8 @@ class TrainingContext:
     backbone: Backbone = field(init=False)
 
     def __post_init__(self) -> None:
-        self.path = NoisePath.of(self.pipe.scheduler)
         self.backbone = Backbone.of_pipeline(self.pipe)
+        self.path = NoisePath.of(self.pipe.scheduler, self.backbone.time_shift(self.pipe))
         shape = self.backbone.denoiser.config
         if "image" in signature(type(self.pipe).__call__).parameters:
             raise ConfigError(
@@ -138,7 +138,7 @@ class TrainingContext:
         """Replace the pipeline's scheduler by the deterministic one of stage 2, and the noise path
         with it: alpha after the last step depends on the scheduler."""
         use_deterministic_scheduler(self.pipe)
-        self.path = NoisePath.of(self.pipe.scheduler)
+        self.path = NoisePath.of(self.pipe.scheduler, self.backbone.time_shift(self.pipe))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
