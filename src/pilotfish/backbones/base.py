@@ -60,12 +60,17 @@ class Backbone(ABC):
         """The backbone of a denoiser, compiled or not.
 
         Raises:
-            GuideError: no family here knows the denoiser.
+            GuideError: no family here knows the denoiser; where it takes the guidance scale as an
+                input, as FLUX.1-dev does, that is the reason that is given.
         """
         denoiser = uncompiled(denoiser)
         for family in Backbone.registry:
             if isinstance(denoiser, family.denoisers):
                 return family(denoiser)
+        if getattr(getattr(denoiser, "config", None), "guidance_embeds", False):
+            raise GuideError(
+                f"{type(denoiser).__name__} takes in the guidance scale and needs no second pass"
+            )
         known = ", ".join(c.__name__ for family in Backbone.registry for c in family.denoisers)
         raise GuideError(
             f"{type(denoiser).__name__} belongs to no family that takes a guide; known: {known}"
