@@ -108,6 +108,8 @@ def some_or_one(prompts: Prompts, index: torch.Tensor) -> TextConditions:
 @torch.no_grad()
 def encode_prompts(pipe: Any, texts: Sequence[str]) -> TextConditions:
     """Texts by the pipeline's own ``encode_prompt``."""
+    if Backbone.of_pipeline(pipe).pads_to_longest:  # one by one: padding would count
+        return TextConditions.cat([_encode(pipe, [text])[0] for text in texts])
     return _encode(pipe, texts)[0]
 
 

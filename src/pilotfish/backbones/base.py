@@ -293,6 +293,8 @@ class Backbone(ABC):
     """-1 where the denoiser's output is the negative of the noise path's prediction."""
     other_negatives: ClassVar[bool] = False
     """Whether the pipeline encodes a text as negative prompt in another way than as prompt."""
+    pads_to_longest: ClassVar[bool] = False
+    """Whether the pipeline pads the texts of a batch to the longest of them without a mask."""
     negative_from_callback: ClassVar[bool] = False
     """Whether the pipeline takes other embeddings of the negative prompt from a callback."""
     decodable: ClassVar[bool] = True

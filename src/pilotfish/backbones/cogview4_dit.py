@@ -44,6 +44,7 @@ class CogView4DiTBackbone(Backbone):
         "hidden_states", "encoder_hidden_states", "timestep", "original_size", "target_size",
         "crop_coords", "attention_kwargs", "return_dict", "attention_mask",
     )  # fmt: skip
+    pads_to_longest = True
     negative_from_callback = True
 
     def sites(self) -> dict[str, Any]:
