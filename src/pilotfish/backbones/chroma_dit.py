@@ -115,14 +115,6 @@ class ChromaDiTBackbone(Backbone):
         negative prompt's stream to the next block."""
         layer, rows = block.attn, self._modulation(name)
         single = layer.pre_only  # text and image take the same layers
-        projections = (
-            (layer.to_q, layer.to_k, layer.to_v) if single
-            else (layer.add_q_proj, layer.add_k_proj, layer.add_v_proj)
-        )  # fmt: skip
-        norms = (
-            (layer.norm_q, layer.norm_k) if single
-            else (layer.norm_added_q, layer.norm_added_k)
-        )  # fmt: skip
 
         def attend(
             guided: GuidedPass, stream: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
@@ -146,8 +138,14 @@ class ChromaDiTBackbone(Backbone):
                 by_head: torch.Tensor = made.transpose(1, 2)
                 return by_head
 
-            q_n, k_n, v_n = (heads(p.forward(x)) for p in projections)
-            q_n, k_n = norms[0].forward(q_n), norms[1].forward(k_n)
+            if single:
+                projections = layer.to_q, layer.to_k, layer.to_v
+                norm_q, norm_k = layer.norm_q, layer.norm_k
+            else:
+                projections = layer.add_q_proj, layer.add_k_proj, layer.add_v_proj
+                norm_q, norm_k = layer.norm_added_q, layer.norm_added_k
+            q_n, k_n, v_n = (heads(projection.forward(x)) for projection in projections)
+            q_n, k_n = norm_q.forward(q_n), norm_k.forward(k_n)
             made = F.scaled_dot_product_attention(
                 turned(joined(q_n, q)), turned(joined(k_n, k)),
                 joined(v_n, heads(v)).transpose(1, 2), attn_mask=self._pairs(guided, image, v),
