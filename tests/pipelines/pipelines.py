@@ -267,7 +267,9 @@ PIPELINES = {
     ),
     "Sana": Spec(
         "SanaPipeline", denoiser={"timestep_scale": 0.01}, prediction_type="flow",
-        call=PIXART_CALL | {"complex_human_instruction": ["a"]},
+        call=PIXART_CALL | {
+            "height": 2 * SIDE, "width": 2 * SIDE, "complex_human_instruction": ["a"],
+        },
     ),
 }  # fmt: skip
 """Pipelines that a guide works on, by the name they have in the docs."""
@@ -414,12 +416,14 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
 
 
 def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of a pipeline class without what is that of full-size models: bins of sizes, and
-    Z-Image's default size."""
+    """Calls of a pipeline class without what is that of full-size models: bins of sizes, and the
+    default size of Sana and Z-Image."""
     call: Any = pipeline.__call__
     small: dict[str, Any] = {}
     if "use_resolution_binning" in signature(call).parameters:
         small = {"use_resolution_binning": False}
+    if pipeline is diffusers.SanaPipeline:
+        small |= {"height": 2 * SIDE, "width": 2 * SIDE}
     if pipeline is diffusers.ZImagePipeline:
         small = {"height": SIDE, "width": SIDE}
         monkeypatch.setattr(ZImageDiTBackbone, "latent_shape", lambda self: (4, 8, 8))
