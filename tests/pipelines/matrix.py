@@ -247,6 +247,11 @@ on the second pass alone is warned of with a refresh as well, and has no effect 
 states (SDXL, SD3), in a plain pipeline as in a guided one: pickle before the first call.
 - *PixArt-Alpha at 1024 pixels* gives its denoiser resolution and aspect ratio, and is refused \
 (`use_additional_conditions`).
+- *Qwen-Image.* `QwenImageEditPlusPipeline` (also with `zero_cond_t`) and \
+`QwenImageEditInpaintPipeline` are tested with one prompt: one pass, fresh, detach and refresh. \
+Both prompts are encoded with the image that is edited, and the guide adds to the tokens of the \
+generated image alone. The ControlNet reads the prompt alone, for both passes. \
+`QwenImageLayeredPipeline` is refused.
 
 ## Warned of
 

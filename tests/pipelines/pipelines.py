@@ -17,14 +17,16 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageControlNetModel,
     SD3ControlNetModel,
     T2IAdapter,
 )
+from diffusers.image_processor import VaeImageProcessor
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from pilotfish import Guide, TinyGuide
 from pilotfish.backbones import ZImageDiTBackbone
-from tests import components
+from tests import components, editing
 
 SIDE = 16
 PROMPTS = ("cat", "a bee")
@@ -38,12 +40,12 @@ class Pipeline:
 
     Attributes:
         pipe: the pipeline.
-        images: tensors of its call, one row for each of the PROMPTS.
+        images: tensors of its call, one row for each of the PROMPTS; or lists of images to edit.
         call: other arguments.
     """
 
     pipe: Any
-    images: dict[str, torch.Tensor] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,7 +81,8 @@ class Pipeline:
             given["guidance_scale"] -= 1
         images = {name: image[:rows] for name, image in self.images.items()}
         torch.manual_seed(0)  # some pipelines encode control images without their generator
-        return self.pipe(**(given | images | self.call | call))[0]
+        with editing.small_images(self.pipe):
+            return self.pipe(**(given | images | self.call | call))[0]
 
     @contextmanager
     def batches(self) -> Iterator[list[int]]:
@@ -145,6 +148,11 @@ def controlnet(denoiser: Any) -> Any:
     torch.manual_seed(7)
     if isinstance(denoiser, diffusers.UNet2DConditionModel):
         made: Any = ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=(4, 8))
+    elif isinstance(denoiser, diffusers.QwenImageTransformer2DModel):
+        config = denoiser.config
+        made = QwenImageControlNetModel.from_transformer(
+            denoiser, 2, config.attention_head_dim, config.num_attention_heads
+        )
     else:
         made = SD3ControlNetModel.from_transformer(
             denoiser, num_layers=2, num_extra_conditioning_channels=0
@@ -180,6 +188,11 @@ PIXART_CALL: dict[str, Any] = {
 
 def _sd3(pipeline: str, images: tuple[str, ...] = (), helper: Any = None, **call: Any) -> Spec:
     return Spec(pipeline, images, {}, "flow", helper, SD3_CALL | call)
+
+
+def _qwen(pipeline: str, images: tuple[str, ...] = (), helper: Any = None) -> Spec:
+    channels, size = {"in_channels": 16, "out_channels": 4}, {"height": SIDE, "width": SIDE}
+    return Spec(pipeline, images, channels, "flow", helper, size)
 
 
 PIPELINES = {
@@ -242,9 +255,10 @@ PIPELINES = {
             "max_sequence_length": components.TOKENS,
         },
     ),
-    "Qwen-Image": Spec(
-        "QwenImagePipeline", (), {"in_channels": 16, "out_channels": 4}, "flow",
-        call={"height": SIDE, "width": SIDE},
+    "Qwen-Image": _qwen("QwenImagePipeline"),
+    "Qwen-Image edit": _qwen("QwenImageEditPipeline", ("image",)),
+    "Qwen-Image ControlNet": _qwen(
+        "QwenImageControlNetPipeline", ("control_image",), CONTROLNET
     ),
     "Z-Image": Spec(
         "ZImagePipeline", prediction_type="flow",
@@ -284,13 +298,15 @@ def _part(name: str) -> Any:
         torch.manual_seed(2)
         config |= {"latent_channels": CHANNELS, "shift_factor": 0.1}
         return AutoencoderKL(**config).eval()
+    width = components.WIDTH
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    if name == "t5 with images":
+        return editing.text_encoder(config)
     assert name == "t5"
     torch.manual_seed(3)
-    width = components.WIDTH
-    return T5EncoderModel(
-        T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1,
-                 num_heads=2)
-    ).eval()  # fmt: skip
+    return T5EncoderModel(config).eval()
 
 
 def shared(name: str, alone: bool = False) -> dict[str, Any]:
@@ -305,7 +321,11 @@ def shared(name: str, alone: bool = False) -> dict[str, Any]:
     if spec.family in OTHERS:
         own = f"vae of {spec.family}"
         vae = {"vae": part(own)} if spec.family in ("Sana", "Wan", "Qwen") else {}
-        return made | {"text_encoder": part("t5")} | vae
+        made |= {"text_encoder": part("t5")} | vae
+        if "Edit" in spec.pipeline:
+            processor = editing.Processor(made["tokenizer"])
+            made |= {"text_encoder": part("t5 with images"), "processor": processor}
+        return made | (copy.deepcopy(_helper(name)) if alone else _helper(name))
     made["text_encoder"] = part("text_encoder_2" if spec.family == "SD3" else "text_encoder")
     if spec.family != "SD":
         made |= {"tokenizer_2": _tokenizer(), "text_encoder_2": part("text_encoder_2")}
@@ -389,10 +409,13 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
     generator = torch.Generator().manual_seed(9)
     sizes = {"mask_image": (1, SIDE, SIDE), "control_mask": (1, SIDE, SIDE),
              "depth_map": (SIDE, SIDE)}  # fmt: skip
-    images = {
+    images: dict[str, Any] = {
         what: torch.rand(len(PROMPTS), *sizes.get(what, (3, SIDE, SIDE)), generator=generator)
         for what in spec.images
     }
+    if "Edit" in spec.pipeline:
+        images = {what: VaeImageProcessor.pt_to_numpy(image) for what, image in images.items()}
+        images = {what: VaeImageProcessor.numpy_to_pil(image) for what, image in images.items()}
     return Pipeline(pipe, images, spec.call)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
@@ -206,21 +205,10 @@ def test_a_pipeline_of_two_denoisers_is_refused() -> None:
         guide("Wan").attach(pipe)
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "why"),
-    [
-        (
-            "QwenImageEditPipeline",
-            "its denoiser reads images in addition to the one that it generates",
-        ),
-        ("QwenImageControlNetPipeline", "its ControlNet reads the prompt alone, for both passes"),
-    ],
-)
-def test_qwen_images_relatives_are_refused(pipeline: str, why: str) -> None:
-    parts = build("Qwen-Image").pipe.components
-    more = {"processor": None} if "Edit" in pipeline else {"controlnet": parts["transformer"]}
-    with pytest.raises(GuideError, match=f"{pipeline} cannot take a guide: {why}"):
-        guide("Qwen-Image").attach(getattr(diffusers, pipeline)(**parts | more))
+def test_a_guidance_distilled_denoiser_is_refused() -> None:
+    pipe = build("Qwen-Image", transformer=components.qwen_transformer(guidance_embeds=True)).pipe
+    with pytest.raises(GuideError, match="its denoiser takes in the guidance scale and needs no"):
+        guide("Qwen-Image").attach(pipe)
 
 
 def test_two_negative_prompts_or_too_few_are_refused() -> None:

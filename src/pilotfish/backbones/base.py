@@ -274,6 +274,9 @@ class Backbone(ABC):
     """Whether the pipeline encodes the negative prompt in a call of ``encode_prompt`` of its own,
     and makes no second pass where none is given."""
 
+    control_from_prompt: ClassVar[bool] = False
+    """Whether the pipeline runs its ControlNet once a step, on the prompt, for both passes."""
+
     sign: ClassVar[int] = 1
     """-1 where the denoiser's output is the negative of the noise path's prediction."""
     other_negatives: ClassVar[bool] = False
