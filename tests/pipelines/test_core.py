@@ -14,12 +14,12 @@ from pilotfish.backbones.z_image_dit import as_conditions, as_list
 from pilotfish.interface import TextConditions
 from tests import editing
 from tests.pipelines import pipelines
-from tests.pipelines.matrix import covered
+from tests.pipelines.matrix import covered, family
 from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, plain, twin
 from tests.pipelines.test_conditions import load_lora, unload_lora
 
 NEGATIVE = ["red", "blue"]
-SEQUENTIAL = {"Lumina2", "Wan", "Qwen-Image", "Qwen-Image edit", "Qwen-Image ControlNet"}
+SEQUENTIAL = {"Lumina2", *family("Wan", "Qwen")}
 """Pipelines whose CFG makes two calls, which may have two lengths of text."""
 
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from pilotfish import GuideError, TinyGuide
 from tests import components
-from tests.components import wan_transformer
 from tests.pipelines import pipelines, refused
 from tests.pipelines.matrix import covered
 from tests.pipelines.pipelines import build, guide, guided, plain
@@ -198,13 +197,6 @@ def has_no_effect(name: str, **given: Any) -> None:
         assert torch.equal(one.latents(**given), guided(name))
 
 
-def test_a_pipeline_of_two_denoisers_is_refused() -> None:
-    pipe = build("Wan").pipe
-    pipe.transformer_2 = pipe.transformer
-    with pytest.raises(GuideError, match="Pipeline cannot take a guide: it has two denoisers"):
-        guide("Wan").attach(pipe)
-
-
 def test_a_guidance_distilled_denoiser_is_refused() -> None:
     pipe = build("Qwen-Image", transformer=components.qwen_transformer(guidance_embeds=True)).pipe
     with pytest.raises(GuideError, match="its denoiser takes in the guidance scale and needs no"):
@@ -220,11 +212,6 @@ def test_two_negative_prompts_or_too_few_are_refused() -> None:
             one.latents(negative_prompt=["a", "b"], **given)
         with pytest.raises(GuideError, match="returned 2 negative prompts for 4 images, and"):
             one.latents(prompt=["a", "b", "a", "b"], negative_prompt=["a", "b"])
-
-
-def test_cross_attention_that_reads_an_image_is_refused() -> None:
-    with pytest.raises(GuideError, match="reads an image together with the text"):
-        guide("Wan").attach(build("Wan", transformer=wan_transformer(added_kv_proj_dim=8)).pipe)
 
 
 def test_custom_diffusion_is_refused_and_nothing_is_left() -> None:

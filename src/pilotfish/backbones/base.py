@@ -43,6 +43,8 @@ class Backbone(ABC):
     """Classes of diffusers that belong to the family."""
     component: ClassVar[str] = "transformer"
     """Name of the denoiser among the components of its pipelines."""
+    further_components: ClassVar[tuple[str, ...]] = ()
+    """Names of further denoisers of its pipelines, for a part of the steps."""
     parameters: ClassVar[tuple[str, ...]]
     """Names of the positional parameters of the denoiser's forward."""
     registry: ClassVar[list[type[Backbone]]] = []
@@ -82,6 +84,21 @@ class Backbone(ABC):
             if getattr(pipe, name, None) is not None:
                 return Backbone.of(getattr(pipe, name))
         raise GuideError(f"{type(pipe).__name__} has neither a unet nor a transformer")
+
+    @staticmethod
+    def all_of_pipeline(pipe: Any) -> dict[str, Backbone]:
+        """The backbones of a pipeline's denoisers, by the names of its components: some pipelines
+        go on with a second denoiser at low noise.
+
+        Raises:
+            GuideError: as :meth:`of_pipeline`.
+        """
+        found = {(first := Backbone.of_pipeline(pipe)).component: first}
+        for name in first.further_components:
+            denoiser = getattr(pipe, name, None)
+            if denoiser is not None and denoiser is not getattr(pipe, first.component):
+                found[name] = Backbone.of(denoiser)
+        return found
 
     # -- what a guide may touch -----------------------------------------------------------
 
@@ -268,6 +285,8 @@ class Backbone(ABC):
     of the scale with 1, and have no property for it."""
     scale_argument: ClassVar[str] = "guidance_scale"
     """The argument of the pipeline's call that is w."""
+    further_scales: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the pipeline's call that are w in the steps of further denoisers."""
     scale_offset: ClassVar[float] = 0.0
     """What is added to that argument to give w."""
     separate_negative: ClassVar[bool] = False
@@ -292,6 +311,14 @@ class Backbone(ABC):
     def scale_argument_of(self, guidance_scale: float) -> dict[str, float]:
         """The argument of the pipeline's call for a scale w."""
         return {self.scale_argument: guidance_scale - self.scale_offset}
+
+    def scale_at_step(self, pipe: Any, guidance_scale: Any) -> Any:
+        """The argument of the pipeline's call that is w at the running step.
+
+        Args:
+            guidance_scale: the pipeline's scale.
+        """
+        return guidance_scale
 
     guidance_rule: Callable[..., torch.Tensor] = staticmethod(classifier_free_guidance)
     """The teacher's rule: how the pipeline combines the two predictions."""
