@@ -120,10 +120,11 @@ class Trajectories:
             negative[i] = len(prompts) + i if text else NULL
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(prompts), *backbone.latent_shape(), generator=generator)
+        path = NoisePath.of(pipe.scheduler, backbone.schedule_arguments(pipe.scheduler))
         index, count = process
         mine = torch.arange(index, len(prompts), count)
         return cls(
-            teacher, NoisePath.of(pipe.scheduler), mine, negative[mine],
+            teacher, path, mine, negative[mine],
             noise[mine].to(denoiser.device), **settings,
         )  # fmt: skip
 

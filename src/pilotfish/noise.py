@@ -61,12 +61,14 @@ class NoisePath:
             preserving path; None for rectified flow, ``alpha = 1 - time``, ``sigma = time``.
         final_alpha_cumprod: the same after the last step, 1 for a clean image.
         scheduler: gives the grids; see :func:`deterministic_scheduler`.
+        schedule_arguments: further ones of its ``set_timesteps``, for flow matching.
     """
 
     prediction_type: str
     alphas_cumprod: torch.Tensor | None = None
     final_alpha_cumprod: float = 1.0
     scheduler: Any = field(default=None, compare=False)
+    schedule_arguments: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -75,15 +77,19 @@ class NoisePath:
             )
 
     @classmethod
-    def of(cls, scheduler: Any) -> NoisePath:
+    def of(cls, scheduler: Any, schedule_arguments: dict[str, Any] | None = None) -> NoisePath:
         """The path of a diffusers scheduler.
+
+        Args:
+            schedule_arguments: see the class.
 
         Raises:
             ValueError: the scheduler belongs to neither kind, or predicts something else.
         """
         prediction = prediction_type(scheduler)
         if prediction == "flow":
-            return cls("flow", scheduler=deterministic_scheduler(scheduler))
+            euler = deterministic_scheduler(scheduler)
+            return cls("flow", scheduler=euler, schedule_arguments=schedule_arguments or {})
         if getattr(scheduler, "alphas_cumprod", None) is None:
             raise ValueError(
                 f"{type(scheduler).__name__} has no alphas_cumprod and is no flow matching "
@@ -173,7 +179,8 @@ class NoisePath:
         scheduler = deepcopy(self.scheduler)
         if self.alphas_cumprod is None:
             # the scheduler's own grid applies the shift twice and is not nested
-            scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+            sigmas = torch.linspace(1, 1 / steps, steps).tolist()
+            scheduler.set_timesteps(sigmas=sigmas, **self.schedule_arguments)
             return scheduler.sigmas.float().clone()
         scheduler.set_timesteps(steps)
         timesteps = scheduler.timesteps[:steps]  # diffusers may append a -1 by rounding

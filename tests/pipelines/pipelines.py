@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from pilotfish import Guide, TinyGuide
-from pilotfish.backbones import ZImageDiTBackbone
+from pilotfish.backbones import QwenDiTBackbone, ZImageDiTBackbone
 from tests import components, editing
 
 if not is_ftfy_available():  # which Wan's other pipelines ask
@@ -463,8 +463,8 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
 
 
 def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of a pipeline class without what is that of full-size models: bins of sizes, and
-    Z-Image's default size."""
+    """Calls of a pipeline class without what is that of full-size models: bins of sizes, and the
+    default size of Z-Image and Qwen-Image."""
     call: Any = pipeline.__call__
     small: dict[str, Any] = {}
     if "use_resolution_binning" in signature(call).parameters:
@@ -472,6 +472,9 @@ def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
     if pipeline is diffusers.ZImagePipeline:
         small = {"height": SIDE, "width": SIDE}
         monkeypatch.setattr(ZImageDiTBackbone, "latent_shape", lambda self: (4, 8, 8))
+    if pipeline is diffusers.QwenImagePipeline:
+        small = {"height": SIDE, "width": SIDE}
+        monkeypatch.setattr(QwenDiTBackbone, "latent_shape", lambda self: (16, 4, 4))
 
     @wraps(call)
     def any_size(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -26,10 +26,9 @@ def one() -> Pipeline:
     return build("SD")
 
 
-@pytest.mark.parametrize("name", ["Wan", "Qwen-Image"])
-def test_latents_that_are_no_images_are_refused(name: str) -> None:
+def test_latents_that_are_no_images_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be decoded here yet: attach the guide"):
-        sample(build(name).pipe, PROMPTS, **CALL)
+        sample(build("Wan").pipe, PROMPTS, **CALL)
 
 
 def test_one_sample_for_each_prompt_in_order(one: Pipeline) -> None:

@@ -22,6 +22,10 @@ from pilotfish.backbones.hooks import Hooks, first_output, with_arguments, with_
 from pilotfish.guidance import classifier_free_guidance
 from pilotfish.interface import GuideError, GuideProtocol, Refresh, TextConditions
 
+NULL_TEXT = " "
+"""Stands for no negative prompt where a call without one has no guidance: an empty text is none to
+some text encoders."""
+
 
 def plain(module: nn.Module) -> Any:
     """The layer itself, where a LoRA has wrapped it."""
@@ -303,7 +307,11 @@ class Backbone(ABC):
     negative_from_callback: ClassVar[bool] = False
     """Whether the pipeline takes other embeddings of the negative prompt from a callback."""
     decodable: ClassVar[bool] = True
-    """Whether the latents of a pipeline's call are images that its VAE decodes as they are."""
+    """Whether the latents of a pipeline's call are images that its VAE decodes."""
+    packing: ClassVar[int] = 1
+    """How many of the VAE's latents are one of the denoiser's, each way; they are its channels."""
+    video_vae: ClassVar[bool] = False
+    """Whether an image is a video of one frame to the VAE."""
     text_is_projected: ClassVar[bool] = False
     """Whether the text is extrapolated inside the denoiser, after a projection that is not
     linear."""
@@ -326,6 +334,26 @@ class Backbone(ABC):
     def refusal(self, pipe: Any) -> str | None:
         """Why a pipeline with this denoiser cannot take a guide, in words; None if it can."""
         return None
+
+    def call_arguments(self, guidance_scale: float, n: int) -> dict[str, Any]:
+        """The arguments of the pipeline's call for n prompts at a scale w and the null prompt."""
+        given: dict[str, Any] = dict(self.scale_argument_of(guidance_scale))
+        if self.separate_negative and guidance_scale > 1:
+            given["negative_prompt"] = [NULL_TEXT] * n
+        return given
+
+    def schedule_arguments(self, scheduler: Any) -> dict[str, Any]:
+        """Arguments with which the pipeline sets the timesteps of its scheduler, for images of its
+        default size."""
+        return {}
+
+    def final_latents(self, latents: torch.Tensor, pipe: Any, call: Mapping[str, Any]) -> Any:
+        """(N, C, h, w) of the latents that a pipeline's call returned.
+
+        Args:
+            call: the arguments of the call.
+        """
+        return latents
 
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
         """Arguments of the pipeline's ``encode_prompt`` for some texts."""

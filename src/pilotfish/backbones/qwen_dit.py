@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
@@ -56,7 +57,8 @@ class QwenDiTBackbone(Backbone):
     scale_argument = "true_cfg_scale"
     separate_negative = True
     control_from_prompt = True
-    decodable = False
+    packing = 2
+    video_vae = True
     text_is_projected = True
     guidance_rule = staticmethod(renormalised_by_token)
 
@@ -242,6 +244,22 @@ class QwenDiTBackbone(Backbone):
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
         embeds, mask = encoded
         return TextConditions(embeds, mask=mask), None
+
+    def schedule_arguments(self, scheduler: Any) -> dict[str, Any]:
+        config, (_, height, width) = scheduler.config, self.latent_shape()
+        shift = calculate_shift(
+            height * width, config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096), config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )  # fmt: skip
+        return {"mu": shift}
+
+    def final_latents(self, latents: torch.Tensor, pipe: Any, call: Mapping[str, Any]) -> Any:
+        token = self.packing * int(pipe.vae_scale_factor)
+        grid = list(self.latent_shape()[1:])
+        for i, side in enumerate(("height", "width")):
+            grid[i] = (call.get(side) or grid[i] * token) // token
+        return to_map(latents, torch.Size(grid))
 
     def latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of the packed latents of the pipeline's default, 1024 x 1024 pixels."""
