@@ -80,11 +80,11 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
     # -- the pipeline -----------------------------------------------------------------------
 
     def scale_at_step(self, pipe: Any, guidance_scale: Any) -> Any:
-        timestep, second = pipe.current_timestep, getattr(pipe, "_guidance_scale_2", None)
-        if timestep is None or second is None or guidance_scale <= 1:
+        second = getattr(pipe, "_guidance_scale_2", None)
+        if second is None or guidance_scale <= 1 or pipe.current_timestep is None:
             return guidance_scale  # which decides for both denoisers whether there is guidance
         boundary = pipe.config.boundary_ratio * pipe.scheduler.config.num_train_timesteps
-        return guidance_scale if timestep >= boundary else second
+        return guidance_scale if pipe.current_timestep >= boundary else second
 
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
         length = signature(WanPipeline.__call__).parameters["max_sequence_length"].default
