@@ -114,9 +114,19 @@ VAES: Mapping[str, Callable[[], nn.Module]] = {
     **dict.fromkeys(("sd15", "sd21", "sdxl"), partial(AutoencoderKL, latent_channels=4, **_KL)),
     **dict.fromkeys(("sd35-medium", "sd35-large", "z-image", "lumina2"), _KL_16),
     "qwen-image": AutoencoderKLQwenImage,
-    "sana": partial(AutoencoderDC, downsample_block_type="Conv", upsample_block_type="interpolate"),
+    "sana": partial(
+        AutoencoderDC, downsample_block_type="Conv", upsample_block_type="interpolate",
+        **{
+            f"{side}_{name}": value
+            for side in ("encoder", "decoder")
+            for name, value in (
+                ("block_types", (*["ResBlock"] * 3, *["EfficientViTBlock"] * 3)),
+                ("qkv_multiscales", ((), (), (), (5,), (5,), (5,))),
+            )
+        },
+    ),
     **dict.fromkeys(("wan-1.3b", "wan-14b"), AutoencoderKLWan),
-}
+}  # fmt: skip
 """Likewise."""
 WEIGHTS = ("", "fp8", "nf4")
 """How the base's weights may be stored: in the precision of the activations, by diffusers'

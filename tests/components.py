@@ -32,10 +32,13 @@ from diffusers import (
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     T5Config,
     T5EncoderModel,
 )
@@ -154,14 +157,26 @@ def wan_transformer(seed: int = 0, **config: Any) -> WanTransformer3DModel:
     return randomise(WanTransformer3DModel(**small | config))
 
 
-def video_autoencoder() -> AutoencoderKLWan:
+def video_autoencoder(**config: Any) -> AutoencoderKLWan:
     """Wan's, two pixels for one latent."""
+    small: dict[str, Any] = {
+        "base_dim": 3, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1,
+        "temperal_downsample": [False], "latents_mean": [0.1] * 4, "latents_std": [0.9] * 4,
+        "scale_factor_temporal": 4, "scale_factor_spatial": 2,
+    }  # fmt: skip
     torch.manual_seed(2)
-    return AutoencoderKLWan(
-        base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
-        latents_mean=[0.1] * 4, latents_std=[0.9] * 4, scale_factor_temporal=4,
-        scale_factor_spatial=2,
-    ).eval()  # fmt: skip
+    return AutoencoderKLWan(**small | config).eval()
+
+
+def image_encoder(size: int) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
+    """Of square images, with what makes them of this size."""
+    torch.manual_seed(11)
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
+        image_size=size, patch_size=8,
+    )  # fmt: skip
+    sizes = {"height": size, "width": size}
+    return CLIPVisionModel(config).eval(), CLIPImageProcessorPil(size=sizes, crop_size=sizes)
 
 
 def qwen_transformer(seed: int = 0, **config: Any) -> QwenImageTransformer2DModel:

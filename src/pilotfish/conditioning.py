@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pilotfish.backbones import Backbone
+from pilotfish.backbones import NULL_TEXT, Backbone
 from pilotfish.interface import TextConditions
 
 NULL = -1
@@ -128,7 +128,7 @@ def null_prompt(pipe: Any) -> TextConditions:
     """The negative prompt of a call that gives none: the empty text, or zeros where a pipeline of
     SDXL is made that way; a space where a call without one has no guidance."""
     if Backbone.of_pipeline(pipe).separate_negative:
-        return encode_prompts(pipe, [" "])  # an empty one is no text to some of these
+        return encode_prompts(pipe, [NULL_TEXT])
     negative = _encode(pipe, [""], None)[1]
     assert negative is not None
     return negative

@@ -64,6 +64,7 @@ class NoisePath:
         shift: s of rectified flow whose time is that before the shift of the noise levels,
             ``sigma = s time / (1 + (s - 1) time)``, in whole timesteps. None where the time is
             sigma.
+        schedule_arguments: further ones of its ``set_timesteps``, for flow matching.
     """
 
     prediction_type: str
@@ -71,6 +72,7 @@ class NoisePath:
     final_alpha_cumprod: float = 1.0
     scheduler: Any = field(default=None, compare=False)
     shift: float | None = None
+    schedule_arguments: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -79,15 +81,24 @@ class NoisePath:
             )
 
     @classmethod
-    def of(cls, scheduler: Any, shift: float | None = None) -> NoisePath:
-        """The path of a diffusers scheduler, at the ``shift`` of the class.
+    def of(
+        cls, scheduler: Any, schedule_arguments: dict[str, Any] | None = None,
+        shift: float | None = None,
+    ) -> NoisePath:  # fmt: skip
+        """The path of a diffusers scheduler.
+
+        Args:
+            schedule_arguments: see the class.
 
         Raises:
             ValueError: the scheduler belongs to neither kind, or predicts something else.
         """
         prediction = prediction_type(scheduler)
         if prediction == "flow":
-            return cls("flow", scheduler=deterministic_scheduler(scheduler), shift=shift)
+            euler = deterministic_scheduler(scheduler)
+            return cls(
+                "flow", scheduler=euler, shift=shift, schedule_arguments=schedule_arguments or {}
+            )
         if getattr(scheduler, "alphas_cumprod", None) is None:
             raise ValueError(
                 f"{type(scheduler).__name__} has no alphas_cumprod and is no flow matching "
@@ -182,7 +193,8 @@ class NoisePath:
         scheduler = deepcopy(self.scheduler)
         if self.alphas_cumprod is None:
             # the scheduler's own grid applies the shift twice and is not nested
-            scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+            sigmas = torch.linspace(1, 1 / steps, steps).tolist()
+            scheduler.set_timesteps(sigmas=sigmas, **self.schedule_arguments)
             return scheduler.sigmas.float().clone()
         scheduler.set_timesteps(steps)
         timesteps = scheduler.timesteps[:steps]  # diffusers may append a -1 by rounding

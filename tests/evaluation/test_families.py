@@ -19,7 +19,9 @@ from pilotfish.guides import Guide, TinyGuide
 from tests.pipelines.pipelines import PIPELINES, build, without_bins
 
 
-@pytest.fixture(params=["SD3", "PixArt-Sigma", "Sana", "Lumina2", "CogView4", "Z-Image"])
+@pytest.fixture(
+    params=["SD3", "PixArt-Sigma", "Sana", "Lumina2", "CogView4", "Z-Image", "Qwen-Image"]
+)
 def measured(
     request: pytest.FixtureRequest, randomise: Callable[[Guide], Guide],
     monkeypatch: pytest.MonkeyPatch,

@@ -81,7 +81,7 @@ FEATURES = {
         "than the prompt, which CFG in one batch cannot take", ONE[:-2]
     ),
     "num_images_per_prompt": Feature(
-        "one call a step at N times as many", [name for name in EVERY if name != "Wan"]
+        "one call a step at N times as many", [name for name in EVERY if name not in family("Wan")]
     ),
     "prompt_embeds": Feature("given embeddings are as good as prompts", EVERY),
     "prompt_embeds, other precision": Feature(
@@ -254,6 +254,15 @@ attention layers get a processor that masks; it stays, and does what that of dif
 there is no mask.
 - *PixArt-Alpha at 1024 pixels* gives its denoiser resolution and aspect ratio, and is refused \
 (`use_additional_conditions`).
+- *Wan.* One guide works on both denoisers of Wan 2.2, which are of one shape: at the steps of \
+`transformer_2` it is given `guidance_scale_2`, and what the last refresh found stays known there. \
+`guidance_scale` decides for both whether there is guidance, as without a guide. Tested with \
+*image-to-video*, too: a last image, and a first frame at a time of its own (`expand_timesteps`).
+- *Qwen-Image.* `QwenImageEditPlusPipeline` (also with `zero_cond_t`) and \
+`QwenImageEditInpaintPipeline` are tested with one prompt: one pass, fresh, detach and refresh. \
+Both prompts are encoded with the image that is edited, and the guide adds to the tokens of the \
+generated image alone. The ControlNet reads the prompt alone, for both passes. \
+`QwenImageLayeredPipeline` is refused.
 
 ## Warned of
 

@@ -12,15 +12,14 @@ import torch
 
 from pilotfish.backbones.z_image_dit import as_conditions, as_list
 from pilotfish.interface import TextConditions
+from tests import editing
 from tests.pipelines import pipelines
-from tests.pipelines.matrix import covered
+from tests.pipelines.matrix import covered, family
 from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, plain, twin
 from tests.pipelines.test_conditions import load_lora, unload_lora
 
 NEGATIVE = ["red", "blue"]
-SEQUENTIAL = {
-    "Lumina2", "Wan", "Chroma", "Chroma img2img", "CogView4", "CogView4 Control", "Qwen-Image",
-}  # fmt: skip
+SEQUENTIAL = {"Lumina2", *family("Wan", "Chroma", "CogView4", "Qwen")}
 """Pipelines whose CFG makes two calls, which may have two lengths of text."""
 
 
@@ -90,6 +89,8 @@ def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor,
     tensors and the negative prompts' take turns."""
     if "Qwen" in type(one.pipe).__name__:  # embeddings and mask, the negative prompt by itself
         negative = call.pop("negative_prompt", [" "] * len(prompt))
+        if "image" in one.images:
+            call["image"] = editing.resized(one.pipe, one.images["image"])
         both = [one.pipe.encode_prompt(list(texts), **call) for texts in (prompt, negative)]
         return tuple(part for pair in zip(*both, strict=True) for part in pair if part is not None)
     if "ZImage" in type(one.pipe).__name__:  # lists, which the call repeats
@@ -147,7 +148,8 @@ def test_the_negative_prompt_reaches_the_guide(name: str) -> None:
 def test_without_a_negative_prompt_the_guide_is_given_that_of_cfg(name: str) -> None:
     one = build(name)
     seen = negatives(one, name)
-    assert len(seen[0]) == 1  # one serves all
+    # one serves all, where it is not encoded with images
+    assert len(seen[0]) == (len(PROMPTS) if name == "Qwen-Image edit" else 1)
     shows(seen, encode(one, list(PROMPTS)))
     if pipelines.PIPELINES[name].family == "SDXL":
         assert one.pipe.config.force_zeros_for_empty_prompt

@@ -68,7 +68,10 @@ def test_it_learns_resumes_and_leaves_teacher_and_base_as_they_were(
     assert same(student, train_steps(again, context("v_prediction"), initial("v_prediction")))
 
 
-@pytest.mark.parametrize("name", ["SD3", "PixArt-Sigma", "Sana", "Lumina2", "CogView4", "Z-Image"])
+@pytest.mark.parametrize(
+    "name",
+    ["SD3", "PixArt-Sigma", "Sana", "Lumina2", "CogView4", "Z-Image", "Qwen-Image"],
+)
 def test_both_stages_train_every_family(
     name: str, config: DistillConfig, steps_config: StepsConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -3,7 +3,7 @@
 A new family is one file with a subclass of :class:`Backbone`, and one line here.
 """
 
-from pilotfish.backbones.base import Backbone, twice_arguments
+from pilotfish.backbones.base import NULL_TEXT, Backbone, twice_arguments
 from pilotfish.backbones.chroma_dit import ChromaDiTBackbone
 from pilotfish.backbones.cogview4_dit import CogView4DiTBackbone
 from pilotfish.backbones.compiled import is_compiled, watch_hooks
@@ -19,6 +19,7 @@ from pilotfish.backbones.video_dit import VideoDiTBackbone
 from pilotfish.backbones.z_image_dit import ZImageDiTBackbone
 
 __all__ = [
+    "NULL_TEXT",
     "Backbone",
     "ChromaDiTBackbone",
     "CogView4DiTBackbone",

@@ -22,6 +22,10 @@ from pilotfish.backbones.hooks import Hooks, first_output, with_arguments, with_
 from pilotfish.guidance import classifier_free_guidance
 from pilotfish.interface import GuideError, GuideProtocol, Refresh, TextConditions
 
+NULL_TEXT = " "
+"""Stands for no negative prompt where a call without one has no guidance: an empty text is none to
+some text encoders."""
+
 
 def plain(module: nn.Module) -> Any:
     """The layer itself, where a LoRA has wrapped it."""
@@ -43,6 +47,8 @@ class Backbone(ABC):
     """Classes of diffusers that belong to the family."""
     component: ClassVar[str] = "transformer"
     """Name of the denoiser among the components of its pipelines."""
+    further_components: ClassVar[tuple[str, ...]] = ()
+    """Names of further denoisers of its pipelines, for a part of the steps."""
     parameters: ClassVar[tuple[str, ...]]
     """Names of the positional parameters of the denoiser's forward."""
     registry: ClassVar[list[type[Backbone]]] = []
@@ -87,6 +93,21 @@ class Backbone(ABC):
             if getattr(pipe, name, None) is not None:
                 return Backbone.of(getattr(pipe, name))
         raise GuideError(f"{type(pipe).__name__} has neither a unet nor a transformer")
+
+    @staticmethod
+    def all_of_pipeline(pipe: Any) -> dict[str, Backbone]:
+        """The backbones of a pipeline's denoisers, by the names of its components: some pipelines
+        go on with a second denoiser at low noise.
+
+        Raises:
+            GuideError: as :meth:`of_pipeline`.
+        """
+        found = {(first := Backbone.of_pipeline(pipe)).component: first}
+        for name in first.further_components:
+            denoiser = getattr(pipe, name, None)
+            if denoiser is not None and denoiser is not getattr(pipe, first.component):
+                found[name] = Backbone.of(denoiser)
+        return found
 
     # -- what a guide may touch -----------------------------------------------------------
 
@@ -283,11 +304,16 @@ class Backbone(ABC):
     of the scale with 1, and have no property for it."""
     scale_argument: ClassVar[str] = "guidance_scale"
     """The argument of the pipeline's call that is w."""
+    further_scales: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the pipeline's call that are w in the steps of further denoisers."""
     scale_offset: ClassVar[float] = 0.0
     """What is added to that argument to give w."""
     separate_negative: ClassVar[bool] = False
     """Whether the pipeline encodes the negative prompt in a call of ``encode_prompt`` of its own,
     and makes no second pass where none is given."""
+
+    control_from_prompt: ClassVar[bool] = False
+    """Whether the pipeline runs its ControlNet once a step, on the prompt, for both passes."""
 
     sign: ClassVar[int] = 1
     """-1 where the denoiser's output is the negative of the noise path's prediction."""
@@ -298,7 +324,11 @@ class Backbone(ABC):
     negative_from_callback: ClassVar[bool] = False
     """Whether the pipeline takes other embeddings of the negative prompt from a callback."""
     decodable: ClassVar[bool] = True
-    """Whether the latents of a pipeline's call are images that its VAE decodes as they are."""
+    """Whether the latents of a pipeline's call are images that its VAE decodes."""
+    packing: ClassVar[int] = 1
+    """How many of the VAE's latents are one of the denoiser's, each way; they are its channels."""
+    video_vae: ClassVar[bool] = False
+    """Whether an image is a video of one frame to the VAE."""
     text_is_projected: ClassVar[bool] = False
     """Whether the text is extrapolated inside the denoiser, after a projection that is not
     linear."""
@@ -307,12 +337,40 @@ class Backbone(ABC):
         """The argument of the pipeline's call for a scale w."""
         return {self.scale_argument: guidance_scale - self.scale_offset}
 
+    def scale_at_step(self, pipe: Any, guidance_scale: Any) -> Any:
+        """The argument of the pipeline's call that is w at the running step.
+
+        Args:
+            guidance_scale: the pipeline's scale.
+        """
+        return guidance_scale
+
     guidance_rule: Callable[..., torch.Tensor] = staticmethod(classifier_free_guidance)
     """The teacher's rule: how the pipeline combines the two predictions."""
 
     def refusal(self, pipe: Any) -> str | None:
         """Why a pipeline with this denoiser cannot take a guide, in words; None if it can."""
         return None
+
+    def call_arguments(self, guidance_scale: float, n: int) -> dict[str, Any]:
+        """The arguments of the pipeline's call for n prompts at a scale w and the null prompt."""
+        given: dict[str, Any] = dict(self.scale_argument_of(guidance_scale))
+        if self.separate_negative and guidance_scale > 1:
+            given["negative_prompt"] = [NULL_TEXT] * n
+        return given
+
+    def schedule_arguments(self, scheduler: Any) -> dict[str, Any]:
+        """Arguments with which the pipeline sets the timesteps of its scheduler, for images of its
+        default size."""
+        return {}
+
+    def final_latents(self, latents: torch.Tensor, pipe: Any, call: Mapping[str, Any]) -> Any:
+        """(N, C, h, w) of the latents that a pipeline's call returned.
+
+        Args:
+            call: the arguments of the call.
+        """
+        return latents
 
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
         """Arguments of the pipeline's ``encode_prompt`` for some texts."""

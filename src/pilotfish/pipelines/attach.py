@@ -26,10 +26,10 @@ from pilotfish.pipelines.call import (
     CallbackAdapter,
     RunningCall,
     bind,
-    sync,
     warn_of_arguments,
 )
 from pilotfish.pipelines.control import doubled_controlnets
+from pilotfish.pipelines.installing import install, sync
 from pilotfish.refresh import RefreshSteps, check_refresh
 
 
@@ -51,8 +51,7 @@ def attach(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None)
     if isinstance(pipe, Guided):
         raise GuideError("this pipeline has a guide already; detach it first")
     refresh = check_refresh(guide.refresh_ratio if refresh is None else refresh)
-    backbone = check(guide, pipe)
-    hooks, plain = backbone.install(guide), type(pipe)
+    hooks, plain = install(guide, check(guide, pipe)), type(pipe)
     guide.eval()
     pipe.__class__ = type(plain.__name__, (Guided, plain), {"__module__": plain.__module__})
     pipe._pilotfish_guide, pipe._pilotfish_hooks, pipe._pilotfish_lock = guide, hooks, Lock()
@@ -115,15 +114,15 @@ class Refreshed:
         return attached(self.guide, pipe, self.refresh)
 
 
-def check(guide: GuideProtocol, pipe: Any) -> Backbone:
-    """The backbone of a pipeline that can take this guide.
+def check(guide: GuideProtocol, pipe: Any) -> list[Backbone]:
+    """The backbones of a pipeline that can take this guide: one for each denoiser.
 
     Raises:
         GuideError: the pipeline's guidance cannot be turned off, or the guide was made for
             another denoiser.
     """
     try:
-        backbone = Backbone.of_pipeline(pipe)
+        backbone, *others = Backbone.all_of_pipeline(pipe).values()
     except GuideError as error:
         raise _refused(pipe, str(error)) from error
     call = signature(pipe.__call__).parameters
@@ -139,8 +138,10 @@ def check(guide: GuideProtocol, pipe: Any) -> Backbone:
     if (why := backbone.refusal(pipe)) is not None:
         raise _refused(pipe, why)
     predicted = prediction_type(pipe.scheduler)
-    guide.check(backbone.signature(predicted), Origin.of(backbone.denoiser))
-    return backbone
+    backbones = [backbone, *others]
+    for one in backbones:
+        guide.check(one.signature(predicted), Origin.of(one.denoiser))
+    return backbones
 
 
 def _refused(pipe: Any, why: str) -> GuideError:

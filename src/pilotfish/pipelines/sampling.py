@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from pilotfish.backbones import Backbone
 from pilotfish.noise import NoisePath
@@ -36,7 +37,7 @@ class Sample:
         prompt: its text.
         seed: the seed of its first latents; the same seed starts from the same noise
             in every guidance mode.
-        latents: (C, h, w) final latents, as the sampler left them.
+        latents: (C, h, w) final latents, as the sampler left them; packed ones as a map.
         image: (3, H, W) decoded image in [-1, 1].
     """
 
@@ -69,7 +70,7 @@ def sample(
         call: further arguments of the pipeline's call.
 
     Raises:
-        ValueError: the pipeline makes videos or packed latents; prompts, seeds or negative prompts
+        ValueError: the pipeline makes videos; prompts, seeds or negative prompts
             differ in number; no step, or an empty batch. Raised before sampling.
     """
     backbone = Backbone.of_pipeline(pipe)
@@ -85,31 +86,33 @@ def sample(
     for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    call |= backbone.scale_argument_of(guidance_scale)
     call["num_inference_steps"] = num_inference_steps
     batches = (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size))
-    return _drawn(pipe, prompts, seeds, guide, negative_prompts, batches, call)
+    return _drawn(pipe, prompts, seeds, guidance_scale, guide, negative_prompts, batches, call)
 
 
 @torch.no_grad()
 def _drawn(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guide: Attachable | None,
-    negative_prompts: Sequence[str] | None, batches: Iterable[slice], call: dict[str, Any],
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float,
+    guide: Attachable | None, negative_prompts: Sequence[str] | None, batches: Iterable[slice],
+    call: dict[str, Any],
 ) -> Iterator[Sample]:  # fmt: skip
+    backbone = Backbone.of_pipeline(pipe)
     pipe.set_progress_bar_config(disable=True)
     for batch in batches:
         texts, some = list(prompts[batch]), seeds[batch]
         # left out where there is none: to PixArt's pipeline None is no text
         negative = {"negative_prompt": list(negative_prompts[batch])} if negative_prompts else {}
+        given = backbone.call_arguments(guidance_scale, len(texts)) | negative | call
         # attached for one batch only: between two of them the pipeline is its owner's
         with guide.attached(pipe) if guide is not None else nullcontext():
             latents = pipe(
                 texts,
                 generator=[torch.Generator().manual_seed(s) for s in some],
                 output_type="latent",
-                **negative,
-                **call,
+                **given,
             )[0]
+        latents = backbone.final_latents(latents, pipe, call)
         images = decode(pipe, latents)
         for text, seed, z, x in zip(texts, some, latents.float(), images, strict=True):
             yield Sample(text, seed, z, x)
@@ -118,18 +121,15 @@ def _drawn(
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """(N, C, h, w) latents to (N, 3, H, W) images in [-1, 1], as the pipeline decodes them."""
-    vae, config = pipe.vae, pipe.vae.config
+    vae, config, backbone = pipe.vae, pipe.vae.config, Backbone.of_pipeline(pipe)
     overflows = vae.dtype == torch.float16 and config.get("force_upcast", False)
     if overflows:
         vae.to(torch.float32)
+    latents = F.pixel_shuffle(latents, backbone.packing).to(vae.dtype)
     height, width = (side * int(pipe.vae_scale_factor) for side in latents.shape[2:])
-    latents = latents.to(vae.dtype)
-    mean, std = (config.get(f"latents_{name}") for name in ("mean", "std"))
-    if mean is not None and std is not None:  # one for each channel
-        shift, scale = (torch.tensor(x).to(latents).view(1, -1, 1, 1) for x in (mean, std))
-        latents = latents * scale / config.scaling_factor + shift
-    else:
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+    scale, shift = _normalisation(config, latents)
+    latents = latents * scale / config.get("scaling_factor", 1.0) + shift
+    latents = latents[:, :, None] if backbone.video_vae else latents
     try:
         parts = [
             vae.decode(part, return_dict=False)[0] for part in latents.split(at_once(height, width))
@@ -137,7 +137,40 @@ def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     finally:
         if overflows:
             vae.to(torch.float16)
-    return torch.cat(parts).float().clamp(-1, 1)
+    images = torch.cat(parts).float().clamp(-1, 1)
+    return images[:, :, 0] if backbone.video_vae else images
+
+
+@torch.no_grad()
+def encode(pipe: Any, images: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) images in [-1, 1] to (N, C, h, w) latents on the CPU, as :func:`decode` takes
+    them."""
+    vae, config, backbone = pipe.vae, pipe.vae.config, Backbone.of_pipeline(pipe)
+    parts = images.split(at_once(*images.shape[2:]))
+    frames = [part[:, :, None] if backbone.video_vae else part for part in parts]
+    made = [vae.encode(part.to(vae.device, vae.dtype)) for part in frames]
+    # Sana's has no distribution
+    found = [e.latent_dist.mean if hasattr(e, "latent_dist") else e.latent for e in made]
+    latents = torch.cat(found).float().cpu()
+    latents = latents[:, :, 0] if backbone.video_vae else latents
+    scale, shift = _normalisation(config, latents)
+    latents = (latents - shift) * config.get("scaling_factor", 1.0) / scale
+    return F.pixel_unshuffle(latents, backbone.packing)
+
+
+def image_size(pipe: Any) -> int:
+    """Pixels of an image of the denoiser's own size, each way."""
+    backbone = Backbone.of_pipeline(pipe)
+    return backbone.latent_shape()[1] * backbone.packing * int(pipe.vae_scale_factor)
+
+
+def _normalisation(config: Any, latents: torch.Tensor) -> tuple[Any, Any]:
+    """Scale and shift of the VAE's latents, for each channel where there is one for each."""
+    mean, std = (config.get(f"latents_{name}") for name in ("mean", "std"))
+    if mean is None or std is None:
+        return 1.0, config.get("shift_factor") or 0
+    scale, shift = (torch.tensor(x).to(latents).view(1, -1, 1, 1) for x in (std, mean))
+    return scale, shift
 
 
 def at_once(height: int, width: int) -> int:
