@@ -31,10 +31,11 @@ class KnownIntegers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket
-        if name is torch.ops.aten._local_scalar_dense and args[0] in self.contents:
-            return self.contents[args[0]].item()
-        if name is torch.ops.aten._to_copy and self._to_cpu(args[0], kwargs):
-            return self.contents[args[0]].clone()
+        with _disable_current_modes():
+            if name is torch.ops.aten._local_scalar_dense and args[0] in self.contents:
+                return self.contents[args[0]].item()
+            if name is torch.ops.aten._to_copy and self._to_cpu(args[0], kwargs):
+                return self.contents[args[0]].clone()
         output = func(*args, **kwargs)
         made = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
         if any(_kept(x) for x in made):
