@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -23,8 +24,9 @@ from benchmarks.measure import (
     result_key,
 )
 from benchmarks.memory import largest_batches, pipeline_parts, training_memory
-from benchmarks.operators import OperatorCount, count_operators, narrow_pipeline
-from benchmarks.shapes import GUIDES, REFRESHED, SHAPES
+from benchmarks.operators import OperatorCount, count_operators, count_shape
+from benchmarks.shapes import SHAPES
+from benchmarks.step import GUIDES, REFRESHED
 from pilotfish.backbones import Backbone
 from pilotfish.cli.names import open_guide, open_model, usable_device
 from pilotfish.evaluation.results import GuideSize, machine
@@ -38,6 +40,12 @@ FREEZING = "TORCHINDUCTOR_FREEZING"
 """An environment variable of torch: whether its compiler packs weights beforehand."""
 
 
+ShapeName = Literal[
+    "sd15", "sd21", "sdxl", "sd35-medium", "sd35-large", "qwen-image", "z-image", "lumina2", "sana",
+    "wan-1.3b", "wan-14b",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """Time no guidance, CFG and a guide. They take turns; ratios are medians over the rounds."""
@@ -49,7 +57,8 @@ class BenchmarkConfig:
     """A bundled guide, a folder or a hub id."""
     guide_type: tuple[str, ...] = ()
     """A fresh guide of this type, one that ``distill`` knows, in place of --guide: the cost does
-    not depend on the weights. With --shape one or more of tiny and full; both if left out."""
+    not depend on the weights. With --shape one or more of tiny and full (UNets only); all that fit
+    if left out."""
     batch_sizes: tuple[int, ...] = (1, 8)
     num_inference_steps: int = 25
     guidance_scale: float = 4.0
@@ -57,8 +66,11 @@ class BenchmarkConfig:
     """Steps of the guide that run both passes, whatever refresh_ratio the guide has. No effect with
     --shape and --operators."""
     rounds: int = 15
-    shape: tuple[Literal["sd15", "sd21", "sdxl"], ...] = ()
+    shape: tuple[ShapeName, ...] = ()
     """Full-size denoisers with random weights, in place of a pipeline: one sampling step."""
+    side: int | None = None
+    """With --shape: pixels of the timed images, each way. Default: those of the pipeline's call.
+    Counts are always of the default."""
     operators: bool = False
     """Count the operators that a guide adds to a plain pass, by name; time nothing."""
     count_only: bool = False
@@ -68,7 +80,10 @@ class BenchmarkConfig:
     ``--dtype``."""
     train: bool = False
     """With --shape: the memory of a training step on a base in ``--dtype`` with gradient
-    checkpointing, computed by purpose and, unless ``--count_only``, measured."""
+    checkpointing, computed by purpose and, unless ``--count_only``, measured. The memory of a
+    sampling step is computed as well."""
+    weights: tuple[Literal["fp8", "nf4"], ...] = ()
+    """With --train and --count_only: the base's weights stored in these formats as well."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
     """Time the denoiser compiled (torch.compile), in all modes. On a CPU,
@@ -88,6 +103,14 @@ class BenchmarkConfig:
             "--output": (self.output is not None, self.shape, with_shape),
             "--count_only": (self.count_only, self.shape, with_shape),
             "--train": (self.train, self.shape, with_shape),
+            "--weights": (
+                self.weights, self.train and self.count_only, "needs --train and --count_only"
+            ),
+            "--side": (
+                self.side is not None,
+                self.shape and not (self.count_only or self.train or self.operators),
+                "needs --shape, and has no effect with --count_only, --train and --operators",
+            ),
             "--memory": (
                 self.memory is not None, self.shape and not self.train,
                 "needs --shape, and has no effect with --train",
@@ -113,6 +136,9 @@ class BenchmarkConfig:
             )
         if len(self.guide_type) > 1 and not self.shape:
             raise ValueError("--guide_type takes one type without --shape")
+        for name in self.shape:
+            if unfit := [g for g in self.guide_type if g not in SHAPES[name].guides]:
+                raise ValueError(f"no {unfit[0]} guide fits {name}; choose another --guide_type")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -184,25 +210,25 @@ def _shape(
 ) -> ShapeResult:
     """The result of one shape. What is not measured now is kept from ``before``."""
     shape, dtype = SHAPES[name], getattr(torch, config.dtype)
-    guides = config.guide_type or tuple(GUIDES)
+    guides = config.guide_type or shape.guides
     if config.train or config.operators:
         result = before or measure_shape(shape, command=command, batch_sizes=())
-        if config.operators:
-            pipe = narrow_pipeline(shape)
-            for guide_type in guides:
-                network = GUIDES[guide_type].for_denoiser(pipe.unet, shape.prediction_type)
-                result.operators[guide_type] = count_operators(pipe, network.eval())
-            return result
         for guide_type in guides:
-            result.training[guide_type] = training_memory(
-                name, shape, guide_type, command=command, dtype=dtype,
-                batch=config.batch_sizes[0], measured=not config.count_only, device=config.device,
-            )  # fmt: skip
+            if config.operators:
+                result.operators[guide_type] = count_shape(shape, GUIDES[guide_type])
+                continue
+            for weights in ("", *config.weights):
+                key = ", ".join((guide_type, *[weights] * bool(weights)))
+                result.training[key] = training_memory(
+                    name, shape, guide_type, command=command, dtype=dtype,
+                    batch=config.batch_sizes[0], measured=not config.count_only,
+                    device=config.device, weights=weights,
+                )  # fmt: skip
         return result
     result = measure_shape(
         shape, command=command, device=config.device, rounds=config.rounds, dtype=dtype,
         batch_sizes=() if config.count_only else config.batch_sizes, guides=guides,
-        compiled=config.compile,
+        compiled=config.compile, side=config.side,
     )  # fmt: skip
     if before:
         for kept in ("training", "largest_batch", "operators"):
@@ -233,10 +259,12 @@ def shapes_table(result: ShapesResult) -> Table:
         return ", ".join(f"{text(v[mode])} at {batch}" for batch, v in values.items() if mode in v)
 
     for name, shape in result.shapes.items():
+        title = f"{name}, {shape.parameters / 1e6:,.0f} M"
+        title += f"\ntimed at {shape.side} pixels" if shape.side else ""
         for mode, flops in shape.flops.items():
             guide = shape.guides.get(mode)
             table.add_row(
-                f"{name}, {shape.parameters / 1e6:,.0f} M" if mode == "none" else "",
+                title if mode == "none" else "",
                 {"none": "no guidance", "cfg": "CFG"}.get(mode, mode),
                 f"{guide.parameters / 1e6:,.2f} M, {guide.share:.2%}" if guide else "",
                 f"{flops / shape.flops['none']:.3f}×",
@@ -266,9 +294,12 @@ def training_table(result: ShapesResult) -> Table:
         for guide_type, memory in shape.training.items():
             heading = f"{name}, {guide_type}\n{memory.dtype}, batch {memory.batch}"
             table.add_column(heading, justify="right")
-            columns.append(memory.parts | {"sum": memory.total, "measured": memory.peak_bytes})
+            sampling = {f"sampling, {m}": memory.sampling[m] for m in memory.sampling}
+            columns.append(
+                memory.parts | {"sum": memory.total, "measured": memory.peak_bytes} | sampling
+            )
     for part in dict.fromkeys(part for column in columns for part in column):
-        table.add_row(part, *(number(column[part] / 2**30) for column in columns))
+        table.add_row(part, *(number(column.get(part, math.nan) / 2**30) for column in columns))
     return table
 
 

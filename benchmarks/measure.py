@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.memory import TrainingMemory, peak_bytes
 from benchmarks.operators import OperatorCount
-from benchmarks.shapes import GUIDES, SamplingStep, Shape
+from benchmarks.shapes import Shape
+from benchmarks.step import SamplingStep
 from pilotfish.evaluation.results import GuideSize, Saved, machine, versions
 from pilotfish.evaluation.speed import speed_up, take_turns
 
@@ -36,6 +37,7 @@ class ShapeResult:
         largest_batch: by device ("float16, 24 GiB") and mode.
         operators: what each guide adds to a plain pass.
         compiled: whether the denoiser was compiled, in all modes.
+        side: pixels of the images that were timed, each way; 0 for the pipeline's default.
     """
 
     parameters: int
@@ -52,6 +54,7 @@ class ShapeResult:
     largest_batch: dict[str, dict[str, int]] = field(default_factory=dict)
     operators: dict[str, OperatorCount] = field(default_factory=dict)
     compiled: bool = False
+    side: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ def call_speedup(step: float, refresh: int, steps: int) -> float:
 
 def measure_shape(
     shape: Shape, *, command: str, device: str = "cpu", dtype: torch.dtype = torch.float32,
-    batch_sizes: Sequence[int] = (1,), rounds: int = 3, guides: Collection[str] = tuple(GUIDES),
-    compiled: bool = False, notice: Callable[[str], None] = print,
+    batch_sizes: Sequence[int] = (1,), rounds: int = 3, guides: Collection[str] | None = None,
+    compiled: bool = False, side: int | None = None, notice: Callable[[str], None] = print,
 ) -> ShapeResult:  # fmt: skip
     """Count one shape, and time it where there are batch sizes.
 
@@ -84,8 +87,9 @@ def measure_shape(
         command: the command line, for the result.
         batch_sizes: images at once; none only counts.
         rounds: in which all modes take turns, after one to warm up.
-        guides: those of ``GUIDES`` that are timed; all are counted.
+        guides: types of the guides that are timed; all that fit are counted. Left out: all.
         compiled: time the denoiser compiled, in all modes.
+        side: pixels of the images that are timed, each way; left out, the pipeline's default.
 
     Raises:
         ValueError: no round.
@@ -94,15 +98,16 @@ def measure_shape(
         raise ValueError(f"at least one round is needed, not {rounds}")
     counted = SamplingStep(shape, torch.device("meta"), dtype)
     result = ShapeResult(
-        sum(p.numel() for p in counted.unet.parameters()), counted.guide_sizes(),
+        sum(p.numel() for p in counted.denoiser.parameters()), counted.guide_sizes(),
         {mode: counted.flops(mode) for mode in (*counted.modes, *counted.refreshed)},
         str(dtype).removeprefix("torch."), command, machine(), versions(), compiled=compiled,
+        side=side or 0,
     )  # fmt: skip
     if not batch_sizes:
         return result
     notice("creating the denoiser")
-    types = {name: GUIDES[name] for name in guides}
-    step = SamplingStep(shape, torch.device(device), dtype, types, compiled=compiled)
+    timed = [name for name in shape.guides if guides is None or name in guides]
+    step = SamplingStep(shape, torch.device(device), dtype, timed, compiled=compiled, side=side)
     modes = (*step.modes, *step.refreshed)
     for batch in batch_sizes:
         if compiled:

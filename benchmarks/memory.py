@@ -13,21 +13,38 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
-from benchmarks.shapes import GUIDES, SamplingStep, Shape
+from benchmarks.integers import KnownIntegers
+from benchmarks.shapes import Shape
+from benchmarks.step import SamplingStep, default_dtype
 from pilotfish.evaluation.results import machine, versions
 from pilotfish.guidance import classifier_free_guidance
 from pilotfish.teacher import Student, checkpoint_in_pass
@@ -44,17 +61,76 @@ _OPEN_CLIP_G: dict[str, Any] = {
     "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
     "num_attention_heads": 20, "projection_dim": 1280,
 }  # fmt: skip
-TEXT_ENCODERS: Mapping[str, tuple[tuple[type[Any], dict[str, Any]], ...]] = {
-    "sd15": ((CLIPTextModel, _CLIP_L),),
-    "sd21": ((CLIPTextModel, _OPEN_CLIP_H),),
-    "sdxl": ((CLIPTextModel, _CLIP_L), (CLIPTextModelWithProjection, _OPEN_CLIP_G)),
+_T5_XXL: dict[str, Any] = {
+    "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+_QWEN_VL_7B: dict[str, Any] = {
+    "text_config": {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    },
+    "vision_config": {
+        "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+    },
+}  # fmt: skip
+_QWEN3_4B: dict[str, Any] = {
+    "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+}  # fmt: skip
+_Encoders = tuple[tuple[type[Any], PreTrainedConfig], ...]
+_SD3: _Encoders = (
+    (CLIPTextModelWithProjection, CLIPTextConfig(**_CLIP_L)),
+    (CLIPTextModelWithProjection, CLIPTextConfig(**_OPEN_CLIP_G)),
+    (T5EncoderModel, T5Config(**_T5_XXL)),
+)
+_GEMMA: _Encoders = ((Gemma2Model, Gemma2Config()),)
+_WAN: _Encoders = ((UMT5EncoderModel, UMT5Config(vocab_size=256384, **_T5_XXL)),)
+TEXT_ENCODERS: Mapping[str, _Encoders] = {
+    "sd15": ((CLIPTextModel, CLIPTextConfig(**_CLIP_L)),),
+    "sd21": ((CLIPTextModel, CLIPTextConfig(**_OPEN_CLIP_H)),),
+    "sdxl": (
+        (CLIPTextModel, CLIPTextConfig(**_CLIP_L)),
+        (CLIPTextModelWithProjection, CLIPTextConfig(**_OPEN_CLIP_G)),
+    ),
+    "sd35-medium": _SD3,
+    "sd35-large": _SD3,
+    "qwen-image": ((Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig(**_QWEN_VL_7B)),),
+    "z-image": ((Qwen3Model, Qwen3Config(**_QWEN3_4B)),),
+    "lumina2": _GEMMA,
+    "sana": _GEMMA,
+    "wan-1.3b": _WAN,
+    "wan-14b": _WAN,
 }
 """Of the published models, by the name of the shape."""
-VAE: dict[str, Any] = {
+_KL: dict[str, Any] = {
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
 }  # fmt: skip
-"""Of all three."""
+_KL_16 = partial(
+    AutoencoderKL, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, **_KL
+)
+VAES: Mapping[str, Callable[[], nn.Module]] = {
+    **dict.fromkeys(("sd15", "sd21", "sdxl"), partial(AutoencoderKL, latent_channels=4, **_KL)),
+    **dict.fromkeys(("sd35-medium", "sd35-large", "z-image", "lumina2"), _KL_16),
+    "qwen-image": AutoencoderKLQwenImage,
+    "sana": partial(
+        AutoencoderDC, downsample_block_type="Conv", upsample_block_type="interpolate",
+        **{
+            f"{side}_{name}": value
+            for side in ("encoder", "decoder")
+            for name, value in (
+                ("block_types", (*["ResBlock"] * 3, *["EfficientViTBlock"] * 3)),
+                ("qkv_multiscales", ((), (), (), (5,), (5,), (5,))),
+            )
+        },
+    ),
+    **dict.fromkeys(("wan-1.3b", "wan-14b"), AutoencoderKLWan),
+}  # fmt: skip
+"""Likewise."""
+WEIGHTS = ("", "fp8", "nf4")
+"""How the base's weights may be stored: in the precision of the activations, by diffusers'
+layerwise casting, by bitsandbytes."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +139,9 @@ class TrainingMemory:
 
     Attributes:
         parts: computed bytes by purpose; the peak where they come and go.
+        sampling: computed peak of a sampling step of as many latents, by mode, with the weights
+            of denoiser and guide.
+        weights: one of ``WEIGHTS``.
         peak_bytes: measured, without text encoders and VAE; NaN if not measured.
         seconds: of the measured step.
         batch: latents at once.
@@ -78,6 +157,8 @@ class TrainingMemory:
     command: str
     machine: str
     versions: dict[str, str]
+    sampling: dict[str, float] = field(default_factory=dict)
+    weights: str = ""
 
     @property
     def total(self) -> float:
@@ -124,6 +205,31 @@ def module_bytes(module: nn.Module) -> float:
     return float(sum(p.numel() * p.dtype.itemsize for p in module.parameters()))
 
 
+def stored_bytes(shape: Shape, dtype: torch.dtype, weights: str) -> tuple[float, float]:
+    """Bytes of a denoiser's parameters as they are stored, and of the largest layer that is
+    converted to ``dtype`` when it runs; 0 where none is.
+
+    Args:
+        weights: one of ``WEIGHTS``. For ``nf4``, linear layers have four bits a number and a
+            float32 factor for each 64 (arXiv 2305.14314, without double quantisation).
+    """
+    with torch.device("meta"), default_dtype(dtype):
+        denoiser: Any = shape.denoiser(**shape.config)
+    whole = module_bytes(denoiser)
+    if weights == "fp8":
+        denoiser.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=dtype)
+        changed = [
+            sum(p.numel() for p in m.parameters(recurse=False) if p.dtype is torch.float8_e4m3fn)
+            for m in denoiser.modules()
+        ]
+        return module_bytes(denoiser), float(max(changed) * dtype.itemsize)
+    if weights == "nf4":
+        linear = [m.weight.numel() for m in denoiser.modules() if isinstance(m, nn.Linear)]
+        saved = sum(linear) * (dtype.itemsize - 0.5 - 4 / 64)
+        return whole - saved, float(max(linear) * dtype.itemsize)
+    return whole, 0.0
+
+
 # -- sampling ---------------------------------------------------------------------------
 
 
@@ -146,16 +252,26 @@ def largest_batches(
 
 def step_bytes(shape: Shape, dtype: torch.dtype, mode: str, batch: int) -> float:
     """Peak memory of a sampling step, with the weights of denoiser and guide."""
+    return sampling_bytes(shape, dtype, batch)[mode]
+
+
+def sampling_bytes(
+    shape: Shape, dtype: torch.dtype, batch: int = 1, weights: str = ""
+) -> dict[str, float]:
+    """Peak memory of a sampling step of ``batch`` images, by mode, with the weights of denoiser and
+    guide; those of the denoiser as :func:`stored_bytes` counts them."""
+    stored, converted = stored_bytes(shape, dtype, weights)
     with FakeTensorMode(), TensorMemory() as tensors:
         step = SamplingStep(shape, torch.device("cpu"), dtype)
-        return _step_bytes(step, tensors, mode, batch)
+        added = stored + converted - module_bytes(step.denoiser)
+        return {m: _step_bytes(step, tensors, m, batch) + added for m in step.modes}
 
 
 def _step_bytes(step: SamplingStep, tensors: TensorMemory, mode: str, batch: int) -> float:
     tensors.peak = before = tensors.current
     step.run(mode, batch)
     guide = module_bytes(step.guides[mode]) if mode in step.guides else 0.0
-    return module_bytes(step.unet) + guide + tensors.peak - before
+    return module_bytes(step.denoiser) + guide + tensors.peak - before
 
 
 def largest(needed: Callable[[int], float], memory: float) -> int:
@@ -181,7 +297,7 @@ class TrainingStep:
 
     Args:
         shape: of the denoiser.
-        guide_type: tiny or full.
+        guide_type: one that fits.
         dtype: of the base's weights; the guide is float32.
         batch: latents at once.
         checkpointing: gradient checkpointing of the base.
@@ -191,10 +307,9 @@ class TrainingStep:
         self, shape: Shape, guide_type: str, device: torch.device, dtype: torch.dtype, batch: int,
         checkpointing: bool = True,
     ) -> None:  # fmt: skip
-        types = {guide_type: GUIDES[guide_type]}
-        self.sampling = SamplingStep(shape, device, dtype, types, torch.float32)
+        self.sampling = SamplingStep(shape, device, dtype, (guide_type,), torch.float32)
         if checkpointing:
-            self.sampling.unet.enable_gradient_checkpointing(checkpoint_in_pass)
+            self.sampling.denoiser.enable_gradient_checkpointing(checkpoint_in_pass)
         self.guide = self.sampling.guides[guide_type]
         self.guide.requires_grad_(True).train()
         self.batch, self.device = batch, device
@@ -202,20 +317,19 @@ class TrainingStep:
     def backward(self) -> None:
         """Everything up to the gradients."""
         sampling, n, device = self.sampling, self.batch, self.device
-        unet = sampling.unet
-        side, channels = unet.config.sample_size, unet.config.in_channels
-        z, t = torch.randn(n, channels, side, side, device=device), torch.full((n,), 0.5)
+        z, t = torch.randn(n, *sampling.latents, device=device), torch.full((n,), 0.5)
         scale = torch.full((n,), 4.0, device=device)
-        with torch.no_grad():
-            both = sampling.base(z.repeat(2, 1, 1, 1), t.repeat(2), sampling.prompts(2 * n))
-            unconditional, conditional = both.float().chunk(2)
-            target = classifier_free_guidance(unconditional, conditional, scale)
-        student = Student(self.guide, unet, sampling.sizes)
-        try:
-            guided = student(z, t, sampling.prompts(n), sampling.prompts(1), scale)
-            (guided.float() - target).pow(2).mean().backward()
-        finally:
-            student.hooks.remove()
+        with KnownIntegers():
+            with torch.no_grad():
+                both = sampling.base(torch.cat([z, z]), t.repeat(2), sampling.prompts(2 * n))
+                unconditional, conditional = both.float().chunk(2)
+                target = classifier_free_guidance(unconditional, conditional, scale)
+            student = Student(self.guide, sampling.denoiser, sampling.sizes)
+            try:
+                guided = student(z, t, sampling.prompts(n), sampling.prompts(1), scale)
+                (guided.float() - target).pow(2).mean().backward()
+            finally:
+                student.hooks.remove()
 
     def prepare(self) -> None:
         """Create the optimizer with its moments and the moving average, as after a first step."""
@@ -249,7 +363,7 @@ def training_parts(
             return training_parts(shape, guide_type, dtype, batch, checkpointing, fake=False)
     with TensorMemory() as tensors:
         step = TrainingStep(shape, guide_type, torch.device("cpu"), dtype, batch, checkpointing)
-        base, guide = (module_bytes(m) for m in (step.sampling.unet, step.guide))
+        base, guide = (module_bytes(m) for m in (step.sampling.denoiser, step.guide))
         tensors.peak = before = tensors.current
         step.backward()
         activations = tensors.peak - before - guide  # the gradients are there until the end
@@ -263,8 +377,8 @@ def pipeline_parts(name: str, dtype: torch.dtype) -> dict[str, float]:
     """Bytes of what else is on the device: text encoders in the base's precision, and a float32
     VAE for validation images."""
     with torch.device("meta"):
-        texts = [network(CLIPTextConfig(**config)) for network, config in TEXT_ENCODERS[name]]
-        vae = AutoencoderKL(**VAE)
+        texts = [network(config) for network, config in TEXT_ENCODERS[name]]
+        vae = VAES[name]()
     numbers = sum(p.numel() for text in texts for p in text.parameters())
     return {"text encoders": float(numbers * dtype.itemsize), "vae": module_bytes(vae)}
 
@@ -272,24 +386,31 @@ def pipeline_parts(name: str, dtype: torch.dtype) -> dict[str, float]:
 def training_memory(
     name: str, shape: Shape, guide_type: str, *, command: str,
     dtype: torch.dtype = torch.bfloat16, batch: int = 1, measured: bool = False,
-    device: str = "cpu",
+    device: str = "cpu", weights: str = "",
 ) -> TrainingMemory:  # fmt: skip
     """Compute the memory of a training step with gradient checkpointing, and measure it if asked.
 
     Args:
         name: of the shape, which determines the text encoders.
-        guide_type: tiny or full.
+        guide_type: one that fits.
         command: the command line, for the result.
-        dtype: of the base's weights.
+        dtype: of the base's weights, and of its activations.
         batch: latents at once.
         measured: run a real step; it needs the memory that it measures.
+        weights: how the base's weights are stored, one of ``WEIGHTS``; others than the first are
+            not measured.
 
     Raises:
-        ValueError: another guide type.
+        ValueError: another guide type, or weights that cannot be measured.
     """
-    if guide_type not in GUIDES:
-        raise ValueError(f"training memory is known for {', '.join(GUIDES)}, not for {guide_type}")
+    if guide_type not in shape.guides:
+        raise ValueError(f"{name} takes {', '.join(shape.guides)}, not {guide_type}")
+    if measured and weights:
+        raise ValueError(f"{weights} weights are counted, not measured: add --count_only")
     parts = training_parts(shape, guide_type, dtype, batch) | pipeline_parts(name, dtype)
+    parts["denoiser"], converted = stored_bytes(shape, dtype, weights)
+    if converted:
+        parts["layer in use"] = converted
     peak, seconds = float("nan"), float("nan")
     if measured:
         step = TrainingStep(shape, guide_type, torch.device(device), dtype, batch)
@@ -299,7 +420,7 @@ def training_memory(
         seconds = time.perf_counter() - start
     return TrainingMemory(
         parts, peak, seconds, batch, str(dtype).removeprefix("torch."), command, machine(),
-        versions(),
+        versions(), sampling_bytes(shape, dtype, batch, weights), weights,
     )  # fmt: skip
 
 

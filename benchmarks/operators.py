@@ -25,8 +25,10 @@ from diffusers import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.shapes import TOKENS, Shape
+from benchmarks.shapes import Shape
+from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.guides import Guide
+from pilotfish.interface import TextConditions
 
 NO_KERNEL = ("aten._unsafe_view", "aten.empty", "aten.new_empty", "prim.")
 """Beginnings of the names of operators that are no views and launch nothing all the same."""
@@ -111,6 +113,76 @@ def count_operators(pipe: Any, guide: Guide, guidance_scale: float = 4.0) -> Ope
     )  # fmt: skip
 
 
+def count_shape(shape: Shape, guide_type: type[Guide]) -> OperatorCount:
+    """Count what a fresh guide adds to a pass of a published shape at batch 1."""
+    if shape.denoiser is UNet2DConditionModel:
+        pipe = narrow_pipeline(shape)
+        return count_operators(
+            pipe, guide_type.for_denoiser(pipe.unet, shape.prediction_type).eval()
+        )
+    torch.manual_seed(0)
+    denoiser: Any = shape.denoiser(**{**shape.config, **shape.narrow}).eval()
+    guide = guide_type.for_denoiser(denoiser, shape.prediction_type).eval()
+    return count_transformer(denoiser, guide, masked=shape.masked, pooled=shape.pooled is not None)
+
+
+@torch.no_grad()
+def count_transformer(
+    denoiser: Any, guide: Guide, *, masked: bool = False, pooled: bool = False
+) -> OperatorCount:
+    """Count what a guide adds to a pass of a transformer at batch 1, whatever pipeline calls it.
+
+    What three calls in one guided pass run beyond two is one step, as in :func:`count_operators`.
+
+    Args:
+        masked: whether the denoiser is given a mask of the prompt's tokens.
+        pooled: whether it is given pooled text.
+    """
+    backbone = Backbone.of(denoiser)
+    sites = backbone.sites()
+    prompt = TextConditions(
+        torch.zeros(1, 32, sites["text_dim"]),
+        torch.zeros(1, sites["pooled_dim"]) if pooled else None,
+        torch.ones(1, 32, dtype=torch.long) if masked else None,
+    )
+    *channels, _, _ = backbone.latent_shape()
+    latents = torch.zeros(1, *channels[:1], *[1] * len(channels[1:]), 8, 8)
+    times = torch.tensor([0.75, 0.5, 0.25])
+    schedule = times * backbone.num_train_timesteps
+
+    def run(steps: int, guided: bool) -> OperatorCounter:
+        place = 0
+        hooks = backbone.install(guide) if guided else None
+        passed = GuidedPass(
+            guide,
+            lambda: 4.0,
+            lambda: prompt,
+            hooks=hooks,
+            timesteps=lambda: schedule,
+            step=lambda: place,
+        )
+        try:
+            with passed.open() if guided else nullcontext(), OperatorCounter() as counter:
+                for place in range(steps):
+                    backbone(latents, times[place : place + 1], prompt)
+        finally:
+            if hooks is not None:
+                hooks.remove()
+        return counter
+
+    plain, two, three = run(1, False), run(2, True), run(3, True)
+    added, views = Counter(three.operators), Counter(three.views)
+    for counter in (two, plain):
+        added.subtract(counter.operators)
+        views.subtract(counter.views)
+    return OperatorCount(
+        plain=plain.operators.total(), added=added.total(),
+        once=two.operators.total() - 2 * (plain.operators.total() + added.total()),
+        plain_views=plain.views.total(), added_views=views.total(),
+        by_operator={name.removesuffix(".default"): n for name, n in added.most_common() if n},
+    )  # fmt: skip
+
+
 def narrow_pipeline(shape: Shape) -> Any:
     """A pipeline without text encoders and VAE, its denoiser with all layers of a shape, a tenth
     as wide, with random weights."""
@@ -155,7 +227,7 @@ def _call(pipe: Any, guide: Guide | None, guidance_scale: float, steps: int) -> 
 
 def _embeddings(pipe: Any) -> dict[str, torch.Tensor]:
     """What a pipeline without text encoders is given in place of prompts."""
-    text = torch.zeros(1, TOKENS, pipe.unet.config.cross_attention_dim)
+    text = torch.zeros(1, 77, pipe.unet.config.cross_attention_dim)
     given = {"prompt_embeds": text, "negative_prompt_embeds": text.clone()}
     if isinstance(pipe, StableDiffusionXLPipeline):
         pooled = torch.zeros(1, WIDTH)

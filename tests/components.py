@@ -17,6 +17,8 @@ from diffusers import (
     AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    ChromaTransformer2DModel,
+    CogView4Transformer2DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
@@ -35,10 +37,13 @@ from diffusers import (
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     T5Config,
     T5EncoderModel,
 )
@@ -157,14 +162,26 @@ def wan_transformer(seed: int = 0, **config: Any) -> WanTransformer3DModel:
     return randomise(WanTransformer3DModel(**small | config))
 
 
-def video_autoencoder() -> AutoencoderKLWan:
+def video_autoencoder(**config: Any) -> AutoencoderKLWan:
     """Wan's, two pixels for one latent."""
+    small: dict[str, Any] = {
+        "base_dim": 3, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1,
+        "temperal_downsample": [False], "latents_mean": [0.1] * 4, "latents_std": [0.9] * 4,
+        "scale_factor_temporal": 4, "scale_factor_spatial": 2,
+    }  # fmt: skip
     torch.manual_seed(2)
-    return AutoencoderKLWan(
-        base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
-        latents_mean=[0.1] * 4, latents_std=[0.9] * 4, scale_factor_temporal=4,
-        scale_factor_spatial=2,
-    ).eval()  # fmt: skip
+    return AutoencoderKLWan(**small | config).eval()
+
+
+def image_encoder(size: int) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
+    """Of square images, with what makes them of this size."""
+    torch.manual_seed(11)
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
+        image_size=size, patch_size=8,
+    )  # fmt: skip
+    sizes = {"height": size, "width": size}
+    return CLIPVisionModel(config).eval(), CLIPImageProcessorPil(size=sizes, crop_size=sizes)
 
 
 def ltx_transformer(seed: int = 0, **config: Any) -> LTXVideoTransformer3DModel:
@@ -253,6 +270,26 @@ def flux2_autoencoder() -> AutoencoderKLFlux2:
     assert made.bn.running_var is not None
     made.bn.running_var.uniform_(0.5, 1.5)
     return made
+
+
+def chroma_transformer(seed: int = 0, **config: Any) -> ChromaTransformer2DModel:
+    small: dict[str, Any] = {
+        "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 2, 2),
+        "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(ChromaTransformer2DModel(**small | config))
+
+
+def cogview4_transformer(seed: int = 0, **config: Any) -> CogView4Transformer2DModel:
+    small: dict[str, Any] = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
+        "attention_head_dim": 8, "num_attention_heads": 2, "text_embed_dim": WIDTH,
+        "time_embed_dim": 8, "condition_dim": 4, "rope_axes_dim": (16, 16),
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return randomise(CogView4Transformer2DModel(**small | config))
 
 
 def deep_autoencoder() -> AutoencoderDC:
@@ -423,6 +460,14 @@ FAMILIES = {
     "ltx": Family(
         ltx_transformer, "flow", WIDTH, masked=True, shape=(4, 2, 8, 8),
         others=({"num_layers": 3}, {"caption_channels": 24}),
+    ),
+    "chroma": Family(
+        chroma_transformer, "flow", WIDTH, masked=True,
+        others=({"num_single_layers": 3}, {"joint_attention_dim": 24}),
+    ),
+    "cogview4": Family(
+        cogview4_transformer, "flow", WIDTH, masked=True,
+        others=({"num_layers": 2}, {"text_embed_dim": 24}),
     ),
     "lumina2": Family(
         lumina2_transformer, "flow", WIDTH, masked=True,

@@ -84,6 +84,15 @@ def test_a_space_stands_for_no_negative_prompt_where_that_means_no_guidance() ->
     assert not torch.allclose(space, cat)
 
 
+def test_a_text_is_encoded_by_itself_where_its_padding_counts() -> None:
+    pipe = pipelines.build("CogView4").pipe
+    both, alone = encode_prompts(pipe, ["cat", "cat " * 20]), encode_prompts(pipe, ["cat"])
+    assert both.mask is not None
+    assert both.mask.sum(1).tolist() == [16, 32]
+    torch.testing.assert_close(both.embeds[:1, :16], alone.embeds)
+    assert alone.mask is None
+
+
 @pytest.mark.parametrize("cache_bytes", [0, 2**20])
 def test_negative_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any, cache_bytes: int) -> None:
     prompts, order = encoded(pipe, TEXTS, cache_bytes), torch.tensor([2, 0, 1])

@@ -78,6 +78,9 @@ def test_the_mean_is_over_the_tokens_that_count() -> None:
     assert TextConditions(embeds).mean().tolist() == [[2.0, 3.0]]
     mask = torch.tensor([[1.0, 1.0, 0.0]])
     assert TextConditions(embeds, mask=mask).mean().tolist() == [[1.0, 2.0]]
+    padded = torch.nn.functional.pad(embeds, (0, 0, 0, 5))  # as of a text encoder that is left out
+    assert TextConditions(padded).mean().tolist() == [[2.0, 3.0]]
+    assert TextConditions(torch.zeros(1, 3, 2)).mean().tolist() == [[0.0, 0.0]]
     nothing = TextConditions(embeds, mask=torch.zeros(1, 3))
     assert nothing.mean().tolist() == [[0.0, 0.0]]
 

@@ -52,7 +52,7 @@ def kind(denoiser: Any) -> str:
         "unet": "unet", "cross-attention-dit": "pixart", "sana": "sana", "joint-dit": "sd3",
         "one-stream-dit": "lumina2", "video-dit": "wan", "qwen-dit": "qwen",
         "z-image-dit": "z-image", "aura-flow-dit": "aura-flow", "flux2-dit": "flux2",
-        "ltx-dit": "ltx",
+        "ltx-dit": "ltx", "chroma-dit": "chroma", "cogview4-dit": "cogview4",
     }[Backbone.of(denoiser).family]  # fmt: skip
 
 
@@ -117,6 +117,20 @@ def test_a_denoiser_is_called_as_diffusers_calls_it(name: str, latents: torch.Te
             tokens, shapes = latents.flatten(2).mT, [[(1, 8, 8)]] * 2
             made_of = module(tokens, text.embeds, text.mask, t / 1000, shapes).sample
             expected = made_of.mT.unflatten(2, (8, 8))
+        elif name == "chroma":
+            tokens, mask = latents.flatten(2).mT, torch.cat([text.mask, torch.ones(2, 64)], 1)
+            places = torch.cartesian_prod(*map(torch.arange, (1, 8, 8)))
+            made_of = module(
+                tokens, text.embeds, t / 1000, places, torch.zeros(8, 3), mask
+            ).sample  # fmt: skip
+            expected = made_of.mT.unflatten(2, (8, 8))
+        elif name == "cogview4":  # one by one: a mask of diffusers masks nothing
+            sides, none = torch.full((1, 2), 64), torch.zeros(1, 2)
+            expected = torch.cat([
+                module(latents[i, None], text.embeds[i, None, :count], t[i, None], sides, sides,
+                       none).sample
+                for i, count in enumerate(text.mask.sum(1).tolist())
+            ])  # fmt: skip
         elif name == "z-image":
             texts = [row[mask == 1] for row, mask in zip(text.embeds, text.mask, strict=True)]
             listed = module(list(latents[:, :, None]), 1 - t / 1000, texts, return_dict=False)[0]

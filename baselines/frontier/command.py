@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
             open_scorer(config.scorer, models), names,
             load_prompts(config.train_prompts) if config.train_prompts
             else bundled.prompts("training"),
-            run, Path(config.output), Path(config.references), progress,
+            run, Path(config.output), Path(config.references), progress, test_models=far,
         )  # fmt: skip
         found = frontier.measure()
     columns = groups(found, base[0], far)

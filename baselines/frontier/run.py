@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -48,7 +48,8 @@ class FrontierConfig:
     samples: int = 1000
     """Images for each point of the guides in their default places, and of delta reuse."""
     baseline_samples: int = 250
-    """Images for each point of the other methods, evenly spaced among the same images."""
+    """Images for each point of the other methods, evenly spaced among the same images, and for all
+    points of test fine-tunes."""
     guidance_scale: float = 4.0
     """w of the images."""
     num_inference_steps: int = 25
@@ -107,6 +108,7 @@ class Frontier:
         run: how to repeat it.
         file: of the result.
         folder: for the images of no guidance and CFG.
+        test_models: names of those for which all points have ``baseline_samples`` images.
 
     Raises:
         ConfigError: the file holds a frontier with other settings, or a method is unknown.
@@ -125,6 +127,7 @@ class Frontier:
     folder: Path
     progress: Progress | None = None
     log: Callable[[str], None] = print
+    test_models: Collection[str] = ()
     _gram: torch.Tensor | None = field(default=None, init=False)
     _dropped: set[tuple[str, Key]] = field(default_factory=set, init=False)
 
@@ -200,12 +203,13 @@ class Frontier:
         if not missing:
             return
         config = self.config
+        samples = config.baseline_samples if model in self.test_models else config.samples
         whole = ModelScorer(
             pipe, self.scorer, prompts=self.names, names=self.names,
-            reference_images=self.models[model].reference_images, samples=config.samples,
+            reference_images=self.models[model].reference_images, samples=samples,
             seed=config.seed, batch_size=config.batch_size,
         )  # fmt: skip
-        every = config.samples // config.baseline_samples
+        every = samples // config.baseline_samples
         part = copy(whole)
         chosen = slice(0, every * config.baseline_samples, every)
         part.texts, part.seeds = whole.texts[chosen], whole.seeds[chosen]

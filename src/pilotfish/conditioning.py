@@ -108,6 +108,8 @@ def some_or_one(prompts: Prompts, index: torch.Tensor) -> TextConditions:
 @torch.no_grad()
 def encode_prompts(pipe: Any, texts: Sequence[str]) -> TextConditions:
     """Texts by the pipeline's own ``encode_prompt``."""
+    if Backbone.of_pipeline(pipe).pads_to_longest:  # one by one: padding would count
+        return TextConditions.cat([_encode(pipe, [text])[0] for text in texts])
     return _encode(pipe, texts)[0]
 
 
@@ -127,8 +129,7 @@ def null_prompt(pipe: Any) -> TextConditions:
     SDXL is made that way; a space where a call without one has no guidance."""
     backbone = Backbone.of_pipeline(pipe)
     if backbone.separate_negative:
-        default = backbone.default_negative  # an empty one is no text to some of these
-        return encode_prompts(pipe, [" " if default is None else default])
+        return encode_prompts(pipe, [backbone.null_text])
     negative = _encode(pipe, [""], None)[1]
     assert negative is not None
     return negative

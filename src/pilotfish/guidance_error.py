@@ -21,7 +21,7 @@ import torch
 from pilotfish.backbones import Backbone
 from pilotfish.conditioning import NULL, encoded, some_or_one
 from pilotfish.guides import Guide
-from pilotfish.interface import GuideProtocol, Refresh
+from pilotfish.interface import GuideError, GuideProtocol, Refresh
 from pilotfish.noise import NoisePath
 from pilotfish.pipelines.attach import check
 from pilotfish.pipelines.sampling import TeacherStep, cfg_trajectories
@@ -122,10 +122,8 @@ class Trajectories:
         noise = torch.randn(len(prompts), *backbone.latent_shape(), generator=generator)
         index, count = process
         mine = torch.arange(index, len(prompts), count)
-        return cls(
-            teacher, NoisePath.of(pipe.scheduler, backbone.dynamic_shift()), mine, negative[mine],
-            noise[mine].to(denoiser.device), **settings,
-        )  # fmt: skip
+        path = backbone.noise_path(pipe)
+        return cls(teacher, path, mine, negative[mine], noise[mine].to(denoiser.device), **settings)
 
     def __iter__(self) -> Iterator[tuple[float, torch.Tensor, Iterable[TeacherStep]]]:
         """(w, places (n,) of a batch among the prompts, its steps), batch after batch."""
@@ -199,7 +197,7 @@ def pipeline_guidance_error(
     :meth:`Trajectories.of_pipeline`.
 
     Raises:
-        GuideError: the guide does not fit.
+        GuideError: the guide does not fit; or the pipeline has two denoisers.
     """
     with _student(pipe, guide) as student:
         return guidance_error(student, trajectories, **settings)
@@ -209,7 +207,12 @@ def pipeline_guidance_error(
 def _student(pipe: Any, guide: Guide) -> Iterator[Student]:
     """The denoiser with the guide, which is copied where it lies elsewhere or in another
     precision; no hook stays."""
-    backbone = check(guide, pipe)
+    backbone, *others = check(guide, pipe)
+    if others:
+        raise GuideError(
+            f"the guidance error is measured on one denoiser, and this {type(pipe).__name__} has "
+            "two; measure each in a pipeline of its own"
+        )
     denoiser = backbone.denoiser
     if (guide.device, guide.dtype) != (denoiser.device, denoiser.dtype):
         guide = deepcopy(guide).to(denoiser.device, denoiser.dtype)

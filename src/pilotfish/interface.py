@@ -73,9 +73,11 @@ class TextConditions:
         return self[:1]
 
     def mean(self) -> torch.Tensor:
-        """(N, D) the mean over the tokens that count."""
+        """(N, D) the mean over the tokens that count. Tokens of zeros do not: they stand for a text
+        encoder that was left out (Stable Diffusion 3's T5)."""
         if self.mask is None:
-            return self.embeds.mean(1)
+            counted = (self.embeds != 0).any(-1).sum(1, keepdim=True).clamp(min=1)
+            return self.embeds.sum(1) / counted.to(self.dtype)
         weight = self.mask.to(self.dtype)[..., None]
         return (self.embeds * weight).sum(1) / weight.sum(1).clamp(min=1)
 

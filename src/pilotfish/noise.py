@@ -63,6 +63,9 @@ class NoisePath:
         final_alpha_cumprod: the same after the last step, 1 for a clean image.
         scheduler: gives the grids; see :func:`deterministic_scheduler`.
         mu: gives the shift of a grid of so many steps to a scheduler with dynamic shifting.
+        shift: s of rectified flow whose time is that before the shift of the noise levels,
+            ``sigma = s time / (1 + (s - 1) time)``, in whole timesteps. None where the time is
+            sigma.
     """
 
     prediction_type: str
@@ -70,6 +73,7 @@ class NoisePath:
     final_alpha_cumprod: float = 1.0
     scheduler: Any = field(default=None, compare=False)
     mu: Callable[[int], float] | None = field(default=None, compare=False)
+    shift: float | None = None
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -78,22 +82,28 @@ class NoisePath:
             )
 
     @classmethod
-    def of(cls, scheduler: Any, mu: Callable[[int], float] | None = None) -> NoisePath:
+    def of(
+        cls, scheduler: Any, mu: Callable[[int], float] | None = None, shift: float | None = None
+    ) -> NoisePath:  # fmt: skip
         """The path of a diffusers scheduler.
+
+        Args:
+            mu: see the class.
+            shift: see the class.
 
         Raises:
             ValueError: the scheduler belongs to neither kind, or predicts something else; or it has
-                dynamic shifting and there is no ``mu``.
+                dynamic shifting and there is neither ``mu`` nor ``shift``.
         """
         prediction = prediction_type(scheduler)
         if prediction == "flow":
-            if scheduler.config.get("use_dynamic_shifting") and mu is None:
+            if scheduler.config.get("use_dynamic_shifting") and mu is None and shift is None:
                 raise ValueError(
                     "the scheduler shifts its times by the size of images (use_dynamic_shifting), "
                     "by a rule that is not known for this model; give the pipeline a scheduler "
                     "with a fixed shift"
                 )
-            return cls("flow", scheduler=deterministic_scheduler(scheduler), mu=mu)
+            return cls("flow", scheduler=deterministic_scheduler(scheduler), mu=mu, shift=shift)
         if getattr(scheduler, "alphas_cumprod", None) is None:
             raise ValueError(
                 f"{type(scheduler).__name__} has no alphas_cumprod and is no flow matching "
@@ -110,7 +120,9 @@ class NoisePath:
     def alpha_sigma(self, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N,) times -> (N,) alpha and sigma."""
         if self.alphas_cumprod is None:
-            return 1 - time, time
+            shift = 1.0 if self.shift is None else self.shift
+            sigma = shift * time / (1 + (shift - 1) * time)
+            return 1 - sigma, sigma
         table = self.alphas_cumprod.to(time.device)
         last = len(table) - 1
         index = (time * len(table)).round().long()
@@ -180,6 +192,9 @@ class NoisePath:
         """
         if not 1 <= steps <= self.num_train_timesteps:
             raise ValueError(f"steps must lie in [1, {self.num_train_timesteps}], not {steps}")
+        if self.shift is not None:
+            whole = (self.num_train_timesteps * torch.linspace(1, 1 / steps, steps)).round()
+            return torch.cat([whole / self.num_train_timesteps, torch.zeros(1)])
         scheduler = deepcopy(self.scheduler)
         if self.alphas_cumprod is None:
             # the scheduler's own grid applies the shift twice and is not nested

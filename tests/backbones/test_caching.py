@@ -28,6 +28,8 @@ PROJECTIONS = {
     "flux2": "context_embedder",
     "unet": "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
     "ltx": "caption_projection",
+    "chroma": "context_embedder",
+    "cogview4": "patch_embed.text_proj",
     "lumina2": "time_caption_embed.caption_embedder",
     "pixart": "caption_projection",
     "qwen": "txt_norm",

@@ -57,6 +57,10 @@ MASKED_SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("pixart", {}),
     ("pixart", {"num_layers": 3, "patch_size": 1}),
     ("ltx", {}),
+    ("chroma", {}),
+    ("chroma", {"num_layers": 1, "num_single_layers": 3}),
+    ("cogview4", {}),
+    ("cogview4", {"num_layers": 2, "patch_size": 1}),
     ("lumina2", {}),
     ("lumina2", {"num_layers": 2, "patch_size": 1, "num_kv_heads": 3, "num_refiner_layers": 2}),
     ("qwen", {}),
@@ -231,6 +235,19 @@ def test_a_gain_of_minus_1_holds_with_a_lora_on_every_layer(family: components.F
     assert_negative_is_recovered(denoiser, family.text(2), family.text(1, 5, seed=3))
 
 
+def test_texts_of_one_length_are_compared_by_their_means_where_they_are_padded_on_the_left() -> (
+    None
+):
+    """As in training, where other lengths bring a mask."""
+    family = components.FAMILIES["cogview4"]
+    denoiser, latents, embeds = family.denoiser(), family.latents(2), family.text(2).embeds
+    guide = FixedGuide(GuideOutput(text_gain=torch.full((2, 1, 1), 0.5)))
+    negative = TextConditions(family.text(1, seed=3).embeds)
+    made = guided(denoiser, guide, latents, TextConditions(embeds), negative)
+    means = embeds + 0.5 * (embeds - negative.embeds.mean(1, keepdim=True))
+    torch.testing.assert_close(made, plain(denoiser, latents, TextConditions(means)))
+
+
 def test_what_is_masked_does_not_count() -> None:
     family = components.FAMILIES["pixart"]
     denoiser, latents, text = family.denoiser(), family.latents(2), family.text(2)
@@ -342,15 +359,16 @@ def test_custom_diffusion_is_refused() -> None:
 
 
 def test_fused_projections_work_or_are_noticed(family: components.Family) -> None:
-    noticed = family in [components.FAMILIES[name] for name in ("sd3", "aura-flow", "flux2")]
-    denoiser = family.denoiser(**({"dual_attention_layers": ()} if family.pooled else {}))
+    noticed = [components.FAMILIES[n] for n in ("sd3", "aura-flow", "chroma", "flux2")]
+    sd3 = family is components.FAMILIES["sd3"]
+    denoiser = family.denoiser(**({"dual_attention_layers": ()} if sd3 else {}))
     guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, 0.5)))
     given = family.latents(2), family.text(2), family.text(1, seed=3)
     expected = guided(denoiser, guide, *given)
     if not hasattr(denoiser, "fuse_qkv_projections"):
         return
     denoiser.fuse_qkv_projections()
-    if noticed:
+    if family in noticed:
         with pytest.raises(GuideError, match=r"went past .*transformer_blocks\.0\.attn"):
             guided(denoiser, guide, *given)
     else:

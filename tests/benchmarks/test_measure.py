@@ -10,8 +10,9 @@ from rich.console import Console
 
 from benchmarks.command import shapes_table
 from benchmarks.measure import ShapeResult, ShapesResult, call_speedup, measure_shape, result_key
-from benchmarks.shapes import SHAPES, SamplingStep, Shape
-from tests.benchmarks.small import SMALL, SMALL_XL
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.step import SamplingStep
+from tests.benchmarks.small import SMALL, SMALL_LUMINA2, SMALL_SD3, SMALL_XL
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,10 +22,25 @@ ROOT = Path(__file__).parents[2]
 )
 def test_shapes_are_those_of_the_published_models(name: str, published: int) -> None:
     step = SamplingStep(SHAPES[name], torch.device("meta"), torch.float32)
-    assert sum(p.numel() for p in step.unet.parameters()) == published
+    assert sum(p.numel() for p in step.denoiser.parameters()) == published
     sizes = step.guide_sizes()
     assert sizes["tiny"].share < 0.01
     assert sizes["full"].share > 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("sd35-medium", 2.24), ("sd35-large", 8.06), ("qwen-image", 20.43), ("z-image", 6.15),
+        ("lumina2", 2.61), ("sana", 1.60), ("wan-1.3b", 1.42), ("wan-14b", 14.29),
+    ],
+)  # fmt: skip
+def test_transformers_are_the_published_ones(name: str, published: float) -> None:
+    step = SamplingStep(SHAPES[name], torch.device("meta"), torch.bfloat16)
+    assert sum(p.numel() for p in step.denoiser.parameters()) / 1e9 == pytest.approx(
+        published, 0.01
+    )
+    assert 0.002 < step.guide_sizes()["tiny"].share < 0.01
 
 
 def test_a_full_size_shape_is_counted() -> None:
@@ -34,7 +50,7 @@ def test_a_full_size_shape_is_counted() -> None:
     assert not counted.speedup
 
 
-@pytest.mark.parametrize("shape", [SMALL, SMALL_XL])
+@pytest.mark.parametrize("shape", [SMALL, SMALL_XL, SMALL_SD3, SMALL_LUMINA2])
 def test_flops_on_the_meta_device_are_those_on_the_cpu(shape: Shape) -> None:
     meta, real = (SamplingStep(shape, torch.device(d), torch.float32) for d in ("meta", "cpu"))
     for mode in real.modes:
@@ -72,6 +88,21 @@ def test_a_shape_is_timed_in_all_modes_saved_and_shown(tmp_path: Path) -> None:
     assert all(value > 2**20 for row in found.peak_bytes.values() for value in row.values())
     assert len(lines) == 3
     assert "CFG" in shown_after_saving(found, tmp_path)
+
+
+def test_images_of_another_size_are_timed(tmp_path: Path) -> None:
+    found = measure_shape(SMALL_SD3, command="timed", rounds=1, side=64)
+    assert found.side == 64
+    assert set(found.speedup["1"]) == {"none", "tiny", "tiny, refreshed"}
+    assert "timed at 64 pixels" in shown_after_saving(found, tmp_path)
+    step = SamplingStep(SMALL_SD3, torch.device("cpu"), torch.float32, side=64)
+    assert step.latents == (16, 8, 8)
+    with pytest.raises(ValueError, match="a multiple of"):
+        SamplingStep(SMALL_SD3, torch.device("cpu"), torch.float32, side=65)
+    with pytest.raises(ValueError, match="not for videos"):
+        SamplingStep(SHAPES["wan-1.3b"], torch.device("meta"), torch.float32, side=64)
+    with pytest.raises(ValueError, match="no full guide fits SD3Transformer2DModel"):
+        SamplingStep(SMALL_SD3, torch.device("cpu"), torch.float32, ["full"])
 
 
 def test_zero_rounds_are_refused() -> None:

@@ -13,17 +13,20 @@ from rich.console import Console
 from benchmarks.command import training_table
 from benchmarks.measure import ShapesResult, measure_shape
 from benchmarks.memory import (
+    WEIGHTS,
     TensorMemory,
     TrainingStep,
     largest,
     largest_batches,
     pipeline_parts,
     step_bytes,
+    stored_bytes,
     training_memory,
     training_parts,
 )
-from benchmarks.shapes import SHAPES, SamplingStep, Shape
-from tests.benchmarks.small import LARGER, SMALL, SMALL_XL
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.step import SamplingStep
+from tests.benchmarks.small import LARGER, SMALL, SMALL_LUMINA2, SMALL_SD3, SMALL_XL
 
 HALF = torch.bfloat16
 
@@ -54,15 +57,21 @@ def test_the_largest_fits_and_one_more_does_not(first: int, steps: list[int], me
     assert n == 0 or needed(n) <= memory
 
 
-@pytest.mark.parametrize("shape", [SMALL, SMALL_XL])
-@pytest.mark.parametrize("mode", ["none", "cfg", "tiny", "full"])
+TRANSFORMERS = (SMALL_SD3, SMALL_LUMINA2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode"),
+    [(shape, mode) for shape in (SMALL, SMALL_XL) for mode in ("none", "cfg", "tiny", "full")]
+    + [(shape, mode) for shape in TRANSFORMERS for mode in ("none", "cfg", "tiny")],
+)
 def test_a_step_on_fake_tensors_takes_what_a_real_step_takes(shape: Shape, mode: str) -> None:
     with TensorMemory() as memory:
         step = SamplingStep(shape, torch.device("cpu"), torch.float32)
         memory.peak = before = memory.current
         step.run(mode, 3)
     guide = [p for name in step.guides if name == mode for p in step.guides[name].parameters()]
-    weights = sum(p.nbytes for p in [*step.unet.parameters(), *guide])
+    weights = sum(p.nbytes for p in [*step.denoiser.parameters(), *guide])
     assert step_bytes(shape, torch.float32, mode, 3) == weights + memory.peak - before
 
 
@@ -74,8 +83,10 @@ def test_cfg_holds_half_as_many_images_and_a_guide_nearly_all() -> None:
     assert 9 < found["tiny"] < 12
 
 
-@pytest.mark.parametrize("shape", [SMALL, SMALL_XL])
-@pytest.mark.parametrize("guide_type", ["tiny", "full"])
+@pytest.mark.parametrize(
+    ("shape", "guide_type"),
+    [(SMALL, "tiny"), (SMALL_XL, "tiny"), (SMALL_XL, "full"), (SMALL_SD3, "tiny")],
+)
 def test_training_on_fake_tensors_takes_what_real_training_takes(
     shape: Shape, guide_type: str
 ) -> None:
@@ -84,7 +95,7 @@ def test_training_on_fake_tensors_takes_what_real_training_takes(
     assert parts["activations"] > 0
     step = TrainingStep(shape, guide_type, torch.device("cpu"), HALF, 2)
     step.backward()
-    base = list(step.sampling.unet.parameters())
+    base = list(step.sampling.denoiser.parameters())
     assert parts["denoiser"] == sum(p.nbytes for p in base)
     assert {p.dtype for p in base} == {HALF}
     guide = list(step.guide.parameters())
@@ -102,12 +113,49 @@ def test_checkpointing_and_half_precision_take_less() -> None:
     assert least["denoiser"] == less["denoiser"] / 2
 
 
+def test_quantised_weights_take_less() -> None:
+    """As counted from the parameters of a real one: every matrix of the blocks is linear."""
+    stored = {name: stored_bytes(SMALL_SD3, HALF, name)[0] for name in WEIGHTS}
+    denoiser = SMALL_SD3.denoiser(**SMALL_SD3.config).to(HALF)
+    assert stored[""] == sum(p.nbytes for p in denoiser.parameters())
+    linear = sum(m.weight.numel() for m in denoiser.modules() if isinstance(m, torch.nn.Linear))
+    assert stored["nf4"] == stored[""] - linear * (2 - 0.5 - 4 / 64)
+    denoiser.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=HALF)
+    assert stored["fp8"] == sum(p.nbytes for p in denoiser.parameters()) < stored[""]
+    found = {
+        name: training_memory("sd35-medium", SMALL_SD3, "tiny", command="", weights=name)
+        for name in WEIGHTS
+    }
+    for name, memory in found.items():
+        assert memory.parts["denoiser"] == stored[name]
+        assert memory.parts.get("layer in use", 0.0) == stored_bytes(SMALL_SD3, HALF, name)[1]
+        saved = stored[""] - stored[name] - memory.parts.get("layer in use", 0.0)
+        assert memory.sampling["cfg"] == found[""].sampling["cfg"] - saved
+    with pytest.raises(ValueError, match="counted, not measured: add --count_only"):
+        training_memory("sd35-medium", SMALL_SD3, "tiny", command="", weights="fp8", measured=True)
+
+
 @pytest.mark.parametrize(
     ("name", "published"), [("sd15", 123_060_480), ("sd21", 340_387_840), ("sdxl", 817_720_320)]
 )
 def test_text_encoders_are_the_published_ones(name: str, published: int) -> None:
     assert pipeline_parts(name, HALF) == {"text encoders": 2 * published, "vae": 4 * 83_653_863}
     assert name in SHAPES
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "vae"),
+    [
+        ("sd35-large", 5.58, 83.8), ("qwen-image", 8.29, 126.9), ("z-image", 4.02, 83.8),
+        ("lumina2", 2.61, 83.8), ("sana", 2.61, 312.3), ("wan-14b", 5.68, 126.9),
+    ],
+)  # fmt: skip
+def test_other_parts_of_transformer_pipelines_are_the_published_ones(
+    name: str, text: float, vae: float
+) -> None:
+    parts = pipeline_parts(name, HALF)
+    assert parts["text encoders"] / 2e9 == pytest.approx(text, 0.01)
+    assert parts["vae"] / 4e6 == pytest.approx(vae, 0.01)
 
 
 def test_a_real_step_updates_the_guide_and_is_shown() -> None:
@@ -134,5 +182,5 @@ def test_a_real_step_updates_the_guide_and_is_shown() -> None:
 
 
 def test_another_guide_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="tiny, full, not for agd"):
+    with pytest.raises(ValueError, match="sd15 takes tiny, full, not agd"):
         training_memory("sd15", SMALL, "agd", command="it")

@@ -9,11 +9,18 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.operators import OperatorCounter, count_operators, narrow_pipeline, operators_of
-from benchmarks.shapes import SHAPES, SamplingStep, Shape
+from benchmarks.operators import (
+    OperatorCounter,
+    count_operators,
+    count_shape,
+    narrow_pipeline,
+    operators_of,
+)
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.step import SamplingStep
 from pilotfish.guides import Guide, TinyGuide
 from pilotfish.interface import GuideInputs, GuideOutput
-from tests.benchmarks.small import SMALL, SMALL_XL
+from tests.benchmarks.small import SMALL, SMALL_SD3, SMALL_XL
 
 
 class AddsText(Guide):
@@ -63,7 +70,7 @@ def test_a_narrow_pass_has_as_many_operators_as_a_full_one() -> None:
     """On fake tensors, which need no memory."""
     with FakeTensorMode(), torch.no_grad():
         step = SamplingStep(SHAPES["sd15"], torch.device("cpu"), torch.float32, {})
-        with step.prepared("none", 1) as call, operators_of(step.unet) as full:
+        with step.prepared("none", 1) as call, operators_of(step.denoiser) as full:
             call()
     pipe = narrow_pipeline(SHAPES["sd15"])
     guide = AddsText.for_denoiser(pipe.unet, "epsilon")
@@ -76,3 +83,13 @@ def test_a_tiny_guide_adds_few_operators(name: str, limit: float) -> None:
     pipe = narrow_pipeline(SHAPES[name])
     guide = TinyGuide.for_denoiser(pipe.unet, SHAPES[name].prediction_type)
     assert count_operators(pipe, guide).share <= limit
+
+
+def test_operators_of_transformers() -> None:
+    """Cross-attention takes a few more; a negative stream beside joint attention takes a part of
+    each block's."""
+    wan, sd3 = (count_shape(SHAPES[n], TinyGuide) for n in ("wan-1.3b", "sd35-medium"))
+    assert wan.share <= 0.05
+    assert wan.by_operator["aten.lerp.Tensor"] == 30
+    assert 0.3 < sd3.share <= 0.55
+    assert count_shape(SMALL_SD3, AddsText).added <= 6

@@ -20,7 +20,18 @@ from tests.pipelines.pipelines import PIPELINES, build, without_bins
 
 
 @pytest.fixture(
-    params=["SD3", "PixArt-Sigma", "Sana", "Lumina2", "Z-Image", "AuraFlow", "FLUX.2 klein"]
+    params=[
+        "SD3",
+        "PixArt-Sigma",
+        "Sana",
+        "Lumina2",
+        "AuraFlow",
+        "FLUX.2 klein",
+        "Chroma",
+        "CogView4",
+        "Qwen-Image",
+        "Z-Image",
+    ]
 )
 def measured(
     request: pytest.FixtureRequest, randomise: Callable[[Guide], Guide],

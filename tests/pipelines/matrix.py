@@ -26,10 +26,13 @@ def family(*names: str) -> tuple[str, ...]:
 
 UNET, SD3, PIXART = family("SD", "SDXL"), family("SD3"), family("PixArt")
 ONE = (
-    "SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "Wan", "LTX", "AuraFlow",
-    "FLUX.2 klein", "Qwen-Image", "Z-Image",
+    "SD", "SDXL", "SD3", "PixArt-Sigma", "Sana", "Lumina2", "AuraFlow", "FLUX.2 klein", "Wan",
+    "LTX", "Chroma", "CogView4", "Qwen-Image", "Z-Image",
 )  # fmt: skip
 """One of each family."""
+TOGETHER = tuple(n for n in ONE if n not in ("FLUX.2 klein", "Qwen-Image", "Z-Image"))
+"""Those of which one call of ``encode_prompt`` makes prompt and negative prompt."""
+COMPILED = ("SD", "SDXL", "SD3", "PixArt-Sigma", "Sana")
 PLAIN = ("SD", "SD, v", "SDXL")
 SOME = (*PLAIN, "SD ControlNet")
 ADAPTED = (*SOME, "SD img2img", "SDXL ControlNet")
@@ -80,17 +83,18 @@ FEATURES = {
         "the guide is given what CFG would take: the empty text, or zeros (SDXL)", EVERY
     ),
     "negative prompt of another length": Feature(
-        "than the prompt, which CFG in one batch cannot take", ONE[:-3]
+        "than the prompt, which CFG in one batch cannot take", TOGETHER
     ),
     "num_images_per_prompt": Feature(
-        "one call a step at N times as many", [name for name in EVERY if name not in ("Wan", "LTX")]
+        "one call a step at N times as many",
+        [name for name in EVERY if name not in family("Wan", "LTX")],
     ),
     "prompt_embeds": Feature("given embeddings are as good as prompts", EVERY),
     "prompt_embeds, other precision": Feature(
         "half precision given float32, as CFG", (*PLAIN, "PixArt-Sigma")
     ),
     "encode_prompt replaced": Feature(
-        "on the object, to weight prompts; one that returns no negative prompt is refused", ONE[:-3]
+        "on the object, to weight prompts; one that returns no negative prompt is refused", TOGETHER
     ),
     "clip_skip": Feature(
         "holds for the prompt; the negative prompt is that of CFG", (*family("SDXL"), *SD3)
@@ -162,7 +166,7 @@ FEATURES = {
         "with `fullgraph=True`, before or after attaching, the same up to rounding; another w, "
         "prompt, negative prompt or number of steps compiles nothing anew (captured by "
         "torch.compile; its kernels are not what is tested)",
-        ONE[:5],
+        COMPILED,
     ),
     "compile_repeated_blocks": Feature(
         "block by block with `fullgraph=True`, of a denoiser with many; the same up to rounding",
@@ -235,7 +239,7 @@ differs in shape needs a guide of its own.
 
 {sd3}
 
-## PixArt, Sana, Lumina 2, AuraFlow, FLUX.2 klein, Wan, LTX, Qwen-Image and Z-Image
+## The other transformers
 
 {others}
 
@@ -243,7 +247,7 @@ differs in shape needs a guide of its own.
 
 - *IP-Adapter.* {ip_adapter}
 - *Refresh.* These rows are tested with refreshes too, on the pipelines that are marked: \
-*negative_prompt*, *negative prompt of another length* (SD3, Wan and AuraFlow refuse it), \
+*negative_prompt*, *negative prompt of another length* (SD3, Wan, AuraFlow and Chroma refuse it), \
 *num_images_per_prompt*, *prompt_embeds*, *w ≤ 1*, *conditions from a callback*, \
 *LoRA from a callback*, *CFG cutoff*, *dynamic CFG*, *IP-Adapter*, *LoRA*, every scheduler, \
 *half precision*, *model offload*, *sequential offload*, *torch.compile*, *threads*, *pickle*, \
@@ -254,8 +258,22 @@ states (SDXL, SD3), in a plain pipeline as in a guided one: pickle before the fi
 - *FLUX.2 klein.* Its pipeline takes no `negative_prompt`; that row is tested with \
 `negative_prompt_embeds`. Of another length than the prompt they are refused in a step with both \
 passes.
+- *Chroma.* `ChromaInpaintPipeline` of diffusers 0.42.1 fails without a guide, too. An IP-Adapter \
+is refused in the call.
+- *CogView4* masks no text. For a refresh with a prompt and a negative prompt of two lengths its \
+attention layers get a processor that masks; it stays, and does what that of diffusers does where \
+there is no mask.
 - *PixArt-Alpha at 1024 pixels* gives its denoiser resolution and aspect ratio, and is refused \
 (`use_additional_conditions`).
+- *Wan.* One guide works on both denoisers of Wan 2.2, which are of one shape: at the steps of \
+`transformer_2` it is given `guidance_scale_2`, and what the last refresh found stays known there. \
+`guidance_scale` decides for both whether there is guidance, as without a guide. Tested with \
+*image-to-video*, too: a last image, and a first frame at a time of its own (`expand_timesteps`).
+- *Qwen-Image.* `QwenImageEditPlusPipeline` (also with `zero_cond_t`) and \
+`QwenImageEditInpaintPipeline` are tested with one prompt: one pass, fresh, detach and refresh. \
+Both prompts are encoded with the image that is edited, and the guide adds to the tokens of the \
+generated image alone. The ControlNet reads the prompt alone, for both passes. \
+`QwenImageLayeredPipeline` is refused.
 
 ## Warned of
 

@@ -17,19 +17,29 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageControlNetModel,
     SD3ControlNetModel,
     T2IAdapter,
 )
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.wan import pipeline_wan_i2v
+from diffusers.utils import is_ftfy_available
+from PIL import Image
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from pilotfish import Guide, TinyGuide
 from pilotfish.backbones import (
     AuraFlowDiTBackbone,
     Backbone,
+    ChromaDiTBackbone,
     Flux2DiTBackbone,
+    QwenDiTBackbone,
     ZImageDiTBackbone,
 )
-from tests import components
+from tests import components, editing
+
+if not is_ftfy_available():  # which Wan's other pipelines ask
+    pipeline_wan_i2v.prompt_clean = str.strip
 
 SIDE = 16
 PROMPTS = ("cat", "a bee")
@@ -43,12 +53,13 @@ class Pipeline:
 
     Attributes:
         pipe: the pipeline.
-        images: tensors of its call, one row for each of the PROMPTS.
+        images: tensors of its call, one row for each of the PROMPTS; or lists of images to edit,
+            or one image for all.
         call: other arguments.
     """
 
     pipe: Any
-    images: dict[str, torch.Tensor] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -63,6 +74,12 @@ class Pipeline:
     @denoiser.setter
     def denoiser(self, denoiser: Any) -> None:
         setattr(self.pipe, self.component, denoiser)
+
+    @property
+    def denoisers(self) -> list[Any]:
+        """All of them."""
+        second = getattr(self.pipe, "transformer_2", None)
+        return [self.denoiser, *([] if second is None else [second])]
 
     def latents(
         self, prompt: str | Sequence[str] | None = PROMPTS, guidance_scale: float = 4.0, **call: Any
@@ -84,9 +101,13 @@ class Pipeline:
             given["guidance_scale"] -= 1
         if "Klein" in type(self.pipe).__name__ and call.get("negative_prompt"):
             given["negative_prompt_embeds"] = self.encoded(call.pop("negative_prompt"))
-        images = {name: image[:rows] for name, image in self.images.items()}
+        images = {
+            name: image if isinstance(image, Image.Image) else image[:rows]
+            for name, image in self.images.items()
+        }
         torch.manual_seed(0)  # some pipelines encode control images without their generator
-        return self.pipe(**(given | images | self.call | call))[0]
+        with editing.small_images(self.pipe):
+            return self.pipe(**(given | images | self.call | call))[0]
 
     @torch.no_grad()
     def encoded(self, texts: list[str], **call: Any) -> torch.Tensor:
@@ -104,21 +125,22 @@ class Pipeline:
                 len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")))
             )
 
-        handle = self.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+        handles = [d.register_forward_pre_hook(note, with_kwargs=True) for d in self.denoisers]
         try:
             yield sizes
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def hooks(self) -> int:
-        """Hooks on the denoiser."""
-        modules = self.denoiser.modules()
+        """Hooks on the denoisers."""
+        modules = [m for denoiser in self.denoisers for m in denoiser.modules()]
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
 
-MASKED = ("PixArt", "Sana", "Lumina2", "AuraFlow", "LTX")
+MASKED = ("PixArt", "Sana", "Lumina2", "AuraFlow", "LTX", "Chroma")
 """Families whose text and its mask are encoded together with the negative prompt's."""
-OTHERS = (*MASKED, "Flux2Klein", "Wan", "Qwen", "ZImage")
+OTHERS = (*MASKED, "Flux2Klein", "Wan", "CogView4", "Qwen", "ZImage")
 """All transformers but Stable Diffusion 3."""
 
 
@@ -133,6 +155,7 @@ class Spec:
         prediction_type: what the denoiser predicts.
         helper: the name and maker of a further component.
         call: further arguments of its call.
+        boundary_ratio: of the timesteps, where a second denoiser takes over.
     """
 
     pipeline: str
@@ -141,10 +164,11 @@ class Spec:
     prediction_type: str = "epsilon"
     helper: tuple[str, Callable[[Any], Any]] | None = None
     call: dict[str, Any] = field(default_factory=dict)
+    boundary_ratio: float | None = None
 
     @property
     def family(self) -> str:
-        """SD, SDXL, SD3, PixArt, Sana, Lumina2, AuraFlow, LTX, Flux2Klein, Wan, Qwen or ZImage."""
+        """SD, SDXL, SD3, or one of OTHERS."""
         if "Diffusion3" in self.pipeline:
             return "SD3"
         for name in OTHERS:
@@ -158,6 +182,11 @@ def controlnet(denoiser: Any) -> Any:
     torch.manual_seed(7)
     if isinstance(denoiser, diffusers.UNet2DConditionModel):
         made: Any = ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=(4, 8))
+    elif isinstance(denoiser, diffusers.QwenImageTransformer2DModel):
+        config = denoiser.config
+        made = QwenImageControlNetModel.from_transformer(
+            denoiser, 2, config.attention_head_dim, config.num_attention_heads
+        )
     else:
         made = SD3ControlNetModel.from_transformer(
             denoiser, num_layers=2, num_extra_conditioning_channels=0
@@ -195,8 +224,34 @@ KLEIN_TEXT: dict[str, Any] = {
 }  # fmt: skip
 
 
+CHROMA_CALL: dict[str, Any] = {
+    "height": SIDE, "width": SIDE, "max_sequence_length": components.TOKENS,
+}  # fmt: skip
+
+
+def _chroma(pipeline: str, images: tuple[str, ...] = (), **call: Any) -> Spec:
+    return Spec(pipeline, images, {"in_channels": 16}, "flow", call=CHROMA_CALL | call)
+
+
 def _sd3(pipeline: str, images: tuple[str, ...] = (), helper: Any = None, **call: Any) -> Spec:
     return Spec(pipeline, images, {}, "flow", helper, SD3_CALL | call)
+
+
+def _qwen(pipeline: str, images: tuple[str, ...] = (), helper: Any = None) -> Spec:
+    channels, size = {"in_channels": 16, "out_channels": 4}, {"height": SIDE, "width": SIDE}
+    return Spec(pipeline, images, channels, "flow", helper, size)
+
+
+def _wan(
+    pipeline: str, denoiser: dict[str, Any] | None = None, two: bool = False, **call: Any
+) -> Spec:
+    size = {"height": SIDE, "width": SIDE, "num_frames": 5}
+    call = size | {"max_sequence_length": components.TOKENS} | call
+    images = ("image",) if "Image" in pipeline else ()
+    if not two:
+        return Spec(pipeline, images, denoiser or {}, "flow", None, call)
+    call["guidance_scale_2"] = 3.0
+    return Spec(pipeline, images, denoiser or {}, "flow", None, call, 0.7)
 
 
 PIPELINES = {
@@ -260,13 +315,6 @@ PIPELINES = {
         "Flux2KleinPipeline", (), {"in_channels": 16}, "flow",
         call={"height": SIDE, "width": SIDE, **KLEIN_TEXT},
     ),
-    "Wan": Spec(
-        "WanPipeline", prediction_type="flow",
-        call={
-            "height": SIDE, "width": SIDE, "num_frames": 5,
-            "max_sequence_length": components.TOKENS,
-        },
-    ),
     "LTX": Spec(
         "LTXPipeline", prediction_type="flow",
         call={
@@ -274,9 +322,24 @@ PIPELINES = {
             "max_sequence_length": components.TOKENS,
         },
     ),
-    "Qwen-Image": Spec(
-        "QwenImagePipeline", (), {"in_channels": 16, "out_channels": 4}, "flow",
-        call={"height": SIDE, "width": SIDE},
+    "Wan": _wan("WanPipeline"),
+    "Wan 2.2": _wan("WanPipeline", two=True),
+    "Wan 2.2 image-to-video": _wan("WanImageToVideoPipeline", {"in_channels": 10}, two=True),
+    "Wan 2.1 image-to-video": _wan(
+        "WanImageToVideoPipeline",
+        {"in_channels": 10, "image_dim": components.WIDTH, "added_kv_proj_dim": 24},
+        max_sequence_length=512,
+    ),
+    "Chroma": _chroma("ChromaPipeline"),
+    "Chroma img2img": _chroma("ChromaImg2ImgPipeline", IMAGE, **PARTLY),
+    "CogView4": Spec("CogView4Pipeline", prediction_type="flow"),
+    "CogView4 Control": Spec(
+        "CogView4ControlPipeline", ("control_image",), {"in_channels": 8}, "flow"
+    ),
+    "Qwen-Image": _qwen("QwenImagePipeline"),
+    "Qwen-Image edit": _qwen("QwenImageEditPipeline", ("image",)),
+    "Qwen-Image ControlNet": _qwen(
+        "QwenImageControlNetPipeline", ("control_image",), CONTROLNET
     ),
     "Z-Image": Spec(
         "ZImagePipeline", prediction_type="flow",
@@ -284,7 +347,9 @@ PIPELINES = {
     ),
     "Sana": Spec(
         "SanaPipeline", denoiser={"timestep_scale": 0.01}, prediction_type="flow",
-        call=PIXART_CALL | {"complex_human_instruction": ["a"]},
+        call=PIXART_CALL | {
+            "height": 2 * SIDE, "width": 2 * SIDE, "complex_human_instruction": ["a"],
+        },
     ),
 }  # fmt: skip
 """Pipelines that a guide works on, by the name they have in the docs."""
@@ -305,6 +370,8 @@ def _part(name: str) -> Any:
         return components.text_encoder(tokenizer, 2, CLIPTextModelWithProjection)
     if name == "vae":
         return components.autoencoder()
+    if name == "vae of Chroma":
+        return components.autoencoder(shift_factor=0.1)
     if name == "vae of Sana":
         return components.deep_autoencoder()
     if name == "vae of Qwen":
@@ -313,6 +380,8 @@ def _part(name: str) -> Any:
         return components.flux2_autoencoder()
     if name == "vae of LTX":
         return components.ltx_autoencoder()
+    if name == "vae of Wan, from images":
+        return components.video_autoencoder(temperal_downsample=[True], scale_factor_temporal=2)
     if name == "vae of Wan":
         return components.video_autoencoder()
     if name == "vae of SD3":
@@ -320,13 +389,15 @@ def _part(name: str) -> Any:
         torch.manual_seed(2)
         config |= {"latent_channels": CHANNELS, "shift_factor": 0.1}
         return AutoencoderKL(**config).eval()
+    width = components.WIDTH
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    if name == "t5 with images":
+        return editing.text_encoder(config)
     assert name == "t5"
     torch.manual_seed(3)
-    width = components.WIDTH
-    return T5EncoderModel(
-        T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1,
-                 num_heads=2)
-    ).eval()  # fmt: skip
+    return T5EncoderModel(config).eval()
 
 
 def shared(name: str, alone: bool = False) -> dict[str, Any]:
@@ -340,9 +411,17 @@ def shared(name: str, alone: bool = False) -> dict[str, Any]:
         made["tokenizer"].chat_template = "{{ messages[0]['content'] }}"
     if spec.family in OTHERS:
         own = f"vae of {spec.family}"
-        with_own = ("Sana", "Flux2Klein", "LTX", "Wan", "Qwen")
+        with_own = ("Chroma", "Sana", "Flux2Klein", "LTX", "Wan", "Qwen")
         vae = {"vae": part(own)} if spec.family in with_own else {}
-        return made | {"text_encoder": part("t5")} | vae
+        made |= {"text_encoder": part("t5")} | vae
+        if "Edit" in spec.pipeline:
+            processor = editing.Processor(made["tokenizer"])
+            made |= {"text_encoder": part("t5 with images"), "processor": processor}
+        if "ImageToVideo" in spec.pipeline:
+            encoder, processor = components.image_encoder(SIDE)
+            made |= {"vae": part("vae of Wan, from images"), "image_encoder": encoder,
+                     "image_processor": processor}  # fmt: skip
+        return made | (copy.deepcopy(_helper(name)) if alone else _helper(name))
     made["text_encoder"] = part("text_encoder_2" if spec.family == "SD3" else "text_encoder")
     if spec.family != "SD":
         made |= {"tokenizer_2": _tokenizer(), "text_encoder_2": part("text_encoder_2")}
@@ -358,7 +437,7 @@ def shared(name: str, alone: bool = False) -> dict[str, Any]:
 
 
 @cache
-def _denoiser(name: str) -> Any:
+def _denoiser(name: str, seed: int = 0) -> Any:
     spec = PIPELINES[name]
     if spec.family == "SD3":
         return components.sd3_transformer(
@@ -368,7 +447,7 @@ def _denoiser(name: str) -> Any:
         known = {"ZImage": "z_image", "AuraFlow": "aura_flow", "Flux2Klein": "flux2"}
         kind = known.get(spec.family, spec.family.lower())
         make: Any = getattr(components, f"{kind}_transformer")
-        return make(**spec.denoiser)
+        return make(seed, **spec.denoiser)
     xl = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
@@ -421,15 +500,23 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
     own: dict[str, Any] = {"scheduler": scheduler(name)}
     if component not in parts:
         own[component] = components.clone(_denoiser(name))
+    if spec.boundary_ratio is not None:
+        own |= {"transformer_2": components.clone(_denoiser(name, 1)),
+                "boundary_ratio": spec.boundary_ratio}  # fmt: skip
     pipe = getattr(diffusers, pipeline or spec.pipeline)(**(others | own | parts))
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(9)
     sizes = {"mask_image": (1, SIDE, SIDE), "control_mask": (1, SIDE, SIDE),
              "depth_map": (SIDE, SIDE)}  # fmt: skip
-    images = {
+    images: dict[str, Any] = {
         what: torch.rand(len(PROMPTS), *sizes.get(what, (3, SIDE, SIDE)), generator=generator)
         for what in spec.images
     }
+    if "Edit" in spec.pipeline or "ImageToVideo" in spec.pipeline:
+        images = {what: VaeImageProcessor.pt_to_numpy(image) for what, image in images.items()}
+        images = {what: VaeImageProcessor.numpy_to_pil(image) for what, image in images.items()}
+    if "ImageToVideo" in spec.pipeline:
+        images = {what: image[0] for what, image in images.items()}
     return Pipeline(pipe, images, spec.call)
 
 
@@ -440,13 +527,16 @@ def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
     small: dict[str, Any] = {}
     if "use_resolution_binning" in signature(call).parameters:
         small = {"use_resolution_binning": False}
+    if pipeline is diffusers.SanaPipeline:
+        small |= {"height": 2 * SIDE, "width": 2 * SIDE}
+    text = {"max_sequence_length": components.TOKENS}
     sized: dict[type, tuple[type[Backbone], tuple[int, ...], dict[str, Any]]] = {
         diffusers.ZImagePipeline: (ZImageDiTBackbone, (4, 8, 8), {}),
-        diffusers.AuraFlowPipeline: (
-            AuraFlowDiTBackbone, (4, 8, 8), {"max_sequence_length": components.TOKENS}
-        ),
+        diffusers.AuraFlowPipeline: (AuraFlowDiTBackbone, (4, 8, 8), text),
         diffusers.Flux2KleinPipeline: (Flux2DiTBackbone, (16, 4, 4), KLEIN_TEXT),
-    }  # fmt: skip
+        diffusers.QwenImagePipeline: (QwenDiTBackbone, (16, 4, 4), {}),
+        diffusers.ChromaPipeline: (ChromaDiTBackbone, (16, 4, 4), text),
+    }
     if pipeline in sized:
         family, shape, text = sized[pipeline]
         small, encoding = {"height": SIDE, "width": SIDE, **text}, family.encoding
@@ -477,7 +567,8 @@ def guided(name: str) -> torch.Tensor:
 def twin(one: Pipeline, **parts: Any) -> Pipeline:
     """Another plain pipeline on the same denoiser, with scheduler and tokenizers of its own."""
     scheduler = type(one.pipe.scheduler).from_config(one.pipe.scheduler.config)
-    plain = {k: v for k, v in one.pipe.config.items() if k == "requires_safety_checker"}
+    kept = ("requires_safety_checker", "boundary_ratio")
+    plain = {k: v for k, v in one.pipe.config.items() if k in kept}
     given = components.own_tokenizers({**one.pipe.components, "scheduler": scheduler} | parts)
     pipe = getattr(diffusers, type(one.pipe).__name__)(**given, **plain)
     pipe.set_progress_bar_config(disable=True)

@@ -13,11 +13,10 @@ from pilotfish.pipelines.attach import NO_GUIDER
 from tests import components
 
 UNKNOWN = "its denoiser belongs to no family that takes a guide"
+DISTILLED = "FluxTransformer2DModel takes in the guidance scale and needs no second pass"
 WHY = {
-    UNKNOWN: (
-        "FluxPipeline",
-        "AnimateDiffPipeline",
-    ),
+    UNKNOWN: ("AnimateDiffPipeline",),
+    DISTILLED: ("FluxPipeline",),
     "it has no encode_prompt, which makes the negative prompt": (
         "StableDiffusionInstructPix2PixPipeline",
         "StableDiffusionImageVariationPipeline",
@@ -49,6 +48,7 @@ DENOISERS: dict[str, Any] = {
 """Of pipelines whose denoiser no family knows."""
 CONFIG: dict[str, dict[str, Any]] = {
     "LatentConsistencyModelPipeline": {"time_cond_proj_dim": 8},
+    "FluxPipeline": {"guidance_embeds": True},
     "StableDiffusionXLPipeline": {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 8},
     "PixArtAlphaPipeline": {"use_additional_conditions": True},
 }
@@ -89,7 +89,7 @@ def build(name: str) -> Any:
     component = "unet" if "unet" in parts else "transformer"
     if name in DENOISERS:
         with torch.device("meta"):
-            parts[component] = DENOISERS[name]()
+            parts[component] = DENOISERS[name](**CONFIG.get(name, {}))
     elif component == "transformer":
         parts[component] = components.pixart_transformer(**CONFIG.get(name, {}))
     else:

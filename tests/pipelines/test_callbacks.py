@@ -233,8 +233,11 @@ def test_guidance_that_begins_on_the_way_is_refused_in_words(name: str) -> None:
         assert torch.equal(one.latents(), guided(name))
 
 
-def test_other_negative_embeddings_from_a_callback_reach_the_guide_where_they_reach_cfg() -> None:
-    one, used = build("Wan"), guide("Wan", trained=False)
+@pytest.mark.parametrize("name", ["Wan", "CogView4"])
+def test_other_negative_embeddings_from_a_callback_reach_the_guide_where_they_reach_cfg(
+    name: str,
+) -> None:
+    one, used = build(name), guide(name, trained=False)
     seen: list[torch.Tensor] = []
     used.register_forward_pre_hook(lambda _, args: seen.append(args[0].negative.embeds))
 
@@ -245,7 +248,7 @@ def test_other_negative_embeddings_from_a_callback_reach_the_guide_where_they_re
         "callback_on_step_end": double,
         "callback_on_step_end_tensor_inputs": ["latents", "negative_prompt_embeds"],
     }
-    assert not torch.equal(one.latents(**call), plain("Wan"))
+    assert not torch.equal(one.latents(**call), plain(name))
     with used.attached(one.pipe):
         one.latents(**call)
     first, second = seen

@@ -12,13 +12,14 @@ import torch
 
 from pilotfish.backbones.z_image_dit import as_conditions, as_list
 from pilotfish.interface import TextConditions
+from tests import editing
 from tests.pipelines import pipelines
-from tests.pipelines.matrix import covered
+from tests.pipelines.matrix import covered, family
 from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, plain, twin
 from tests.pipelines.test_conditions import load_lora, unload_lora
 
 NEGATIVE = ["red", "blue"]
-SEQUENTIAL = {"Lumina2", "Wan", "Qwen-Image", "FLUX.2 klein"}
+SEQUENTIAL = {"Lumina2", *family("Wan", "Chroma", "CogView4", "Qwen", "Flux2Klein")}
 """Pipelines whose CFG makes two calls, which may have two lengths of text."""
 
 
@@ -88,6 +89,8 @@ def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor,
     tensors and the negative prompts' take turns."""
     if "Qwen" in type(one.pipe).__name__:  # embeddings and mask, the negative prompt by itself
         negative = call.pop("negative_prompt", [" "] * len(prompt))
+        if "image" in one.images:
+            call["image"] = editing.resized(one.pipe, one.images["image"])
         both = [one.pipe.encode_prompt(list(texts), **call) for texts in (prompt, negative)]
         return tuple(part for pair in zip(*both, strict=True) for part in pair if part is not None)
     if "Klein" in type(one.pipe).__name__:
@@ -114,6 +117,8 @@ def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor,
     made = one.pipe.encode_prompt(prompt=prompt, device="cpu", **(encoder | given))
     if "AuraFlow" in type(one.pipe).__name__:  # has applied its masks
         made = (made[0], made[2])
+    elif "Chroma" in type(one.pipe).__name__:  # which returns positions as well
+        made = (made[0], made[3], made[2], made[5])
     elif masked(one):  # prompt, mask, negative, mask
         made = (made[0], made[2], made[1], made[3])
     return tuple(made)
@@ -149,7 +154,8 @@ def test_the_negative_prompt_reaches_the_guide(name: str) -> None:
 def test_without_a_negative_prompt_the_guide_is_given_that_of_cfg(name: str) -> None:
     one = build(name)
     seen = negatives(one, name)
-    assert len(seen[0]) == 1  # one serves all
+    # one serves all, where it is not encoded with images
+    assert len(seen[0]) == (len(PROMPTS) if name == "Qwen-Image edit" else 1)
     shows(seen, encode(one, list(PROMPTS)))
     if pipelines.PIPELINES[name].family == "SDXL":
         assert one.pipe.config.force_zeros_for_empty_prompt
@@ -196,7 +202,8 @@ def test_the_negative_prompt_may_have_another_length(name: str) -> None:
     def shorter(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         made = encode_prompt(*args, **kwargs)
         if masked(one):
-            return (*made[:2], *(None if x is None else x[:, :5] for x in made[2:]))
+            half = len(made) // 2
+            return (*made[:half], *(None if x is None else x[:, :5] for x in made[half:]))
         return (made[0], None if made[1] is None else made[1][:, :5], *made[2:])
 
     one.pipe.encode_prompt = shorter
@@ -326,7 +333,7 @@ def test_encode_prompt_may_be_replaced_on_the_object(name: str) -> None:
 
     def without(*given: Any, **more: Any) -> tuple[Any, ...]:
         made = plain_encode(*given, **more)
-        place = 2 if masked(one) else 1
+        place = len(made) // 2 if masked(one) else 1
         return (*made[:place], None, *made[place + 1 :])
 
     one.pipe.encode_prompt = without

@@ -15,9 +15,10 @@ from diffusers.callbacks import (
 )
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
+from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
 
 from pilotfish.backbones import Backbone
-from pilotfish.interface import GuideInputs
+from pilotfish.interface import GuideError, GuideInputs
 from tests.pipelines.matrix import covered
 from tests.pipelines.pipelines import (
     MASKED,
@@ -220,6 +221,29 @@ def test_no_refresh_after_a_callback_that_halves_the_batch(name: str) -> None:
         found = one.latents(callback_on_step_end=halve, **inputs)
         assert sizes == [BOTH] + [2] * (len(sizes) - 1)
         assert torch.equal(found, one.latents(callback_on_step_end=stop, **longer(name)))
+
+
+def test_a_prompt_that_is_longer_than_the_negative_prompt() -> None:
+    """CogView4 masks no text; in one batch of two lengths the padding does not count."""
+    one = build("CogView4")
+    call: dict[str, Any] = {"prompt": ["cat " * 20, "a bee"]}
+    expected = one.latents(**call)
+    is_cfg(one, "CogView4", **call)
+    assert torch.equal(one.latents(**call), expected)
+    with guide("CogView4", trained=False).attached(one.pipe):
+        assert torch.equal(one.latents(**call), one.latents(guidance_scale=1.0, **call))
+
+
+def test_a_processor_that_takes_no_mask_is_refused_where_there_are_two_lengths() -> None:
+    class Other(CogView4AttnProcessor):  # type: ignore[misc]
+        """Of somebody else."""
+
+    one = build("CogView4")
+    one.denoiser.transformer_blocks[1].attn1.set_processor(Other())
+    with guide("CogView4").attached(one.pipe, refresh=1):
+        one.latents()
+        with pytest.raises(GuideError, match="the attention processor Other cannot take in one b"):
+            one.latents(prompt=["cat " * 20, "a bee"])
 
 
 def replaced(one: Pipeline, name: str) -> dict[str, torch.Tensor]:

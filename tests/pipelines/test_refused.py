@@ -13,7 +13,6 @@ from torch import nn
 
 from pilotfish import GuideError, TinyGuide
 from tests import components
-from tests.components import wan_transformer
 from tests.pipelines import pipelines, refused
 from tests.pipelines.matrix import covered
 from tests.pipelines.pipelines import build, guide, guided, plain
@@ -222,28 +221,10 @@ def test_ltxs_relatives_are_refused(pipeline: str, why: str) -> None:
         guide("LTX").attach(getattr(diffusers, pipeline)(**parts))
 
 
-def test_a_pipeline_of_two_denoisers_is_refused() -> None:
-    pipe = build("Wan").pipe
-    pipe.transformer_2 = pipe.transformer
-    with pytest.raises(GuideError, match="Pipeline cannot take a guide: it has two denoisers"):
-        guide("Wan").attach(pipe)
-
-
-@pytest.mark.parametrize(
-    ("pipeline", "why"),
-    [
-        (
-            "QwenImageEditPipeline",
-            "its denoiser reads images in addition to the one that it generates",
-        ),
-        ("QwenImageControlNetPipeline", "its ControlNet reads the prompt alone, for both passes"),
-    ],
-)
-def test_qwen_images_relatives_are_refused(pipeline: str, why: str) -> None:
-    parts = build("Qwen-Image").pipe.components
-    more = {"processor": None} if "Edit" in pipeline else {"controlnet": parts["transformer"]}
-    with pytest.raises(GuideError, match=f"{pipeline} cannot take a guide: {why}"):
-        guide("Qwen-Image").attach(getattr(diffusers, pipeline)(**parts | more))
+def test_a_guidance_distilled_denoiser_is_refused() -> None:
+    pipe = build("Qwen-Image", transformer=components.qwen_transformer(guidance_embeds=True)).pipe
+    with pytest.raises(GuideError, match="its denoiser takes in the guidance scale and needs no"):
+        guide("Qwen-Image").attach(pipe)
 
 
 def test_two_negative_prompts_or_too_few_are_refused() -> None:
@@ -257,9 +238,15 @@ def test_two_negative_prompts_or_too_few_are_refused() -> None:
             one.latents(prompt=["a", "b", "a", "b"], negative_prompt=["a", "b"])
 
 
-def test_cross_attention_that_reads_an_image_is_refused() -> None:
-    with pytest.raises(GuideError, match="reads an image together with the text"):
-        guide("Wan").attach(build("Wan", transformer=wan_transformer(added_kv_proj_dim=8)).pipe)
+@pytest.mark.parametrize("refresh", [0, 2])
+def test_an_ip_adapter_of_chroma_is_refused_in_a_call(refresh: int) -> None:
+    one = build("Chroma")
+    images = {"ip_adapter_image_embeds": [torch.zeros(2, 1, 8)]}
+    with (
+        guide("Chroma").attached(one.pipe, refresh=refresh),
+        pytest.raises(GuideError, match="a guide does not work with an IP-Adapter of Chroma"),
+    ):
+        one.latents(joint_attention_kwargs=images)
 
 
 def test_custom_diffusion_is_refused_and_nothing_is_left() -> None:

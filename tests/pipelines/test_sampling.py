@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
+from pilotfish.backbones import Backbone
 from pilotfish.conditioning import NULL, encoded
 from pilotfish.evaluation.speed import counted_rows
 from pilotfish.interface import GuideError
-from pilotfish.noise import NoisePath
 from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import cfg_trajectories, decode, sample
 from pilotfish.teacher import Teacher
@@ -26,7 +26,7 @@ def one() -> Pipeline:
     return build("SD")
 
 
-@pytest.mark.parametrize("name", ["Wan", "LTX", "Qwen-Image"])
+@pytest.mark.parametrize("name", ["Wan", "LTX"])
 def test_latents_that_are_no_images_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="cannot be decoded here yet: attach the guide"):
         sample(build(name).pipe, PROMPTS, **CALL)
@@ -141,23 +141,36 @@ def test_decoding_is_the_pipelines_own(case: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.0])
-@pytest.mark.parametrize("name", ["SD", "SD, v", "SD3", "PixArt-Sigma"])
-def test_the_teachers_trajectory_is_the_pipelines_cfg(name: str, scale: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "shift"),
+    [
+        *((name, None) for name in ("SD", "SD, v", "SD3", "PixArt-Sigma", "CogView4")),
+        *(("CogView4", shift) for shift in ("linear", "exponential")),
+    ],
+)
+def test_the_teachers_trajectory_is_the_pipelines_cfg(
+    name: str, shift: Any, scale: float
+) -> None:  # fmt: skip
     """Scale, schedule and the order of the two predictions mean what they mean in diffusers."""
     one, steps, texts = build(name), 4, ["cat", "a dog"]
+    if shift is not None:  # by the size of the image
+        one.pipe.scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, time_shift_type=shift, base_shift=0.25, max_shift=0.75
+        )
+    backbone = Backbone.of(one.denoiser)
     channels = one.pipe.vae.config.latent_channels
     noise = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(14))
-    path = NoisePath.of(one.pipe.scheduler)
-    call: dict[str, Any] = {}
-    if name == "SD3":  # its own grid of few steps is another
-        call["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
+    path = backbone.noise_path(one.pipe)
+    # its own grid of few steps is another
+    call: dict[str, Any] = backbone.even_grid(steps) if path.prediction_type == "flow" else {}
+    if name == "SD3":
         call["max_sequence_length"] = 256  # as texts are encoded by the library
     if name == "PixArt-Sigma":
         call["max_sequence_length"] = 300
     expected = one.latents(
         texts, latents=noise.clone(), num_inference_steps=steps, guidance_scale=scale, **call
     )
-    teacher = Teacher(one.denoiser, encoded(one.pipe, texts))
+    teacher = Teacher(one.denoiser, encoded(one.pipe, texts), backbone.sizes(one.pipe))
     prompt, negative = torch.arange(2), torch.full((2,), NULL)
     walked = list(cfg_trajectories(teacher, path, prompt, negative, noise, scale, steps))
     assert len(walked) == steps

@@ -69,7 +69,19 @@ def test_it_learns_resumes_and_leaves_teacher_and_base_as_they_were(
 
 
 @pytest.mark.parametrize(
-    "name", ["SD3", "PixArt-Sigma", "Sana", "Lumina2", "Z-Image", "AuraFlow", "FLUX.2 klein"]
+    "name",
+    [
+        "SD3",
+        "PixArt-Sigma",
+        "Sana",
+        "Lumina2",
+        "AuraFlow",
+        "FLUX.2 klein",
+        "Chroma",
+        "CogView4",
+        "Qwen-Image",
+        "Z-Image",
+    ],
 )
 def test_both_stages_train_every_family(
     name: str, config: DistillConfig, steps_config: StepsConfig, tmp_path: Path,

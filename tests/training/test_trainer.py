@@ -195,9 +195,15 @@ def test_a_base_that_needs_an_image_is_refused(make_pipe: Callable[[str], Any]) 
         TrainingContext(inpainting, PROMPTS, PROMPTS)
 
 
-@pytest.mark.parametrize("name", ["Wan", "LTX", "Qwen-Image"])
+@pytest.mark.parametrize("name", ["Wan", "Wan 2.2", "LTX"])
 def test_a_base_whose_latents_are_no_images_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"train no guide for a (Wan|LTX|QwenImage)Pipeline yet"):
+    with pytest.raises(ConfigError, match=r"train no guide for a (Wan|LTX)Pipeline yet"):
+        TrainingContext(build(name).pipe, PROMPTS, PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image edit", "Qwen-Image ControlNet", "SD3 ControlNet"])
+def test_a_pipeline_that_edits_or_is_controlled_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"Pipeline, which needs an image as input"):
         TrainingContext(build(name).pipe, PROMPTS, PROMPTS)
 
 

@@ -5,6 +5,8 @@ A new family is one file with a subclass of :class:`Backbone`, and one line here
 
 from pilotfish.backbones.aura_flow_dit import AuraFlowDiTBackbone
 from pilotfish.backbones.base import Backbone
+from pilotfish.backbones.chroma_dit import ChromaDiTBackbone
+from pilotfish.backbones.cogview4_dit import CogView4DiTBackbone
 from pilotfish.backbones.compiled import is_compiled, watch_hooks
 from pilotfish.backbones.context import DenoiserCall, GuidedPass, current_pass
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
@@ -23,6 +25,8 @@ from pilotfish.backbones.z_image_dit import ZImageDiTBackbone
 __all__ = [
     "AuraFlowDiTBackbone",
     "Backbone",
+    "ChromaDiTBackbone",
+    "CogView4DiTBackbone",
     "CrossAttentionDiTBackbone",
     "DenoiserCall",
     "Flux2DiTBackbone",

@@ -1,17 +1,16 @@
 """The protocol of a denoiser family. All that is specific to a family lies in one file.
 
 A :class:`Backbone` wraps a denoiser of diffusers and says how it is called, which of its modules
-a guide may touch, how its pipeline encodes text and runs classifier-free guidance, and how
-latents become images. A new family is one file with a subclass, and its line in
-:mod:`pilotfish.backbones`.
+a guide may touch, and by its base class :class:`~pilotfish.backbones.pipeline.FamilyPipeline` how
+its pipelines encode text, run classifier-free guidance and turn latents into images. A new family
+is one file with a subclass, and its line in :mod:`pilotfish.backbones`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +20,7 @@ from pilotfish.backbones.compiled import uncompiled
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.doubling import twice_arguments
 from pilotfish.backbones.hooks import Hooks, first_output, with_arguments, with_first
-from pilotfish.guidance import classifier_free_guidance
+from pilotfish.backbones.pipeline import FamilyPipeline
 from pilotfish.interface import GuideError, GuideProtocol, Refresh, TextConditions
 
 
@@ -30,7 +29,7 @@ def plain(module: nn.Module) -> Any:
     return getattr(module, "base_layer", module)
 
 
-class Backbone(ABC):
+class Backbone(FamilyPipeline):
     """A denoiser of one family. See the module.
 
     Args:
@@ -45,8 +44,15 @@ class Backbone(ABC):
     """Classes of diffusers that belong to the family."""
     component: ClassVar[str] = "transformer"
     """Name of the denoiser among the components of its pipelines."""
+    further_components: ClassVar[tuple[str, ...]] = ()
+    """Names of further denoisers of its pipelines, for a part of the steps."""
     parameters: ClassVar[tuple[str, ...]]
     """Names of the positional parameters of the denoiser's forward."""
+    text_is_projected: ClassVar[bool] = False
+    """Whether the text is extrapolated inside the denoiser, after a projection that is not
+    linear."""
+    sign: ClassVar[int] = 1
+    """-1 where the denoiser's output is the negative of the noise path's prediction."""
     registry: ClassVar[list[type[Backbone]]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -62,12 +68,17 @@ class Backbone(ABC):
         """The backbone of a denoiser, compiled or not.
 
         Raises:
-            GuideError: no family here knows the denoiser.
+            GuideError: no family here knows the denoiser; where it takes the guidance scale as an
+                input, as FLUX.1-dev does, that is the reason that is given.
         """
         denoiser = uncompiled(denoiser)
         for family in Backbone.registry:
             if isinstance(denoiser, family.denoisers):
                 return family(denoiser)
+        if getattr(getattr(denoiser, "config", None), "guidance_embeds", False):
+            raise GuideError(
+                f"{type(denoiser).__name__} takes in the guidance scale and needs no second pass"
+            )
         known = ", ".join(c.__name__ for family in Backbone.registry for c in family.denoisers)
         raise GuideError(
             f"{type(denoiser).__name__} belongs to no family that takes a guide; known: {known}"
@@ -84,6 +95,21 @@ class Backbone(ABC):
             if getattr(pipe, name, None) is not None:
                 return Backbone.of(getattr(pipe, name))
         raise GuideError(f"{type(pipe).__name__} has neither a unet nor a transformer")
+
+    @staticmethod
+    def all_of_pipeline(pipe: Any) -> dict[str, Backbone]:
+        """The backbones of a pipeline's denoisers, by the names of its components: some pipelines
+        go on with a second denoiser at low noise.
+
+        Raises:
+            GuideError: as :meth:`of_pipeline`.
+        """
+        found = {(first := Backbone.of_pipeline(pipe)).component: first}
+        for name in first.further_components:
+            denoiser = getattr(pipe, name, None)
+            if denoiser is not None and denoiser is not getattr(pipe, first.component):
+                found[name] = Backbone.of(denoiser)
+        return found
 
     # -- what a guide may touch -----------------------------------------------------------
 
@@ -262,96 +288,3 @@ class Backbone(ABC):
     def timestep(self, time: torch.Tensor) -> torch.Tensor:
         """Timesteps of normalised times, as the denoiser is given them."""
         return time * self.num_train_timesteps
-
-    # -- the pipeline ---------------------------------------------------------------------
-
-    cfg_by_argument: ClassVar[bool] = False
-    """Whether the family's pipelines decide on classifier-free guidance by comparing the argument
-    of the scale with 1, and have no property for it."""
-    scale_argument: ClassVar[str] = "guidance_scale"
-    """The argument of the pipeline's call that is w."""
-    scale_offset: ClassVar[float] = 0.0
-    """What is added to that argument to give w."""
-    separate_negative: ClassVar[bool] = False
-    """Whether the pipeline encodes the negative prompt in another call of ``encode_prompt``."""
-    default_negative: ClassVar[str | None] = None
-    """The negative prompt that such a pipeline encodes where none is given; None where it then
-    makes no second pass."""
-
-    sign: ClassVar[int] = 1
-    """-1 where the denoiser's output is the negative of the noise path's prediction."""
-    other_negatives: ClassVar[bool] = False
-    """Whether the pipeline encodes a text as negative prompt in another way than as prompt."""
-    negative_from_callback: ClassVar[bool] = False
-    """Whether the pipeline takes other embeddings of the negative prompt from a callback."""
-    decodable: ClassVar[bool] = True
-    """Whether the latents of a pipeline's call are images that its VAE decodes as they are."""
-    text_is_projected: ClassVar[bool] = False
-    """Whether the text is extrapolated inside the denoiser, after a projection that is not
-    linear."""
-
-    def needs_image(self, pipe: Any) -> bool:
-        """Whether the pipeline's call starts from an image."""
-        return "image" in signature(type(pipe).__call__).parameters
-
-    def negative_arguments(self, pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
-        """The arguments of the pipeline's call for some negative prompts."""
-        return {"negative_prompt": list(texts)}
-
-    def scale_argument_of(self, guidance_scale: float) -> dict[str, float]:
-        """The argument of the pipeline's call for a scale w."""
-        return {self.scale_argument: guidance_scale - self.scale_offset}
-
-    guidance_rule: Callable[..., torch.Tensor] = staticmethod(classifier_free_guidance)
-    """The teacher's rule: how the pipeline combines the two predictions."""
-
-    def refusal(self, pipe: Any) -> str | None:
-        """Why a pipeline with this denoiser cannot take a guide, in words; None if it can."""
-        return None
-
-    def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
-        """Arguments of the pipeline's ``encode_prompt`` for some texts."""
-        return {"prompt": list(texts), "num_images_per_prompt": 1}
-
-    @abstractmethod
-    def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
-        """Prompt and negative prompt in what the pipeline's ``encode_prompt`` returned."""
-
-    def dynamic_shift(self) -> Callable[[int], float] | None:
-        """What the pipeline gives a scheduler with dynamic shifting as ``mu`` for images of its
-        default size, of the number of steps; None where that is not known here."""
-        return None
-
-    def sizes(self, pipe: Any) -> torch.Tensor | None:
-        """(1, k) size conditions of the denoiser, for images of the pipeline's default size."""
-        return None
-
-    def latent_shape(self) -> tuple[int, ...]:
-        """(C, h, w) of the latents at the denoiser's own size; of a video (C, F, h, w)."""
-        size = self.denoiser.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(self.denoiser.config.in_channels), int(height), int(width)
-
-    def pixels(self, pipe: Any) -> int:
-        """Pixels of a latent, each way."""
-        return int(pipe.vae_scale_factor)
-
-    def from_vae(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
-        """The denoiser's latents (N, C, h, w) of what the VAE makes of images."""
-        shift, scale = vae_statistics(vae, latents)
-        return (latents - shift) / scale
-
-    def to_vae(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
-        """What the VAE decodes of the final latents of the pipeline's call."""
-        shift, scale = vae_statistics(vae, latents)
-        return latents * scale + shift
-
-
-def vae_statistics(vae: Any, like: torch.Tensor) -> tuple[Any, Any]:
-    """Shift and scale of a VAE's latents, numbers or (1, C, 1, 1)."""
-    config = vae.config
-    mean, std = (config.get(f"latents_{name}") for name in ("mean", "std"))
-    if mean is None or std is None:
-        return config.get("shift_factor") or 0, 1 / config.scaling_factor
-    shift, scale = (torch.tensor(x).to(like).view(1, -1, 1, 1) for x in (mean, std))
-    return shift, scale / config.scaling_factor

@@ -296,11 +296,10 @@ class GuidedPass:
                 be.
         """
         if self._due:
-            # the first one: what it skips may be missing in those after it
-            order = (*self.output.gains, *self.output.residuals)
-            name = next(name for name in order if name in self._due)
+            names = (*self.output.gains, *self.output.residuals)  # in running order
+            first = next(name for name in names if name in self._due)
             raise GuideError(
-                f"the denoiser went past {name}, to which the guide adds; undo what skips or "
+                f"the denoiser went past {first}, to which the guide adds; undo what skips or "
                 "replaces its layers"
             )
         if self._untrained is not None and not prediction.abs().max() <= LARGEST:

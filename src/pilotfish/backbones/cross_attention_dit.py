@@ -34,6 +34,8 @@ class CrossAttentionDiTBackbone(Backbone):
     """The modules that the text passes one after the other before the first block."""
     norm_across_heads: ClassVar[bool] = False
     """Whether cross-attention normalises queries and keys before it splits them into heads."""
+    reads_images: ClassVar[bool] = False
+    """Whether cross-attention may add an attention to an image to that to the text."""
 
     def sites(self) -> dict[str, Any]:
         net = self.denoiser
@@ -47,7 +49,7 @@ class CrossAttentionDiTBackbone(Backbone):
             "head": {
                 "module": "proj_out",
                 "features": plain(net.proj_out).in_features,
-                "channels": self.patch**2 * net.config.in_channels,
+                "channels": self.patch**2 * self.channels,
             },
         }
 
@@ -84,14 +86,14 @@ class CrossAttentionDiTBackbone(Backbone):
         for name in hooks.guide.extrapolated:
             cross_attention(
                 hooks, name, hooks.modules[name], negative_states,
-                norm_across_heads=self.norm_across_heads,
+                norm_across_heads=self.norm_across_heads, reads_images=self.reads_images,
             )  # fmt: skip
         self.place_residuals(hooks)
 
     def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
         assert guided.call is not None
         if name == "proj_out" and self._has_variance:
-            output = self._by_pixel(output)[..., : self.denoiser.config.in_channels].flatten(2)
+            output = self._by_pixel(output)[..., : self.channels].flatten(2)
         return to_map(output, guided.call.latents.shape[-2:])
 
     def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
@@ -99,14 +101,20 @@ class CrossAttentionDiTBackbone(Backbone):
         if name != "proj_out" or not self._has_variance:
             return tokens
         pixels = self._by_pixel(output)
-        channels = self.denoiser.config.in_channels
-        epsilon = tokens.unflatten(2, (-1, channels))
-        return torch.cat([epsilon, pixels[..., channels:]], -1).flatten(2)
+        epsilon = tokens.unflatten(2, (-1, self.channels))
+        return torch.cat([epsilon, pixels[..., self.channels :]], -1).flatten(2)
 
     @property
     def patch(self) -> int:
         """Pixels of a token, each way."""
         return int(self.denoiser.config.patch_size)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents: those of the denoiser's input without those of an image that it
+        reads, or of its output without the variance."""
+        config = self.denoiser.config
+        return int(min(config.in_channels, config.out_channels or config.in_channels))
 
     @property
     def _has_variance(self) -> bool:
@@ -126,7 +134,7 @@ class CrossAttentionDiTBackbone(Backbone):
         return DenoiserCall(self.on_grid(given["hidden_states"]), given["timestep"], text)
 
     def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
-        latents = latents[:, : self.denoiser.config.in_channels]  # without the variance
+        latents = latents[:, : self.channels]
         return patchify(latents, self.patch)
 
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,11 @@ import torch
 
 from pilotfish.interface import GuideError, TextConditions
 
+TWO_LENGTHS = (
+    "prompt and negative prompt are of two lengths, which this denoiser cannot take in one batch: "
+    "encode both to the same length, or use refresh=0"
+)
+
 
 def without_mask(text: TextConditions) -> torch.Tensor:
     """The embeddings of prompts for a denoiser that takes no mask.
@@ -17,10 +22,7 @@ def without_mask(text: TextConditions) -> torch.Tensor:
         GuideError: they have a mask, which stands for prompts of several lengths.
     """
     if text.mask is not None:
-        raise GuideError(
-            "prompt and negative prompt are of two lengths, which this denoiser cannot take in "
-            "one batch: encode both to the same length, or use refresh=0"
-        )
+        raise GuideError(TWO_LENGTHS)
     return text.embeds
 
 

@@ -31,7 +31,7 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 def cross_attention(
     hooks: Hooks, name: str, layer: Any, negative_states: Any = lambda guided: (None, None),
-    *, norm_across_heads: bool = False,
+    *, norm_across_heads: bool = False, reads_images: bool = False,
 ) -> None:  # fmt: skip
     """Extrapolate a cross-attention layer of diffusers' ``Attention`` class.
 
@@ -40,6 +40,8 @@ def cross_attention(
         negative_states: of a guided pass, the negative prompt as the layer sees it, (1 or N, L,
             D), and the bias (1 or N, 1, 1, L) that masks it, or None.
         norm_across_heads: whether queries and keys are normalised before they are split into heads.
+        reads_images: whether the layer may have keys and values of an image (``add_k_proj``), which
+            are those of the negative prompt's output too.
     """
     normed = layer.norm_q is not None
     query_layer = layer.norm_q if normed else layer.to_q
@@ -68,16 +70,31 @@ def cross_attention(
         key, value, bias = guided.cache.made_by(
             layer, lambda: keys_and_values(guided), (layer.to_k, layer.to_v)
         )
+        image = [guided.scratch.pop((name, part), None) for part in ("k", "v")] if images else []
+        if any(part is None for part in image):
+            return None  # the projections are fused; the end of the call reports it
         n = len(q)  # one negative prompt may serve all
         negative = F.scaled_dot_product_attention(
             q, key.expand(n, -1, -1, -1), value.expand(n, -1, -1, -1),
             scale=getattr(layer, "scale", None),
             attn_mask=None if bias is None else bias.to(q.dtype).expand(n, -1, q.shape[2], -1),
-        ).transpose(1, 2)  # fmt: skip
+        )  # fmt: skip
+        if image:
+            negative = negative + F.scaled_dot_product_attention(q, *image)
         output = args[0].unflatten(-1, (layer.heads, -1))
-        changed = guided.extrapolate(name, output, negative, by_head=True)
+        changed = guided.extrapolate(name, output, negative.transpose(1, 2), by_head=True)
         return (changed.flatten(2), *args[1:]), kwargs
 
+    def keep(part: str) -> Any:
+        def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
+            guided.scratch[name, part] = split_heads(output, layer.heads)
+
+        return after
+
+    images = reads_images and layer.add_k_proj is not None
+    if images:
+        hooks.after(layer.norm_added_k, keep("k"))
+        hooks.after(layer.add_v_proj, keep("v"))
     hooks.after(query_layer, query)
     hooks.before(layer.to_out[0], extrapolated)
 
@@ -99,10 +116,11 @@ def joined_attention(
         attend: ``attend(guided, stream, q, k, v, output)`` with the negative prompt's stream as it
             enters the block, (N, L, d), the pass's own queries and keys, (N, tokens, heads, width),
             and values, (N, tokens, d), before they are rotated, and what enters the layer's last
-            projection, (N, tokens, d). It takes the stream to the next block, and returns the
-            changed output, or None to leave it as it is.
+            projection, (N, tokens, d), or comes out of a layer without one. It takes the stream
+            to the next block, and returns the changed output, or None to leave it as it is.
         value: the projection to values, whose whole output is v; left out, ``to_v``.
-        out: the layer's last projection; left out, ``to_out[0]``.
+        out: the layer's last projection; left out, ``to_out[0]``, or none where that is part of a
+            later layer of the block (``pre_only``).
     """
 
     def keep(part: str) -> Any:
@@ -125,10 +143,17 @@ def joined_attention(
         _copy(args[0], changed)
         return None
 
+    def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> Any:
+        made = before(guided, module, (output,), {})
+        return None if made is None else made[0][0]
+
     hooks.after(layer.to_q if layer.norm_q is None else layer.norm_q, keep("q"))
     hooks.after(layer.to_k if layer.norm_k is None else layer.norm_k, keep("k"))
     hooks.after(layer.to_v if value is None else value, keep("v"))
-    hooks.before(layer.to_out[0] if out is None else out, before)
+    if out is None and getattr(layer, "pre_only", False):
+        hooks.after(layer, after)
+    else:
+        hooks.before(layer.to_out[0] if out is None else out, before)
 
 
 def _copy(output: torch.Tensor, changed: torch.Tensor) -> None:

@@ -30,9 +30,6 @@ from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.tokens import to_map, to_tokens
 from pilotfish.interface import TextConditions
 
-PATCH = 2
-"""Pixels of a packed latent, each way."""
-
 
 class Flux2DiTBackbone(Backbone):
     """See the module."""
@@ -44,6 +41,7 @@ class Flux2DiTBackbone(Backbone):
     )  # fmt: skip
     separate_negative = True
     default_negative = ""
+    packing = 2
 
     def sites(self) -> dict[str, Any]:
         net = self.denoiser
@@ -261,7 +259,7 @@ class Flux2DiTBackbone(Backbone):
         embeds, _ = pipe.encode_prompt(**self.encoding(texts))
         return {"negative_prompt_embeds": embeds}
 
-    def dynamic_shift(self) -> Callable[[int], float]:
+    def dynamic_shift(self, scheduler: Any) -> Callable[[int], float]:
         _, height, width = self.latent_shape()
         return partial(compute_empirical_mu, height * width)
 
@@ -269,18 +267,16 @@ class Flux2DiTBackbone(Backbone):
         """(C, h, w) of the packed latents of the pipeline's default, 1024 x 1024 pixels."""
         return int(self.denoiser.config.in_channels), 64, 64
 
-    def pixels(self, pipe: Any) -> int:
-        return PATCH * int(pipe.vae_scale_factor)
+    def final_latents(
+        self, latents: torch.Tensor, pipe: Any, call: Mapping[str, Any]
+    ) -> torch.Tensor:  # fmt: skip
+        return self.from_vae(pipe.vae, latents)  # a call leaves them as the VAE's
 
-    def from_vae(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
-        packed = F.pixel_unshuffle(latents, PATCH)
+    def vae_statistics(self, vae: Any, like: torch.Tensor) -> tuple[Any, Any]:
         mean, variance = (
-            x.to(packed).view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var)
+            x.to(like).view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var)
         )
-        return (packed - mean) / (variance + vae.config.batch_norm_eps).sqrt()
-
-    def to_vae(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
-        return latents  # a call leaves them as the VAE's
+        return mean, 1 / (variance + vae.config.batch_norm_eps).sqrt()
 
 
 def text_ids(length: int, device: torch.device) -> torch.Tensor:

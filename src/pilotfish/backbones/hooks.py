@@ -34,24 +34,37 @@ class Hooks:
         for module in self.modules.values():
             _drop_copied(module)
         self.handles: list[RemovableHandle] = []
+        self._first, self._others = self, list[Hooks]()
 
-    def fit(self, denoiser: nn.Module) -> bool:
-        """Whether they are on this denoiser and its modules are still the same: loading a LoRA
+    def join(self, other: Hooks) -> None:
+        """Serve one guided pass together with hooks on another denoiser of the same pipeline."""
+        other._first = self
+        self._others.append(other)
+
+    def fit(self, *denoisers: nn.Module) -> bool:
+        """Whether they are on these denoisers and their modules are still the same: loading a LoRA
         replaces some."""
-        return self.modules == dict(denoiser.named_modules())
+        placed = [hooks.modules for hooks in (self, *self._others)]
+        return placed == [dict(denoiser.named_modules()) for denoiser in denoisers]
 
     def current(self) -> GuidedPass | None:
         """The active guided pass of this thread, where these hooks serve it."""
         guided = GuidedPass.current()
         if guided is None or guided.guide is not self.guide:
             return None
-        return guided if guided.hooks is None or guided.hooks is self else None
+        return guided if guided.hooks is None or guided.hooks is self._first else None
 
-    def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
+    def before(
+        self, module: nn.Module, function: Callable[..., Any], doubled: bool = False
+    ) -> None:  # fmt: skip
         """``function(guided, module, args, kwargs)`` before a module; it returns ``args, kwargs``,
-        or None to leave them as they are."""
-        handle = module.register_forward_pre_hook(_Hook(self, function), with_kwargs=True)
-        self.handles.append(handle)
+        or None to leave them as they are.
+
+        Args:
+            doubled: call it in denoiser calls with both passes, too.
+        """
+        hook = _Hook(self, function, opens=doubled)
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def after(
         self, module: nn.Module, function: Callable[..., Any], doubled: bool = False
@@ -75,10 +88,11 @@ class Hooks:
         ]
 
     def remove(self) -> None:
-        """Take every hook off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        """Take every hook off, also those that have joined."""
+        for hooks in (self, *self._others):
+            for handle in hooks.handles:
+                handle.remove()
+            hooks.handles = []
 
 
 class _Hook:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-COMPONENTS = ("unet", "transformer")
+COMPONENTS = ("unet", "transformer", "transformer_2")
 """Folders that a denoiser may have in a pipeline's folder."""
 
 

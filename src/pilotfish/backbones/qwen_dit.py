@@ -1,15 +1,17 @@
-"""QwenImageTransformer2DModel: Qwen-Image.
+"""QwenImageTransformer2DModel: Qwen-Image, with or without images to edit, and with a ControlNet.
 
 Text and image are two streams of tokens, joined in every attention, with positions by
 rotation (RoPE) and a mask. Latents are packed: tokens of 2 x 2 pixels, which are the channels of a
 map for the guide. Flow matching; the timestep is sigma. The pipeline makes a second pass only where
 a negative prompt is given, and brings CFG back to the norm of the conditional prediction, token by
-token.
+token. Where an image is edited, its tokens follow those of the latents, and both prompts are
+encoded with it; the guide adds to the latents' tokens alone. A ControlNet runs once, on the prompt,
+for both passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -22,6 +24,7 @@ from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.extrapolation import joined_attention, split_heads, up_to_last
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.pipeline import shift_by_size
 from pilotfish.backbones.tokens import to_map, to_tokens
 from pilotfish.guidance import renormalised_guidance
 from pilotfish.interface import TextConditions
@@ -36,6 +39,11 @@ def renormalised_by_token(
     return renormalised_guidance(unconditional, conditional, guidance_scale, dim)
 
 
+def latents_map(tokens: torch.Tensor, grid: torch.Size) -> torch.Tensor:
+    """The map of the latents' tokens, which come first."""
+    return to_map(tokens[:, : grid.numel()], grid)
+
+
 class QwenDiTBackbone(Backbone):
     """See the module."""
 
@@ -48,7 +56,9 @@ class QwenDiTBackbone(Backbone):
     cfg_by_argument = True
     scale_argument = "true_cfg_scale"
     separate_negative = True
-    decodable = False
+    control_from_prompt = True
+    packing = 2
+    video_vae = True
     text_is_projected = True
     guidance_rule = staticmethod(renormalised_by_token)
 
@@ -88,7 +98,8 @@ class QwenDiTBackbone(Backbone):
             return guided.extrapolated_text(output, negative)
 
         def timed(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            guided.scratch["embedding"] = output
+            # with zero_cond_t the second half is of time 0, for the tokens of images to edit
+            guided.scratch["embedding"] = output.chunk(2)[0] if net.zero_cond_t else output
 
         hooks.after(net.txt_in, embedded)
         hooks.after(net.time_text_embed, timed)
@@ -145,10 +156,8 @@ class QwenDiTBackbone(Backbone):
     def _positions(self, guided: GuidedPass, length: int) -> Any:
         """The rotations of the image's tokens and of so many of the text."""
         assert guided.call is not None
-        latents = guided.call.latents
-        shapes = [[(1, *latents.shape[-2:])]]
-        pos_embed = self.denoiser.pos_embed
-        return pos_embed.forward(shapes, max_txt_seq_len=length, device=latents.device)
+        shapes, device = guided.scratch["shapes"], guided.call.latents.device
+        return self.denoiser.pos_embed.forward(shapes, max_txt_seq_len=length, device=device)
 
     @staticmethod
     def _joint_mask(guided: GuidedPass, image: torch.Tensor) -> torch.Tensor | None:
@@ -165,21 +174,34 @@ class QwenDiTBackbone(Backbone):
 
     def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
         tokens = to_tokens(made)
+        before = output if isinstance(output, torch.Tensor) else output[1]
+        if before.shape[1] > tokens.shape[1]:  # the rest are of images to edit
+            tokens = torch.cat([tokens, before[:, tokens.shape[1] :]], 1)
         return tokens if isinstance(output, torch.Tensor) else (output[0], tokens)
 
     def prediction_map(self, guided: GuidedPass, prediction: torch.Tensor) -> torch.Tensor:
         assert guided.call is not None
-        return to_map(prediction, guided.call.latents.shape[-2:])
+        return latents_map(prediction, guided.call.latents.shape[-2:])
 
     # -- calls ------------------------------------------------------------------------------
 
     def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
-        _, height, width = given["img_shapes"][0][0]
+        shapes = given["img_shapes"][0]
+        # a ControlNet's pipeline gives one shape for each sample, others a list of them
+        _, *grid = shapes[0] if isinstance(shapes, list) else shapes
         text = TextConditions(
             given["encoder_hidden_states"], mask=given.get("encoder_hidden_states_mask")
         )
-        latents = to_map(given["hidden_states"], torch.Size([height, width]))
+        latents = latents_map(given["hidden_states"], torch.Size(grid))
         return DenoiserCall(latents, given["timestep"], text)
+
+    def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
+        guided.scratch["shapes"] = given["img_shapes"]
+        return super().changed(guided, given)
+
+    def doubled(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
+        # the shapes of one sample serve all
+        return super().doubled(guided, given) | {"img_shapes": given["img_shapes"][:1]}
 
     def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
@@ -211,12 +233,8 @@ class QwenDiTBackbone(Backbone):
         config = self.denoiser.config
         if config.guidance_embeds:
             return "its denoiser takes in the guidance scale and needs no second pass"
-        edits = "image" in signature(type(pipe).encode_prompt).parameters
-        others = config.zero_cond_t or config.use_additional_t_cond or config.use_layer3d_rope
-        if edits or others:
-            return "its denoiser reads images in addition to the one that it generates"
-        if getattr(pipe, "controlnet", None) is not None:
-            return "its ControlNet reads the prompt alone, for both passes"
+        if config.use_additional_t_cond or config.use_layer3d_rope:
+            return "its denoiser generates several layers of an image together"
         return None
 
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
@@ -226,6 +244,10 @@ class QwenDiTBackbone(Backbone):
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
         embeds, mask = encoded
         return TextConditions(embeds, mask=mask), None
+
+    def dynamic_shift(self, scheduler: Any) -> Callable[[int], float]:
+        mu = shift_by_size(scheduler, self.latent_shape())
+        return lambda steps: mu
 
     def latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of the packed latents of the pipeline's default, 1024 x 1024 pixels."""

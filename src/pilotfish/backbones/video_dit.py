@@ -1,8 +1,11 @@
-"""WanTransformer3DModel: Wan 2.1, text to video.
+"""WanTransformer3DModel: Wan 2.1 and 2.2, text or image to video.
 
 Text enters through cross-attention after a projection, padded with zeros to one length. The
 frames of a video are laid one below the other for the guide, so that everywhere it adds to maps
-(N, channels, F h, w).
+(N, channels, F h, w). An image enters as further channels of the latents, and in Wan 2.1 through
+cross-attention of its own, whose output is added to that of the text. Wan 2.2 has two denoisers of
+one shape, for high and low noise, each with its scale: one guide, which is given the time and the
+scale, works on both.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from pilotfish.backbones.context import DenoiserCall
+from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
 from pilotfish.backbones.doubling import without_mask
 from pilotfish.interface import TextConditions
@@ -29,6 +32,9 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
     blocks = "blocks"
     projections = ("condition_embedder.text_embedder",)
     norm_across_heads = True
+    reads_images = True
+    further_components = ("transformer_2",)
+    further_scales = ("guidance_scale_2",)
     negative_from_callback = True
     decodable = False
 
@@ -48,6 +54,13 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
     def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
         return super().on_grid(latents.flatten(2, 3))
 
+    def doubled(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
+        repeated = super().doubled(guided, given)
+        image = given.get("encoder_hidden_states_image")
+        if image is not None:  # two rows a sample where there is a last image, too
+            repeated["encoder_hidden_states_image"] = torch.cat([image, image])
+        return repeated
+
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
         return {"encoder_hidden_states": without_mask(text)}
 
@@ -62,15 +75,12 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
 
     # -- the pipeline -----------------------------------------------------------------------
 
-    def refusal(self, pipe: Any) -> str | None:
-        if getattr(pipe, "transformer_2", None) is not None:
-            return "it has two denoisers (transformer_2), and a guide is made for one"
-        config = self.denoiser.config
-        if config.in_channels > (config.out_channels or config.in_channels):
-            return "its denoiser reads images in addition to the video that it generates"
-        if config.added_kv_proj_dim is not None:
-            return "its cross-attention reads an image together with the text (added_kv_proj_dim)"
-        return None
+    def scale_at_step(self, pipe: Any, guidance_scale: Any) -> Any:
+        second = getattr(pipe, "_guidance_scale_2", None)
+        if second is None or guidance_scale <= 1 or pipe.current_timestep is None:
+            return guidance_scale  # which decides for both denoisers whether there is guidance
+        boundary = pipe.config.boundary_ratio * pipe.scheduler.config.num_train_timesteps
+        return guidance_scale if pipe.current_timestep >= boundary else second
 
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
         length = signature(WanPipeline.__call__).parameters["max_sequence_length"].default
@@ -82,4 +92,4 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
 
     def latent_shape(self) -> tuple[int, ...]:
         """(C, F, h, w) of the pipeline's default: 81 frames of 832 x 480 pixels."""
-        return int(self.denoiser.config.in_channels), 21, 60, 104
+        return self.channels, 21, 60, 104

@@ -89,7 +89,7 @@ class ZImageDiTBackbone(Backbone):
                 n = len(text)
                 guided.scratch["stream", attention[0]] = stream.expand(n, -1, -1)
                 guided.scratch["negative"] = positions.expand(n, -1, -1), mask.expand(n, -1)
-            lengths = [padded(int(count)) for count in _counts(text)]
+            lengths = [padded(count) for count in _counts(text)]
             rows = pad_sequence(list(output.split(lengths)), batch_first=True)
             counts = F.pad(_mask(text), (0, rows.shape[1] - text.embeds.shape[1]))
             made = guided.extrapolated_text(
@@ -114,9 +114,9 @@ class ZImageDiTBackbone(Backbone):
         height, width = guided.call.latents.shape[-2:]
         parts, places, pads, images = [], [], [], []
         for row, count in zip(embeds, _counts(guided.negative), strict=True):
-            length = padded(int(count))
+            length = padded(count)
             part, place, pad, _, _ = net._pad_with_ids(
-                row[: int(count)], (length, 1, 1), (1, 0, 0), device
+                row[:count], (length, 1, 1), (1, 0, 0), device
             )
             parts.append(part)
             places.append(place)
@@ -267,22 +267,22 @@ def padded(length: int) -> int:
 
 def as_conditions(texts: Any) -> TextConditions:
     """A list of (L, D) as (N, L, D) and its mask."""
-    lengths = [len(text) for text in texts]
-    embeds = pad_sequence(list(texts), batch_first=True)
-    places = torch.arange(embeds.shape[1], device=embeds.device)
-    mask = places < torch.tensor(lengths, device=embeds.device)[:, None]
-    return TextConditions(embeds, mask=mask.long())
+    counted = [torch.ones_like(text[:, 0], dtype=torch.long) for text in texts]
+    embeds, mask = (pad_sequence(list(x), batch_first=True) for x in (texts, counted))
+    return TextConditions(embeds, mask=mask)
 
 
 def as_list(text: TextConditions) -> list[torch.Tensor]:
     """Each prompt without its padding."""
-    counts = _counts(text).tolist()
-    return [row[:count] for row, count in zip(text.embeds, counts, strict=True)]
+    return [row[:count] for row, count in zip(text.embeds, _counts(text), strict=True)]
 
 
 def _mask(text: TextConditions) -> torch.Tensor:
     return torch.ones_like(text.embeds[..., 0]).long() if text.mask is None else text.mask
 
 
-def _counts(text: TextConditions) -> torch.Tensor:
-    return _mask(text).long().sum(1)
+def _counts(text: TextConditions) -> list[int]:
+    if text.mask is None:
+        return [text.embeds.shape[1]] * len(text)
+    counts: list[int] = text.mask.long().sum(1).tolist()
+    return counts

@@ -24,7 +24,7 @@ from pilotfish.evaluation.processes import (
 from pilotfish.evaluation.results import Scores
 from pilotfish.evaluation.speed import counted_rows
 from pilotfish.guidance import GuidanceMode
-from pilotfish.pipelines.sampling import Attachable, Sample, sample
+from pilotfish.pipelines.sampling import Attachable, Sample, image_size, sample
 
 TITLES = {"none": "no guidance", "cfg": "CFG", "guided": "guided"}
 
@@ -145,9 +145,7 @@ def load_reference(pipe: Any, folder: str | Path | None) -> torch.Tensor | None:
     """(M, 3, H, W) reference images in [-1, 1], as large as the pipeline's own."""
     if folder is None:
         return None
-    backbone = Backbone.of_pipeline(pipe)
-    size = backbone.latent_shape()[1] * backbone.pixels(pipe)
-    return from_pixels(load_images(folder, size).pixels)
+    return from_pixels(load_images(folder, image_size(pipe)).pixels)
 
 
 @dataclass(frozen=True)

@@ -124,11 +124,11 @@ def timed_call(
 ) -> float:  # fmt: skip
     """Seconds of one call of the pipeline, up to the final latents."""
     pipe.set_progress_bar_config(disable=True)
-    scale = Backbone.of_pipeline(pipe).scale_argument_of(guidance_scale)
+    call = Backbone.of_pipeline(pipe).call_arguments(pipe, guidance_scale, batch)
     with method.attached(pipe) if method else nullcontext():
         start = clock()
         pipe(
-            prompt=[prompt] * batch, **scale, num_inference_steps=steps, output_type="latent",
+            prompt=[prompt] * batch, **call, num_inference_steps=steps, output_type="latent",
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         if torch.cuda.is_available():

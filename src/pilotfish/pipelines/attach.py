@@ -26,10 +26,10 @@ from pilotfish.pipelines.call import (
     CallbackAdapter,
     RunningCall,
     bind,
-    sync,
     warn_of_arguments,
 )
 from pilotfish.pipelines.control import doubled_controlnets
+from pilotfish.pipelines.installing import install, sync
 from pilotfish.refresh import RefreshSteps, check_refresh
 
 GUIDER = (
@@ -60,8 +60,7 @@ def attach(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None)
     if isinstance(pipe, Guided):
         raise GuideError("this pipeline has a guide already; detach it first")
     refresh = check_refresh(guide.refresh_ratio if refresh is None else refresh)
-    backbone = check(guide, pipe)
-    hooks, plain = backbone.install(guide), type(pipe)
+    hooks, plain = install(guide, check(guide, pipe)), type(pipe)
     guide.eval()
     pipe.__class__ = type(plain.__name__, (Guided, plain), {"__module__": plain.__module__})
     pipe._pilotfish_guide, pipe._pilotfish_hooks, pipe._pilotfish_lock = guide, hooks, Lock()
@@ -124,8 +123,8 @@ class Refreshed:
         return attached(self.guide, pipe, self.refresh)
 
 
-def check(guide: GuideProtocol, pipe: Any) -> Backbone:
-    """The backbone of a pipeline that can take this guide.
+def check(guide: GuideProtocol, pipe: Any) -> list[Backbone]:
+    """The backbones of a pipeline that can take this guide: one for each denoiser.
 
     Raises:
         GuideError: the pipeline's guidance cannot be turned off, or the guide was made for
@@ -134,7 +133,7 @@ def check(guide: GuideProtocol, pipe: Any) -> Backbone:
     if hasattr(pipe, "guider"):
         raise _refused(pipe, NO_GUIDER if pipe.guider is None else GUIDER)
     try:
-        backbone = Backbone.of_pipeline(pipe)
+        backbone, *others = Backbone.all_of_pipeline(pipe).values()
     except GuideError as error:
         raise _refused(pipe, str(error)) from error
     call = signature(pipe.__call__).parameters
@@ -150,8 +149,10 @@ def check(guide: GuideProtocol, pipe: Any) -> Backbone:
     if backbone.scale_argument not in call:
         raise _refused(pipe, f"its call takes no {backbone.scale_argument}")
     predicted = prediction_type(pipe.scheduler)
-    guide.check(backbone.signature(predicted), Origin.of(backbone.denoiser))
-    return backbone
+    backbones = [backbone, *others]
+    for one in backbones:
+        guide.check(one.signature(predicted), Origin.of(one.denoiser))
+    return backbones
 
 
 def _refused(pipe: Any, why: str) -> GuideError:
@@ -215,13 +216,15 @@ class Guided:
         """The embeddings of the images alone, given or made together with the negative ones, as
         with classifier-free guidance."""
         plain = super().prepare_ip_adapter_image_embeds  # type: ignore[misc]
-        if self._pilotfish_running is None or not self._pilotfish_running.needs_guidance:
+        flagged = CFG_FLAG in signature(plain).parameters  # others are made in two calls
+        running = self._pilotfish_running
+        if running is None or not running.needs_guidance or not flagged:
             return plain(*args, **kwargs)
         call = bind(plain, args, kwargs, **{CFG_FLAG: True})
         made = plain(*call.args, **call.kwargs)
         single = isinstance(made, torch.Tensor)  # SD3 takes one IP-Adapter
         halves = [both.chunk(2) for both in ([made] if single else made)]
-        self._pilotfish_running.guided.negative_images = [negative for negative, _ in halves]
+        running.guided.negative_images = [negative for negative, _ in halves]
         images = [image for _, image in halves]
         return images[0] if single else images
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
 from inspect import BoundArguments, signature
 from typing import Any
@@ -19,9 +18,9 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks
 
-from pilotfish.backbones import Backbone, GuidedPass, Origin, current_pass, is_compiled, watch_hooks
+from pilotfish.backbones import Backbone, GuidedPass, current_pass
 from pilotfish.interface import GuideError, GuideProtocol, TextConditions
-from pilotfish.noise import prediction_type
+from pilotfish.pipelines.installing import has_compiled, sync
 from pilotfish.refresh import places
 
 CFG_FLAG = "do_classifier_free_guidance"
@@ -117,6 +116,7 @@ class RunningCall:
     def guidance_scale(self) -> Any:
         """The scale of the call; callbacks may change it between two steps."""
         scale = self.pipe.guidance_scale if self._argument is None else self._argument
+        scale = self.backbone.scale_at_step(self.pipe, scale)
         single = isinstance(scale, torch.Tensor) and scale.ndim == 0
         return (float(scale) if single else scale) + self.backbone.scale_offset
 
@@ -169,8 +169,7 @@ class RunningCall:
     def keep(self, negative: TextConditions) -> None:
         """Keep the negative prompts of the batch for the guide."""
         # a graph is compiled for one negative prompt or for as many as images, not for both
-        compiled = is_compiled(getattr(self.pipe, self.backbone.component))
-        self.negative = negative if compiled else negative.one_if_equal()
+        self.negative = negative if has_compiled(self.pipe) else negative.one_if_equal()
 
     def _negative(self) -> TextConditions:
         if self.negative is None and self._embeds is not None:
@@ -204,7 +203,8 @@ class RunningCall:
         if same and name.startswith(("DDIM", "Euler", "FlowMatchEuler")):
             return
         how = (
-            "sigmas that lie on an even grid" if name.startswith("FlowMatch")
+            f"{next(iter(self.backbone.even_grid(1)))} that lie on an even grid"
+            if name.startswith("FlowMatch")
             else 'a DDIMScheduler with timestep_spacing="trailing"'
         )  # fmt: skip
         warnings.warn(
@@ -222,45 +222,6 @@ def _step(scheduler: Any) -> int | None:
     step = getattr(scheduler, "step_index", None)
     found: int | None = getattr(scheduler, "begin_index", None) if step is None else step
     return found
-
-
-def sync(pipe: Any) -> GuideProtocol:
-    """Before a step: the guide on the pipeline's device and in its precision, and its hooks on the
-    denoiser as it is now.
-
-    Returns:
-        The guide that the pipeline works with.
-
-    Raises:
-        GuideError: the guide does not fit the denoiser or scheduler that the pipeline has now.
-    """
-    backbone = Backbone.of_pipeline(pipe)
-    denoiser, guide = backbone.denoiser, pipe._pilotfish_guide
-    predicted = prediction_type(pipe.scheduler)
-    if predicted != guide.config.signature["prediction_type"]:
-        raise GuideError(
-            f"this guide was trained on a denoiser that predicts "
-            f"{guide.config.signature['prediction_type']}, and the pipeline's scheduler takes its "
-            f"prediction for {predicted}; set prediction_type in the scheduler's configuration"
-        )
-    place, dtype = pipe._execution_device, denoiser.dtype
-    if (guide.device, guide.dtype) != (place, dtype):
-        copied = pipe._pilotfish_copy
-        if copied is None or (copied.device, copied.dtype) != (place, dtype):
-            pipe._pilotfish_copy = deepcopy(guide).to(place, dtype)
-        guide = pipe._pilotfish_copy
-    else:
-        pipe._pilotfish_copy = None
-    hooks = pipe._pilotfish_hooks
-    if hooks.guide is not guide or not hooks.fit(denoiser):
-        guide.check(backbone.signature(predicted), Origin.of(denoiser))
-        fresh = backbone.install(guide)
-        hooks.remove()
-        pipe._pilotfish_hooks = fresh
-    if is_compiled(getattr(pipe, backbone.component)):
-        watch_hooks(len(guide.extrapolated) + len(guide.target_modules))
-    working: GuideProtocol = guide
-    return working
 
 
 def bind(method: Callable[..., Any], args: Any, kwargs: Any, **changes: Any) -> BoundArguments:
@@ -282,11 +243,12 @@ def warn_of_arguments(guide: GuideProtocol, call: BoundArguments, pipe: Any) -> 
         nets = getattr(pipe.controlnet, "nets", [pipe.controlnet])
         given["guess_mode"] |= any(n.config.get("global_pool_conditions") for n in nets)
     backbone = Backbone.of_pipeline(pipe)
-    name, scale = backbone.scale_argument, given[backbone.scale_argument]
-    if not abs(scale) <= torch.finfo(torch.float32).max:  # nor is what is not a number
-        raise GuideError(f"{name} must be a finite number in single precision, not {scale}")
-    w = scale + backbone.scale_offset
-    if w <= 1:
+    names = (backbone.scale_argument, *backbone.further_scales)
+    scales = {name: given[name] for name in names if given.get(name) is not None}
+    for name, scale in scales.items():
+        if not abs(scale) <= torch.finfo(torch.float32).max:  # nor is what is not a number
+            raise GuideError(f"{name} must be a finite number in single precision, not {scale}")
+    if scales[backbone.scale_argument] + backbone.scale_offset <= 1:
         return
     if given.get("pag_scale", 0) > 0 and getattr(pipe, "pag_applied_layers", None):
         # found only at the denoiser, diffusers would leave its attention processors perturbed
@@ -294,13 +256,13 @@ def warn_of_arguments(guide: GuideProtocol, call: BoundArguments, pipe: Any) -> 
             f"{type(pipe).__name__} makes a further pass at a pag_scale above 0, and a guide makes "
             "none; call it with pag_scale=0"
         )
-    low, high = guide.guidance_scale_range
-    if not low <= w <= high:
-        low, high = (bound - backbone.scale_offset for bound in (low, high))
-        warnings.warn(
-            f"{name} {scale} lies outside [{low}, {high}], where this guide was trained",
-            stacklevel=4,
-        )
+    low, high = (bound - backbone.scale_offset for bound in guide.guidance_scale_range)
+    for name, scale in scales.items():
+        if scale + backbone.scale_offset != 1 and not low <= scale <= high:
+            warnings.warn(
+                f"{name} {scale} lies outside [{low}, {high}], where this guide was trained",
+                stacklevel=4,
+            )
     for name in SECOND_PASS:
         if name in given and given[name] != usual[name]:
             warnings.warn(f"{name} acts on the second pass, and a guide makes none", stacklevel=4)

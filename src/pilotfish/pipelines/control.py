@@ -2,7 +2,9 @@
 
 A ControlNet runs before the denoiser on the pipeline's batch. With classifier-free guidance that
 batch is doubled and the ControlNet reads both prompts. In a step that runs both passes its batch is
-doubled here in the same way, and the denoiser finds its residuals doubled already.
+doubled here in the same way, and the denoiser finds its residuals doubled already. A pipeline that
+runs its ControlNet on the prompt alone, for both passes, keeps to that: the denoiser's own batch is
+doubled with the residuals.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def doubled_controlnets(pipe: Any, backbone: Backbone, guided: GuidedPass) -> It
     Args:
         guided: that of the running call.
     """
-    found = getattr(pipe, "controlnet", None)
+    found = None if backbone.control_from_prompt else getattr(pipe, "controlnet", None)
     nets: list[nn.Module] = [] if found is None else list(getattr(found, "nets", [found]))
     names = {id(net): tuple(signature(net.forward).parameters) for net in nets}
 

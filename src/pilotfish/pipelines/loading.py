@@ -80,13 +80,10 @@ def share_weights(pipe: Any) -> Any:
     last padded) and the denoiser's modules, where hooks are. Weights take memory once. A guide on
     ``pipe`` is attached to the other as well.
     """
-    backbone = Backbone.of_pipeline(pipe)
-    denoiser = backbone.denoiser
-    shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
-    own = {
-        "scheduler": deepcopy(pipe.scheduler),
-        backbone.component: deepcopy(denoiser, shared),
-    }
+    own = {"scheduler": deepcopy(pipe.scheduler)}
+    for name, backbone in Backbone.all_of_pipeline(pipe).items():
+        tensors = (*backbone.denoiser.parameters(), *backbone.denoiser.buffers())
+        own[name] = deepcopy(backbone.denoiser, {id(tensor): tensor for tensor in tensors})
     for name, part in pipe.components.items():
         if isinstance(part, PreTrainedTokenizerBase):
             own[name] = deepcopy(part)

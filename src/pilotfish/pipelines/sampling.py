@@ -36,7 +36,7 @@ class Sample:
         prompt: its text.
         seed: the seed of its first latents; the same seed starts from the same noise
             in every guidance mode.
-        latents: (C, h, w) final latents, as the sampler left them.
+        latents: (C, h, w) final latents, as the sampler left them; packed ones as a map.
         image: (3, H, W) decoded image in [-1, 1].
     """
 
@@ -69,7 +69,7 @@ def sample(
         call: further arguments of the pipeline's call.
 
     Raises:
-        ValueError: the pipeline makes videos or packed latents; prompts, seeds or negative prompts
+        ValueError: the pipeline makes videos; prompts, seeds or negative prompts
             differ in number; no step, or an empty batch. Raised before sampling.
     """
     backbone = Backbone.of_pipeline(pipe)
@@ -85,32 +85,32 @@ def sample(
     for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    call |= backbone.scale_argument_of(guidance_scale)
     call["num_inference_steps"] = num_inference_steps
     batches = (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size))
-    return _drawn(pipe, prompts, seeds, guide, negative_prompts, batches, call)
+    return _drawn(pipe, prompts, seeds, guidance_scale, guide, negative_prompts, batches, call)
 
 
 @torch.no_grad()
 def _drawn(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guide: Attachable | None,
-    negative_prompts: Sequence[str] | None, batches: Iterable[slice], call: dict[str, Any],
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float,
+    guide: Attachable | None, negative_prompts: Sequence[str] | None, batches: Iterable[slice],
+    call: dict[str, Any],
 ) -> Iterator[Sample]:  # fmt: skip
+    backbone = Backbone.of_pipeline(pipe)
     pipe.set_progress_bar_config(disable=True)
-    negatives = Backbone.of_pipeline(pipe).negative_arguments
     for batch in batches:
         texts, some = list(prompts[batch]), seeds[batch]
-        # left out where there is none: to PixArt's pipeline None is no text
-        negative = negatives(pipe, negative_prompts[batch]) if negative_prompts else {}
+        negatives = negative_prompts and negative_prompts[batch]
+        given = backbone.call_arguments(pipe, guidance_scale, len(texts), negatives) | call
         # attached for one batch only: between two of them the pipeline is its owner's
         with guide.attached(pipe) if guide is not None else nullcontext():
             latents = pipe(
                 prompt=texts,
                 generator=[torch.Generator().manual_seed(s) for s in some],
                 output_type="latent",
-                **negative,
-                **call,
+                **given,
             )[0]
+        latents = backbone.final_latents(latents, pipe, call)
         images = decode(pipe, latents)
         for text, seed, z, x in zip(texts, some, latents.float(), images, strict=True):
             yield Sample(text, seed, z, x)
@@ -119,12 +119,13 @@ def _drawn(
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """(N, C, h, w) latents to (N, 3, H, W) images in [-1, 1], as the pipeline decodes them."""
-    vae = pipe.vae
+    vae, backbone = pipe.vae, Backbone.of_pipeline(pipe)
     overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if overflows:
         vae.to(torch.float32)
+    latents = backbone.to_vae(vae, latents.to(vae.dtype))
     height, width = (side * int(pipe.vae_scale_factor) for side in latents.shape[2:])
-    latents = Backbone.of_pipeline(pipe).to_vae(vae, latents.to(vae.dtype))
+    latents = latents[:, :, None] if backbone.video_vae else latents
     try:
         parts = [
             vae.decode(part, return_dict=False)[0] for part in latents.split(at_once(height, width))
@@ -132,7 +133,28 @@ def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     finally:
         if overflows:
             vae.to(torch.float16)
-    return torch.cat(parts).float().clamp(-1, 1)
+    images = torch.cat(parts).float().clamp(-1, 1)
+    return images[:, :, 0] if backbone.video_vae else images
+
+
+@torch.no_grad()
+def encode(pipe: Any, images: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) images in [-1, 1] to (N, C, h, w) latents on the CPU, as :func:`decode` takes
+    them."""
+    vae, backbone = pipe.vae, Backbone.of_pipeline(pipe)
+    parts = images.split(at_once(*images.shape[2:]))
+    frames = [part[:, :, None] if backbone.video_vae else part for part in parts]
+    made = [vae.encode(part.to(vae.device, vae.dtype)) for part in frames]
+    # Sana's has no distribution
+    found = [e.latent_dist.mean if hasattr(e, "latent_dist") else e.latent for e in made]
+    latents = torch.cat(found).float().cpu()
+    return backbone.from_vae(vae, latents[:, :, 0] if backbone.video_vae else latents)
+
+
+def image_size(pipe: Any) -> int:
+    """Pixels of an image of the denoiser's own size, each way."""
+    backbone = Backbone.of_pipeline(pipe)
+    return backbone.latent_shape()[1] * backbone.packing * int(pipe.vae_scale_factor)
 
 
 def at_once(height: int, width: int) -> int:

@@ -23,7 +23,7 @@ from pilotfish.pipelines.loading import (
     load_pipeline,
     use_deterministic_scheduler,
 )
-from pilotfish.pipelines.sampling import at_once
+from pilotfish.pipelines.sampling import encode, image_size
 from pilotfish.teacher import Student, Teacher
 from pilotfish.training.config import ConfigError, TrainingConfig
 
@@ -58,7 +58,7 @@ class TrainingContext:
 
     def __post_init__(self) -> None:
         self.backbone = Backbone.of_pipeline(self.pipe)
-        self.path = NoisePath.of(self.pipe.scheduler, self.backbone.dynamic_shift())
+        self.path = self.backbone.noise_path(self.pipe)
         shape = self.backbone.denoiser.config
         if self.backbone.needs_image(self.pipe):
             raise ConfigError(
@@ -70,7 +70,8 @@ class TrainingContext:
                 f"the commands train no guide for a {type(self.pipe).__name__} yet: they would not "
                 "decode its latents"
             )
-        if shape.in_channels > (shape.get("out_channels") or shape.in_channels):
+        predicted = (shape.get("out_channels") or shape.in_channels) * self.backbone.packing**2
+        if shape.in_channels > predicted:
             raise ConfigError(
                 f"the base takes {shape.in_channels} channels and predicts {shape.out_channels}: "
                 "it needs an image as input; train a guide on a text-to-image model"
@@ -137,7 +138,7 @@ class TrainingContext:
         """Replace the pipeline's scheduler by the deterministic one of stage 2, and the noise path
         with it: alpha after the last step depends on the scheduler."""
         use_deterministic_scheduler(self.pipe)
-        self.path = NoisePath.of(self.pipe.scheduler, self.backbone.dynamic_shift())
+        self.path = self.backbone.noise_path(self.pipe)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -169,19 +170,11 @@ class TrainingContext:
             raise ConfigError(
                 "--training_samples noised needs --train_images, a folder with metadata.jsonl"
             )
-        size = self.latent_shape[1] * self.backbone.pixels(self.pipe)
-        images = load_images(self.image_folder, size)
+        images = load_images(self.image_folder, image_size(self.pipe))
         captions = set(images.captions)
         place = {text: i for i, text in enumerate(self.prompts) if text in captions}
         missing = [c for c in images.captions if c not in place]
         if missing:
             raise ConfigError(f"{len(missing)} captions are not among the prompts: {missing[:3]}")
-        vae = self.pipe.vae
-        encoded = [
-            vae.encode(from_pixels(part).to(vae.device, vae.dtype))
-            for part in images.pixels.split(at_once(size, size))
-        ]
-        # Sana's has no distribution
-        latents = [e.latent_dist.mean if hasattr(e, "latent_dist") else e.latent for e in encoded]
         prompt = torch.tensor([place[c] for c in images.captions])
-        return self.backbone.from_vae(vae, torch.cat(latents).float().cpu()), prompt
+        return encode(self.pipe, from_pixels(images.pixels)), prompt

@@ -134,7 +134,7 @@ class StepValidation(_Settings):
         seeds = range(self.config.seed, self.config.seed + len(texts))
         grid: dict[str, Any] = {}
         if self.context.path.prediction_type == "flow":  # the scheduler's own grid is another
-            grid["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
+            grid = self.context.backbone.even_grid(steps)
         return list(sample(self.context.pipe, texts, seeds=seeds, guidance_scale=w,
                            num_inference_steps=steps, batch_size=self.batch_size,
                            guide=guide and Refreshed(guide, 0), **grid))  # fmt: skip
