@@ -225,6 +225,21 @@ def test_what_a_scheduler_predicts() -> None:
     assert torch.equal(NoisePath.of(solver).grid(8), NoisePath.of(flow_scheduler()).grid(8))
 
 
+@pytest.mark.parametrize("name", ["beta", "exponential", "karras"])
+def test_a_scheduler_of_uneven_steps_gives_an_even_grid(name: str) -> None:
+    uneven = flow_scheduler(**{f"use_{name}_sigmas": True})
+    assert torch.equal(NoisePath.of(uneven).grid(8), NoisePath.of(flow_scheduler()).grid(8))
+
+
+def test_a_schedule_by_the_size_of_images_is_refused_where_its_rule_is_not_known() -> None:
+    scheduler = flow_scheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="shifts its times by the size of images"):
+        NoisePath.of(scheduler)
+    grids = [NoisePath.of(scheduler, mu).grid(2)[1] for mu in (lambda n: 0.5, lambda n: n / 4)]
+    assert grids[0] == grids[1]
+    assert NoisePath.of(scheduler, shift=2.0).grid(2)[1] == 0.5
+
+
 def test_a_scheduler_without_a_known_path_is_refused() -> None:
     with pytest.raises(ValueError, match="'sample'"):
         NoisePath.of(DDIMScheduler(prediction_type="sample"))

@@ -46,7 +46,8 @@ def deterministic_scheduler(scheduler: Any) -> Any:
     if prediction_type(scheduler) == "flow":
         config = scheduler.config
         shift = config.get("shift", config.get("flow_shift") or 1.0)  # solvers have another name
-        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
+        changed = {f"use_{name}_sigmas": False for name in ("beta", "exponential", "karras")}
+        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift, **changed)
     # DDIM clips by default, which is meant for pixels
     given = {"clip_sample": False, **scheduler.config}
     return DDIMScheduler.from_config(given, timestep_spacing="trailing")

@@ -270,7 +270,7 @@ class Flux2DiTBackbone(Backbone):
     def final_latents(
         self, latents: torch.Tensor, pipe: Any, call: Mapping[str, Any]
     ) -> torch.Tensor:  # fmt: skip
-        return self.from_vae(pipe.vae, latents)  # a call leaves them as the VAE's
+        return self.from_vae(pipe.vae, latents.float())  # a call leaves them as the VAE's
 
     def vae_statistics(self, vae: Any, like: torch.Tensor) -> tuple[Any, Any]:
         mean, variance = (
