@@ -52,7 +52,7 @@ def test_the_bundled_cards_are_those_of_the_recipe(tmp_path: Path) -> None:
 
 
 def test_bundled_finetunes_are_where_the_recipe_saves_them() -> None:
-    for name in (*STYLES, *TRAIN_FINETUNES, *TEST_FINETUNES):
+    for name in (*STYLES["base"], *TRAIN_FINETUNES, *TEST_FINETUNES):
         assert finetune_folder(bundled.FOLDER, name).is_dir()
 
 
