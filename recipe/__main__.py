@@ -67,8 +67,7 @@ class Recipe:
     base: DenoiserStage = field(default_factory=DenoiserStage)
     scorer: ScorerStage = field(default_factory=ScorerStage)
     model: BaseName = "base"
-    """Whose fine-tunes the stages finetunes and train_finetunes train: the UNet or the Stable
-    Diffusion 3."""
+    """Whose fine-tunes and guides are trained: the UNet's or the Stable Diffusion 3's."""
     finetunes: tuple[str, ...] = tuple(STYLES["base"])
     """What the stage of that name trains."""
     train_finetunes: tuple[str, ...] = tuple(TRAIN_FINETUNES)
@@ -132,7 +131,7 @@ def _print_distances(r: Recipe, names: Iterable[str]) -> None:
 
 def _guides(r: Recipe) -> None:
     for name in r.guides:
-        make_guide(name, r.work, r.target, bf16=r.mixed)
+        make_guide(name, r.work, r.target, bf16=r.mixed, base=r.model)
 
 
 def _screenshots(r: Recipe) -> None:
@@ -159,13 +158,15 @@ MODELS: dict[str, Callable[[Recipe], None]] = {
     "test_finetunes": _test_finetunes,
     "scorer": lambda r: make_scorer(r.images, r.work, r.target / "scorer", r.scorer),
     "guides": _guides,
-    "step_guides": lambda r: make_step_guides(r.work, r.target, r.step_guides, bf16=r.mixed),
+    "step_guides": lambda r: make_step_guides(
+        r.work, r.target, r.step_guides, bf16=r.mixed, base=r.model
+    ),
     "cards": lambda r: write_cards(r.target),
 }  # fmt: skip
 """The stages of ``all``, in order."""
 OTHERS: dict[str, Callable[[Recipe], None]] = {
     "ablations": lambda r: run_ablations(r.work, r.ablations),
-    "sizes": lambda r: make_sizes(r.work / "sizes", bf16=r.mixed),
+    "sizes": lambda r: make_sizes(r.work / "sizes", r.target, bf16=r.mixed),
     "sd3": lambda r: make_sd3(r.target / "base", r.images, r.work, r.target / "sd3", bf16=r.mixed),
     "pages": _pages,
     "screenshots": _screenshots,
