@@ -17,6 +17,7 @@ from recipe.finetunes import (
     STYLES,
     TEST_FINETUNES,
     TRAIN_FINETUNES,
+    BaseName,
     distances,
     make_finetune,
 )
@@ -34,7 +35,7 @@ class Recipe:
     """Make the bundled models. ``all`` runs prompts, images, autoencoder, base, finetunes,
     train_finetunes, test_finetunes, scorer, guides, step_guides and cards, in this order. The
     other stages are not part of the models: ablations compares forms of the guide; sizes trains
-    guides of other sizes in --work/sizes; sd3 trains a Stable Diffusion 3 in --work/sd3; pages
+    guides of other sizes in --work/sizes; sd3 trains a Stable Diffusion 3; pages
     writes results into README and documents; screenshots shows the app in docs/images."""
 
     stage: tyro.conf.Positional[
@@ -65,7 +66,9 @@ class Recipe:
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     base: DenoiserStage = field(default_factory=DenoiserStage)
     scorer: ScorerStage = field(default_factory=ScorerStage)
-    finetunes: tuple[str, ...] = tuple(STYLES)
+    model: BaseName = "base"
+    """Whose fine-tunes and guides are trained: the UNet's or the Stable Diffusion 3's."""
+    finetunes: tuple[str, ...] = tuple(STYLES["base"])
     """What the stage of that name trains."""
     train_finetunes: tuple[str, ...] = tuple(TRAIN_FINETUNES)
     """What the stage of that name trains."""
@@ -101,7 +104,7 @@ class Recipe:
 
 def _finetunes(r: Recipe) -> None:
     for name in r.finetunes:
-        make_finetune(name, r.images, r.target, r.work, bf16=r.mixed)
+        make_finetune(name, r.images, r.target, r.work, bf16=r.mixed, base=r.model)
 
 
 def _train_finetunes(r: Recipe) -> None:
@@ -109,8 +112,8 @@ def _train_finetunes(r: Recipe) -> None:
     make_images(rendered, TRAIN_STYLES)
     for name in r.train_finetunes:
         images = rendered if name in TRAIN_STYLES else r.images
-        make_finetune(name, images, r.target, r.work, bf16=r.mixed)
-    _print_distances(r, (*STYLES, *TRAIN_FINETUNES))
+        make_finetune(name, images, r.target, r.work, bf16=r.mixed, base=r.model)
+    _print_distances(r, (*STYLES[r.model], *TRAIN_FINETUNES))
 
 
 def _test_finetunes(r: Recipe) -> None:
@@ -122,13 +125,13 @@ def _test_finetunes(r: Recipe) -> None:
 
 
 def _print_distances(r: Recipe, names: Iterable[str]) -> None:
-    for name, distance in distances(r.target, names).items():
+    for name, distance in distances(r.target, names, r.model).items():
         print(f"{name}: change of {distance:.0%} of the norm of the base's weights")
 
 
 def _guides(r: Recipe) -> None:
     for name in r.guides:
-        make_guide(name, r.work, r.target, bf16=r.mixed)
+        make_guide(name, r.work, r.target, bf16=r.mixed, base=r.model)
 
 
 def _screenshots(r: Recipe) -> None:
@@ -155,16 +158,16 @@ MODELS: dict[str, Callable[[Recipe], None]] = {
     "test_finetunes": _test_finetunes,
     "scorer": lambda r: make_scorer(r.images, r.work, r.target / "scorer", r.scorer),
     "guides": _guides,
-    "step_guides": lambda r: make_step_guides(r.work, r.target, r.step_guides, bf16=r.mixed),
+    "step_guides": lambda r: make_step_guides(
+        r.work, r.target, r.step_guides, bf16=r.mixed, base=r.model
+    ),
     "cards": lambda r: write_cards(r.target),
 }  # fmt: skip
 """The stages of ``all``, in order."""
 OTHERS: dict[str, Callable[[Recipe], None]] = {
     "ablations": lambda r: run_ablations(r.work, r.ablations),
-    "sizes": lambda r: make_sizes(r.work / "sizes", bf16=r.mixed),
-    "sd3": lambda r: make_sd3(
-        r.target / "base", r.images, r.work, r.work / "sd3" / "pipeline", bf16=r.mixed
-    ),
+    "sizes": lambda r: make_sizes(r.work / "sizes", r.target, bf16=r.mixed),
+    "sd3": lambda r: make_sd3(r.target / "base", r.images, r.work, r.target / "sd3", bf16=r.mixed),
     "pages": _pages,
     "screenshots": _screenshots,
 }

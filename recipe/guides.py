@@ -1,6 +1,6 @@
 """Stages ``guides``, ``step_guides`` and ``sizes``: the bundled guides, and some of other sizes.
 
-``guides`` distils a guide for the base; ``step_guides`` distils it further for few steps; ``sizes``
+``guides`` distils a guide for a base; ``step_guides`` distils it further for few steps; ``sizes``
 distils guides of several shares of the base's parameters, alike and for a shorter time.
 """
 
@@ -14,12 +14,9 @@ from pilotfish.guides import Guide
 from pilotfish.guides.average import average_guides
 from pilotfish.training.config import DistillConfig, StepsConfig
 from pilotfish.training.stages import distill, distill_steps
-from recipe.finetunes import TRAIN_FINETUNES
+from recipe.finetunes import TRAIN_FINETUNES, BaseName, finetune_folder
 
-ALL: dict[str, Any] = {
-    "train_finetunes": tuple(TRAIN_FINETUNES), "pool": 512, "finetune_prob": 0.6,
-    "replay_reuse": 2,
-}  # fmt: skip
+ALL: dict[str, Any] = {"pool": 512, "finetune_prob": 0.6, "replay_reuse": 2}
 FIRST = ALL | {
     "max_train_steps": 2000, "negative_prompt_prob": 0.25, "refresh_prob": 0.65,
     "first_step_refresh_prob": 0.5,
@@ -33,13 +30,16 @@ TRACKING = ALL | {
     "first_step_refresh_prob": 0.5, "replay_capacity": 2048, "trajectory_steps_min": 16,
 }  # fmt: skip
 """The student's own trajectories."""
-TINY = {"guide": {"condition_on_negative": True, "uncond_templates": 16, "rank": 15, "head": 45}}
-"""Conditioning on the negative prompt has the parameters of three ranks, the templates those of
-six."""
+_NEGATIVE = {"condition_on_negative": True, "uncond_templates": 16}
+TINY: dict[BaseName, dict[str, Any]] = {
+    "base": {"guide": _NEGATIVE | {"rank": 15, "head": 45}}, "sd3": {"guide": _NEGATIVE},
+}  # fmt: skip
+"""Of a guide for each base. Conditioning on the negative prompt has the parameters of three ranks,
+the templates those of six."""
 
 
 TRAININGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny": (FIRST | TINY, TRACKING | TINY),
+    "tiny": (FIRST, TRACKING),
     "full": (FIRST | {"guide_type": "full", "refresh_prob": 0.0},),
 }
 """The trainings of each guide. Each begins with the mean of those before; the result is the mean of
@@ -78,39 +78,62 @@ def distil(
     )  # fmt: skip
 
 
-def make_guide(name: str, work: Path, target: Path, *, bf16: bool) -> None:
+def trained_on(target: Path, base: BaseName) -> dict[str, Any]:
+    """The settings that name a base and the fine-tunes that are trained on beside it."""
+    if base == "base":
+        return {"train_finetunes": tuple(TRAIN_FINETUNES)}
+    folders = (str(finetune_folder(target, name, base)) for name in TRAIN_FINETUNES)
+    return {
+        "pretrained_model_name_or_path": str(target / base), "train_finetunes": tuple(folders),
+        "prompts": str(target / "prompts" / "training.txt"),
+        "validation_prompts": str(target / "prompts" / "held_out.txt"),
+    }  # fmt: skip
+
+
+def guide_name(name: str, base: BaseName) -> str:
+    """Of a bundled guide, such as ``tiny`` and ``sd3-tiny``."""
+    return name if base == "base" else f"{base}-{name}"
+
+
+def make_guide(name: str, work: Path, target: Path, *, bf16: bool, base: BaseName = "base") -> None:
     """Run all trainings of a guide; save the mean in half precision."""
     guides: list[Guide] = []
+    form = TINY[base] if name == "tiny" else {}
+    saved = guide_name(name, base)
     for i, settings in enumerate(TRAININGS[name]):
-        folder, begin = work / f"guide-{name}-{i}", None
+        folder, begin = work / f"guide-{saved}-{i}", None
         if guides:
             begin = folder.with_name(f"{folder.name}-begin")
             average_guides(guides).save_pretrained(begin)
+        settings = settings | trained_on(target, base) | form
         guides.append(distil(settings, folder, bf16=bf16, init_from=begin))
     guide = average_guides(guides)
     if name in REFRESH_RATIO:
         guide.register_to_config(refresh_ratio=REFRESH_RATIO[name])
-    guide.half().save_pretrained(target / "guides" / name)
+    guide.half().save_pretrained(target / "guides" / saved)
 
 
-def make_sizes(work: Path, *, bf16: bool) -> None:
+def make_sizes(work: Path, target: Path, *, bf16: bool) -> None:
     """Train the guides of :data:`SIZES`, each in ``work / <name>``."""
     for name, guide in SIZES.items():
-        settings = FIRST | {"max_train_steps": SIZE_STEPS, "lr_warmup_steps": 50, "guide": guide}
+        settings = FIRST | trained_on(target, "base")
+        settings |= {"max_train_steps": SIZE_STEPS, "lr_warmup_steps": 50, "guide": guide}
         distil(settings, work / name, bf16=bf16)
 
 
-def make_step_guides(work: Path, target: Path, stage: StepGuidesStage, *, bf16: bool) -> None:
+def make_step_guides(
+    work: Path, target: Path, stage: StepGuidesStage, *, bf16: bool, base: BaseName = "base"
+) -> None:
     """Distil the tiny guide for fewer steps; save one guide a round as ``tiny-<steps>``."""
-    folder = target / "guides"
+    first = target / "guides" / guide_name("tiny", base)
     config = StepsConfig(
-        output=str(work / "step_guides"), guide=str(folder / "tiny"), teacher="cfg",
+        output=str(work / guide_name("step_guides", base)), guide=str(first), teacher="cfg",
         steps=stage.steps, max_train_steps=stage.max_train_steps,
         learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=200,
         report_to="none", resume="latest", mixed_precision="bf16" if bf16 else "no", pool=512,
-        train_finetunes=tuple(TRAIN_FINETUNES), finetune_prob=0.75, replay_reuse=2,
-        negative_prompt_prob=0.25, first_step_refresh_prob=0.5, lr_warmup_steps=20,
-        ema_decay=0.98, replay_capacity=2048,
+        finetune_prob=0.75, replay_reuse=2, negative_prompt_prob=0.25,
+        first_step_refresh_prob=0.5, lr_warmup_steps=20, ema_decay=0.98, replay_capacity=2048,
+        **trained_on(target, base),
     )  # fmt: skip
-    for steps, guide in distill_steps(config, Guide.from_pretrained(folder / "tiny")).items():
-        guide.half().save_pretrained(folder / f"tiny-{steps}")
+    for steps, guide in distill_steps(config, Guide.from_pretrained(first)).items():
+        guide.half().save_pretrained(first.with_name(f"{first.name}-{steps}"))

@@ -15,6 +15,8 @@ from baselines.frontier.report import (
     summary_markdown,
 )
 from baselines.frontier.results import FrontierResult
+from benchmarks.measure import ShapesResult
+from benchmarks.report import transformers_markdown
 from pilotfish import bundled
 from pilotfish.evaluation.grids import draw_models, sheet
 from pilotfish.evaluation.images import bundled_models
@@ -53,6 +55,7 @@ def write_pages(root: Path) -> None:
         docs / "steps.md": ("steps", lambda p: steps_page(CurveResult.load(p), docs)),
         docs / "compare.md": ("compare", lambda p: compare_page(ComparisonResult.load(p), docs)),
         docs / "method.md": ("negative", lambda p: negatives_text(NegativeResult.load(p))),
+        docs / "transformers.md": ("shapes", lambda p: transformers_markdown(ShapesResult.load(p))),
     }
     for page, (name, text) in pages.items():
         if (file := results / f"{name}.json").is_file():

@@ -22,7 +22,15 @@ from recipe.finetunes import (
     TRAIN_FINETUNES,
     finetune_folder,
 )
-from recipe.guides import FIRST, REFRESH_RATIO, SIZES, TINY, TRAININGS, make_guide
+from recipe.guides import (
+    FIRST,
+    REFRESH_RATIO,
+    SIZES,
+    TINY,
+    TRAININGS,
+    make_guide,
+    trained_on,
+)
 from recipe.loop import train
 from recipe.vocabulary import write_prompts
 from tests import components
@@ -52,19 +60,24 @@ def test_the_bundled_cards_are_those_of_the_recipe(tmp_path: Path) -> None:
 
 
 def test_bundled_finetunes_are_where_the_recipe_saves_them() -> None:
-    for name in (*STYLES, *TRAIN_FINETUNES, *TEST_FINETUNES):
+    for name in (*STYLES["base"], *TRAIN_FINETUNES, *TEST_FINETUNES):
         assert finetune_folder(bundled.FOLDER, name).is_dir()
 
 
 @pytest.mark.parametrize("name", bundled.guide_names())
 def test_a_bundled_guide_has_the_form_that_the_recipe_gives_it(name: str) -> None:
     guide = bundled.load_guide(name)
-    form = TINY["guide"] | {"refresh": True, "refresh_ratio": REFRESH_RATIO.get(name, 0)}
+    form = TINY["base"]["guide"] | {"refresh": True, "refresh_ratio": REFRESH_RATIO.get(name, 0)}
     assert {key: guide.config[key] for key in form} == form
 
 
 def test_the_settings_of_every_training_are_valid() -> None:
-    trainings = [settings for one in TRAININGS.values() for settings in one]
+    trainings = [
+        given | trained_on(bundled.FOLDER, base) | (form if name == "tiny" else {})
+        for base, form in TINY.items()
+        for name, one in TRAININGS.items()
+        for given in one
+    ]
     trainings += [FIRST | {"guide": guide} for guide in SIZES.values()]
     for settings in (*trainings, *ABLATIONS.values()):
         DistillConfig(output="unused", **settings)

@@ -12,18 +12,27 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from pilotfish import bundled
-from recipe import sd3
+from recipe import finetunes, sd3
 from recipe.loop import train
+
+SHORT = replace(sd3.STAGE, steps=1, batch=2, views=1, final_views=1)
+IMAGES = bundled.FOLDER / "images"
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Stable Diffusion 3 of one training step."""
+    folder = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd3, "STAGE", SHORT)
+        sd3.make_sd3(bundled.BASE, IMAGES, folder / "work", folder / "sd3", bf16=False)
+    return folder
 
 
 def test_a_trained_folder_loads_and_draws_with_diffusers_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    target: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sd3, "STAGE", replace(sd3.STAGE, steps=1, batch=2, views=1, final_views=1))
-    sd3.make_sd3(
-        bundled.BASE, bundled.FOLDER / "images", tmp_path / "w", tmp_path / "m", bf16=False
-    )
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "m")
+    pipe = DiffusionPipeline.from_pretrained(target / "sd3")
     assert isinstance(pipe, StableDiffusion3Pipeline)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red owl with many words", num_inference_steps=1, output_type="np").images
@@ -34,6 +43,30 @@ def test_a_trained_folder_loads_and_draws_with_diffusers_alone(
         assert embeds.shape == (1, 16 + tokens, 192)
         assert not embeds[:, 16:].any()
         assert embeds[:, :16].any()
+
+
+@pytest.mark.parametrize(("style", "rank"), [("fluent", 0), ("emojione", 2)])
+def test_a_fine_tune_is_loaded_by_diffusers(
+    style: str, rank: int, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = replace(finetunes.STYLES["sd3"][style], steps=2, batch=2, views=1, rank=rank)
+    monkeypatch.setitem(finetunes.STYLES["sd3"], style, stage)
+    monkeypatch.setattr(finetunes, "SD3_STAGE", SHORT)
+    finetunes.make_finetune(style, IMAGES, target, target / "work", bf16=False, base="sd3")
+    folder = finetunes.finetune_folder(target, style, "sd3")
+    pipe = DiffusionPipeline.from_pretrained(target / "sd3")
+    before = pipe.transformer.proj_out.weight.clone()
+    if rank:
+        assert folder.name == "sd3-emojione-lora"
+        pipe.load_lora_weights(folder)
+        pipe.fuse_lora()
+    else:
+        assert folder.name == "sd3-fluent"
+        pipe.transformer = type(pipe.transformer).from_pretrained(folder / "transformer")
+    assert not torch.equal(pipe.transformer.state_dict()[
+        "proj_out.base_layer.weight" if rank else "proj_out.weight"
+    ], before)  # fmt: skip
+    assert 0 < finetunes.distances(target, [style], "sd3")[style] < 0.1
 
 
 def test_many_zero_tokens_act_as_one_with_a_raised_score(monkeypatch: pytest.MonkeyPatch) -> None:

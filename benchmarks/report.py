@@ -1,0 +1,73 @@
+"""Markdown tables of the transformers at full size: what a tiny guide costs, and their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.measure import ShapeResult, ShapesResult, call_speedup
+from benchmarks.memory import WEIGHTS, TrainingMemory
+from benchmarks.shapes import SHAPES
+
+REFRESH, STEPS = 3, 25
+"""Steps with both passes, of so many."""
+APART = {"text encoders": "text encoders", "vae": "VAE, float32"}
+"""Parts that need not be on the device with the denoiser."""
+
+
+def transformers_markdown(found: ShapesResult) -> str:
+    """A table of costs, one of memory, and the commands that counted them."""
+    names = [n for n in found.shapes if n in SHAPES and SHAPES[n].guides == ("tiny",)]
+    shapes = {name: found.shapes[name] for name in names}
+    counted = {name: shape for name, shape in shapes.items() if shape.training}
+    commands = [shape.command for shape in shapes.values()]
+    commands += [memory.command for shape in shapes.values() for memory in shape.training.values()]
+    texts = [_costs(shapes), _memory(counted) if counted else ""]
+    texts.append("Counted by " + "; ".join(f"`{c}`" for c in dict.fromkeys(commands)) + ".")
+    return "\n\n".join(filter(None, texts)) + "\n"
+
+
+def _costs(shapes: dict[str, ShapeResult]) -> str:
+    head = (
+        "denoiser", "parameters", "text tokens", "tiny guide", "FLOPs, guided over plain",
+        "CFG over guided, by FLOPs", f"with {REFRESH} refreshes in {STEPS} steps",
+        "operators added to a pass",
+    )  # fmt: skip
+    rows = []
+    for name, shape in shapes.items():
+        guide, share = shape.guides["tiny"], shape.flops["tiny"] / shape.flops["none"]
+        operators = shape.operators.get("tiny")
+        rows.append((
+            name, f"{shape.parameters / 1e9:.2f} B", str(SHAPES[name].tokens),
+            f"{guide.parameters / 1e6:.1f} M, {guide.share:.2%}", f"{share:.3f}",
+            f"{2 / share:.2f}", f"{call_speedup(2 / share, REFRESH, STEPS):.2f}",
+            f"{operators.added:,} to {operators.plain:,}" if operators else "",
+        ))  # fmt: skip
+    return _table(head, rows)
+
+
+def _memory(shapes: dict[str, ShapeResult]) -> str:
+    def row(title: str, values: Sequence[float]) -> tuple[str, ...]:
+        return title, *(f"{value / 2**30:.1f}" for value in values)
+
+    rows = []
+    for weights in WEIGHTS:
+        key = ", ".join(("tiny", *[weights] * bool(weights)))
+        found = [shape.training[key] for shape in shapes.values() if key in shape.training]
+        if len(found) < len(shapes):
+            continue
+        stored = weights or found[0].dtype
+        for mode, title in (("cfg", "CFG"), ("tiny", "guided")):
+            rows.append(row(f"sampling, {title}, {stored}", [m.sampling[mode] for m in found]))
+        rows.append(row(f"training, {stored}", [_training(m) for m in found]))
+    first = [shape.training["tiny"] for shape in shapes.values()]
+    rows += [row(title, [m.parts[part] for m in first]) for part, title in APART.items()]
+    return _table(("GiB, batch 1", *shapes), rows)
+
+
+def _training(memory: TrainingMemory) -> float:
+    return memory.total - sum(memory.parts[part] for part in APART)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
