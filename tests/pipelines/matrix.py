@@ -37,7 +37,7 @@ PLAIN = ("SD", "SD, v", "SDXL")
 SOME = (*PLAIN, "SD ControlNet")
 ADAPTED = (*SOME, "SD img2img", "SDXL ControlNet")
 MORE = (*SOME, "SD3", "PixArt-Sigma")
-JOINED = ("AuraFlow", "FLUX.2 klein")
+JOINED = ("AuraFlow", "FLUX.2 klein", "Chroma", "CogView4")
 
 
 def taking(*arguments: str) -> tuple[str, ...]:
