@@ -11,7 +11,7 @@ counted on a copy a tenth as wide.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,16 +113,18 @@ def count_operators(pipe: Any, guide: Guide, guidance_scale: float = 4.0) -> Ope
     )  # fmt: skip
 
 
-def count_shape(shape: Shape, guide_type: type[Guide]) -> OperatorCount:
-    """Count what a fresh guide adds to a pass of a published shape at batch 1."""
+def count_shape(shape: Shape, make_guide: Callable[..., Guide]) -> OperatorCount:
+    """Count what a fresh guide adds to a pass of a published shape at batch 1.
+
+    Args:
+        make_guide: of a denoiser and its prediction type.
+    """
     if shape.denoiser is UNet2DConditionModel:
         pipe = narrow_pipeline(shape)
-        return count_operators(
-            pipe, guide_type.for_denoiser(pipe.unet, shape.prediction_type).eval()
-        )
+        return count_operators(pipe, make_guide(pipe.unet, shape.prediction_type).eval())
     torch.manual_seed(0)
     denoiser: Any = shape.denoiser(**{**shape.config, **shape.narrow}).eval()
-    guide = guide_type.for_denoiser(denoiser, shape.prediction_type).eval()
+    guide = make_guide(denoiser, shape.prediction_type).eval()
     return count_transformer(denoiser, guide, masked=shape.masked, pooled=shape.pooled is not None)
 
 

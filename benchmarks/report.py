@@ -16,7 +16,7 @@ APART = {"text encoders": "text encoders", "vae": "VAE, float32"}
 
 def transformers_markdown(found: ShapesResult) -> str:
     """A table of costs, one of memory, and the commands that counted them."""
-    names = [n for n in found.shapes if n in SHAPES and SHAPES[n].guides == ("tiny",)]
+    names = [n for n in found.shapes if n in SHAPES and "full" not in SHAPES[n].guides]
     shapes = {name: found.shapes[name] for name in names}
     counted = {name: shape for name, shape in shapes.items() if shape.training}
     commands = [shape.command for shape in shapes.values()]
@@ -34,14 +34,15 @@ def _costs(shapes: dict[str, ShapeResult]) -> str:
     )  # fmt: skip
     rows = []
     for name, shape in shapes.items():
-        guide, share = shape.guides["tiny"], shape.flops["tiny"] / shape.flops["none"]
-        operators = shape.operators.get("tiny")
-        rows.append((
-            name, f"{shape.parameters / 1e9:.2f} B", str(SHAPES[name].tokens),
-            f"{guide.parameters / 1e6:.1f} M, {guide.share:.2%}", f"{share:.3f}",
-            f"{2 / share:.2f}", f"{call_speedup(2 / share, REFRESH, STEPS):.2f}",
-            f"{operators.added:,} to {operators.plain:,}" if operators else "",
-        ))  # fmt: skip
+        for kind, guide in shape.guides.items():
+            share, operators = shape.flops[kind] / shape.flops["none"], shape.operators.get(kind)
+            rows.append((
+                name + ", text alone" * (kind == "tiny-text"),
+                f"{shape.parameters / 1e9:.2f} B", str(SHAPES[name].tokens),
+                f"{guide.parameters / 1e6:.1f} M, {guide.share:.2%}", f"{share:.3f}",
+                f"{2 / share:.2f}", f"{call_speedup(2 / share, REFRESH, STEPS):.2f}",
+                f"{operators.added:,} to {operators.plain:,}" if operators else "",
+            ))  # fmt: skip
     return _table(head, rows)
 
 

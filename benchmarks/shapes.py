@@ -50,7 +50,9 @@ class Shape:
     @property
     def guides(self) -> tuple[str, ...]:
         """The types of guide that fit."""
-        return ("tiny", "full") if self.denoiser is UNet2DConditionModel else ("tiny",)
+        if self.denoiser is UNet2DConditionModel:
+            return "tiny", "full"
+        return ("tiny", "tiny-text") if self.denoiser is SD3Transformer2DModel else ("tiny",)
 
 
 _SD: dict[str, Any] = {

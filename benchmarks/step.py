@@ -23,7 +23,12 @@ from pilotfish.guides import FullGuide, Guide, TinyGuide
 from pilotfish.interface import Refresh, TextConditions
 from pilotfish.teacher import Denoiser, Student
 
-GUIDES: dict[str, type[Guide]] = {"tiny": TinyGuide, "full": FullGuide}
+GUIDES: dict[str, Callable[..., Guide]] = {
+    "tiny": TinyGuide.for_denoiser,
+    "tiny-text": partial(TinyGuide.for_denoiser, joint_attention="text"),
+    "full": FullGuide.for_denoiser,
+}
+"""Makers of fresh guides; the second extrapolates joint attention by the text alone."""
 REFRESHED = ", refreshed"
 """After the name of a guide: its step after one with both passes, what that found being given."""
 
@@ -60,8 +65,7 @@ class SamplingStep:
         setattr(self, self.backbone.component, self.denoiser)  # where a pipeline has it
         with device, default_dtype(guide_dtype or dtype):
             self.guides = {
-                name: GUIDES[name].for_denoiser(self.denoiser, shape.prediction_type)
-                for name in guides
+                name: GUIDES[name](self.denoiser, shape.prediction_type) for name in guides
             }
         self.denoiser.eval().requires_grad_(False)
         for guide in self.guides.values():

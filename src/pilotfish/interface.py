@@ -252,6 +252,9 @@ class GuideProtocol(Protocol):
     @property
     def extrapolated(self) -> tuple[str, ...]: ...
 
+    @property
+    def joint_attention(self) -> str: ...
+
     def modulations(
         self, time: torch.Tensor, guidance_scale: torch.Tensor, text: TextConditions,
         negative: TextConditions, refresh: Refresh | None = None,

@@ -19,7 +19,10 @@ class FixedGuide:
     guidance_scale_range = (1.0, 8.0)
     dtype = torch.float32
 
-    def __init__(self, output: GuideOutput | None = None) -> None:
+    def __init__(
+        self, output: GuideOutput | None = None, joint_attention: str = "whole"
+    ) -> None:  # fmt: skip
+        self.joint_attention = joint_attention
         self.output = output or GuideOutput()
         self.inputs: list[GuideInputs] = []
 

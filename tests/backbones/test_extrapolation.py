@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 
 from pilotfish.backbones import Backbone, GuidedPass
+from pilotfish.backbones.extrapolation import split_heads
 from pilotfish.interface import GuideError, GuideOutput, TextConditions
 from pilotfish.teacher import checkpoint_in_pass
 from tests import components
@@ -120,6 +122,61 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
     assert_negative_is_recovered(
         family.denoiser(**config), family.text(2), family.text(1, length, seed=3)
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", SD3_SHAPES)
+def test_joint_attention_may_be_extrapolated_by_the_text_alone(config: dict[str, Any]) -> None:
+    """Two equal texts change nothing. To first order in their difference it is the whole, times
+    the text's share of the attention."""
+    family = components.FAMILIES["sd3"]
+    denoiser, text = family.denoiser(**config), family.text(2)
+    gains = {k: v for k, v in equal_gains(denoiser, 2.0).items() if k.endswith(".attn")}
+    alone = FixedGuide(GuideOutput(gains=gains), "text")
+    same, latents = family.text(1, seed=6), family.latents(2)
+    both = same[torch.tensor([0, 0])]
+    torch.testing.assert_close(
+        guided(denoiser, alone, latents, both, same), plain(denoiser, latents, both)
+    )
+    # by hand for one layer, whose text is that of the prompt alone
+    first = {"transformer_blocks.0.attn": gains["transformer_blocks.0.attn"]}
+    negative, seen = family.text(1, 5, seed=3), {}
+    layer = denoiser.transformer_blocks[0].attn
+
+    def note(name: str) -> Any:
+        return lambda module, args, output: seen.setdefault(name, output)
+
+    parts = {
+        "q": layer.norm_q or layer.to_q, "k": layer.norm_added_k or layer.add_k_proj,
+        "v": layer.add_v_proj,
+    }  # fmt: skip
+    handles = [module.register_forward_hook(note(name)) for name, module in parts.items()]
+    out = layer.to_out[0].register_forward_pre_hook(lambda m, args: seen.setdefault("a", args[0]))
+    plain(denoiser, latents, text)
+    one, seen = dict(seen), {}
+    plain(denoiser, latents, negative[torch.tensor([0, 0])])
+    other, seen = dict(seen), {}
+    guided(denoiser, FixedGuide(GuideOutput(gains=first), "text"), latents, text, negative)
+    for handle in (*handles, out):
+        handle.remove()
+
+    def answer(found: dict[str, torch.Tensor]) -> torch.Tensor:
+        q, k, v = (
+            x if x.ndim == 4 else split_heads(x, layer.heads)
+            for x in (one["q"], found["k"], found["v"])
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    expected = one["a"] + 2.0 * (answer(one) - answer(other))
+    torch.testing.assert_close(seen["a"], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_text_alone_is_refused_where_it_is_not_implemented() -> None:
+    guide = FixedGuide(joint_attention="text")
+    denoiser = components.FAMILIES["qwen"].denoiser()
+    with pytest.raises(GuideError, match="not implemented for QwenImageTransformer2DModel"):
+        Backbone.of(denoiser).install(guide)
+    assert count_hooks(denoiser) == 0
 
 
 @pytest.mark.parametrize("length", [8, 5, 11])

@@ -88,8 +88,8 @@ def test_a_tiny_guide_adds_few_operators(name: str, limit: float) -> None:
 def test_operators_of_transformers() -> None:
     """Cross-attention takes a few more; a negative stream beside joint attention takes a part of
     each block's."""
-    wan, sd3 = (count_shape(SHAPES[n], TinyGuide) for n in ("wan-1.3b", "sd35-medium"))
+    wan, sd3 = (count_shape(SHAPES[n], TinyGuide.for_denoiser) for n in ("wan-1.3b", "sd35-medium"))
     assert wan.share <= 0.05
     assert wan.by_operator["aten.lerp.Tensor"] == 30
     assert 0.3 < sd3.share <= 0.55
-    assert count_shape(SMALL_SD3, AddsText).added <= 6
+    assert count_shape(SMALL_SD3, AddsText.for_denoiser).added <= 6

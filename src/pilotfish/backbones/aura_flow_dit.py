@@ -28,6 +28,7 @@ class AuraFlowDiTBackbone(Backbone):
 
     family = "aura-flow-dit"
     denoisers = (AuraFlowTransformer2DModel,)
+    joint_attention = ("whole",)
     parameters = ("hidden_states", "encoder_hidden_states", "timestep")
     cfg_by_argument = True
 

@@ -53,6 +53,9 @@ class Backbone(FamilyPipeline):
     linear."""
     sign: ClassVar[int] = 1
     """-1 where the denoiser's output is the negative of the noise path's prediction."""
+    joint_attention: ClassVar[tuple[str, ...]] = ("whole", "text")
+    """The forms of :attr:`pilotfish.guides.Guide.joint_attention` that it knows; without joint
+    attention they are the same."""
     registry: ClassVar[list[type[Backbone]]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -182,6 +185,12 @@ class Backbone(FamilyPipeline):
             GuideError: the denoiser lacks a module that the guide names, or has one that cannot
                 be extrapolated. No hook is left behind.
         """
+        if guide.joint_attention not in self.joint_attention:
+            raise GuideError(
+                "this guide extrapolates joint attention by the text alone, which is not "
+                f"implemented for {type(self.denoiser).__name__}: train with --joint_attention "
+                "whole"
+            )
         hooks = Hooks(guide, self.denoiser)
         named = (*guide.target_modules, *guide.extrapolated)
         if unknown := [name for name in named if name not in hooks.modules]:

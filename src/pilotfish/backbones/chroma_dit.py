@@ -40,6 +40,7 @@ class ChromaDiTBackbone(Backbone):
 
     family = "chroma-dit"
     denoisers = (ChromaTransformer2DModel,)
+    joint_attention = ("whole",)
     parameters = (
         "hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids",
         "attention_mask", "joint_attention_kwargs",

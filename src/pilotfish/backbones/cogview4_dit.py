@@ -40,6 +40,7 @@ class CogView4DiTBackbone(Backbone):
 
     family = "cogview4-dit"
     denoisers = (CogView4Transformer2DModel,)
+    joint_attention = ("whole",)
     parameters = (
         "hidden_states", "encoder_hidden_states", "timestep", "original_size", "target_size",
         "crop_coords", "attention_kwargs", "return_dict", "attention_mask",

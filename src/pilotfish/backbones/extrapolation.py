@@ -173,10 +173,14 @@ class JointAttention:
     Args:
         names: of the attention layers of all blocks up to the last that is extrapolated, in the
             order in which they run.
+        text_alone: extrapolate an answer by what the image reads from the two texts alone,
+            ``a + g (o - o_n)`` with o the answer of attention to the text's tokens. To first order
+            in the difference of the texts that is the whole, but for the text's share in the
+            softmax, which the gain takes in; it needs no second attention among the pixels.
     """
 
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
+    def __init__(self, names: list[str], *, text_alone: bool = False) -> None:
+        self.names, self.text_alone = names, text_alone
 
     def begin(self, guided: GuidedPass, stream: torch.Tensor, embedding: torch.Tensor) -> None:
         """A denoiser call starts.
@@ -207,6 +211,7 @@ class JointAttention:
         def extrapolated(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
             stream = guided.scratch.get(("stream", name))
             q, k, v = (guided.scratch.pop((name, part), None) for part in "qkv")
+            of_text = [guided.scratch.pop((name, f"text {part}"), None) for part in "kv"]
             if stream is None or q is None or k is None or v is None:
                 return None  # the projections are fused; the end of the call reports it
             embedding = guided.scratch["negative embedding"]
@@ -215,14 +220,17 @@ class JointAttention:
                 x = block.norm1_context.forward(stream, embedding)
             else:
                 x, *rest = block.norm1_context.forward(stream, emb=embedding)
-            q_n, k_n = heads(layer.add_q_proj(x)), heads(layer.add_k_proj(x))
-            q_n = q_n if layer.norm_added_q is None else layer.norm_added_q(q_n)
-            k_n = k_n if layer.norm_added_k is None else layer.norm_added_k(k_n)
+            q_n, k_n, v_n = (
+                heads(projection.forward(x))
+                for projection in (layer.add_q_proj, layer.add_k_proj, layer.add_v_proj)
+            )
+            q_n = q_n if layer.norm_added_q is None else layer.norm_added_q.forward(q_n)
+            k_n = k_n if layer.norm_added_k is None else layer.norm_added_k.forward(k_n)
+            queries = q_n if self.text_alone else torch.cat([q, q_n], 2)
             joined = F.scaled_dot_product_attention(
-                torch.cat([q, q_n], 2), torch.cat([k, k_n], 2),
-                torch.cat([v, heads(layer.add_v_proj(x))], 2),
-            ).transpose(1, 2)  # fmt: skip
-            image = args[0].shape[1]
+                queries, torch.cat([k, k_n], 2), torch.cat([v, v_n], 2)
+            ).transpose(1, 2)
+            image = 0 if self.text_alone else args[0].shape[1]
             if following is not None and not block.context_pre_only:
                 gate, shift, scale, gate_ff = (r[:, None] for r in rest)
                 stream = stream + gate * layer.to_add_out(joined[:, image:].flatten(2))
@@ -232,7 +240,14 @@ class JointAttention:
             if not guided.extrapolates(name):
                 return None
             output = args[0].unflatten(-1, (layer.heads, -1))
-            changed = guided.extrapolate(name, output, joined[:, :image], by_head=True)
+            negative = joined[:, :image]
+            if self.text_alone:
+                answers = [
+                    F.scaled_dot_product_attention(q, *keys_and_values).transpose(1, 2)
+                    for keys_and_values in (of_text, (k_n, v_n))
+                ]
+                negative = output + (answers[1] - answers[0])
+            changed = guided.extrapolate(name, output, negative, by_head=True)
             if torch.is_grad_enabled() or args[0].is_contiguous():
                 return (changed.flatten(2), *args[1:]), kwargs
             _copy(output, changed)
@@ -243,4 +258,8 @@ class JointAttention:
             ("v", None, layer.to_v),
         ):  # fmt: skip
             hooks.after(projection if norm is None else norm, keep(part, norm is None))
+        if self.text_alone:
+            key = layer.add_k_proj if layer.norm_added_k is None else layer.norm_added_k
+            hooks.after(key, keep("text k", layer.norm_added_k is None))
+            hooks.after(layer.add_v_proj, keep("text v", True))
         hooks.before(layer.to_out[0], extrapolated)

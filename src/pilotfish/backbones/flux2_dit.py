@@ -36,6 +36,7 @@ class Flux2DiTBackbone(Backbone):
 
     family = "flux2-dit"
     denoisers = (Flux2Transformer2DModel,)
+    joint_attention = ("whole",)
     parameters = (
         "hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "guidance",
     )  # fmt: skip

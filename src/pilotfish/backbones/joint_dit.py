@@ -50,7 +50,7 @@ class JointDiTBackbone(Backbone):
     def place(self, hooks: Hooks) -> None:
         net, names = self.denoiser, hooks.guide.extrapolated
         attention = up_to_last([name for name, _ in self.sites()["attention"]], names)
-        joint = JointAttention(attention)
+        joint = JointAttention(attention, text_alone=hooks.guide.joint_attention == "text")
 
         def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
             """Time and the prompt's pooled text are embedded: embed the negative prompt's, and

@@ -31,6 +31,7 @@ class OneStreamDiTBackbone(Backbone):
 
     family = "one-stream-dit"
     denoisers = (Lumina2Transformer2DModel,)
+    joint_attention = ("whole",)
     parameters = (
         "hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask",
     )  # fmt: skip

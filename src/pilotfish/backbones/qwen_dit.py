@@ -49,6 +49,7 @@ class QwenDiTBackbone(Backbone):
 
     family = "qwen-dit"
     denoisers = (QwenImageTransformer2DModel,)
+    joint_attention = ("whole",)
     parameters = (
         "hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep",
         "img_shapes",

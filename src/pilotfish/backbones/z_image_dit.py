@@ -32,6 +32,7 @@ class ZImageDiTBackbone(Backbone):
 
     family = "z-image-dit"
     denoisers = (ZImageTransformer2DModel,)
+    joint_attention = ("whole",)
     parameters = ("x", "t", "cap_feats")
     sign = -1
     scale_offset = 1.0

@@ -157,6 +157,12 @@ class Guide(ModelMixin, ConfigMixin):
         """Names of the attention and modulation layers that the guide extrapolates."""
         return ()
 
+    @property
+    def joint_attention(self) -> str:
+        """How attention among text and image is extrapolated: ``whole``, or ``text``, by what the
+        image reads from the text alone."""
+        return "whole"
+
     def check(self, signature: Mapping[str, Any], used_on: Origin | None = None) -> None:
         """Refuse a denoiser whose signature differs from the guide's. A denoiser of the same
         signature under another name, such as a fine-tune, is noted in the log.

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -79,6 +79,10 @@ class TinySettings:
     """Whether the text is extrapolated."""
     attention: bool = True
     """Whether the attention layers that take in the text are."""
+    joint_attention: Literal["whole", "text"] = "whole"
+    """Where text and image attend to each other in one layer: extrapolate its whole answer, which
+    takes a second attention among all pixels, or only what they read from the text, which costs
+    little. Stable Diffusion 3 alone knows the second; cross-attention is always of the text."""
     modulation: bool = True
     """Whether the layers that take pooled text from the embedding of the timestep are."""
     condition_on_negative: bool = False
@@ -127,6 +131,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         signature: dict[str, Any],
         text: bool = True,
         attention: bool = True,
+        joint_attention: Literal["whole", "text"] = "whole",
         modulation: bool = True,
         condition_on_negative: bool = False,
         rank: int = 16,
@@ -228,6 +233,11 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
     def extrapolated(self) -> tuple[str, ...]:
         """Attention and modulation layers."""
         return tuple(self.sites)
+
+    @property
+    def joint_attention(self) -> str:
+        """See :class:`TinySettings`."""
+        return str(self.config.get("joint_attention", "whole"))
 
     @torch.no_grad()
     def _reset(self, modulate: nn.Linear) -> None:
