@@ -92,7 +92,7 @@ def methods(
     if make_reuse is not None:
         found += [
             Method(
-                f"delta-reuse-{k}", f"delta reuse, {k} second passes", partial(make_reuse, k),
+                f"delta-reuse-{k}", f"delta reuse, refresh={k}", partial(make_reuse, k),
                 unet_only=True,
             )
             for k in dict.fromkeys(delta_reuse)

@@ -12,18 +12,11 @@ from typing import Any
 import torch
 
 from pilotfish.data.prompts import fingerprint
-from pilotfish.evaluation.images import (
-    ModelSource,
-    Progress,
-    named_progress,
-    spread_prompts,
-)
-from pilotfish.evaluation.metrics import gain_kept, gain_kept_interval
+from pilotfish.evaluation.images import ModelSource, Progress, spread_prompts
 from pilotfish.evaluation.processes import total_batch_size
 from pilotfish.evaluation.protocols.definitions import PROTOCOLS, Case, ProtocolName
 from pilotfish.evaluation.protocols.folders import ImageFolder, sample_images
 from pilotfish.evaluation.protocols.methods import (
-    CFG,
     NONE,
     Method,
     default_guidance_scale,
@@ -32,29 +25,16 @@ from pilotfish.evaluation.protocols.methods import (
 )
 from pilotfish.evaluation.protocols.results import (
     ComplianceResult,
-    ComplianceRow,
-    Gain,
     ProtocolResult,
-    ProtocolRow,
     ProtocolRun,
 )
 from pilotfish.evaluation.protocols.scores import Cosines, Scorers
-from pilotfish.evaluation.results import (
-    GuideSize,
-    Interval,
-    PartialResults,
-    machine,
-    modules,
-    versions,
-)
+from pilotfish.evaluation.protocols.shares import Shares, negative_name
+from pilotfish.evaluation.results import GuideSize, PartialResults, machine, modules, versions
 from pilotfish.evaluation.run import dtype_name
 from pilotfish.guides import Guide
 from pilotfish.pipelines.attach import check
 from pilotfish.teacher import checksum
-
-Rows = dict[str, dict[str, ImageFolder]]
-"""The images by model and method."""
-NO_INTERVAL = Interval(math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -130,8 +110,9 @@ def run_protocol(
     protocol = PROTOCOLS[settings.protocol]
     if protocol.has_negatives:
         rows = [m for row in rows if row is not NONE for m in (row, with_negative(row))]
+    report: Progress = progress or (lambda what, done, total: None)
     cases, _ = settings.spread
-    sampling = Sampling(settings, guides, folder, progress or (lambda what, done, total: None), log)
+    sampling = Sampling(settings, guides, folder, report, log)
     images = {name: sampling.sample(name, source, rows) for name, source in models.items()}
     parts = PartialResults(folder / "scores.json")
     run = ProtocolRun(
@@ -139,26 +120,25 @@ def run_protocol(
         reference_images=len(scorers.fid.files) if scorers.fid else 0, seed=settings.seed,
         samples=len(cases), guidance_scale=sampling.scale or math.nan,
         num_inference_steps=settings.num_inference_steps, schedulers=sampling.schedulers,
-        dtype=sampling.dtype, clip=_short(scorers.clip), pickscore=_short(scorers.pickscore),
+        dtype=sampling.dtype, clip=_short(scorers.clip_score), pickscore=_short(scorers.pickscore),
         machine=machine(), versions=versions(),
     )  # fmt: skip
     places = {case: i for i, case in enumerate(dict.fromkeys(cases))}
-    scoring = Scoring(scorers, parts, torch.tensor([places[case] for case in cases]), progress)
-    titles = {row.name: row.title for row in rows}
+    prompt = torch.tensor([places[case] for case in cases])
+    shares = Shares(scorers, parts, prompt, {row.name: row.title for row in rows}, report)
     if protocol.has_negatives:
         return ComplianceResult(
-            {name: scoring.compliance(name, found, titles) for name, found in images.items()},
+            {name: shares.compliance(name, found) for name, found in images.items()},
             sampling.sizes, run,
         )  # fmt: skip
     return ProtocolResult(
-        {name: scoring.gains(name, found, titles) for name, found in images.items()},
-        sampling.sizes, run,
-    )  # fmt: skip
+        {name: shares.gains(name, found) for name, found in images.items()}, sampling.sizes, run
+    )
 
 
 def with_negative(method: Method) -> Method:
     """The same method with the negative prompts."""
-    return replace(method, name=f"{method.name}-negative", with_negative=True)
+    return replace(method, name=negative_name(method.name), with_negative=True)
 
 
 class Sampling:
@@ -213,90 +193,6 @@ class Sampling:
             )  # fmt: skip
             found[row.name] = images
         return found
-
-
-class Scoring:
-    """The rows of each model.
-
-    Args:
-        parts: where scores are kept.
-        prompt: (N,) index of each image's prompt.
-    """
-
-    def __init__(
-        self, scorers: Scorers, parts: PartialResults, prompt: torch.Tensor,
-        progress: Progress | None,
-    ) -> None:  # fmt: skip
-        self.scorers, self.parts, self.prompt, self.progress = scorers, parts, prompt, progress
-
-    def gains(
-        self, model: str, images: Mapping[str, ImageFolder], titles: Mapping[str, str]
-    ) -> dict[str, ProtocolRow]:
-        """The scores of every method and the share of CFG's gain that it keeps."""
-        scored: dict[str, dict[str, torch.Tensor]] = {"clip": {}, "pickscore": {}}
-        distances: dict[str, float] = {}
-        for method, found in images.items():
-            report = named_progress(self.progress, f"{model}: {method}")
-            prompts = [case.prompt for case in found.cases]
-            for name, by_method in scored.items():
-                values = self.scorers.cosines(name, found, prompts, self.parts, report)
-                if values is not None:
-                    by_method[method] = values
-            distances[method] = self.scorers.distance(found, self.parts, report)
-        rows = {}
-        for method, found in images.items():
-            scores = {
-                {"clip": "clip_score"}.get(name, name): self._gain(by_method, method)
-                for name, by_method in scored.items()
-                if by_method
-            }
-            rows[method] = ProtocolRow(titles[method], found.passes, scores, distances[method])
-        return rows
-
-    def _gain(self, scores: Mapping[str, torch.Tensor], method: str) -> Gain:
-        none, cfg, own = (scores[name] for name in (NONE.name, CFG.name, method))
-        if method in (NONE.name, CFG.name):
-            return Gain(float(own.mean()), math.nan, NO_INTERVAL)
-        kept = gain_kept(*(float(x.mean()) for x in (none, cfg, own)))
-        return Gain(float(own.mean()), kept, self._interval(none, cfg, own))
-
-    def _interval(self, none: torch.Tensor, cfg: torch.Tensor, own: torch.Tensor) -> Interval:
-        return gain_kept_interval(
-            none.float(), cfg.float(), own.float(), prompt=self.prompt
-        )  # fmt: skip
-
-    def compliance(
-        self, model: str, images: Mapping[str, ImageFolder], titles: Mapping[str, str]
-    ) -> dict[str, ComplianceRow]:
-        """How far each method follows the negative prompts, and what share of CFG's it is."""
-        if self.scorers.clip is None:
-            raise ValueError("the test of negative prompts needs the metric clip_score")
-        similar: dict[str, torch.Tensor] = {}
-        prompt: dict[str, torch.Tensor] = {}
-        for method, found in images.items():
-            report = named_progress(self.progress, f"{model}: {method}")
-            for into, texts in (
-                (similar, [case.negative_prompt for case in found.cases]),
-                (prompt, [case.prompt for case in found.cases]),
-            ):
-                values = self.scorers.cosines("clip", found, texts, self.parts, report)
-                assert values is not None
-                into[method] = values
-        methods = [name for name in images if f"{name}-negative" in images]
-        less = {name: similar[name] - similar[f"{name}-negative"] for name in methods}
-        rows = {}
-        for name in methods:
-            negative, none = f"{name}-negative", torch.zeros_like(less[name])
-            kept, interval = math.nan, NO_INTERVAL
-            if name != CFG.name:
-                kept = gain_kept(0.0, float(less[CFG.name].mean()), float(less[name].mean()))
-                interval = self._interval(none, less[CFG.name], less[name])
-            rows[name] = ComplianceRow(
-                titles[name], images[negative].passes, float(similar[name].mean()),
-                float(similar[negative].mean()), float(less[name].mean()), kept, interval,
-                float(prompt[negative].mean()),
-            )  # fmt: skip
-        return rows
 
 
 def _digest(value: object) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -160,24 +160,27 @@ class Scorers:
     """The models that score, as far as they are wanted.
 
     Attributes:
-        clip: of the CLIP score and the similarity to negative prompts.
+        clip_score: also of the similarity to negative prompts.
         pickscore: of PickScore.
         fid: of FID.
     """
 
-    clip: Cosines | None = None
+    clip_score: Cosines | None = None
     pickscore: Cosines | None = None
     fid: ReferenceFID | None = None
 
     def cosines(
-        self, name: str, images: ImageFolder, texts: Sequence[str], parts: PartialResults,
-        progress: Progress,
-    ) -> torch.Tensor | None:  # fmt: skip
-        """(N,) the score ``clip`` or ``pickscore`` of each image with a text; measured once. None
-        where it is not wanted."""
-        scorer: Cosines | None = getattr(self, name)
+        self, metric: Literal["clip_score", "pickscore"], images: ImageFolder,
+        texts: Sequence[str], parts: PartialResults, progress: Progress,
+    ) -> torch.Tensor:  # fmt: skip
+        """(N,) the score of each image with a text; measured once.
+
+        Raises:
+            ValueError: it is not wanted.
+        """
+        scorer = self.clip_score if metric == "clip_score" else self.pickscore
         if scorer is None:
-            return None
+            raise ValueError(f"this needs the metric {metric}")
         found = _once(
             parts, PerImage, images,
             {"scorer": scorer.checksum, "factor": scorer.factor, "texts": list(texts)},
