@@ -20,8 +20,8 @@ GUIDANCE_SCALES = {
     "StableDiffusion3Pipeline": 4.5,
     "StableDiffusionPipeline": 7.5,
 }
-"""The w of a protocol by pipeline: the default of the pipeline's call, for SD 3.5 that of its
-model card."""
+"""The w of a protocol by pipeline: the default of the pipeline's call; for SD 3.x that on the model
+card of SD 3.5 Medium."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ PUBLISHED = (
     Published("CFG", "40", 30.22, math.nan, 22.04, DICE),
     Published("Guided Distillation (arXiv 2210.03142)", "20", 28.02, 0.73, 23.54, DICE),
     Published(
-        "Plug-and-Play, full guide (arXiv 2406.01954)", "20; the guide's work included, about 28",
+        "Plug-and-Play, full guide (arXiv 2406.01954)", "20 (28 with its guide)",
         27.72, 0.70, 26.57, DICE,
     ),
     Published("DICE (arXiv 2502.03726)", "20", 28.54, 0.80, 22.22, DICE),

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -156,7 +155,9 @@ class Sampling:
         self.schedulers: dict[str, str] = {}
         self.dtype = ""
 
-    def sample(self, name: str, source: ModelSource, rows: Sequence[Method]) -> Any:
+    def sample(
+        self, name: str, source: ModelSource, rows: Sequence[Method]
+    ) -> dict[str, ImageFolder]:
         """The images of one model by method."""
         settings, pipe = self.settings, source.load()
         for guide in self.guides.values():
