@@ -1,4 +1,7 @@
-"""``pilotfish evaluate``: a guide on a base and its fine-tunes."""
+"""``pilotfish evaluate``: a guide on a base and its fine-tunes.
+
+``--protocol`` is a measurement of its own, :mod:`pilotfish.cli.protocol`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import tyro
 from rich.console import Console
 
 from pilotfish import bundled
+from pilotfish.cli import protocol
 from pilotfish.cli.names import (
     Dtype,
     model_sources,
@@ -40,7 +44,8 @@ class EvaluateConfig:
     """Measure a guide against each model's own CFG: guidance error, scores, agreement, cost. Or,
     with --steps, --guidance_scales or --negative_prompts, one of these alone. Without any option
     the bundled guide is measured on the bundled models. The same command resumes an evaluation
-    that was stopped."""
+    that was stopped. With --protocol (coco2017, drawbench, parti or negative-prompts) it runs a
+    public benchmark on weights of your own; see --protocol coco2017 --help."""
 
     guide: tuple[str, ...] = ("tiny",)
     """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub id. With
@@ -95,6 +100,9 @@ class EvaluateConfig:
 
 def main(arguments: Sequence[str]) -> None:
     """The command."""
+    if any(argument.partition("=")[0] == "--protocol" for argument in arguments):
+        protocol.main(arguments)
+        return
     config = tyro.cli(
         EvaluateConfig, args=list(arguments), prog="pilotfish evaluate", use_underscores=True
     )

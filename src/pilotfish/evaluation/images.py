@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from pilotfish.evaluation.speed import counted_rows
 from pilotfish.guidance import GuidanceMode
 from pilotfish.pipelines.sampling import Attachable, Sample, image_size, sample
 
+T = TypeVar("T")
 TITLES = {"none": "no guidance", "cfg": "CFG", "guided": "guided"}
 
 # (what is being measured, done, of how many)
@@ -77,7 +78,7 @@ class ImageBatch:
         )
 
 
-def spread_prompts(prompts: Sequence[str], samples: int, seed: int) -> tuple[list[str], list[int]]:
+def spread_prompts(prompts: Sequence[T], samples: int, seed: int) -> tuple[list[T], list[int]]:
     """``samples`` prompts, each with its own seed. Fewer samples than prompts are spread evenly
     over the list, which may be sorted by category; with more, the prompts are repeated.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,14 +121,18 @@ class InceptionFID:
 
     Args:
         weights: file of torch-fidelity's Inception weights.
-        reference: (M, 3, H, W) images in [-1, 1].
+        reference: (M, 3, H, W) images in [-1, 1]; None: :meth:`add_reference` adds them.
+        device: where the features are computed.
 
     Raises:
         ValueError: the file is missing or holds something else than tensors, or
             torch-fidelity is not installed.
     """
 
-    def __init__(self, weights: str | Path, reference: torch.Tensor) -> None:
+    def __init__(
+        self, weights: str | Path, reference: torch.Tensor | None,
+        device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
         weights = Path(weights)
         if not weights.is_file():
             raise ValueError(f"no Inception weights in {weights}: there is no such file")
@@ -136,20 +140,29 @@ class InceptionFID:
             # torch-fidelity will unpickle it: first make sure that it holds tensors alone
             torch.load(weights, map_location="meta", weights_only=True)
             self.distance = FrechetInceptionDistance(
-                feature=2048, feature_extractor_weights_path=str(weights), sync_on_compute=False
-            )
+                feature=2048, feature_extractor_weights_path=str(weights), sync_on_compute=False,
+                reset_real_features=False,
+            ).to(device)  # fmt: skip
         except ModuleNotFoundError as error:
             raise ValueError(
                 "Inception FID needs torch-fidelity: pip install 'pilotfish[inception]'"
             ) from error
         except Exception as error:  # a foreign file can fail to unpack in any way
             raise ValueError(f"{weights} holds no Inception weights") from error
-        for part in reference.split(32):
-            self.distance.update(to_pixels(part), real=True)
+        self.add_reference(() if reference is None else reference.split(32))
 
-    def update(self, images: torch.Tensor, prompts: Sequence[str]) -> None:
+    def add_reference(self, batches: Iterable[torch.Tensor]) -> None:
+        """Add real images, (M, 3, H, W) in [-1, 1] each; they stay after :meth:`reset`."""
+        for images in batches:
+            self.distance.update(to_pixels(images).to(self.distance.device), real=True)
+
+    def update(self, images: torch.Tensor, prompts: Sequence[str] = ()) -> None:
         """Add generated images, (N, 3, H, W) in [-1, 1]."""
-        self.distance.update(to_pixels(images), real=False)
+        self.distance.update(to_pixels(images).to(self.distance.device), real=False)
+
+    def reset(self) -> None:
+        """Forget the generated images; those of the reference stay."""
+        self.distance.reset()
 
     def compute(self) -> float:
         """The distance."""
