@@ -105,6 +105,7 @@ class PilotfishGuidance(BaseGuidance):
         self._shared = _Shared()
         self._conditions: Conditions = {}
         self._schedule: torch.Tensor | None = None
+        self._place: int | None = None  # of the running step in it
         self._call: Call | None = None
         self._placed: PlacedHooks | None = None
 
@@ -149,6 +150,7 @@ class PilotfishGuidance(BaseGuidance):
         ):
             self._end_call()
             self._schedule = schedule
+        self._place = None if schedule is None else int(timestep.storage_offset())
         super().set_state(step, num_inference_steps, timestep)
 
     def prepare_inputs(self, data: Any) -> list[Any]:
@@ -203,10 +205,9 @@ class PilotfishGuidance(BaseGuidance):
         super().cleanup_models(denoiser)
         if self._placed is not None:
             self._placed.lift()
-        if self._place is None:
+        if self._place is None or self._schedule is None:
             last = self._step + 1 >= self._num_inference_steps
-        else:  # which is right for solvers with several calls in a step, too
-            assert self._schedule is not None
+        else:  # which holds for solvers with several calls in a step, too
             last = self._place + 1 == len(self._schedule)
         if last:
             self._end_call()
@@ -278,11 +279,6 @@ class PilotfishGuidance(BaseGuidance):
         """What is added to the scale to give w."""
         original = self.use_original_formulation
         return backbone.scale_offset if original is None else float(original)
-
-    @property
-    def _place(self) -> int | None:
-        """The place of the running step in the schedule, where that is known."""
-        return None if self._schedule is None else int(self._timestep.storage_offset())
 
 
 _LOADED = ("guide", "subfolder", "revision")
