@@ -44,18 +44,22 @@ class Call:
     def __init__(
         self, guide: GuideProtocol, schedule: torch.Tensor | None, refresh_at: tuple[int, ...]
     ) -> None:
-        self.guide, self.schedule = guide, schedule
+        self.guide, self.schedule, self.refresh_at = guide, schedule, refresh_at
         self.scale = 1.0
         self.place: int | None = None
+        self.end()
+
+    def end(self) -> None:
+        """Keep nothing of what was given or computed."""
         self._given: tuple[Any, ...] = ()
         self._negative = TextConditions(torch.empty(0))
         self.guided = GuidedPass(
-            guide,
+            self.guide,
             lambda: self.scale,
             lambda: self._negative,
             timesteps=lambda: self.schedule,
             step=lambda: self.place,
-            refresh_at=lambda steps: refresh_at,
+            refresh_at=lambda steps: self.refresh_at,
         )
 
     def take(self, conditions: Conditions, backbone: Backbone) -> None:

@@ -263,8 +263,10 @@ class PilotfishGuidance(BaseGuidance):
 
     def _end_call(self) -> None:
         """Keep nothing of the call but, where the denoiser is compiled, its hooks."""
-        if self._call is not None and self._shared.call is self._call:
-            self._shared.call = None
+        if self._call is not None:
+            self._call.end()  # the guider before this one may have it, too
+            if self._shared.call is self._call:
+                self._shared.call = None
         self._call = None
         if self._placed is not None:
             self._placed.lift()

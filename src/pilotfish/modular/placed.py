@@ -77,10 +77,12 @@ class PlacedHooks:
 
     def _before(self, module: Any, args: Any, kwargs: Any) -> None:
         """Open the guided pass: for one call, and not for another thread on the same denoiser."""
-        guided = self._guided
-        if guided is None or self._thread != get_ident():
+        if self._thread != get_ident():
             return
-        self._guided = None
+        self._opened.close()  # of a call that was interrupted
+        guided, self._guided = self._guided, None
+        if guided is None:
+            return
         given = dict(zip(self._backbone.parameters, args, strict=False)) | kwargs
         controlled = given.get(CONTROL) is not None
         if controlled and guided.will_double(given["timestep"], self._backbone):
