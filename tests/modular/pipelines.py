@@ -24,11 +24,12 @@ BLOCKS = {
     "SDXL ControlNet": "StableDiffusionXLAutoBlocks",
     "SD3": "StableDiffusion3AutoBlocks",
     "Qwen-Image": "QwenImageAutoBlocks",
+    "Qwen-Image edit": "QwenImageEditAutoBlocks",
     "Wan": "WanBlocks",
     "Wan 2.2": "Wan22Blocks",
     "Z-Image": "ZImageAutoBlocks",
 }
-NAMES = [name for name in BLOCKS if name != "SDXL ControlNet"]
+NAMES = [name for name in BLOCKS if name not in ("SDXL ControlNet", "Qwen-Image edit")]
 NEGATIVE = ["a dog", "red"]
 W = 4.0
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines.qwenimage import encoders
 
-from tests.modular.pipelines import NAMES, build, guider
+from tests import editing
+from tests.modular.pipelines import NAMES, W, build, guider
 from tests.pipelines.pipelines import guide
 
 Saved = Callable[..., Path]
@@ -56,3 +59,18 @@ def test_with_a_refresh_at_every_step_it_is_cfg(
         found = one.latents(guider(one, saved(name), refresh=ALL))
     assert (len(refreshes), sizes) == (3, [2, 2, 2]), "the pipeline sees a batch of N"
     torch.testing.assert_close(found, one.cfg(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_is_edited(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens follow those of the latents in every denoiser call."""
+    side = editing.SIDE
+    monkeypatch.setattr(encoders, "calculate_dimensions", lambda area, ratio: (side, side, None))
+    name = "Qwen-Image edit"
+    one = build(name)
+    call = {"prompt": "cat", "negative_prompt": "red", "image": one.one.images["image"][0]}
+    cfg = one.latents(ClassifierFreeGuidance(guidance_scale=W), **call)
+    found = one.latents(guider(one, saved(name), refresh=ALL), **call)
+    torch.testing.assert_close(found, cfg, rtol=1e-4, atol=1e-4)
+    conditional = one.latents(ClassifierFreeGuidance(guidance_scale=W, stop=0.0), **call)
+    assert torch.equal(one.latents(guider(one, saved(name, trained=False)), **call), conditional)
+    assert not torch.allclose(one.latents(guider(one, saved(name)), **call), conditional)
