@@ -1,0 +1,303 @@
+"""What a guide does to a sampling in ComfyUI, and what it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import pytest
+import torch
+from pilotfish_comfyui import conditions
+from pilotfish_comfyui.loading import apply_guide
+from unets import (
+    SD2,
+    SD15,
+    SDXL,
+    SIDE,
+    WIDTH,
+    Kind,
+    Prompt,
+    comfyui_model,
+    comfyui_weights,
+    draw_comfyui,
+    on_comfyui,
+    tiny_guide,
+)
+
+from pilotfish.interface import GuideError
+
+POSITIVE, NEGATIVE = Prompt.random(1).conditioning(), Prompt.random(2).conditioning()
+LEFT = {"area": (SIDE, SIDE // 2, 0, 0)}
+RIGHT = {"area": (SIDE, SIDE // 2, 0, SIDE // 2)}
+
+
+def guided(kind: Kind = SD15, refresh: int = 0, **settings: Any) -> Any:
+    return apply_guide(comfyui_model(kind), on_comfyui(tiny_guide(kind, **settings)), refresh)
+
+
+def count_rows(model: Any) -> tuple[Any, list[int]]:
+    """A clone that notes the images of every denoiser call, and its list."""
+    rows: list[int] = []
+
+    def call(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+        rows.append(len(given["input"]))
+        return function(given["input"], given["timestep"], **given["c"])
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(call)
+    return model, rows
+
+
+@pytest.mark.parametrize("refresh", [0, 1, 2])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
+def test_the_passes_are_halved(refresh: int, sampler: str) -> None:
+    plain, before = count_rows(comfyui_model(SD15))
+    model, after = count_rows(guided(refresh=refresh))
+    for each in (plain, model):
+        draw_comfyui(each, POSITIVE, NEGATIVE, 4.0, n=2, sampler=sampler)
+    calls = len(before)
+    print(f"\n{sampler}, refresh={refresh}: {sum(before)} rows with CFG, {sum(after)} with a guide")
+    assert before == calls * [4]
+    assert sorted(after) == (calls - refresh) * [2] + refresh * [4]
+
+
+@pytest.mark.parametrize("kind", [SD15, SDXL], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("cfg", [1.0, 0.5])
+def test_no_guidance_is_plain_bit_for_bit(kind: Kind, cfg: float) -> None:
+    plain = draw_comfyui(comfyui_model(kind), POSITIVE, NEGATIVE, cfg)
+    assert torch.equal(draw_comfyui(guided(kind, refresh=1), POSITIVE, NEGATIVE, cfg), plain)
+
+
+def test_the_scale_and_the_negative_prompt_are_live() -> None:
+    model = guided()
+    other = Prompt.random(3).conditioning()
+    made = [
+        draw_comfyui(model, POSITIVE, negative, cfg)
+        for negative, cfg in ((NEGATIVE, 4.0), (NEGATIVE, 4.5), (other, 4.0))
+    ]
+    assert not torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("refresh", [0, 1])
+def test_other_branches_are_untouched(refresh: int) -> None:
+    model = comfyui_model(SDXL)
+    plain = draw_comfyui(model, POSITIVE, NEGATIVE, 4.0)
+    branch = apply_guide(model, on_comfyui(tiny_guide(SDXL)), refresh)
+    with_guide = draw_comfyui(branch, POSITIVE, NEGATIVE, 4.0)
+    assert not torch.equal(with_guide, plain)
+    for other in (model, model.clone()):
+        assert torch.equal(draw_comfyui(other, POSITIVE, NEGATIVE, 4.0), plain)
+    # a clone of the branch keeps the guide, as nodes after it make one
+    assert torch.equal(draw_comfyui(branch.clone(), POSITIVE, NEGATIVE, 4.0), with_guide)
+    assert branch.model is model.model
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+
+
+def test_an_error_leaves_no_hooks() -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*given: Any) -> None:
+        raise Stop
+
+    model = guided()
+    model.set_model_unet_function_wrapper(stop)
+    with pytest.raises(Stop):
+        draw_comfyui(model, POSITIVE, NEGATIVE, 4.0)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+
+
+def test_its_weights_are_under_memory_management() -> None:
+    """ComfyUI loads and unloads them with the model."""
+    model, found = guided(), []
+
+    def call(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+        held = comfy.model_management.loaded_models(only_currently_used=True)
+        found.extend(type(patcher.model).__name__ for patcher in held)
+        return function(given["input"], given["timestep"], **given["c"])
+
+    model.set_model_unet_function_wrapper(call)
+    draw_comfyui(model, POSITIVE, NEGATIVE, 4.0, steps=1)
+    assert sorted(found) == ["BaseModel", "GuideModule"]
+    (weights,) = model.get_nested_additional_models()
+    assert weights.model_size() == sum(p.nbytes for p in weights.model.parameters())
+
+
+# -- LoRA, ControlNet, areas --------------------------------------------------------------------
+
+
+def test_lora() -> None:
+    """Its patch on the model is that of changed weights."""
+    key = "diffusion_model.output_blocks.5.1.transformer_blocks.0.attn2.to_v.weight"
+    model, change = guided(), 0.3 * torch.randn(32, WIDTH)
+    with_lora = model.clone()
+    with_lora.add_patches({key: ("diff", (change,))})
+    made = draw_comfyui(with_lora, POSITIVE, NEGATIVE, 4.0)
+    comfy.model_management.unload_all_models()
+    plain = draw_comfyui(model, POSITIVE, NEGATIVE, 4.0)
+    weight = dict(comfyui_weights(SD15).named_parameters())[key]
+    before = weight.clone()
+    weight.add_(change)
+    try:
+        merged = draw_comfyui(model, POSITIVE, NEGATIVE, 4.0)
+    finally:
+        weight.copy_(before)
+    assert not torch.allclose(made, plain, atol=1e-3)
+    assert torch.allclose(made, merged, atol=1e-4)
+
+
+class Control:
+    """What a sampling needs of a ControlNet: it adds to the mid block and the skip features."""
+
+    extra_hooks = previous_controlnet = None
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def get_models(self) -> list[Any]:
+        return []
+
+    def get_extra_hooks(self) -> list[Any]:
+        return []
+
+    def inference_memory_requirements(self, dtype: Any) -> int:
+        return 0
+
+    def pre_run(self, *args: Any) -> None: ...
+
+    def cleanup(self) -> None: ...
+
+    def get_control(self, x: Any, t: Any, cond: Any, batched: int, options: Any) -> Any:
+        self.rows.append(len(x))
+        added = cond["c_crossattn"].mean((1, 2))[:, None, None, None]
+        middle = x.new_ones(len(x), 64, SIDE // 2, SIDE // 2) * added
+        return {"input": [], "middle": [middle], "output": [0.5 * middle]}
+
+
+def test_controlnet() -> None:
+    """It runs once for each pass; refreshed in all steps the result is CFG's with it."""
+    control = Control()
+    both = [
+        [[embeds, {**more, "control": control, "control_apply_to_uncond": False}]]
+        for ((embeds, more),) in (POSITIVE, NEGATIVE)
+    ]
+    cfg = draw_comfyui(comfyui_model(SD15), *both, 4.0)
+    control.rows.clear()
+    made = draw_comfyui(guided(), *both, 4.0)
+    assert control.rows == [1] * 4
+    assert not torch.allclose(made, draw_comfyui(guided(), POSITIVE, NEGATIVE, 4.0), atol=1e-2)
+    assert torch.equal(draw_comfyui(guided(refresh=4), *both, 4.0), cfg)
+
+
+def test_areas() -> None:
+    """Two prompts side by side: each is guided, in one pass."""
+    other = Prompt.random(3)
+    areas = [*Prompt.random(1).conditioning(**LEFT), *other.conditioning(**RIGHT)]
+    model, rows = count_rows(guided())
+    made = draw_comfyui(model, areas, NEGATIVE, 4.0)
+    assert rows == [2] * 4
+    assert torch.isfinite(made).all()
+    left = draw_comfyui(guided(), POSITIVE, NEGATIVE, 4.0)
+    assert not torch.allclose(made[..., : SIDE // 2], left[..., : SIDE // 2])
+    fresh = apply_guide(comfyui_model(SD15), on_comfyui(tiny_guide(SD15, untrained=True)), 0)
+    conditional = draw_comfyui(comfyui_model(SD15), areas, NEGATIVE, 1.0)
+    assert torch.equal(draw_comfyui(fresh, areas, NEGATIVE, 4.0), conditional)
+
+
+def test_prompts_of_two_lengths() -> None:
+    """As long as ComfyUI makes both in one batch: with the shorter repeated."""
+    longer = Prompt.random(1, tokens=14)
+    shorter = Prompt.random(2, tokens=7)
+    twice = Prompt(shorter.embeds.repeat(1, 2, 1), shorter.pooled)
+    a, b = (
+        draw_comfyui(guided(refresh=1), longer.conditioning(), each.conditioning(), 4.0)
+        for each in (shorter, twice)
+    )
+    assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_prompts_for_a_part_of_the_steps() -> None:
+    """A negative prompt that changes halfway reaches the guide when it does."""
+    halves = [
+        *Prompt.random(2).conditioning(start_percent=0.0, end_percent=0.5),
+        *Prompt.random(3).conditioning(start_percent=0.5, end_percent=1.0),
+    ]
+    model = guided()
+    first, second = NEGATIVE, Prompt.random(3).conditioning()
+    made = draw_comfyui(model, POSITIVE, halves, 4.0)
+    for whole in (first, second):
+        assert not torch.allclose(made, draw_comfyui(model, POSITIVE, whole, 4.0))
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+def test_a_wrong_base_is_refused_with_both_names() -> None:
+    with pytest.raises(GuideError, match=r"trained on small base, used on SDXL in ComfyUI"):
+        apply_guide(comfyui_model(SDXL), on_comfyui(tiny_guide(SD15)))
+
+
+def test_another_prediction_type_is_refused() -> None:
+    weights = on_comfyui(tiny_guide(SD2))
+    model = comfyui_model(SD2)
+    model.add_object_patch("model_sampling", comfyui_weights(SD15).model_sampling)
+    with pytest.raises(GuideError, match="prediction_type: guide v_prediction, denoiser epsilon"):
+        apply_guide(model, weights)
+
+
+def test_two_guides_are_refused() -> None:
+    with pytest.raises(GuideError, match="has a guide already"):
+        apply_guide(guided(), on_comfyui(tiny_guide(SD15)))
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "words"),
+    [
+        ({"gligen": ("none", None, [])}, {}, "GLIGEN"),
+        ({"default": True}, {}, "default conditionings"),
+    ],
+)
+def test_conditionings_of_other_kinds_are_refused(
+    positive: dict[str, Any], negative: dict[str, Any], words: str
+) -> None:
+    cond = {"model_conds": {}}
+    with pytest.raises(GuideError, match=words):
+        conditions.check([cond | positive], [cond | negative])
+
+
+def test_two_negative_prompts_at_once_are_refused() -> None:
+    two = [*NEGATIVE, *Prompt.random(3).conditioning()]
+    with pytest.raises(GuideError, match="2 different negative conditionings"):
+        draw_comfyui(guided(), POSITIVE, two, 4.0)
+
+
+def test_areas_with_refreshes_are_refused() -> None:
+    areas = [*POSITIVE, *Prompt.random(3).conditioning(**LEFT)]
+    with pytest.raises(GuideError, match="set refresh to 0"):
+        draw_comfyui(guided(refresh=1), areas, NEGATIVE, 4.0)
+
+
+@pytest.mark.parametrize("sampler", ["euler_cfg_pp", "res_multistep_cfg_pp"])
+def test_cfg_pp_is_refused(sampler: str) -> None:
+    with pytest.raises(GuideError, match="needs the unconditional prediction"):
+        draw_comfyui(guided(), POSITIVE, NEGATIVE, 4.0, sampler=sampler)
+
+
+def test_patches_of_the_cross_attention_are_refused() -> None:
+    model = comfyui_model(SD15)
+    model.set_model_attn2_replace(lambda q, k, v, options: q, "output", 5)
+    with pytest.raises(GuideError, match="cross-attention"):
+        apply_guide(model, on_comfyui(tiny_guide(SD15)))
+
+
+def test_a_guider_with_passes_of_its_own_is_refused() -> None:
+    class Other(comfy.samplers.CFGGuider):
+        def predict_noise(self, *args: Any, **kwargs: Any) -> Any:
+            return super().predict_noise(*args, **kwargs)
+
+    model = guided()
+    with pytest.raises(GuideError, match="Other runs passes of its own"):
+        draw_comfyui(model, POSITIVE, NEGATIVE, 4.0, guider=Other(model))
