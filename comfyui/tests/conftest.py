@@ -21,9 +21,15 @@ for name in ("transformers", "diffusers"):  # these ask for torchvision as well,
     importlib.import_module(name)  # what stands in for it below
 importlib.import_module("comfy.options").enable_args_parsing(False)
 importlib.import_module("comfy.cli_args").args.cpu = True
-if importlib.util.find_spec("torchvision") is None:  # ComfyUI needs it for other models
-    for name in ("torchvision", "torchvision.transforms"):
-        sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
-importlib.import_module("comfy.sd")
-for name in [n for n, found in sys.modules.items() if isinstance(found, MagicMock)]:
+USED = {  # by parts of ComfyUI that no test runs
+    "torchvision": ("transforms",),
+    "av": ("container", "subtitles", "subtitles.stream"),
+}
+for package, modules in USED.items():
+    if importlib.util.find_spec(package) is None:
+        for name in (package, *(f"{package}.{module}" for module in modules)):
+            sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
+for name in ("comfy.sd", "nodes"):
+    importlib.import_module(name)
+for name in [name for name, found in sys.modules.items() if isinstance(found, MagicMock)]:
     del sys.modules[name]

@@ -10,11 +10,10 @@ import torch
 from pilotfish_comfyui.loading import apply_guide
 from unets import (
     KINDS,
+    SD15,
     Kind,
     Prompt,
     comfyui_model,
-    comfyui_weights,
-    diffusers_unet,
     draw_comfyui,
     draw_diffusers,
     on_comfyui,
@@ -91,8 +90,11 @@ def test_a_batch_with_one_negative_prompt(kind: Kind) -> None:
     assert report(f"{kind.name}, two images", theirs, ours) < BOUND
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_the_weights_are_all_there(kind: Kind) -> None:
-    mine = diffusers_unet(kind).state_dict()
-    theirs = comfyui_weights(kind).diffusion_model.state_dict()
-    assert sum(v.numel() for v in mine.values()) == sum(v.numel() for v in theirs.values())
+def test_a_guide_for_few_steps() -> None:
+    """It adds to the prediction of a step with both passes, too."""
+    guide = tiny_guide(SD15, times=(0.999, 0.666, 0.333, 0.0))
+    assert guide.corrects_refresh
+    theirs, ours = draw_both(SD15, guide, refresh=2)
+    without, _ = draw_both(SD15, tiny_guide(SD15), refresh=2)
+    assert report("SD 1.5, guide for few steps, refresh=2", theirs, ours) < BOUND
+    assert (theirs - without).abs().max() > 20 * BOUND

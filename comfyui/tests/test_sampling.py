@@ -9,7 +9,6 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
-from pilotfish_comfyui import conditions
 from pilotfish_comfyui.loading import apply_guide
 from unets import (
     SD2,
@@ -251,21 +250,6 @@ def test_another_prediction_type_is_refused() -> None:
 def test_two_guides_are_refused() -> None:
     with pytest.raises(GuideError, match="has a guide already"):
         apply_guide(guided(), on_comfyui(tiny_guide(SD15)))
-
-
-@pytest.mark.parametrize(
-    ("positive", "negative", "words"),
-    [
-        ({"gligen": ("none", None, [])}, {}, "GLIGEN"),
-        ({"default": True}, {}, "default conditionings"),
-    ],
-)
-def test_conditionings_of_other_kinds_are_refused(
-    positive: dict[str, Any], negative: dict[str, Any], words: str
-) -> None:
-    cond = {"model_conds": {}}
-    with pytest.raises(GuideError, match=words):
-        conditions.check([cond | positive], [cond | negative])
 
 
 def test_two_negative_prompts_at_once_are_refused() -> None:
