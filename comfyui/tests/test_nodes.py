@@ -7,17 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import comfy.model_base
+import comfy.model_patcher
 import folder_paths
 import nodes
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from pilotfish_comfyui import conditions
-from pilotfish_comfyui.convert import ConversionError, convert, differences, main
+from pilotfish_comfyui.convert import PREFIX, ConversionError, convert, differences, main
 from pilotfish_comfyui.loading import FOLDER, apply_guide, find_guides, load_guide
 from pilotfish_comfyui.names import Layout, to_comfyui, to_diffusers
 from safetensors.torch import load_file
 from unets import (
+    CPU,
     KINDS,
     SD15,
     SIDE,
@@ -129,17 +132,18 @@ def test_the_list_holds_folders(guides: Path) -> None:
 def test_a_fresh_guide_is_conditional_bit_for_bit_in_half_precision() -> None:
     config = type(comfyui_weights(SD15).model_config)(dict(SD15.comfyui, dtype=torch.bfloat16))
     config.set_inference_dtype(torch.bfloat16, None)
-    model = comfyui_model(SD15)
-    model.model = type(model.model)(config, device=torch.device("cpu"))
-    model.model.load_model_weights(convert(diffusers_unet(SD15)), "model.diffusion_model.")
+    base = comfy.model_base.BaseModel(config, device=CPU)
+    model = comfy.model_patcher.ModelPatcher(base, CPU, CPU)
+    base.load_model_weights(convert(diffusers_unet(SD15)), PREFIX)
     prompts = Prompt.random(1).conditioning(), Prompt.random(2).conditioning()
     fresh = apply_guide(model, on_comfyui(tiny_guide(SD15, untrained=True)), 0)
-    conditional = draw_comfyui(model, *prompts, 1.0)
-    assert torch.equal(draw_comfyui(fresh, *prompts, 4.0), conditional)
-    trained = draw_comfyui(apply_guide(model, on_comfyui(tiny_guide(SD15)), 1), *prompts, 4.0)
+    conditional = draw_comfyui(model, *prompts, 1.0, steps=2)
+    assert torch.equal(draw_comfyui(fresh, *prompts, 4.0, steps=2), conditional)
+    weights = on_comfyui(tiny_guide(SD15))
+    trained = draw_comfyui(apply_guide(model, weights, 1), *prompts, 4.0, steps=2)
     assert not torch.equal(trained, conditional)
-    single = apply_guide(comfyui_model(SD15), on_comfyui(tiny_guide(SD15)), 1)
-    difference = trained - draw_comfyui(single, *prompts, 4.0)
+    single = apply_guide(comfyui_model(SD15), weights, 1)
+    difference = trained - draw_comfyui(single, *prompts, 4.0, steps=2)
     assert difference.square().mean().sqrt() < 0.02 * trained.square().mean().sqrt()
 
 

@@ -65,9 +65,12 @@ SD2 = Kind(
     "SD 2", "v_prediction",
     SD15.diffusers | {
         "use_linear_projection": True, "block_out_channels": (64, 128),
-        "attention_head_dim": (1, 2),
+        "attention_head_dim": (1, 2), "layers_per_block": 1,
     },
-    SD15.comfyui | {"use_linear_in_transformer": True, "model_channels": 64},
+    SD15.comfyui | {
+        "use_linear_in_transformer": True, "model_channels": 64, "num_res_blocks": [1, 1],
+        "transformer_depth": [1, 0], "transformer_depth_output": [1, 1, 0, 0],
+    },
     comfy.supported_models.SD20, comfy.model_base.BaseModel,
 )  # fmt: skip
 SDXL = Kind(
@@ -80,8 +83,8 @@ SDXL = Kind(
         "projection_class_embeddings_input_dim": POOLED + 6 * 256,
     },
     SD2.comfyui | {
-        "transformer_depth": [0, 0, 2, 2],
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2], "transformer_depth_middle": 2,
+        "transformer_depth": [0, 2], "transformer_depth_output": [0, 0, 2, 2],
+        "transformer_depth_middle": 2,
         "num_classes": "sequential", "adm_in_channels": POOLED + 6 * 256,
     },
     comfy.supported_models.SDXL, comfy.model_base.SDXL,
@@ -117,21 +120,25 @@ def comfyui_weights(kind: Kind) -> Any:
     return model.eval().requires_grad_(False)
 
 
+@cache
+def loaded(kind: Kind) -> Any:
+    return comfy.model_patcher.ModelPatcher(comfyui_weights(kind), CPU, CPU)
+
+
 def comfyui_model(kind: Kind) -> Any:
-    """A model as ComfyUI's loaders give it."""
-    return comfy.model_patcher.ModelPatcher(
-        comfyui_weights(kind), load_device=CPU, offload_device=CPU
-    )
+    """A model as ComfyUI's nodes give it: branches of a workflow are clones of one, and keep the
+    weights without LoRA in one place."""
+    return loaded(kind).clone()
 
 
 def tiny_guide(kind: Kind, untrained: bool = False, **settings: Any) -> TinyGuide:
     """A guide whose five parts all act; an untrained one changes nothing."""
+    unet = diffusers_unet(kind)
     torch.manual_seed(1)
     usual = {"rank": 4, "condition_on_negative": True, "uncond_templates": 2}
     made = TinyGuide.for_denoiser(
-        diffusers_unet(kind), kind.prediction, trained_on={"name": "small base"},
-        **usual | settings,
-    )  # fmt: skip
+        unet, kind.prediction, trained_on={"name": "small base"}, **usual | settings
+    )
     return made.eval() if untrained else randomise(made, 0.05)
 
 
