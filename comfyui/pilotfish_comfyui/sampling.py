@@ -246,9 +246,17 @@ def predict_conditions(
     executor: Any, model: Any, conds: list[Any], x: torch.Tensor, timestep: torch.Tensor,
     options: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """Around the denoiser's passes of one step. Passes of other kinds, such as those of patches
-    that perturb attention, are left alone."""
+    """Around the denoiser's passes of one step.
+
+    Raises:
+        GuideError: it is a further pass of a patch, such as one with perturbed attention.
+    """
     sampling = options.get("transformer_options", {}).get(KEY)
-    if sampling is None or len(conds) != 2 or any(entries is None for entries in conds):
+    if sampling is not None and len(conds) != 2:
+        raise GuideError(
+            "a patch makes a further pass (PAG, skip-layer guidance or another), and a guide makes "
+            "none; take it off, or Apply guide away"
+        )
+    if sampling is None or any(entries is None for entries in conds):
         return executor(model, conds, x, timestep, options)
     return sampling.predict(executor, model, conds, x, timestep, options)

@@ -190,6 +190,24 @@ def test_controlnet() -> None:
     assert torch.equal(draw_comfyui(guided(refresh=4), *both, 4.0), cfg)
 
 
+def test_inpainting_and_image_to_image() -> None:
+    """With a mask from a given image: refreshed in all steps the result is CFG's, and a fresh guide
+    is the conditional model, bit for bit."""
+    generator = torch.Generator().manual_seed(5)
+    image = torch.randn(1, 4, SIDE, SIDE, generator=generator)
+    mask = torch.ones(1, 1, SIDE, SIDE)
+    mask[..., : SIDE // 2] = 0
+    given = {"image": image, "mask": mask}
+    fresh = apply_guide(comfyui_model(SD15), on_comfyui(tiny_guide(SD15, untrained=True)), 0)
+    for model, cfg in ((guided(refresh=4), 4.0), (fresh, 1.0)):
+        plain = draw_comfyui(comfyui_model(SD15), POSITIVE, NEGATIVE, cfg, **given)
+        assert torch.equal(draw_comfyui(model, POSITIVE, NEGATIVE, 4.0, **given), plain)
+    made = draw_comfyui(guided(), POSITIVE, NEGATIVE, 4.0, **given)
+    kept = comfyui_model(SD15).model.process_latent_in(image)[..., : SIDE // 2]
+    assert torch.allclose(made[..., : SIDE // 2], kept, atol=1e-4)
+    assert torch.isfinite(made).all()
+
+
 def test_areas() -> None:
     """Two prompts side by side: each is guided, in one pass."""
     other = Prompt.random(3)
@@ -267,6 +285,18 @@ def test_areas_with_refreshes_are_refused() -> None:
 def test_cfg_pp_is_refused(sampler: str) -> None:
     with pytest.raises(GuideError, match="needs the unconditional prediction"):
         draw_comfyui(guided(), POSITIVE, NEGATIVE, 4.0, sampler=sampler)
+
+
+def test_a_further_pass_is_refused() -> None:
+    def perturbed(args: dict[str, Any]) -> Any:
+        given = (args["model"], [args["cond"]], args["input"], args["sigma"])
+        (other,) = comfy.samplers.calc_cond_batch(*given, args["model_options"])
+        return args["denoised"] - other
+
+    model = guided()
+    model.set_model_sampler_post_cfg_function(perturbed)
+    with pytest.raises(GuideError, match="a further pass"):
+        draw_comfyui(model, POSITIVE, NEGATIVE, 4.0)
 
 
 def test_patches_of_the_cross_attention_are_refused() -> None:

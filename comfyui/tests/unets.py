@@ -226,14 +226,15 @@ def sigmas(steps: int) -> torch.Tensor:
 
 def draw_comfyui(
     model: Any, positive: Any, negative: Any, cfg: float, steps: int = 4, n: int = 1,
-    sampler: str = "euler", guider: Any = None,
+    sampler: str = "euler", guider: Any = None, image: Any = None, mask: Any = None,
 ) -> torch.Tensor:  # fmt: skip
     """The latents of a sampling, as the denoiser sees them."""
     guider = guider or comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
+    image = torch.zeros(n, 4, SIDE, SIDE) if image is None else image
     made = guider.sample(
-        noise(n), torch.zeros(n, 4, SIDE, SIDE), comfy.samplers.sampler_object(sampler),
-        sigmas(steps), disable_pbar=True, seed=3,
+        noise(n), image, comfy.samplers.sampler_object(sampler),
+        sigmas(steps), denoise_mask=mask, disable_pbar=True, seed=3,
     )  # fmt: skip
     return model.model.process_latent_in(made)
