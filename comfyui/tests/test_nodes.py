@@ -1,0 +1,209 @@
+"""The nodes as ComfyUI loads and runs them, and the conversion of weights."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import comfy.model_base
+import comfy.model_patcher
+import folder_paths
+import nodes
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from pilotfish_comfyui import conditions
+from pilotfish_comfyui.convert import PREFIX, ConversionError, convert, differences, main
+from pilotfish_comfyui.loading import FOLDER, apply_guide, find_guides, load_guide
+from pilotfish_comfyui.names import Layout, to_comfyui, to_diffusers
+from safetensors.torch import load_file
+from unets import (
+    CPU,
+    KINDS,
+    SD15,
+    SIDE,
+    Kind,
+    Prompt,
+    comfyui_model,
+    comfyui_weights,
+    diffusers_unet,
+    draw_comfyui,
+    on_comfyui,
+    tiny_guide,
+)
+
+from pilotfish.guides import ExternalGuide
+from pilotfish.interface import GuideError
+
+HERE = Path(__file__).parent.parent
+BASE = HERE.parent / "assets" / "pilotfish_models" / "base" / "unet" / "config.json"
+WORKFLOW = json.loads((HERE / "example_workflows" / "one_pass.json").read_text())
+
+
+@pytest.fixture
+def guides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of ComfyUI with a guide, and the nodes loaded as ComfyUI does it."""
+    guide = tiny_guide(SD15)
+    guide.register_to_config(refresh_ratio=0.4)
+    guide.save_pretrained(tmp_path / FOLDER / "sd15-tiny")
+    assert asyncio.run(nodes.load_custom_node(str(HERE)))
+    (models,), _ = folder_paths.folder_names_and_paths[FOLDER]
+    assert Path(models) == Path(folder_paths.models_dir) / FOLDER
+    place = [str(tmp_path / FOLDER)], set[str]()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, FOLDER, place)
+    return tmp_path
+
+
+class Stand:
+    """For checkpoint, text encoder and decoder."""
+
+    def load(self, ckpt_name: str) -> tuple[Any, ...]:
+        return comfyui_model(SD15), self, self
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, text: str) -> Any:
+        return Prompt.random(len(text)).conditioning()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.movedim(1, -1)
+
+    def save(self, images: Any, filename_prefix: str) -> tuple[Any]:
+        return (images,)
+
+
+def run(workflow: dict[str, Any], changes: dict[str, list[Any]]) -> Any:
+    """Run a workflow node by node, and return what its last node was given."""
+    made: dict[int, Any] = {}
+    stand = Stand()
+    replaced = {"CheckpointLoaderSimple": stand.load, "SaveImage": stand.save}
+    for node in sorted(workflow["nodes"], key=lambda node: node["order"]):
+        kind = nodes.NODE_CLASS_MAPPINGS[node["type"]]
+        types = {k: v for group in kind.INPUT_TYPES().values() for k, v in group.items()}
+        given = {}
+        for place in node["inputs"]:
+            (link,) = (each for each in workflow["links"] if each[0] == place["link"])
+            assert link[3] == node["id"]
+            assert link[5] == place["type"] == types[place["name"]][0]
+            given[place["name"]] = made[link[1]][link[2]]
+        values = list(changes.get(node["type"], node["widgets_values"]))
+        for name in [name for name in types if name not in given and name not in ("prompt",)]:
+            if name in ("extra_pnginfo",):
+                continue
+            given[name] = values.pop(0)
+            if name == "seed":
+                values.pop(0)  # what the page does with it afterwards
+        assert not values, node["type"]
+        function = replaced.get(node["type"]) or getattr(kind(), kind.FUNCTION)
+        with torch.inference_mode():
+            made[node["id"]] = function(**given)
+    return made[workflow["last_node_id"]][0]
+
+
+def test_the_example_workflow_runs(guides: Path) -> None:
+    size = {"EmptyLatentImage": [8 * SIDE, 8 * SIDE, 2]}
+    size["KSampler"] = [7, "fixed", 5, 7.5, "euler", "normal", 1.0]
+    made = run(WORKFLOW, size)
+    assert made.shape == (2, SIDE, SIDE, 4)
+    assert torch.isfinite(made).all()
+    assert torch.equal(run(WORKFLOW, size), made)
+    assert not torch.equal(run(WORKFLOW, size | {"PilotfishApplyGuide": [0]}), made)
+    # the guide names 0.4 of 5 steps
+    assert torch.equal(run(WORKFLOW, size | {"PilotfishApplyGuide": [2]}), made)
+
+
+def test_the_list_holds_folders(guides: Path) -> None:
+    (guides / FOLDER / "empty").mkdir()
+    (guides / FOLDER / "owner" / "other").mkdir(parents=True)
+    (guides / FOLDER / "owner" / "other" / "config.json").write_text("{}")
+    assert list(find_guides([str(guides / FOLDER), "nowhere"])) == ["owner/other", "sd15-tiny"]
+    found = nodes.NODE_CLASS_MAPPINGS["PilotfishLoadGuide"].INPUT_TYPES()
+    assert found["required"]["guide_name"][0] == ["owner/other", "sd15-tiny"]
+    with pytest.raises(GuideError):
+        load_guide(guides / FOLDER / "owner" / "other")
+
+
+# -- further guides and precisions ----------------------------------------------------------------
+
+
+def test_a_fresh_guide_is_conditional_bit_for_bit_in_half_precision() -> None:
+    config = type(comfyui_weights(SD15).model_config)(dict(SD15.comfyui, dtype=torch.bfloat16))
+    config.set_inference_dtype(torch.bfloat16, None)
+    base = comfy.model_base.BaseModel(config, device=CPU)
+    model = comfy.model_patcher.ModelPatcher(base, CPU, CPU)
+    base.load_model_weights(convert(diffusers_unet(SD15)), PREFIX)
+    prompts = Prompt.random(1).conditioning(), Prompt.random(2).conditioning()
+    fresh = apply_guide(model, on_comfyui(tiny_guide(SD15, untrained=True)), 0)
+    conditional = draw_comfyui(model, *prompts, 1.0, steps=2)
+    assert torch.equal(draw_comfyui(fresh, *prompts, 4.0, steps=2), conditional)
+    weights = on_comfyui(tiny_guide(SD15))
+    trained = draw_comfyui(apply_guide(model, weights, 1), *prompts, 4.0, steps=2)
+    assert not torch.equal(trained, conditional)
+    single = apply_guide(comfyui_model(SD15), weights, 1)
+    difference = trained - draw_comfyui(single, *prompts, 4.0, steps=2)
+    assert difference.square().mean().sqrt() < 0.02 * trained.square().mean().sqrt()
+
+
+def test_a_guide_of_another_type_is_refused() -> None:
+    guide = ExternalGuide.for_denoiser(diffusers_unet(SD15), "epsilon")
+    with pytest.raises(GuideError, match="type tiny, not ExternalGuide"):
+        apply_guide(comfyui_model(SD15), on_comfyui(guide))
+
+
+def test_a_compiled_model_is_refused() -> None:
+    model = comfyui_model(SD15)
+    model.add_wrapper_with_key("apply_model", "torch.compile", lambda executor, *args: None)
+    with pytest.raises(GuideError, match=r"torch\.compile does not go with a guide"):
+        apply_guide(model, on_comfyui(tiny_guide(SD15)))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"gligen": ()}, "GLIGEN"),
+        ({"default": True}, "default conditionings"),
+        ({"hooks": object()}, "LoRAs of their own"),
+    ],
+)
+def test_conditionings_of_other_kinds_are_refused(entry: dict[str, Any], words: str) -> None:
+    with pytest.raises(GuideError, match=words):
+        conditions.check([{"model_conds": {}} | entry], [{"model_conds": {}}])
+
+
+# -- conversion ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_names_there_and_back(kind: Kind) -> None:
+    ours, theirs = diffusers_unet(kind), comfyui_weights(kind).diffusion_model
+    assert Layout.of_diffusers(ours) == Layout.of_comfyui(theirs)
+    names = Layout.of_diffusers(ours).names()
+    found = {to_comfyui(name, names): name for name in ours.state_dict()}
+    assert set(found) == set(theirs.state_dict())
+    assert all(to_diffusers(name, names) == back for name, back in found.items())
+
+
+def test_the_command_converts_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = diffusers_unet(SD15)
+    unet.save_pretrained(tmp_path / "unet")
+    made = tmp_path / "made.safetensors"
+    monkeypatch.setattr("sys.argv", ["convert", str(tmp_path / "unet"), str(made)])
+    main()
+    found, wanted = load_file(made), convert(unet)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_what_the_bundled_base_has_and_comfyui_has_not() -> None:
+    """A text embedding that pools hidden states by attention, and 16 groups of 11 channels."""
+    config = json.loads(BASE.read_text())
+    assert [reason.split(" ")[0] for reason in differences(config)] == [
+        "addition_embed_type='text'", "norm_num_groups=16", "block_out_channels=[176]",
+    ]  # fmt: skip
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    with pytest.raises(ConversionError, match="no counterpart for addition_embed_type='text'"):
+        convert(unet)
