@@ -123,13 +123,13 @@ def test_its_weights_are_under_memory_management() -> None:
 
     def call(function: Callable[..., Any], given: dict[str, Any]) -> Any:
         held = comfy.model_management.loaded_models(only_currently_used=True)
-        found.extend(type(patcher.model).__name__ for patcher in held if patcher)
+        found.extend(id(patcher.model) for patcher in held if patcher)
         return function(given["input"], given["timestep"], **given["c"])
 
     model.set_model_unet_function_wrapper(call)
     draw_comfyui(model, POSITIVE, NEGATIVE, 4.0, steps=1)
-    assert sorted(found) == ["BaseModel", "GuideModule"]
     (weights,) = model.get_nested_additional_models()
+    assert {id(model.model), id(weights.model)} <= set(found)
     assert weights.model_size() == sum(p.nbytes for p in weights.model.parameters())
 
 
