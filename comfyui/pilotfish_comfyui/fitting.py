@@ -95,7 +95,7 @@ def check_patches(options: dict[str, Any], wrappers: dict[str, Any] | None = Non
     }  # fmt: skip
     for what, found in refused.items():
         if found:
-            raise GuideError(f"{what} does not go with a guide; take it off, or Apply guide away")
+            raise GuideError(f"{what} does not go with a guide; remove it or Apply guide")
 
 
 def warn_of_patches(options: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ class GuidedSampling:
         steps = len(self.sigmas) - 1
         self.due = set(places(refresh, steps, few_steps=guide.times is not None))
         self._negative = TextConditions(torch.empty(0))
-        self._made_of: tuple[Any, ...] = ()
+        self._prompts: list[torch.Tensor | None] = []
         self.guided = GuidedPass(guide, lambda: float(guider.cfg), lambda: self._negative)
         self._warn_of_range()
 
@@ -125,12 +125,18 @@ class GuidedSampling:
     ) -> list[dict[str, Any]]:
         """Keep the negative prompt, and bring both to one length."""
         length = conditions.common_length([*positive, negative])
-        text, y = conditions.embeds(negative), conditions.vector(negative)
-        made_of = text, y, length
-        if not self._made_of or any(
-            a is not b for a, b in zip(self._made_of, made_of, strict=True)
+        prompts = [
+            tensor
+            for entry in (negative, *positive)
+            for tensor in (conditions.embeds(entry), conditions.vector(entry))
+        ]
+        if len(prompts) != len(self._prompts) or any(
+            a is not b for a, b in zip(prompts, self._prompts, strict=True)
         ):
-            self._made_of = made_of
+            self._prompts = prompts
+            self.guided.forget_refresh()  # the difference is that of other prompts
+            text, y = prompts[:2]
+            assert text is not None
             embeds = text if length is None else conditions.repeated(text, length)
             self._negative = self.backbone.text(
                 embeds.to(x.device), None if y is None else y.to(x.device)
@@ -255,7 +261,7 @@ def predict_conditions(
     if sampling is not None and len(conds) != 2:
         raise GuideError(
             "a patch makes a further pass (PAG, skip-layer guidance or another), and a guide makes "
-            "none; take it off, or Apply guide away"
+            "none; remove it or Apply guide"
         )
     if sampling is None or any(entries is None for entries in conds):
         return executor(model, conds, x, timestep, options)

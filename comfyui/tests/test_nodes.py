@@ -173,6 +173,27 @@ def test_conditionings_of_other_kinds_are_refused(entry: dict[str, Any], words: 
         conditions.check([{"model_conds": {}} | entry], [{"model_conds": {}}])
 
 
+@pytest.mark.parametrize("kind", ["EDM", "V_PREDICTION_EDM", "FLOW", "FLUX"])
+def test_other_noise_paths_are_refused(kind: str) -> None:
+    config = comfyui_weights(SD15).model_config
+    sampling = comfy.model_base.model_sampling(config, comfy.model_base.ModelType[kind])
+    model = comfyui_model(SD15)
+    model.add_object_patch("model_sampling", sampling)
+    with pytest.raises(GuideError, match="takes no guide; epsilon and v do"):
+        apply_guide(model, on_comfyui(tiny_guide(SD15)))
+
+
+def test_another_denoiser_is_refused() -> None:
+    class Transformer(torch.nn.Module):
+        model_config = None
+
+    base = torch.nn.Module()
+    base.diffusion_model, base.model_sampling = Transformer(), comfyui_weights(SD15).model_sampling
+    model = comfy.model_patcher.ModelPatcher(base, CPU, CPU)
+    with pytest.raises(GuideError, match=r"Module is no UNet \(Transformer\)"):
+        apply_guide(model, on_comfyui(tiny_guide(SD15)))
+
+
 # -- conversion ---------------------------------------------------------------------------------
 
 

@@ -54,13 +54,12 @@ def report(what: str, theirs: torch.Tensor, ours: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("refresh", [0, 2, STEPS])
+@pytest.mark.parametrize("refresh", [0, 2])
 def test_guided(kind: Kind, refresh: int) -> None:
     theirs, ours = draw_both(kind, tiny_guide(kind), refresh)
     cfg, _ = plain(kind, W)
     assert report(f"{kind.name}, guided, refresh={refresh}", theirs, ours) < BOUND
-    if refresh < STEPS:
-        assert (theirs - cfg).abs().max() > 20 * BOUND  # the guide's difference to CFG
+    assert (theirs - cfg).abs().max() > 20 * BOUND
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -85,10 +84,9 @@ def test_each_part_of_the_guide(kind: Kind, part: str) -> None:
     assert (theirs - conditional).abs().max() > 20 * BOUND
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_a_batch_with_one_negative_prompt(kind: Kind) -> None:
-    theirs, ours = draw_both(kind, tiny_guide(kind), refresh=1, n=2)
-    assert report(f"{kind.name}, two images", theirs, ours) < BOUND
+def test_a_batch_with_one_negative_prompt() -> None:
+    theirs, ours = draw_both(SDXL, tiny_guide(SDXL), refresh=1, n=2)
+    assert report("SDXL, two images", theirs, ours) < BOUND
 
 
 def test_a_guide_for_few_steps() -> None:
