@@ -97,7 +97,10 @@ def test_another_precision_and_compilation_are_kept_apart(
         (("--shape", "sd15", "--count_only", "--compile"), "--compile has no effect"),
         (("--shape", "sd15", "--train", "--compile"), "--compile has no effect"),
         (("--shape", "sd15", "--train", "--operators"), "--operators cannot be combined"),
-        (("--shape", "sd15", "--guide_type", "agd"), "agd is unknown here; available: tiny, full"),
+        (
+            ("--shape", "sd15", "--guide_type", "agd"),
+            "agd is unknown here; available: tiny, tiny-text",
+        ),
         (("--shape", "sana", "--guide_type", "full"), "no full guide fits sana"),
         (("--shape", "sana", "--train", "--weights", "fp8"), "--weights needs --train and"),
         (("--side", "256"), "--side needs --shape"),

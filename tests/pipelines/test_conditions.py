@@ -96,6 +96,7 @@ class Extrapolating:
     """A guide that extrapolates one attention layer with the same gain for all heads."""
 
     target_modules = ()
+    joint_attention = "whole"
     dtype = torch.float32
     guidance_scale_range = (1.0, 8.0)
 

@@ -116,7 +116,7 @@ def test_threads_on_one_denoiser_with_and_without_refresh(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "times"), [*((name, None) for name in covered("torch.compile")), ("SD", [0.9, 0.5])]
+    ("name", "times"), [("SD", None), ("SD", [0.9, 0.5]), ("SD3", None), ("PixArt-Sigma", None)]
 )
 @pytest.mark.filterwarnings("ignore:this guide was distilled")
 def test_a_compiled_denoiser(name: str, times: list[float] | None) -> None:
