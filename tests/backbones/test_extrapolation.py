@@ -127,8 +127,7 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
 @torch.no_grad()
 @pytest.mark.parametrize("config", SD3_SHAPES)
 def test_joint_attention_may_be_extrapolated_by_the_text_alone(config: dict[str, Any]) -> None:
-    """Two equal texts change nothing. To first order in their difference it is the whole, times
-    the text's share of the attention."""
+    """Two equal texts change nothing; a layer adds g times the difference of the two answers."""
     family = components.FAMILIES["sd3"]
     denoiser, text = family.denoiser(**config), family.text(2)
     gains = {k: v for k, v in equal_gains(denoiser, 2.0).items() if k.endswith(".attn")}
