@@ -71,9 +71,9 @@ def main(arguments: Sequence[str]) -> None:
         config = replace(config, models=config.models[:2], **QUICK)
     base, given = config.models[0], config.validation_prompts
     training = {"prompts": config.train_prompts, "validation_prompts": given}
-    if base not in bundled.MODELS:
+    if base in bundled.BASES or base not in bundled.model_names():
         training["pretrained_model_name_or_path"] = base
-    elif base != "base":
+    else:
         raise ValueError(f"the first of --models is trained on and must be a base; {base} is not")
     folder = Path(config.output)
     validation_prompts = load_prompts(given) if given else bundled.prompts("held_out")

@@ -27,6 +27,7 @@ from benchmarks.memory import largest_batches, pipeline_parts, training_memory
 from benchmarks.operators import OperatorCount, count_operators, count_shape
 from benchmarks.shapes import SHAPES
 from benchmarks.step import GUIDES, REFRESHED
+from pilotfish import bundled
 from pilotfish.backbones import Backbone
 from pilotfish.cli.names import open_guide, open_model, usable_device
 from pilotfish.evaluation.results import GuideSize, machine
@@ -51,10 +52,10 @@ class BenchmarkConfig:
     """Time no guidance, CFG and a guide. They take turns; ratios are medians over the rounds."""
 
     models: tuple[str, ...] = ("base",)
-    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline, or folders
-    or hub ids."""
-    guide: str = "tiny"
-    """A bundled guide, a folder or a hub id."""
+    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline; sd3,
+    sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids."""
+    guide: str | None = None
+    """A bundled guide, a folder or a hub id. Left out: that of the bundled base."""
     guide_type: tuple[str, ...] = ()
     """A fresh guide of this type, one that ``distill`` knows, in place of --guide: the cost does
     not depend on the weights. With --shape one or more of tiny, tiny-text (SD3 only: tiny with
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str]) -> None:
     counts: dict[tuple[str, str], OperatorCount] = {}
     for model in config.models:
         pipe = open_model(model, config.dtype)
-        network, name = _guide(config, pipe)
+        network, name = _guide(config, model, pipe)
         check(network, pipe)
         if config.operators:
             counts[model, name] = count_operators(pipe, network, config.guidance_scale)
@@ -164,10 +165,11 @@ def main(arguments: Sequence[str]) -> None:
         _show_operators(counts)
 
 
-def _guide(config: BenchmarkConfig, pipe: Any) -> tuple[Guide, str]:
+def _guide(config: BenchmarkConfig, model: str, pipe: Any) -> tuple[Guide, str]:
     """The guide and its name."""
     if not config.guide_type:
-        return open_guide(config.guide), config.guide
+        name = config.guide or bundled.guide_of(model)
+        return open_guide(name), name
     (name,) = config.guide_type
     denoiser = Backbone.of_pipeline(pipe).denoiser
     fresh = Guide.registry[name].for_denoiser(denoiser, prediction_type(pipe.scheduler))

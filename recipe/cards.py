@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipe.finetunes import TEST_FINETUNES
+from recipe.finetunes import STYLES as FINETUNES
+from recipe.finetunes import TEST_FINETUNES, TRAIN_FINETUNES, BaseName, finetune_folder
 from recipe.images import STYLES, TEST_STYLES, TRAIN_STYLES
 
 CARD = """---
@@ -27,6 +28,11 @@ GUIDES_MADE = (
     "accelerate 1.15.0,"
 )
 """How the bundled guides were made: to be changed when they are made anew."""
+
+BASES: dict[BaseName, str] = {"base": "Pilotfish base", "sd3": "Pilotfish SD3"}
+DENOISERS = {"base": "the base's UNet", "sd3": "the transformer of Pilotfish SD3"}
+THE = {"base": "the Pilotfish base", "sd3": "Pilotfish SD3"}
+SOLVERS = {"base": "DDIM", "sd3": "Euler"}
 
 
 def write_cards(target: Path) -> None:
@@ -51,24 +57,36 @@ def write_cards(target: Path) -> None:
         "things in the style of Noto Emoji. Its autoencoder was trained on all four styles.",
         stage="base", styles=tuple(STYLES), licence="cc-by-4.0",
     )  # fmt: skip
-    for folder, title, kind, style, licence in (
-        ("fluent", "Fluent", "A full fine-tune of", "fluent", "mit"),
-        ("twemoji", "Twemoji", "A full fine-tune of", "twemoji", "cc-by-4.0"),
-        ("emojione-lora", "EmojiOne", "A LoRA for", "emojione", "cc-by-4.0"),
-    ):
-        card(
-            folder, f"Pilotfish base, {title} style", f"{kind} the base's UNet.",
-            stage="finetunes", styles=(style,), licence=licence,
-        )  # fmt: skip
-    for name in _folders(target / "train_finetunes"):
-        restyled = "" if name in TRAIN_STYLES else ", restyled (`recipe/augment.py`)"
-        card(
-            f"train_finetunes/{name}", f"Pilotfish base, fine-tune for augmentation: {name}",
-            "A LoRA for the base's UNet, trained for few steps, for fine-tune augmentation while a "
-            f"guide is trained. No guide is measured on it. Its images are those below{restyled}.",
-            stage="train_finetunes", styles=(name if name in TRAIN_STYLES else "noto",),
-            licence="apache-2.0",
-        )  # fmt: skip
+    card(
+        "sd3", "Pilotfish SD3",
+        "A small Stable Diffusion 3 (64x64 images, 8x8x8 latents, flow matching) that draws 429 "
+        "things in the style of Noto Emoji. Its autoencoder is the base's. The output of its T5 "
+        "encoder is zero.",
+        stage="sd3", styles=tuple(STYLES), licence="cc-by-4.0",
+    )  # fmt: skip
+    titles = {"fluent": "Fluent", "twemoji": "Twemoji", "emojione": "EmojiOne"}
+    for base, title in BASES.items():
+        model = "" if base == "base" else f" --model {base}"
+        for style, stage in FINETUNES[base].items():
+            card(
+                finetune_folder(target, style, base).name, f"{title}, {titles[style]} style",
+                f"{'A LoRA for' if stage.rank else 'A full fine-tune of'} {DENOISERS[base]}.",
+                stage=f"finetunes{model}", styles=(style,),
+                licence="mit" if style == "fluent" else "cc-by-4.0",
+            )  # fmt: skip
+        for name in TRAIN_FINETUNES:
+            folder = finetune_folder(target, name, base)
+            if not folder.is_dir():
+                continue
+            restyled = "" if name in TRAIN_STYLES else ", restyled (`recipe/augment.py`)"
+            card(
+                f"train_finetunes/{folder.name}", f"{title}, fine-tune for augmentation: {name}",
+                f"A LoRA for {DENOISERS[base]}, trained for few steps, for fine-tune augmentation "
+                "while a guide is trained. No guide is measured on it. Its images are those "
+                f"below{restyled}.",
+                stage=f"train_finetunes{model}",
+                styles=(name if name in TRAIN_STYLES else "noto",), licence="apache-2.0",
+            )  # fmt: skip
     for name in _folders(target / "test_finetunes"):
         kind = "A LoRA for" if TEST_FINETUNES[name].rank else "A full fine-tune of"
         card(
@@ -83,17 +101,20 @@ def write_cards(target: Path) -> None:
         stage="scorer", styles=tuple(STYLES), licence="cc-by-4.0", library="transformers", seed=1,
     )  # fmt: skip
     for name in _folders(target / "guides"):
-        steps = int(name.partition("-")[2] or 0)
+        base = "sd3" if name.startswith("sd3-") else "base"
+        last = name.rpartition("-")[2]
+        steps, solver = int(last) if last.isdecimal() else 0, SOLVERS[base]
         few = (
-            f" For {steps} DDIM steps, distilled from classifier-free guidance with {2 * steps}."
-            if steps else ""
+            f" For {steps} {solver} steps, distilled from classifier-free guidance with "
+            f"{2 * steps}." if steps else ""
         )  # fmt: skip
+        model = "" if base == "base" else f" --model {base}"
         card(
             f"guides/{name}", f"Pilotfish guide, {name}",
-            "Replaces the second pass of classifier-free guidance on the Pilotfish base and its "
+            f"Replaces the second pass of classifier-free guidance on {THE[base]} and its "
             f"fine-tunes.{few} Distilled from text prompts, along trajectories of the base and of "
             "fine-tunes of it; no image was used except those that these were trained on.",
-            stage="step_guides" if steps else "guides", styles=("noto", *TRAIN_STYLES),
+            stage=("step_guides" if steps else "guides") + model, styles=("noto", *TRAIN_STYLES),
             licence="apache-2.0", library="pilotfish", made=GUIDES_MADE,
         )  # fmt: skip
     for name, source in STYLES.items():

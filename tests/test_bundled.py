@@ -10,24 +10,32 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pilotfish import bundled
+from pilotfish.backbones import Backbone
 from pilotfish.data.images import load_images
 from pilotfish.errors import MissingPackageError
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
+from pilotfish.interface import GuideError
 from pilotfish.pipelines.loading import fine_tuned_weights
 from recipe.finetunes import TEST_FINETUNES
 from recipe.images import STYLES, TEST_STYLES, TRAIN_STYLES
 
 WEIGHTS = sorted(bundled.FOLDER.rglob("*.safetensors"))
+RESTYLED = ("contours", "flat", "lit")
 SOURCES: dict[str, tuple[str, ...]] = {
     "base": tuple(STYLES), "fluent": ("fluent",), "twemoji": ("twemoji",),
     "emojione-lora": ("emojione",), "scorer": tuple(STYLES),
-    **{f"train_finetunes/{name}": (name,) for name in TRAIN_STYLES},
-    **{f"train_finetunes/{name}": ("noto",) for name in ("contours", "flat", "lit")},
+    "sd3": tuple(STYLES), "sd3-fluent": ("fluent",), "sd3-twemoji-lora": ("twemoji",),
+    "sd3-emojione-lora": ("emojione",),
+    **{
+        f"train_finetunes/{prefix}{name}": (name if name in TRAIN_STYLES else "noto",)
+        for prefix in ("", "sd3-")
+        for name in (*TRAIN_STYLES, *RESTYLED)
+    },
     **{f"test_finetunes/{name}": (name,) for name in TEST_STYLES},
     **{f"guides/{name}": ("noto", *TRAIN_STYLES) for name in bundled.guide_names()},
 }  # fmt: skip
@@ -38,14 +46,19 @@ def models() -> dict[str, Any]:
     """Every model, loaded once; tests leave them as they are."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        return {name: bundled.load_model(name) for name in bundled.MODELS}
+        return {name: bundled.load_model(name) for name in bundled.STYLES}
+
+
+def denoiser(pipe: Any) -> Any:
+    """The UNet or transformer of a pipeline."""
+    return Backbone.of_pipeline(pipe).denoiser
 
 
 # --- files -------------------------------------------------------------------------------------
 
 
 def test_weights_are_float16_safetensors_of_known_models() -> None:
-    assert sum(p.stat().st_size for p in WEIGHTS) <= 80e6
+    assert sum(p.stat().st_size for p in WEIGHTS) <= 140e6
     assert not [*bundled.FOLDER.rglob("*.bin"), *bundled.FOLDER.rglob("*.p*kl*")]
     for path in WEIGHTS:
         assert any(path.is_relative_to(bundled.FOLDER / name) for name in SOURCES), path
@@ -90,19 +103,21 @@ def test_every_caption_has_an_image_in_every_style(name: str) -> None:
 # --- models ------------------------------------------------------------------------------------
 
 
-def test_the_base_works_with_stock_diffusers() -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(bundled.BASE)
+@pytest.mark.parametrize("name", bundled.BASES)
+def test_a_base_works_with_stock_diffusers(name: str) -> None:
+    pipe = DiffusionPipeline.from_pretrained(bundled.FOLDER / name)
     images = pipe("owl", num_inference_steps=2, output_type="pt").images
     assert images.shape == (1, 3, 64, 64)
     assert images.isfinite().all()
 
 
-@pytest.mark.parametrize("name", bundled.MODELS)
+@pytest.mark.parametrize("name", bundled.STYLES)
 def test_a_model_loads_every_tensor_of_its_files(name: str, models: dict[str, Any]) -> None:
-    tensors = models[name].unet.state_dict()
+    tensors = denoiser(models[name]).state_dict()
     assert all(v.dtype == torch.float32 and v.isfinite().all() for v in tensors.values())
-    for file in (bundled.FOLDER / name / "unet").glob("*.safetensors"):
-        assert set(load_file(file)) == set(tensors)
+    for component in ("unet", "transformer"):
+        for file in (bundled.FOLDER / name / component).glob("*.safetensors"):
+            assert set(load_file(file)) == set(tensors)
     for file in (bundled.FOLDER / f"{name}-lora").glob("*.safetensors"):
         adapters = {k: v for k, v in tensors.items() if "lora_" in k}
         assert len(load_file(file)) == len(adapters)
@@ -112,16 +127,22 @@ def test_a_model_loads_every_tensor_of_its_files(name: str, models: dict[str, An
 def test_fine_tunes_differ_from_the_base_and_from_one_another(models: dict[str, Any]) -> None:
     first = [models[name].unet.conv_in.weight for name in ("base", "fluent", "twemoji")]
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(first))
-    names = bundled.train_finetune_names()
+    first = [models[name].transformer.proj_out.weight for name in ("sd3", "sd3-fluent")]
+    assert not torch.equal(*first)
+
+
+@pytest.mark.parametrize("base", bundled.BASES)
+def test_fine_tunes_for_training_change_the_denoiser(base: str, models: dict[str, Any]) -> None:
+    names = bundled.train_finetune_names(base)
     assert len(names) == 5
-    assert not {*names} & {*bundled.MODELS, *bundled.MODELS.values()}
+    assert not {*names} & {*bundled.STYLES, *bundled.STYLES.values()}
     loras = [load_file(next((bundled.TRAIN_FINETUNES / n).glob("*.safetensors"))) for n in names]
     for lora in loras:
         assert lora.keys() == loras[0].keys()
         assert all(v.isfinite().all() and v.abs().sum() > 0 for v in lora.values())
-    unet = models["base"].unet
-    base, tuned = unet.state_dict(), fine_tuned_weights(unet, bundled.train_finetune(names[0]))
-    assert sum(not torch.equal(v, base[k]) for k, v in tuned.items()) > 20
+    net = denoiser(models[base])
+    before, tuned = net.state_dict(), fine_tuned_weights(net, bundled.train_finetune(names[0]))
+    assert sum(not torch.equal(v, before[k]) for k, v in tuned.items()) > 20
 
 
 @pytest.mark.parametrize("name", TEST_FINETUNES)
@@ -139,13 +160,20 @@ def test_a_fine_tune_for_tests_is_far_from_the_base(name: str, models: dict[str,
 
 
 @pytest.mark.parametrize("name", bundled.guide_names())
-def test_every_guide_is_tiny_and_fits_every_model(name: str, models: dict[str, Any]) -> None:
+def test_every_guide_is_tiny_and_fits_every_model_of_its_base(
+    name: str, models: dict[str, Any]
+) -> None:
     guide = bundled.load_guide(name)
-    for pipe in models.values():
-        with guide.attached(pipe):
+    (base,) = (base for base in bundled.BASES if name in bundled.guide_names(base))
+    assert name.startswith(bundled.guide_of(base))
+    for model in bundled.BASES[base]:
+        with guide.attached(models[model]):
             pass
-    denoiser = sum(p.numel() for p in models["base"].unet.parameters())
-    assert sum(p.numel() for p in guide.parameters()) <= 0.01 * denoiser
+    size = sum(p.numel() for p in denoiser(models[base]).parameters())
+    assert sum(p.numel() for p in guide.parameters()) <= 0.01 * size
+    (other,) = {*bundled.BASES} - {base}
+    with pytest.raises(GuideError, match="made for another denoiser"):
+        guide.attach(models[other])
 
 
 # --- names -------------------------------------------------------------------------------------
@@ -154,7 +182,7 @@ def test_every_guide_is_tiny_and_fits_every_model(name: str, models: dict[str, A
 def test_the_fine_tunes_for_tests_are_apart_from_the_models() -> None:
     names = bundled.test_finetune_names()
     assert names == sorted(TEST_FINETUNES)
-    assert not {*names} & {*bundled.MODELS, *bundled.MODELS.values()}
+    assert not {*names} & {*bundled.STYLES, *bundled.STYLES.values()}
     assert not {*names} & {*bundled.train_finetune_names()}
     for name in names:
         with pytest.raises(ValueError, match=f"no bundled images of '{name}'; there are those of"):

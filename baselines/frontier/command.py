@@ -22,8 +22,9 @@ from pilotfish.evaluation.processes import process
 from pilotfish.evaluation.results import GuideSize, machine, versions
 from pilotfish.guides import Guide
 
-GUIDES = ("tiny", "tiny-16", "tiny-8", "tiny-4")
-"""Bundled guides that are measured, as far as they are there."""
+STEPS = ("", "-16", "-8", "-4")
+"""The bundled guides that are measured, as far as they are there: the base's for any number of
+steps and for so many."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class FrontierCommand(FrontierConfig):
     """Bundled models, or folders or hub ids. Default: the base, its fine-tunes and its far
     fine-tunes."""
     base: str = "base"
-    """The model on which LinearAG is fitted and the cost is measured."""
+    """The model on which LinearAG is fitted and the cost is measured: base, sd3, or a folder or hub
+    id."""
     guides: tuple[str, ...] = ()
     """Guides of this library, NAME, PATH or NAME=PATH. Default: the bundled ones."""
     trained: tuple[str, ...] = ()
@@ -69,10 +71,11 @@ def main(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     if process()[1] > 1:
         raise ValueError("--frontier runs in one process; its parts can run one after another")
-    bundled_guides = [name for name in GUIDES if name in bundled.guide_names()]
-    guides = _guides(config.guides or bundled_guides)
-    far = bundled.test_finetune_names()
-    models = config.models or (*bundled.MODELS, *far)
+    own = [f"{bundled.guide_of(config.base)}{steps}" for steps in STEPS]
+    there = bundled.guide_names()
+    guides = _guides(config.guides or [name for name in own if name in there])
+    far = bundled.test_finetune_names() if config.base == "base" else []
+    models = config.models or (*bundled.BASES[bundled.base_of(config.base)], *far)
     names = load_prompts(config.prompts) if config.prompts else bundled.prompts("captions")
     sources = model_sources(models, config.reference_images, config.dtype)
     base = model_sources([config.base], (), config.dtype).popitem()

@@ -1,4 +1,5 @@
-"""The bundled models: a small Stable Diffusion of emoji art, its fine-tunes, scorer and guides.
+"""The bundled models: a small Stable Diffusion and a small Stable Diffusion 3 of emoji art, their
+fine-tunes and guides, and the scorer.
 
 They are a package of their own, ``pilotfish-models``, and need not be installed. ``recipe`` made
 them; the model cards name source and licence.
@@ -11,17 +12,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from transformers import CLIPModel, CLIPProcessor
 
+from pilotfish.backbones import Backbone
 from pilotfish.data.prompts import load_prompts
 from pilotfish.errors import MissingPackageError
 from pilotfish.guides import Guide
 from pilotfish.pipelines.loading import load_pipeline
 
-MODELS = {"base": "noto", "fluent": "fluent", "twemoji": "twemoji", "emojione": "emojione"}
-"""The base and its fine-tunes, and the style (a folder of images) that each was trained on."""
+BASES = {
+    "base": {"base": "noto", "fluent": "fluent", "twemoji": "twemoji", "emojione": "emojione"},
+    "sd3": {
+        "sd3": "noto", "sd3-fluent": "fluent", "sd3-twemoji": "twemoji",
+        "sd3-emojione": "emojione",
+    },
+}  # fmt: skip
+"""Each base and its fine-tunes, and the style (a folder of images) that each was trained on:
+Stable Diffusion with a UNet, and Stable Diffusion 3 with a transformer."""
+MODELS = BASES["base"]
+"""Those of the UNet, on which commands work where nothing is said."""
+STYLES = {name: style for models in BASES.values() for name, style in models.items()}
+"""All of them."""
 GRID_PROMPTS = (
     "owl", "red apple", "rocket", "smiling face with sunglasses", "cactus",
     "birthday cake", "panda", "guitar",
@@ -58,8 +70,8 @@ def installed() -> bool:
     return _package() is not None
 
 
-def load_model(name: str = "base") -> StableDiffusionPipeline:
-    """A pipeline in float32, the base or a fine-tune of it: one of :func:`model_names`.
+def load_model(name: str = "base") -> Any:
+    """A pipeline in float32, a base or a fine-tune of one: one of :func:`model_names`.
 
     Raises:
         ValueError: there is no such model.
@@ -69,18 +81,36 @@ def load_model(name: str = "base") -> StableDiffusionPipeline:
     if name not in names:
         raise ValueError(f"no bundled model {name!r}; there are {', '.join(names)}")
     folder, lora = package / name, package / f"{name}-lora"
-    if name not in MODELS:
+    if name not in STYLES:
         folder = lora = package / "test_finetunes" / name
-    pipe: StableDiffusionPipeline = load_pipeline(package / "base")
+    pipe: Any = load_pipeline(package / base_of(name))
     if (lora / LORA_WEIGHT_NAME_SAFE).is_file():
         pipe.load_lora_weights(lora)
-    elif name != "base":
-        pipe.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    elif name not in BASES:
+        base = Backbone.of_pipeline(pipe)
+        tuned = type(base.denoiser).from_pretrained(folder / base.component)
+        setattr(pipe, base.component, tuned)
     return pipe
 
 
+def is_base(name: str) -> bool:
+    """Whether a name means a bundled base. A folder of that name takes precedence."""
+    return name in BASES and not Path(name).exists()
+
+
+def base_of(name: str) -> str:
+    """The base of a bundled model. Of any other name the UNet's."""
+    return next((base for base, models in BASES.items() if name in models), "base")
+
+
+def guide_of(name: str) -> str:
+    """The guide that was trained on a bundled model's base, by its name."""
+    base = base_of(name)
+    return "tiny" if base == "base" else f"{base}-tiny"
+
+
 def load_guide(name: str = "tiny") -> Guide:
-    """A guide that was trained on the base, one of :func:`guide_names`."""
+    """A guide that was trained on one of the bases, one of :func:`guide_names`."""
     return Guide.from_pretrained(_folder("guides") / name)
 
 
@@ -108,31 +138,32 @@ def prompts(kind: Literal["captions", "training", "held_out"]) -> list[str]:
 
 
 def images(model: str) -> Path:
-    """The folder of real images in the style of one of :data:`MODELS`.
+    """The folder of real images in the style of one of :data:`BASES`' models.
 
     Raises:
         ValueError: there are no images of such a model.
         MissingPackageError: the bundled models are not installed.
     """
-    if model not in MODELS:
-        raise ValueError(f"no bundled images of {model!r}; there are those of {', '.join(MODELS)}")
-    return _folder("images") / MODELS[model]
+    if model not in STYLES:
+        raise ValueError(f"no bundled images of {model!r}; there are those of {', '.join(STYLES)}")
+    return _folder("images") / STYLES[model]
 
 
-def train_finetune_names() -> list[str]:
-    """The fine-tunes for fine-tune augmentation; none of them is in :data:`MODELS`. Empty where
-    the bundled models are not installed."""
-    return _names("train_finetunes")
+def train_finetune_names(base: str = "base") -> list[str]:
+    """The fine-tunes of a base for fine-tune augmentation; none of them is in :data:`BASES`. Empty
+    where the bundled models are not installed."""
+    found = {name: _prefix(name) for name in _names("train_finetunes")}
+    return [name for name, of in found.items() if of == base]
 
 
 def model_names() -> list[str]:
     """All that :func:`load_model` knows."""
-    return [*MODELS, *test_finetune_names()]
+    return [*STYLES, *test_finetune_names()]
 
 
 def test_finetune_names() -> list[str]:
     """The fine-tunes far from the base, for evaluation: no bundled guide was trained on one.
-    None of them is in :data:`MODELS`. Empty where the bundled models are not installed."""
+    None of them is in :data:`BASES`. Empty where the bundled models are not installed."""
     return _names("test_finetunes")
 
 
@@ -143,16 +174,24 @@ def train_finetune(name: str) -> str | Path:
     Raises:
         MissingPackageError: it can only be a bundled one, and these are not installed.
     """
-    return _folder("train_finetunes") / name if _is_bundled(name, train_finetune_names()) else name
+    names = [name for base in BASES for name in train_finetune_names(base)]
+    return _folder("train_finetunes") / name if _is_bundled(name, names) else name
 
 
-def guide_names() -> list[str]:
-    """The bundled guides. Empty where the bundled models are not installed."""
-    return _names("guides")
+def guide_names(*bases: str) -> list[str]:
+    """The bundled guides of some bases, or of all. Empty where the bundled models are not
+    installed."""
+    names = _names("guides")
+    return [name for base in bases or BASES for name in names if _prefix(name) == base]
 
 
 def _names(folder: str) -> list[str]:
     return sorted(p.name for p in _folder(folder).glob("*") if p.is_dir()) if installed() else []
+
+
+def _prefix(name: str) -> str:
+    """The base of a guide or a fine-tune for training, by its name."""
+    return next((base for base in BASES if name.startswith(f"{base}-")), "base")
 
 
 def _is_bundled(name: str, names: list[str]) -> bool:

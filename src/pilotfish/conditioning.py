@@ -139,7 +139,9 @@ def _encode(
     pipe: Any, texts: Sequence[str], *negatives: Sequence[str] | None
 ) -> tuple[TextConditions, TextConditions | None]:
     backbone = Backbone.of_pipeline(pipe)
-    arguments: dict[str, Any] = {"negative_prompt": negatives[0]} if any(negatives) else {}
+    arguments: dict[str, Any] = dict(backbone.text_length(pipe))
+    if any(negatives):
+        arguments["negative_prompt"] = negatives[0]
     if not backbone.separate_negative:
         arguments["do_classifier_free_guidance"] = bool(negatives)
     made = pipe.encode_prompt(

@@ -20,6 +20,7 @@ from recipe.finetunes import (
     STYLES,
     TEST_FINETUNES,
     TRAIN_FINETUNES,
+    BaseName,
     finetune_folder,
 )
 from recipe.guides import (
@@ -60,14 +61,19 @@ def test_the_bundled_cards_are_those_of_the_recipe(tmp_path: Path) -> None:
 
 
 def test_bundled_finetunes_are_where_the_recipe_saves_them() -> None:
-    for name in (*STYLES["base"], *TRAIN_FINETUNES, *TEST_FINETUNES):
+    for name in TEST_FINETUNES:
         assert finetune_folder(bundled.FOLDER, name).is_dir()
+    for base, styles in STYLES.items():
+        for name in (*styles, *TRAIN_FINETUNES):
+            assert finetune_folder(bundled.FOLDER, name, base).is_dir()
 
 
 @pytest.mark.parametrize("name", bundled.guide_names())
 def test_a_bundled_guide_has_the_form_that_the_recipe_gives_it(name: str) -> None:
     guide = bundled.load_guide(name)
-    form = TINY["base"]["guide"] | {"refresh": True, "refresh_ratio": REFRESH_RATIO.get(name, 0)}
+    base: BaseName = "sd3" if name in bundled.guide_names("sd3") else "base"
+    ratio = REFRESH_RATIO.get(name.removeprefix("sd3-"), 0)
+    form = TINY[base]["guide"] | {"refresh": True, "refresh_ratio": ratio}
     assert {key: guide.config[key] for key in form} == form
 
 

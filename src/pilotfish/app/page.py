@@ -55,6 +55,10 @@ def build(session: Session) -> gr.Blocks:
         )  # fmt: skip
         quiet: dict[str, Any] = {"queue": False, "api_visibility": "private"}
         seed.click(lambda: random.randrange(SEED_RANGE), None, inputs["seed"], **quiet)
+        inputs["model"].change(
+            lambda model, guide: guides_of(session, model, guide),
+            [inputs["model"], inputs["guide"]], inputs["guide"], **quiet,
+        )  # fmt: skip
         inputs["guide"].change(
             lambda guide, steps: (session.steps(guide) or gr.skip(), session.refresh(guide, steps)),
             [inputs["guide"], inputs["num_inference_steps"]],
@@ -71,6 +75,12 @@ def passes(num_inference_steps: int, refresh: int) -> str:
     """The denoiser passes of CFG and of the guide, and what is saved, in words."""
     cfg, guided = 2 * num_inference_steps, num_inference_steps + min(refresh, num_inference_steps)
     return f"Guided: {guided} passes in place of {cfg}, {cfg - guided} saved."
+
+
+def guides_of(session: Session, model: str, guide: str) -> gr.Dropdown:
+    """The choice of guides for a model; the one that was chosen stays where it fits."""
+    fitting = session.fitting(model)
+    return gr.Dropdown(fitting, value=guide if guide in fitting else fitting[0])
 
 
 def handler(session: Session) -> Callable[..., list[Any]]:
@@ -141,7 +151,8 @@ def serve(
 
 def _inputs(session: Session) -> dict[str, Any]:
     """The controls, in the order of the endpoint's arguments."""
-    models, guides = list(session.models), list(session.guides)
+    models = list(session.models)
+    guides = session.fitting(models[0])
     scale = max(guide.guidance_scale_range[1] for guide in session.guides.values())
     prompt, negative = (
         gr.Textbox(value, label=label, max_length=400, elem_id=name, render=False)

@@ -104,6 +104,10 @@ class Session:
             options: dict[str, Any] = {"guidance_scale": 2.0, "num_inference_steps": WARM_UP}
             list(sample(pipe, [""] * IMAGES, seeds=range(IMAGES), **options))
 
+    def fitting(self, model: str) -> list[str]:
+        """The guides that fit a model."""
+        return [name for name, g in self.guides.items() if not _refusal(g, self.models[model])]
+
     def steps(self, guide: str) -> int | None:
         """The sampling steps that a guide was distilled for; None if any will do."""
         times = self.guides[guide].times

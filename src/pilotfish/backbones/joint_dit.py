@@ -121,6 +121,12 @@ class JointDiTBackbone(Backbone):
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
         return {**super().encoding(texts), "prompt_2": None, "prompt_3": None}
 
+    def text_length(self, pipe: Any) -> dict[str, int]:
+        t5 = getattr(pipe, "text_encoder_3", None)
+        if t5 is None or t5.encoder.final_layer_norm.weight.any():
+            return {}
+        return {"max_sequence_length": 1}  # its tokens are zeros, all alike
+
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
         prompt, negative, pooled, negative_pooled = encoded
         kept = None if negative is None else TextConditions(negative, negative_pooled)

@@ -55,6 +55,11 @@ class FamilyPipeline(ABC):
         """Arguments of the pipeline's ``encode_prompt`` for some texts."""
         return {"prompt": list(texts), "num_images_per_prompt": 1}
 
+    def text_length(self, pipe: Any) -> dict[str, int]:
+        """The argument of ``encode_prompt`` and of the pipeline's call that shortens the texts,
+        where that changes nothing but the time."""
+        return {}
+
     @abstractmethod
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
         """Prompt and negative prompt in what the pipeline's ``encode_prompt`` returned."""
@@ -99,6 +104,7 @@ class FamilyPipeline(ABC):
             negatives: n negative prompts; left out, the null prompt.
         """
         given: dict[str, Any] = {self.scale_argument: guidance_scale - self.scale_offset}
+        given |= self.text_length(pipe)
         if negatives:  # left out where there is none: to PixArt's pipeline None is no text
             return given | self.negative_arguments(pipe, negatives)
         needs_text = self.separate_negative and self.default_negative is None

@@ -16,11 +16,12 @@ class AppConfig:
     """A page that samples without guidance, with CFG and with a guide, side by side. It stays on
     this machine and calls nothing outside it."""
 
-    models: tuple[str, ...] = tuple(bundled.MODELS)
+    models: tuple[str, ...] = tuple(bundled.STYLES)
     """Pipelines to choose from: base, fluent, twemoji, emojione, high-contrast, monotone,
-    streamline, or folders or hub ids."""
-    guide: tuple[str, ...] = ("tiny", "tiny-16", "tiny-8", "tiny-4")
-    """Guides to choose from: bundled ones, or folders or hub ids."""
+    streamline; sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids."""
+    guide: tuple[str, ...] = ()
+    """Guides to choose from: bundled ones, or folders or hub ids. Left out: those of the bundled
+    bases among the models."""
     variant: str | None = None
     """Of the weight files, such as fp16."""
     dtype: Dtype = "float32"
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str]) -> None:
     from pilotfish.app import page  # after --help, which needs no gradio
     from pilotfish.app.session import Session
 
-    guides = {name: open_guide(name) for name in config.guide}
+    bases = dict.fromkeys(map(bundled.base_of, config.models))
+    names = config.guide or bundled.guide_names(*bases)
+    guides = {name: open_guide(name) for name in names}
     models = {
         name: open_model(name, config.dtype, config.variant).to(config.device)
         for name in config.models

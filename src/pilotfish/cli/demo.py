@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from tqdm import tqdm
 
 from pilotfish import bundled
-from pilotfish.evaluation.results import Result
+from pilotfish.evaluation.results import Cost, Result
 from pilotfish.evaluation.speed import measure_cost
 from pilotfish.evaluation.tables import LEGEND, number, percent, retained
 from pilotfish.guidance import GuidanceMode
@@ -36,13 +36,13 @@ it."""
 EVERY = 12
 """A short run sees few prompts, so only one in so many is encoded."""
 BATCH = 8
-COLUMNS = ("no guidance", "CFG", "bundled guide", "short guide")
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """Distil a short guide for the bundled base, attach it to the base and its three fine-tunes,
-    and write a page that shows it beside the bundled guide."""
+    and write a page that shows it beside the bundled guides of this base and of the bundled
+    Stable Diffusion 3."""
 
     max_train_steps: int = 60
     guidance_scale: float = 4.0
@@ -65,31 +65,38 @@ def main(arguments: Sequence[str]) -> None:
     training = folder / TRAINING
     if config.resume is None and training.exists():
         shutil.rmtree(training)
-    short, bundled_guide = distill_short(config, training), bundled.load_guide()
-    ratio = bundled_guide.refresh_ratio if config.refresh is None else config.refresh
-    guides = Refreshed(bundled_guide, ratio), Refreshed(short, ratio)
-    images = {}
-    for name in tqdm(bundled.MODELS, desc="images of each model"):
+    short, images = distill_short(config, training), {}
+    own = {base: bundled.load_guide(bundled.guide_of(base)) for base in bundled.BASES}
+    ratios = {
+        base: guide.refresh_ratio if config.refresh is None else config.refresh
+        for base, guide in own.items()
+    }
+    for name in tqdm(bundled.STYLES, desc="images of each model"):
+        base = bundled.base_of(name)
+        guides = {"bundled guide": Refreshed(own[base], ratios[base])}
+        if base == "base":
+            guides["short guide"] = Refreshed(short, ratios[base])
         images[name] = draw(bundled.load_model(name), guides, config)
-    print("timing CFG and the bundled guide")
-    cost = measure_cost(
-        bundled.load_model("base"), bundled_guide, guidance_scale=config.guidance_scale,
-        num_inference_steps=config.num_inference_steps, batch_sizes=(BATCH,), rounds=config.rounds,
-        refresh=ratio,
-    )  # fmt: skip
+    print("timing CFG and the bundled guides")
+    costs = {
+        base: measure_cost(
+            bundled.load_model(base), guide, guidance_scale=config.guidance_scale,
+            num_inference_steps=config.num_inference_steps, batch_sizes=(BATCH,),
+            rounds=config.rounds, refresh=ratios[base],
+        )
+        for base, guide in own.items()
+    }  # fmt: skip
     history = json.loads((training / "history.json").read_text(encoding="utf-8"))
     error = number(history[-1]["guidance_error"])
-    speed = number(cost.cfg_over_guided[str(BATCH)])
+    speed = {base: number(cost.cfg_over_guided[str(BATCH)]) for base, cost in costs.items()}
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
     path = folder / "report.html"
     path.write_text(
         page.render(
-            config=config, prompts=bundled.GRID_PROMPTS, columns=COLUMNS, images=images,
-            speed=speed, error=error, batch=BATCH,
-            seconds={mode: number(cost.seconds[str(BATCH)][mode]) for mode in GuidanceMode},
-            passes={mode: f"{cost.passes[mode]:g}" for mode in GuidanceMode},
+            config=config, prompts=bundled.GRID_PROMPTS, images=images, speed=speed, error=error,
+            batch=BATCH, costs=[cost_row(base, cost) for base, cost in costs.items()],
             recorded=recorded_table(), legend=LEGEND.replace("*", ""),
             guide=training / "guide",
         ),
@@ -97,7 +104,8 @@ def main(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     print(
         f"guidance error of the short guide: {error} (0 is CFG, 1 is no guide)\n"
-        f"speed at batch {BATCH}: {speed} times CFG\n"
+        f"speed at batch {BATCH}, relative to CFG: "
+        f"{', '.join(f'{ratio} on {base}' for base, ratio in speed.items())}\n"
         f"open {path}"
     )
 
@@ -119,19 +127,32 @@ def distill_short(config: DemoConfig, folder: Path) -> Guide:
     )  # fmt: skip
 
 
-def draw(pipe: Any, guides: Sequence[Attachable], config: DemoConfig) -> list[list[str]]:
-    """Images of the grid prompts, each of them in every column, as data URIs."""
-    prompts, columns = bundled.GRID_PROMPTS, []
-    scale = config.guidance_scale
-    for w, guide in ((1.0, None), (scale, None), *((scale, guide) for guide in guides)):
+def draw(
+    pipe: Any, guides: Mapping[str, Attachable], config: DemoConfig
+) -> dict[str, list[str]]:  # fmt: skip
+    """Images of the grid prompts without guidance, with CFG and with each guide, as data URIs."""
+    prompts, columns = bundled.GRID_PROMPTS, {}
+    ways: dict[str, tuple[float, Attachable | None]] = {
+        "no guidance": (1.0, None), "CFG": (config.guidance_scale, None),
+        **{name: (config.guidance_scale, guide) for name, guide in guides.items()},
+    }  # fmt: skip
+    for name, (w, guide) in ways.items():
         samples = sample(
             pipe, prompts, seeds=range(config.seed, config.seed + len(prompts)), guidance_scale=w,
             num_inference_steps=config.num_inference_steps, guide=guide, batch_size=len(prompts),
         )  # fmt: skip
         pixels = torch.stack([s.image for s in samples])
         images = pipe.image_processor.postprocess(pixels, output_type="pil")
-        columns.append([data_uri(image) for image in images])
-    return [list(row) for row in zip(*columns, strict=True)]
+        columns[name] = [data_uri(image) for image in images]
+    return columns
+
+
+def cost_row(base: str, cost: Cost) -> list[str]:
+    """The base's name; passes and seconds in every guidance mode."""
+    cells = [
+        (f"{cost.passes[mode]:g}", number(cost.seconds[str(BATCH)][mode])) for mode in GuidanceMode
+    ]
+    return [base, *(cell for pair in cells for cell in pair)]
 
 
 def data_uri(image: Any) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,14 @@ class EvaluateConfig:
     that was stopped. With --protocol (coco2017, drawbench, parti or negative-prompts) it runs a
     public benchmark on weights of your own; see --protocol coco2017 --help."""
 
-    guide: tuple[str, ...] = ("tiny",)
-    """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub id. With
-    --steps and --guidance_scales several, also guidance-interval and adaptive-guidance in a
-    clone. NAME=GUIDE gives it a name in the result; guides for different numbers of steps that
-    have one name make one line."""
+    guide: tuple[str, ...] = ()
+    """Guide: tiny or sd3-tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub
+    id. Left out: that of the bundled base. With --steps and --guidance_scales several, also
+    guidance-interval and adaptive-guidance in a clone. NAME=GUIDE gives it a name in the result;
+    guides for different numbers of steps that have one name make one line."""
     models: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, high-contrast, monotone,
-    streamline, or folders or hub ids."""
+    streamline; sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids."""
     reference_images: tuple[str, ...] = ()
     """Folders of real images (metadata.jsonl), one for each model that is not bundled."""
     prompts: str | None = None
@@ -106,6 +106,8 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         EvaluateConfig, args=list(arguments), prog="pilotfish evaluate", use_underscores=True
     )
+    if not config.guide:
+        config = replace(config, guide=(bundled.guide_of(config.models[0]),))
     _check(config)
     unfinished = Path(f"{config.output}.unfinished")
     models = model_sources(config.models, config.reference_images, config.dtype, config.variant)

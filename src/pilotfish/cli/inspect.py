@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from pilotfish import bundled
 from pilotfish.cli.names import model_on_device, open_guide, sampling_steps
 from pilotfish.cli.progress import progress_bars
 from pilotfish.evaluation import plots
@@ -25,11 +26,13 @@ class InspectConfig:
 
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ("owl",)
     """One or more prompts, prompt i from seed ``seed + i``. Maps are the mean over them."""
-    guide: str = "tiny"
-    """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
+    guide: str | None = None
+    """Guide: tiny or sd3-tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id.
+    Left out: that of the bundled base."""
     models: tuple[str, ...] = ("base",)
-    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline, or folders
-    or hub ids. Several with --scales, side by side."""
+    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline; sd3,
+    sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids. Several with --scales, side by
+    side."""
     site: str | None = None
     """Site of the maps: the name of a module. Left out: the last site before the prediction
     that has a map."""
@@ -51,6 +54,8 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         InspectConfig, args=list(arguments), prog="pilotfish inspect", use_underscores=True
     )
+    if config.guide is None:
+        config = replace(config, guide=bundled.guide_of(config.models[0]))
     if config.scales is not None:
         _draw_scales(config, Path(config.scales))
         return

@@ -61,7 +61,7 @@ def model_sources(
         called = name if is_bundled else Path(name).name
         if called in models:
             raise ValueError(f"two models are called {called}; rename one of the folders")
-        if name in bundled.MODELS:
+        if name in bundled.STYLES:
             folder: Path | None = bundled.images(name)
         else:
             folder = Path(folders.pop(0)) if folders and not is_bundled else None
@@ -72,8 +72,8 @@ def model_sources(
 
 
 def open_guide(name: str) -> Guide:
-    """A bundled guide (tiny, or tiny-16, tiny-8, tiny-4 for so many steps) or a guide's folder
-    or hub id."""
+    """A bundled guide (such as tiny, tiny-8 for so many steps, sd3-tiny) or a guide's folder or
+    hub id."""
     return bundled.open_guide(name)
 
 

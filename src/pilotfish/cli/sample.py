@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from tqdm import tqdm
 
+from pilotfish import bundled
 from pilotfish.cli.names import Dtype, open_guide, open_model, sampling_steps, usable_device
 from pilotfish.data.prompts import load_prompts
 from pilotfish.guidance import GuidanceMode
@@ -31,10 +32,12 @@ class SampleConfig:
     prompts: str | None = None
     """Text file, one prompt a line."""
     models: tuple[str, ...] = ("base",)
-    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline, or folders
-    or hub ids. With more than one, each has a folder of its own in --output."""
-    guide: str = "tiny"
-    """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id."""
+    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline; sd3,
+    sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids. With more than one, each has a
+    folder of its own in --output."""
+    guide: str | None = None
+    """Guide: tiny or sd3-tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id.
+    Left out: that of the bundled base."""
     mode: Literal["none", "cfg", "guided"] = "guided"
     """guided: the guide, with both passes in the steps of --refresh. cfg: two passes. none: one
     pass, no guidance."""
@@ -83,14 +86,16 @@ def main(arguments: Sequence[str]) -> None:
     for model, name in zip(config.models, names, strict=True):
         folder = Path(config.output) / (name if len(names) > 1 else "")
         pipe = open_model(model, config.dtype, config.variant).to(device)
-        sample_model(pipe, prompts, folder, config)
+        sample_model(pipe, prompts, folder, config, config.guide or bundled.guide_of(model))
 
 
-def sample_model(pipe: Any, prompts: Sequence[str], folder: Path, config: SampleConfig) -> None:
+def sample_model(
+    pipe: Any, prompts: Sequence[str], folder: Path, config: SampleConfig, guide: str
+) -> None:
     """Sample every prompt with one pipeline; save the images and their grid in ``folder``."""
     mode = GuidanceMode(config.mode)
     texts = [text for text in prompts for _ in range(config.num_images_per_prompt)]
-    network = open_guide(config.guide) if mode == GuidanceMode.GUIDED else None
+    network = open_guide(guide) if mode == GuidanceMode.GUIDED else None
     samples = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if mode == GuidanceMode.NONE else config.guidance_scale,

@@ -100,7 +100,7 @@ class TrainingConfig:
     output: Text
     """Folder for the guide, its checkpoints and validation images."""
     pretrained_model_name_or_path: Text | None = None
-    """The base pipeline, a folder or hub id. Default: the bundled model."""
+    """The base pipeline: base or sd3, which are bundled, or a folder or hub id. Default: base."""
     variant: Text | None = None
     """Variant of the base's weight files, such as fp16."""
     prompts: Text | None = None
@@ -119,8 +119,8 @@ class TrainingConfig:
     Default: the bundled model's, or the first 64 training prompts of your own."""
     train_finetunes: tuple[Text, ...] = ()
     """Fine-tunes of the base to train on beside it, so that the guide works better on others:
-    folders or hub ids of pipelines, or folders of UNets or LoRAs. Bundled ones are given by name:
-    noto-v1, fxemoji, contours, flat, lit."""
+    folders or hub ids of pipelines, or folders of denoisers or LoRAs. Bundled ones are given by
+    name: noto-v1, fxemoji, contours, flat, lit, and sd3-noto-v1 and so on for sd3."""
     finetune_prob: Probability = 0.5
     """Probability that a training step uses a fine-tune in place of the base."""
     train_batch_size: PositiveInt = 64
@@ -294,8 +294,9 @@ class DistillConfig(TrainingConfig):
 class StepsConfig(TrainingConfig):
     """Settings of stage 2."""
 
-    guide: Text = "tiny"
-    """The guide to begin with, from stage 1: a folder, hub id or the name of a bundled one."""
+    guide: Text | None = None
+    """The guide to begin with, from stage 1: a folder, hub id or the name of a bundled one.
+    Default: tiny, or sd3-tiny on the base sd3."""
     teacher: Literal["guide", "cfg"] = "guide"
     """guide: the teacher is the guide that the round begins with, one pass a step, as in the paper.
     cfg: the teacher is CFG, two passes a step, so errors of the guide are not inherited."""

@@ -91,12 +91,13 @@ class TrainingContext:
         Raises:
             ConfigError, PipelineError, ValueError: a path is wrong or has no usable content.
         """
-        if config.pretrained_model_name_or_path is None:
-            pipe: Any = bundled.load_model("base")
+        base = config.pretrained_model_name_or_path
+        if base is None or bundled.is_base(base):
+            pipe: Any = bundled.load_model(base or "base")
         else:
             if config.prompts is None:
                 raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
-            pipe = load_pipeline(config.pretrained_model_name_or_path, variant=config.variant)
+            pipe = load_pipeline(base, variant=config.variant)
 
         def given(where: str) -> Sequence[str]:
             return open_prompts(
