@@ -78,13 +78,21 @@ def test_steps_with_both_passes_are_those_of_the_pipeline(
 
 
 def test_every_scale_counts_alike() -> None:
-    error = GuidanceError.of({(2.0, 0.999): (0.0, 1.0), (7.0, 0.999): (100.0, 100.0)})
-    assert error == GuidanceError(0.5, {"2": 0.0, "7": 1.0}, {"0.999": 0.5})
+    error = GuidanceError.of({(2.0, 0.999): (0.0, 1.0, 1.0), (7.0, 0.999): (100.0, 100.0, 0.0)})
+    assert error == GuidanceError(0.5, {"2": 0.0, "7": 1.0}, {"0.999": 0.5}, 0.5)
 
 
 def test_a_scale_is_the_ratio_of_sums_over_its_times() -> None:
-    error = GuidanceError.of({(4.0, 0.999): (3.0, 3.0), (4.0, 0.499): (0.0, 1.0)})
-    assert error == GuidanceError(0.75, {"4": 0.75}, {"0.999": 1.0, "0.499": 0.0})
+    error = GuidanceError.of({(4.0, 0.999): (3.0, 3.0, 0.0), (4.0, 0.499): (0.0, 1.0, 1.0)})
+    assert error == GuidanceError(0.75, {"4": 0.75}, {"0.999": 1.0, "0.499": 0.0}, 0.5)
+
+
+def test_the_cosine_is_that_of_what_is_added(pipe: Any, moved: Guide) -> None:
+    error, halfway = measure(pipe, moved), (1.0, 4.0, 1.0)  # half the way in the right direction
+    assert -1 <= error.cosine <= 1
+    assert error.cosine != 0
+    assert GuidanceError.of({(4.0, 0.5): halfway}).cosine == pytest.approx(1)
+    assert GuidanceError.of({(4.0, 0.5): (9.0, 4.0, 1.0)}).cosine == pytest.approx(-1)
 
 
 def test_it_depends_on_the_seed_and_not_on_batches(pipe: Any, moved: Guide) -> None:

@@ -30,8 +30,8 @@ from pilotfish.teacher import Student, Teacher
 
 SCALES = (2.0, 4.0, 7.0)
 
-# (w, normalised time) -> (squared distance of guided to CFG, of conditional to CFG)
-Sums = dict[tuple[float, float], tuple[float, float]]
+# (w, normalised time) -> squared distances: guided to CFG, conditional to CFG, guided to conditional
+Sums = dict[tuple[float, float], tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,15 @@ class GuidanceError:
         by_w: ratio of the sums over all times, ``{"2": ...}``.
         by_time: mean over w at each normalised time, from noise to image:
             ``{"0.999": ...}``.
+        cosine: of what the guide and what CFG add to the conditional prediction, over all times;
+            the mean over w. 1 is the right direction, whatever the length; 0 that nothing is
+            added.
     """
 
     mean: float
     by_w: dict[str, float]
     by_time: dict[str, float]
+    cosine: float = math.nan
 
     @classmethod
     def of(cls, sums: Sums) -> Self:
@@ -56,7 +60,8 @@ class GuidanceError:
         times = sorted({t for _, t in sums}, reverse=True)
         by_w = {f"{w:g}": _ratio(sums[k] for k in sums if k[0] == w) for w in scales}
         by_time = {f"{t:g}": _mean([_ratio([sums[k]]) for k in sums if k[1] == t]) for t in times}
-        return cls(_mean(list(by_w.values())), by_w, by_time)
+        cosines = [_cosine(sums[k] for k in sums if k[0] == w) for w in scales]
+        return cls(_mean(list(by_w.values())), by_w, by_time, _mean(cosines))
 
 
 class Trajectories:
@@ -181,12 +186,12 @@ def guidance_error(
             if due is None or student.guide.corrects_refresh:
                 guided = student(step.latents, step.time, *texts, scale, before, due)
             key = (w, round(float(step.time[0]), 4))
-            pair = _distance(guided, step.cfg), _distance(step.conditional, step.cfg)
-            sums[key] = _add(sums.get(key, (0.0, 0.0)), pair)
+            pairs = (guided, step.cfg), (step.conditional, step.cfg), (guided, step.conditional)
+            _add(sums, key, *(_distance(a, b) for a, b in pairs))
     total: Sums = {}
     for some in gather(sums):
-        for key, pair in some.items():
-            total[key] = _add(total.get(key, (0.0, 0.0)), pair)
+        for key, distances in some.items():
+            _add(total, key, *distances)
     return GuidanceError.of(total)
 
 
@@ -240,13 +245,23 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).square().sum())
 
 
-def _add(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-    return a[0] + b[0], a[1] + b[1]
+def _add(sums: Sums, key: tuple[float, float], *distances: float) -> None:
+    error, reference, added = (
+        a + b for a, b in zip(sums.get(key, (0.0, 0.0, 0.0)), distances, strict=True)
+    )
+    sums[key] = error, reference, added
 
 
-def _ratio(pairs: Iterable[tuple[float, float]]) -> float:
-    error, reference = (sum(part) for part in zip(*pairs, strict=True))
+def _ratio(distances: Iterable[tuple[float, float, float]]) -> float:
+    error, reference, _ = (sum(part) for part in zip(*distances, strict=True))
     return error / reference if reference else math.nan
+
+
+def _cosine(distances: Iterable[tuple[float, float, float]]) -> float:
+    """By the law of cosines."""
+    error, reference, added = (sum(part) for part in zip(*distances, strict=True))
+    length = 2 * math.sqrt(reference * added)
+    return (reference + added - error) / length if length else 0.0
 
 
 def _mean(values: list[float]) -> float:
