@@ -68,8 +68,11 @@ def write_cards(target: Path) -> None:
     for base, title in BASES.items():
         model = "" if base == "base" else f" --model {base}"
         for style, stage in FINETUNES[base].items():
+            folder = finetune_folder(target, style, base)
+            if not folder.is_dir():
+                continue
             card(
-                finetune_folder(target, style, base).name, f"{title}, {titles[style]} style",
+                folder.name, f"{title}, {titles[style]} style",
                 f"{'A LoRA for' if stage.rank else 'A full fine-tune of'} {DENOISERS[base]}.",
                 stage=f"finetunes{model}", styles=(style,),
                 licence="mit" if style == "fluent" else "cc-by-4.0",

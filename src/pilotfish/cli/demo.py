@@ -41,8 +41,7 @@ BATCH = 8
 @dataclass(frozen=True)
 class DemoConfig:
     """Distil a short guide for the bundled base, attach it to the base and its three fine-tunes,
-    and write a page that shows it beside the bundled guides of this base and of the bundled
-    Stable Diffusion 3."""
+    and write a page that shows it beside the bundled guides."""
 
     max_train_steps: int = 60
     guidance_scale: float = 4.0
@@ -66,13 +65,14 @@ def main(arguments: Sequence[str]) -> None:
     if config.resume is None and training.exists():
         shutil.rmtree(training)
     short, images = distill_short(config, training), {}
-    own = {base: bundled.load_guide(bundled.guide_of(base)) for base in bundled.BASES}
+    bases = [base for base in bundled.BASES if bundled.guide_names(base)]
+    own = {base: bundled.load_guide(bundled.guide_of(base)) for base in bases}
     ratios = {
         base: guide.refresh_ratio if config.refresh is None else config.refresh
         for base, guide in own.items()
     }
-    for name in tqdm(bundled.STYLES, desc="images of each model"):
-        base = bundled.base_of(name)
+    models = {name: base for base in bases for name in bundled.BASES[base]}
+    for name, base in tqdm(models.items(), desc="images of each model"):
         guides = {"bundled guide": Refreshed(own[base], ratios[base])}
         if base == "base":
             guides["short guide"] = Refreshed(short, ratios[base])

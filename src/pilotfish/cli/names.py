@@ -72,8 +72,8 @@ def model_sources(
 
 
 def open_guide(name: str) -> Guide:
-    """A bundled guide (such as tiny, tiny-8 for so many steps, sd3-tiny) or a guide's folder or
-    hub id."""
+    """A bundled guide (tiny, or tiny-16, tiny-8, tiny-4 for so many steps) or a guide's folder
+    or hub id."""
     return bundled.open_guide(name)
 
 

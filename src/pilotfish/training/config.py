@@ -120,7 +120,7 @@ class TrainingConfig:
     train_finetunes: tuple[Text, ...] = ()
     """Fine-tunes of the base to train on beside it, so that the guide works better on others:
     folders or hub ids of pipelines, or folders of denoisers or LoRAs. Bundled ones are given by
-    name: noto-v1, fxemoji, contours, flat, lit, and sd3-noto-v1 and so on for sd3."""
+    name: noto-v1, fxemoji, contours, flat, lit."""
     finetune_prob: Probability = 0.5
     """Probability that a training step uses a fine-tune in place of the base."""
     train_batch_size: PositiveInt = 64
@@ -296,7 +296,7 @@ class StepsConfig(TrainingConfig):
 
     guide: Text | None = None
     """The guide to begin with, from stage 1: a folder, hub id or the name of a bundled one.
-    Default: tiny, or sd3-tiny on the base sd3."""
+    Default: tiny."""
     teacher: Literal["guide", "cfg"] = "guide"
     """guide: the teacher is the guide that the round begins with, one pass a step, as in the paper.
     cfg: the teacher is CFG, two passes a step, so errors of the guide are not inherited."""
