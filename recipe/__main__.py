@@ -26,6 +26,7 @@ from recipe.images import TEST_STYLES, TRAIN_STYLES, make_images
 from recipe.pages import draw_readme_grid, write_pages
 from recipe.scorer import ScorerStage, make_scorer
 from recipe.sd3 import make_sd3
+from recipe.transformer import compose
 from recipe.unet import make_base
 from recipe.vocabulary import write_prompts
 
@@ -35,8 +36,9 @@ class Recipe:
     """Make the bundled models. ``all`` runs prompts, images, autoencoder, base, finetunes,
     train_finetunes, test_finetunes, scorer, guides, step_guides and cards, in this order. The
     other stages are not part of the models: ablations compares forms of the guide; sizes trains
-    guides of other sizes in --work/sizes; sd3 trains a Stable Diffusion 3; pages
-    writes results into README and documents; screenshots shows the app in docs/images."""
+    guides of other sizes in --work/sizes; sd3 trains a Stable Diffusion 3;
+    transformer puts the results of its guide into one file; pages writes results into README and
+    documents; screenshots shows the app in docs/images."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -54,6 +56,7 @@ class Recipe:
             "ablations",
             "sizes",
             "sd3",
+            "transformer",
             "pages",
             "screenshots",
             "all",
@@ -168,6 +171,7 @@ OTHERS: dict[str, Callable[[Recipe], None]] = {
     "ablations": lambda r: run_ablations(r.work, r.ablations),
     "sizes": lambda r: make_sizes(r.work / "sizes", r.target, bf16=r.mixed),
     "sd3": lambda r: make_sd3(r.target / "base", r.images, r.work, r.target / "sd3", bf16=r.mixed),
+    "transformer": lambda r: compose(Path("results/sd3")).save("results/transformer.json"),
     "pages": _pages,
     "screenshots": _screenshots,
 }

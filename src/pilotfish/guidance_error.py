@@ -30,7 +30,8 @@ from pilotfish.teacher import Student, Teacher
 
 SCALES = (2.0, 4.0, 7.0)
 
-# (w, normalised time) -> squared distances: guided to CFG, conditional to CFG, guided to conditional
+# (w, normalised time) -> squared distances of guided and of conditional to CFG, of guided to
+# conditional
 Sums = dict[tuple[float, float], tuple[float, float, float]]
 
 

@@ -1,0 +1,77 @@
+"""The stage ``transformer``: one file from the results of several commands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from baselines.frontier.results import FrontierEntry, FrontierResult, FrontierRun
+from pilotfish.evaluation.results import (
+    Agreement,
+    Cost,
+    GuideSize,
+    Interval,
+    ModelResult,
+    NegativeModel,
+    NegativeResult,
+    Result,
+    ResultError,
+    Run,
+    Scores,
+)
+from pilotfish.guidance_error import GuidanceError
+from recipe.transformer import TransformerResult, compose
+
+SIZE = GuideSize("sd3-tiny", 100, 0.01)
+RUN = Run("pilotfish evaluate", 0, 10, 4.0, 25, "some machine", {"torch": "2.13.0"})
+ERROR = GuidanceError(0.3, {"4": 0.3}, {"0.999": 0.5}, 0.9)
+
+
+def entry(method: str, refresh: int, steps: int = 25, setting: str = "") -> FrontierEntry:
+    gain, passes = 0.9 + refresh / 100, float(steps + refresh)
+    return FrontierEntry(
+        method, refresh, steps, passes, 0.5, gain, (gain - 0.1, gain + 0.1), 0.9, 0.1, 3.0, 1.1,
+        {"8": 1.7}, 10, 0, setting,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    run = FrontierRun("pilotfish compare", 0, 10, 10, 4.0, 25, 50, "", "bfloat16", "another", {})
+    entries = [
+        entry("sd3-tiny", 0), entry("sd3-tiny", 3), entry("sd3-tiny", 3, setting="even"),
+        entry("sd3-tiny", 2, steps=8), entry("delta-reuse", 5),
+    ]  # fmt: skip
+    FrontierResult(run, {"sd3": entries}).save(tmp_path / "frontier.json")
+    scores, agreement = Scores(0.5, 0.8, 0.3, 9.0), Agreement(20.0, 0.9, 0.9)
+    model = ModelResult(
+        ERROR, 0.2, 0.9, Interval(0.8, 1.0), 0.9, {"cfg": scores}, {"guided": agreement}
+    )
+    cost = Cost({"8": 1.7}, {"8": 1.9}, {"cfg": 2}, {"cfg": 50.0})
+    Result({"sd3": model}, SIZE, cost, RUN).save(tmp_path / "guide.json")
+    for k, ratio in ((0, 1.15), (3, 1.05)):
+        negative = NegativeModel(ERROR, ERROR, ERROR, ratio, 2.0, 0.2, {"null": agreement})
+        run_k = replace(RUN, refresh=k)
+        NegativeResult({"sd3": negative}, SIZE, run_k).save(tmp_path / f"negative-{k}.json")
+    return tmp_path
+
+
+def test_the_file_has_each_model_by_its_passes(parts: Path) -> None:
+    found = compose(parts)
+    model = found.models["sd3"]
+    assert model.gain_kept == {"25": 0.9, "28": 0.93}  # the default places, 25 steps, the guide
+    assert model.interval["28"].low == pytest.approx(0.83)
+    assert model.negative_ratio == {"25": 1.15, "28": 1.05}
+    assert (model.guidance_error.mean, model.cosine) == (0.3, 0.9)
+    assert found.run.machines == ["another", "some machine"]
+    assert len(found.run.commands) == 4
+    found.save(parts / "transformer.json")
+    assert TransformerResult.load(parts / "transformer.json") == found
+
+
+def test_a_part_that_is_missing_is_named(parts: Path) -> None:
+    (parts / "negative-3.json").unlink()
+    with pytest.raises(ResultError, match="negative-3.json"):
+        compose(parts)
