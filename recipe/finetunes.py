@@ -62,9 +62,10 @@ class FinetuneStage:
 
 
 _FULL, _LORA = FinetuneStage(), FinetuneStage(rank=24, learning_rate=1e-3, steps=3600)
+_SHORTER = replace(_LORA, steps=1600)
 STYLES: dict[BaseName, dict[str, FinetuneStage]] = {
     "base": {"fluent": _FULL, "twemoji": _FULL, "emojione": _LORA},
-    "sd3": {"fluent": _FULL, "twemoji": _LORA, "emojione": _LORA},
+    "sd3": {"fluent": _FULL, "twemoji": _SHORTER, "emojione": _SHORTER},
 }
 _SHORT = FinetuneStage(steps=600, batch=32, rank=16, learning_rate=1e-3)
 TRAIN_FINETUNES = {
@@ -121,9 +122,10 @@ def make_finetune(
     batches = Batches(pipe.vae, pipe.tokenizer, folder, like_base, stage.restyle or (lambda x: x))
     loss = _loss(pipe, batches, bf16=bf16)
     saved = finetune_folder(target, name, base)
+    called = denoiser if base == "base" else torch.compile(denoiser, dynamic=False)
     train(
         work / saved.name.removesuffix("-lora"), {component: denoiser},
-        lambda step, generator: loss(denoiser, step, generator),
+        lambda step, generator: loss(called, step, generator),
         steps=stage.steps, learning_rate=stage.learning_rate, seed=stage.seed,
         averages={component: average}, decay=0.995,
     )  # fmt: skip
