@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,14 @@ from recipe.loop import train
 
 SHORT = replace(sd3.STAGE, steps=1, batch=2, views=1, final_views=1)
 IMAGES = bundled.FOLDER / "images"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uncompiled() -> Iterator[None]:
+    """Compilation would take minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda module, **_: module)
+        yield
 
 
 @pytest.fixture(scope="module")
