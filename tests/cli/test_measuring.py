@@ -81,6 +81,16 @@ def test_by_guidance_scale_and_by_steps_a_plot_is_drawn(
     assert list(json.loads((tmp_path / "steps.json").read_text())["wall_clock"]["cfg"]) == ["2"]
 
 
+def test_a_base_that_has_no_guide_yet_is_measured_by_guidance_scale(
+    own: list[str], guide: str, say: Say, tmp_path: Path
+) -> None:
+    without = [flag for flag in own if flag not in ("--guide", guide)]
+    output = tmp_path / "scales.json"
+    code, error = say(*without, "--guidance_scales", "4", "--output", str(output))
+    assert code == 0, error
+    assert list(json.loads(output.read_text())["models"]["base"]) == ["none", "cfg"]
+
+
 def test_a_result_says_how_many_steps_were_refreshed(
     own: list[str], say: Say, tmp_path: Path
 ) -> None:

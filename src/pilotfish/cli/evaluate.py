@@ -49,9 +49,9 @@ class EvaluateConfig:
 
     guide: tuple[str, ...] = ()
     """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), or a folder or hub id. Left
-    out: that of the bundled base. With --steps and --guidance_scales several, also
-    guidance-interval and adaptive-guidance in a clone. NAME=GUIDE gives it a name in the result;
-    guides for different numbers of steps that have one name make one line."""
+    out: that of the bundled base. With --steps and --guidance_scales none where a base has none, or
+    several, also guidance-interval and adaptive-guidance in a clone. NAME=GUIDE gives it a name in
+    the result; guides for different numbers of steps that have one name make one line."""
     models: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, high-contrast, monotone,
     streamline, sd3, or folders or hub ids."""
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
         EvaluateConfig, args=list(arguments), prog="pilotfish evaluate", use_underscores=True
     )
     if not config.guide:
-        config = replace(config, guide=(bundled.guide_of(config.models[0]),))
+        config = replace(config, guide=_own_guide(config))
     _check(config)
     unfinished = Path(f"{config.output}.unfinished")
     models = model_sources(config.models, config.reference_images, config.dtype, config.variant)
@@ -136,6 +136,14 @@ def main(arguments: Sequence[str]) -> None:
             Path(config.grid).parent.mkdir(parents=True, exist_ok=True)
             sheet(prompts, drawn).save(config.grid)
             print(f"saved {config.grid}")
+
+
+def _own_guide(config: EvaluateConfig) -> tuple[str, ...]:
+    """The guide of the first model's base; none where curves are measured on a base without."""
+    first = config.models[0]
+    name, curve = bundled.guide_of(first), config.steps or config.guidance_scales
+    there = first in bundled.model_names() and name in bundled.guide_names()
+    return () if curve and not there else (name,)
 
 
 def _check(config: EvaluateConfig) -> None:
