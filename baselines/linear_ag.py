@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from baselines.training_free import Rule, Step
+from pilotfish.backbones import Backbone
 
 TOLERANCE = 1e-10
 """Directions of the regression whose share of the largest variance is below this are left out."""
@@ -113,13 +114,14 @@ def gram_matrix(
     """
     if not prompts:
         raise ValueError("LinearAG is fitted on CFG trajectories of at least one prompt")
-    recorder, total = _Recorder(), torch.zeros(())
+    recorder, total, call = _Recorder(), torch.zeros(()), Backbone.of_pipeline(pipe).call_arguments
     pipe.set_progress_bar_config(disable=True)
     for i in range(0, len(prompts), batch_size):
         texts = list(prompts[i : i + batch_size])
         with recorder.attached(pipe):
             pipe(
-                texts, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
+                texts, num_inference_steps=num_inference_steps,
+                **call(pipe, guidance_scale, len(texts)),
                 generator=[torch.Generator().manual_seed(seed + i + j) for j in range(len(texts))],
                 output_type="latent",
             )  # fmt: skip

@@ -11,7 +11,8 @@ what takes the place of the unconditional prediction in the others:
 - :mod:`baselines.reuse`: the last difference of the two predictions is used again.
 - :mod:`baselines.linear_ag`: a linear function of earlier predictions.
 
-The pipeline runs as it does with CFG. Where the denoiser is called with a doubled batch in a step
+The pipeline runs as it does with CFG, both passes in one call of the denoiser: Stable Diffusion
+1.x, 2.x, XL and 3. Where the denoiser is called with a doubled batch in a step
 of one pass, it runs on the prompt's half. The rule returns the unconditional prediction, and
 equation (1) combines the two. Equation (1) is linear, so nothing depends on whether the denoiser
 predicts epsilon, v or flow.
@@ -22,11 +23,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
+from pilotfish.backbones import Backbone
+
+FAMILIES = ("unet", "joint-dit")
+"""Families whose pipelines run both passes in one call of the denoiser and combine them by equation
+(1)."""
 RULES: dict[str, type[Rule]] = {}
 """Every rule that has been imported, by its name; it is made without arguments."""
 
@@ -47,8 +54,7 @@ class Step:
 
 
 class Rule:
-    """CFG with one pass in some of the steps. It attaches to a pipeline with a UNet as a guide
-    does.
+    """CFG with one pass in some of the steps. It attaches to a pipeline as a guide does.
 
     A subclass is registered under the ``name`` of its class statement, if it has one.
     """
@@ -90,26 +96,23 @@ class Rule:
         """The pipeline with this rule.
 
         Raises:
-            ValueError: the pipeline has no UNet.
+            ValueError: a pipeline of another family.
         """
-        if getattr(pipe, "unet", None) is None:
-            raise ValueError(
-                f"{self.title} needs a pipeline with a UNet; {type(pipe).__name__} has none"
-            )
+        net, names = _denoiser(pipe, self.title)
         step, halved = Step(-1, 0, float("-inf")), False
 
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal step, halved
-            sample, timestep = args[0], float(torch.as_tensor(args[1]).reshape(-1)[0])
+            given = dict(zip(names, args, strict=False)) | kwargs
+            timestep = float(torch.as_tensor(given["timestep"]).reshape(-1)[0])
             step = _next(step, timestep, pipe.scheduler.timesteps)
             if step.index == 0:
                 self.reset()
             halved = pipe.do_classifier_free_guidance and not self.is_guided(step)
             if not halved:
                 return None
-            n = len(sample)
-            halves = {k: _second_half(v, n) for k, v in kwargs.items()}
-            return (sample[n // 2 :], *args[1:]), halves
+            n = len(given[names[0]])
+            return (), {k: _second_half(v, n) for k, v in given.items()}
 
         def after(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
             if not pipe.do_classifier_free_guidance:
@@ -125,14 +128,29 @@ class Rule:
             return (torch.cat([unconditional, conditional]), *output[1:])
 
         handles = [
-            pipe.unet.register_forward_pre_hook(before, with_kwargs=True),
-            pipe.unet.register_forward_hook(after, with_kwargs=True),
+            net.register_forward_pre_hook(before, with_kwargs=True),
+            net.register_forward_hook(after, with_kwargs=True),
         ]
         try:
             yield pipe
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _denoiser(pipe: Any, title: str) -> tuple[Any, list[str]]:
+    """The denoiser, and the names of its arguments.
+
+    Raises:
+        ValueError: see :meth:`Rule.attached`.
+    """
+    backbone = next((b for b in Backbone.all_of_pipeline(pipe).values()), None)
+    if backbone is None or backbone.family not in FAMILIES:
+        raise ValueError(
+            f"{title} is made for Stable Diffusion 1.x, 2.x, XL and 3, and this is a "
+            f"{type(pipe).__name__}"
+        )
+    return backbone.denoiser, list(signature(backbone.denoiser.forward).parameters)
 
 
 def _next(last: Step, timestep: float, schedule: torch.Tensor) -> Step:

@@ -120,6 +120,8 @@ def _train_finetunes(r: Recipe) -> None:
 
 
 def _test_finetunes(r: Recipe) -> None:
+    if r.model != "base":
+        raise ValueError("test_finetunes are trained on base alone; leave --model out")
     rendered = r.work / "images"
     make_images(rendered, TEST_STYLES)
     for name in r.test_finetunes:
@@ -168,7 +170,7 @@ MODELS: dict[str, Callable[[Recipe], None]] = {
 }  # fmt: skip
 """The stages of ``all``, in order."""
 OTHERS: dict[str, Callable[[Recipe], None]] = {
-    "ablations": lambda r: run_ablations(r.work, r.ablations),
+    "ablations": lambda r: run_ablations(r.work, r.ablations, bf16=r.mixed),
     "sizes": lambda r: make_sizes(r.work / "sizes", r.target, bf16=r.mixed),
     "sd3": lambda r: make_sd3(r.target / "base", r.images, r.work, r.target / "sd3", bf16=r.mixed),
     "transformer": lambda r: compose(Path("results/sd3")).save("results/transformer.json"),

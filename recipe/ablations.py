@@ -61,7 +61,7 @@ class AblationsStage:
     output: Path = Path("results/ablations.json")
 
 
-def run_ablations(work: Path, stage: AblationsStage) -> None:
+def run_ablations(work: Path, stage: AblationsStage, *, bf16: bool) -> None:
     """Train each, measure its guidance error on every model, write JSON, print the table."""
     run = {k: v for k, v in asdict(stage).items() if k not in ("names", "output")}
     run |= {"command": "python -m recipe ablations", "machine": machine(), "versions": versions()}
@@ -78,17 +78,19 @@ def run_ablations(work: Path, stage: AblationsStage) -> None:
             DistillConfig(
                 output=str(folder), max_train_steps=stage.steps, seed=stage.seed,
                 train_batch_size=stage.batch, validation_steps=stage.steps, report_to="none",
-                resume="latest", mixed_precision="bf16", lr_warmup_steps=30,
+                resume="latest", mixed_precision="bf16" if bf16 else "no", lr_warmup_steps=30,
                 replay_capacity=2048, **settings,
             )
         )  # fmt: skip
-        rows[name] = measure(guide, held_out, stage)
+        rows[name] = measure(guide, held_out, stage, bf16=bf16)
         stage.output.parent.mkdir(parents=True, exist_ok=True)
         stage.output.write_text(json.dumps({"ablations": rows, "run": run}, indent=2) + "\n")
     print(table(rows))
 
 
-def measure(guide: Guide, held_out: list[str], stage: AblationsStage) -> dict[str, Any]:
+def measure(
+    guide: Guide, held_out: list[str], stage: AblationsStage, *, bf16: bool
+) -> dict[str, Any]:
     """Size and guidance error on every bundled model."""
     errors, share = {}, 0.0
     parameters = sum(p.numel() for p in guide.parameters())
@@ -96,7 +98,8 @@ def measure(guide: Guide, held_out: list[str], stage: AblationsStage) -> dict[st
         pipe: Any = bundled.load_model(name)
         if name == "base":
             share = parameters / sum(p.numel() for p in pipe.unet.parameters())
-        with torch.autocast(pipe.device.type, torch.bfloat16):  # as in training
+        # as in training
+        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
             trajectories = Trajectories.of_pipeline(
                 pipe, held_out, seed=stage.seed, num_inference_steps=stage.num_inference_steps
             )

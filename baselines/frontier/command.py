@@ -75,7 +75,12 @@ def main(arguments: Sequence[str]) -> None:
     there = bundled.guide_names()
     guides = _guides(config.guides or [name for name in own if name in there])
     far = bundled.test_finetune_names() if config.base == "base" else []
-    models = config.models or (*bundled.BASES[bundled.base_of(config.base)], *far)
+    if config.base in bundled.BASES:
+        models = config.models or (*bundled.BASES[config.base], *far)
+    elif config.guides:
+        models = config.models or (config.base,)
+    else:
+        raise ValueError("--guides is needed with a base of your own")
     names = load_prompts(config.prompts) if config.prompts else bundled.prompts("captions")
     sources = model_sources(models, config.reference_images, config.dtype)
     base = model_sources([config.base], (), config.dtype).popitem()

@@ -46,7 +46,8 @@ def mean(
 
 def points(found: FrontierResult) -> list[FrontierEntry]:
     """One entry of each key, those of a method together and by passes."""
-    every = {entry.key: entry for entries in found.models.values() for entry in entries[::-1]}
+    last_first = [*found.models.values()][::-1]  # of a key the first model's entry is kept
+    every = {entry.key: entry for entries in last_first for entry in entries[::-1]}
     order = list(dict.fromkeys(entry.method for v in found.models.values() for entry in v))
     return sorted(every.values(), key=lambda e: (order.index(e.method), e.steps, e.passes))
 

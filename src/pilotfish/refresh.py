@@ -35,7 +35,8 @@ def inside(count: int, steps: int, power: float = 1.0) -> tuple[int, ...]:
         return tuple(range(steps))
     found: list[int] = []
     for i in range(count):
-        wanted = int(steps * ((i + 1) / (count + 1)) ** power)
+        # 49 * (1 / 49) is a little less than 1
+        wanted = int(steps * ((i + 1) / (count + 1)) ** power + 1e-9)
         found.append(max(wanted, found[-1] + 1 if found else 0))
     return tuple(found)
 

@@ -25,6 +25,7 @@ from baselines.reuse import denser_early, every_nth
 from baselines.training_free import Step
 from pilotfish.evaluation.speed import counted_rows
 from pilotfish.refresh import DENSER, inside
+from tests import components
 from tests.pipelines import pipelines
 from tests.pipelines.test_conditions import WIDTH, load_ip_adapter
 
@@ -51,6 +52,27 @@ def draw(
     with method.attached(pipe), counted_rows(pipe.unet) as rows:
         made = call()
     return made, sum(rows)
+
+
+def test_rules_run_on_stable_diffusion_3_and_are_refused_elsewhere() -> None:
+    call: dict[str, Any] = {
+        "prompt": ["a cat", "dog"], "guidance_scale": 4.0, "num_inference_steps": 4,
+        "output_type": "latent", "max_sequence_length": 4,
+    }  # fmt: skip
+    pipe = components.sd3_pipeline()
+
+    def made() -> torch.Tensor:
+        images: torch.Tensor = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+        return images
+
+    cfg = made()
+    for rule, rows in ((GuidanceInterval(0, 1001), 16), (DeltaReuse(4), 16), (DeltaReuse(2), 12)):
+        with rule.attached(pipe), counted_rows(pipe.transformer) as counted:
+            assert torch.equal(made(), cfg) == (rows == 16)
+        assert sum(counted) == rows
+    assert torch.equal(made(), cfg)
+    with pytest.raises(ValueError, match="delta reuse is made for .* and this is a PixArtSigma"):
+        DeltaReuse(2).attached(components.pixart_pipeline()).__enter__()
 
 
 def test_guidance_everywhere_is_cfg_bit_for_bit(pipe: Any) -> None:

@@ -165,6 +165,13 @@ def test_changed_it_goes_up_with_a_card_of_its_own(folder: Path, hub: Hub) -> No
     assert str(folder) not in hub.files["config.json"].decode()
 
 
+def test_another_configuration_is_a_change(folder: Path, hub: Hub) -> None:
+    guide = Guide.from_pretrained(folder)
+    guide.register_to_config(refresh_ratio=0.2)
+    guide.push_to_hub("me/guide")
+    assert json.loads(hub.files["config.json"])["refresh_ratio"] == 0.2
+
+
 def test_from_memory_it_goes_up_with_a_card(guide: TinyGuide, hub: Hub) -> None:
     guide.push_to_hub("me/guide")
     card = ModelCard(hub.files["README.md"].decode())

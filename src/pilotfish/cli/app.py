@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import tyro
 
 from pilotfish import bundled
-from pilotfish.cli.names import Dtype, open_guide, open_model
+from pilotfish.cli.names import Dtype, open_guide, open_model, usable_device
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str]) -> None:
     bases = dict.fromkeys(map(bundled.base_of, config.models))
     names = config.guide or bundled.guide_names(*bases)
     guides = {name: open_guide(name) for name in names}
+    device = usable_device(config.device)
     models = {
-        name: open_model(name, config.dtype, config.variant).to(config.device)
-        for name in config.models
+        name: open_model(name, config.dtype, config.variant).to(device) for name in config.models
     }
     session = Session(models, guides)
     page.serve(page.build(session), config.host, config.port)

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from pilotfish import bundled
+from pilotfish.backbones import Backbone
 from pilotfish.cli.names import model_on_device, open_guide, sampling_steps
 from pilotfish.cli.progress import progress_bars
 from pilotfish.evaluation import plots
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str]) -> None:
     sites = list(dict.fromkeys(a.site for a in found if a.map is not None))
     if not sites:
         raise ValueError(f"{config.guide} adds nothing that has a map")
-    inner = [site for site in sites if site != "conv_out"]
+    head = Backbone.of_pipeline(pipe).sites()["head"]["module"]
+    inner = [site for site in sites if site != head]
     site = config.site or (inner or sites)[-1]
     if site not in sites:
         raise ValueError(f"nothing is added at {site}; there are {', '.join(sites)}")

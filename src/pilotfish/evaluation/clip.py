@@ -126,8 +126,9 @@ class FrechetFeatures(nn.Module):
         self.num_features = int(scorer.model.config.vision_config.hidden_size)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, D), on the images' device."""
-        return self._scorer[0].pooled(images).to(images.device)
+        """(N, 3, H, W) in [-1, 1] -> (N, D) on the CPU, where the metric keeps its sums in
+        float64."""
+        return self._scorer[0].pooled(images).cpu()
 
 
 def _size(settings: Any) -> tuple[tuple[int, int], bool]:

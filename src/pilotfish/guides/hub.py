@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors.torch import load_file
@@ -94,7 +95,8 @@ def upload(
 
 
 def unchanged_folder(guide: Guide) -> Path | None:
-    """The folder from which a guide was loaded, where it has a card and the very same weights."""
+    """The folder from which a guide was loaded, where it has a card and the very same weights and
+    configuration."""
     folder = Path(guide.config.get("_name_or_path") or "")
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file() or not (folder / CARD).is_file():
@@ -103,4 +105,8 @@ def unchanged_folder(guide: Guide) -> Path | None:
     same = saved.keys() == mine.keys() and all(
         torch.equal(mine[k].cpu(), v.to(mine[k].dtype)) for k, v in saved.items()
     )
-    return folder if same else None
+    config, own = (json.loads(text) for text in (
+        (folder / CONFIG_NAME).read_text(encoding="utf-8"), guide.to_json_string()
+    ))  # fmt: skip
+    version = "_diffusers_version"
+    return folder if same and {**config, version: ""} == {**own, version: ""} else None

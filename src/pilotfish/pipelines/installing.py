@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
+import torch
+
 from pilotfish.backbones import Backbone, Hooks, Origin, is_compiled, watch_hooks
 from pilotfish.interface import GuideError, GuideProtocol
 from pilotfish.noise import prediction_type
@@ -52,7 +54,8 @@ def sync(pipe: Any) -> GuideProtocol:
             f"{guide.config.signature['prediction_type']}, and the pipeline's scheduler takes its "
             f"prediction for {predicted}; set prediction_type in the scheduler's configuration"
         )
-    place, dtype = pipe._execution_device, denoisers[0].dtype
+    # "cuda" and "cuda:0" are one device but compare unequal
+    place, dtype = torch.empty(0, device=pipe._execution_device).device, denoisers[0].dtype
     if (guide.device, guide.dtype) != (place, dtype):
         copied = pipe._pilotfish_copy
         if copied is None or (copied.device, copied.dtype) != (place, dtype):
