@@ -45,7 +45,7 @@ SECOND_WIDTH = 32
 """Of the second CLIP encoder; the first, that of ``base``, has the rest."""
 PENULTIMATE = -2
 """The hidden states that the pipeline takes of a CLIP encoder."""
-STAGE = DenoiserStage(steps=6500, learning_rate=1e-3, final_begin=2200)
+STAGE = DenoiserStage(steps=5200, learning_rate=1e-3, final_begin=1700)
 TEXT_LEARNING_RATE = 2e-4
 ZERO_TOKENS, EVERY = 256, 32
 """The zero tokens of a pipeline's default call; every so many-th step is trained with them."""
