@@ -52,15 +52,16 @@ ZERO_TOKENS, EVERY = 256, 32
 
 
 def new_transformer() -> SD3Transformer2DModel:
-    """(N, 8, 8, 8) latents, each pixel a token, 10.5 M parameters; attention as in SD 3.5."""
+    """(N, 8, 8, 8) latents, each pixel a token, 10.5 M parameters; heads and norms as in SD
+    3.5."""
     return SD3Transformer2DModel(
         sample_size=8,
         patch_size=1,
         in_channels=8,
         out_channels=8,
         num_layers=8,
-        attention_head_dim=32,
-        num_attention_heads=WIDTH // 32,
+        attention_head_dim=64,
+        num_attention_heads=WIDTH // 64,
         joint_attention_dim=WIDTH,
         caption_projection_dim=WIDTH,
         pooled_projection_dim=WIDTH,
