@@ -39,8 +39,9 @@ check: lint types layers test ## lint, types, layers and test
 hooks: .venv/.dev ## run lint, types and layers before every commit
 	$(BIN)/pre-commit install
 
-wheels: .venv/bin/python ## build pilotfish and pilotfish-models into dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . ./assets
+wheels: .venv/.dev ## build both packages into dist/, as wheels and sources
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist assets
 
 docs: .venv/.docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -30,7 +30,7 @@ def _costs(shapes: dict[str, ShapeResult]) -> str:
     head = (
         "denoiser", "parameters", "text tokens", "tiny guide", "FLOPs, guided over plain",
         "CFG over guided, by FLOPs", f"with {REFRESH} refreshes in {STEPS} steps",
-        "operators added to a pass",
+        "operators: added / plain pass",
     )  # fmt: skip
     rows = []
     for name, shape in shapes.items():
@@ -41,7 +41,7 @@ def _costs(shapes: dict[str, ShapeResult]) -> str:
                 f"{shape.parameters / 1e9:.2f} B", str(SHAPES[name].tokens),
                 f"{guide.parameters / 1e6:.1f} M, {guide.share:.2%}", f"{share:.3f}",
                 f"{2 / share:.2f}", f"{call_speedup(2 / share, REFRESH, STEPS):.2f}",
-                f"{operators.added:,} to {operators.plain:,}" if operators else "",
+                f"{operators.added:,} / {operators.plain:,}" if operators else "",
             ))  # fmt: skip
     return _table(head, rows)
 

@@ -55,6 +55,8 @@ def test_every_public_name_is_there() -> None:
 def test_the_version_stands_in_one_place() -> None:
     models = (ROOT / "assets" / "pilotfish_models" / "__init__.py").read_text(encoding="utf-8")
     assert f'__version__ = "{pilotfish.__version__}"' in models
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    assert f"version: {pilotfish.__version__}" in citation
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == pilotfish.__version__
     for file in (ROOT / "pyproject.toml", ROOT / "assets" / "pyproject.toml"):

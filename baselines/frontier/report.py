@@ -53,13 +53,16 @@ def points(found: FrontierResult) -> list[FrontierEntry]:
 
 
 def frontier_markdown(found: FrontierResult, columns: Groups) -> str:
-    """A line for each entry. FLOPs and speed are relative to CFG with the steps of the run."""
+    """A line for each entry that is measured on all models of a column. FLOPs and speed are
+    relative to CFG with the steps of the run. Columns without any figure are left out."""
     headings = ["method", "second passes", "steps", "passes", "FLOPs", "speed, 1", "speed, 8"]
     headings += [f"retained, {name}" for name in columns]
     headings += [f"latent MSE, {name}" for name in columns]
     headings += ["fd_clip, base", "images"]
     steps, rows = found.run.num_inference_steps, list[tuple[str, ...]]()
     for entry in points(found):
+        if all(math.isnan(mean(found, models, entry, _gain)) for models in columns.values()):
+            continue
         fd = mean(found, columns.get("base", ()), entry, lambda e: e.fd)
         work = entry.flops_over_none * entry.steps / (2 * steps)
         rows.append((
@@ -73,7 +76,8 @@ def frontier_markdown(found: FrontierResult, columns: Groups) -> str:
             ),
             number(fd, 1), str(entry.samples),
         ))  # fmt: skip
-    return markdown(headings, rows)
+    shown = [i for i in range(len(headings)) if any(row[i] != "–" for row in rows)]
+    return markdown([headings[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
 def summary_markdown(

@@ -66,7 +66,8 @@ class Feature:
 
 STEP_END = taking("callback_on_step_end")
 CUTOFF = (*(n for n in STEP_END if n in UNET and "depth2img" not in n), "SD3")
-SAME = "the same"
+SAME = "one call a step, fresh is conditional"
+HEUN = "one call a step and Heun's further calls, fresh is conditional"
 
 FEATURES = {
     "one pass": Feature("one denoiser call a step, at batch N: for one prompt, or a list", EVERY),
@@ -138,12 +139,10 @@ FEATURES = {
     "DPMSolverMultistepScheduler": Feature(SAME, ("SD3", *PLAIN, *PIXART)),
     "UniPCMultistepScheduler": Feature(SAME, ("SD3", *PLAIN, "PixArt-Sigma")),
     "LMSDiscreteScheduler": Feature(SAME, PLAIN),
-    "HeunDiscreteScheduler": Feature("the same, with its further calls in between", PLAIN),
+    "HeunDiscreteScheduler": Feature(HEUN, PLAIN),
     "LCMScheduler": Feature(SAME, (*PLAIN, "PixArt-Sigma")),
     "FlowMatchEulerDiscreteScheduler": Feature(SAME, SD3),
-    "FlowMatchHeunDiscreteScheduler": Feature(
-        "the same, with its further calls in between", ("SD3",)
-    ),
+    "FlowMatchHeunDiscreteScheduler": Feature(HEUN, ("SD3",)),
     "prediction_type": Feature(
         "changed after attaching, or from a callback: refused, naming both", ("SD", "SD, v", "SD3")
     ),
@@ -190,7 +189,7 @@ FEATURES = {
     "ExternalGuide": Feature(
         "fresh it is conditional, trained it is not, one call a step", SOME
     ),
-    "FullGuide": Feature(SAME, SOME),
+    "FullGuide": Feature("fresh it is conditional, trained it is not, one call a step", SOME),
     "guidance_rescale": Feature("acts on the second pass", taking("guidance_rescale"), True),
     "guess_mode": Feature(
         "leaves ControlNet out of the second pass", taking("guess_mode"), True
