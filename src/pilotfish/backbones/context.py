@@ -114,6 +114,9 @@ class GuidedPass:
         """Whether it has not found the difference yet."""
         self.refresh: Refresh | None = None
         """What the last of them found."""
+        self.degraded: torch.Tensor | None = None
+        """The prediction of a degraded denoiser in a call with both passes, where the guidance that
+        the guide was taught has one."""
         self.negative_images: list[torch.Tensor] | None = None
         """Embeddings that stand for no image, where an IP-Adapter is used."""
         self._calls = 0
@@ -234,14 +237,16 @@ class GuidedPass:
         return self._places
 
     def corrected(
-        self, name: str, entered: torch.Tensor, made: torch.Tensor
-    ) -> torch.Tensor | None:
+        self, name: str, entered: torch.Tensor, made: torch.Tensor,
+        degraded: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:  # fmt: skip
         """Inside a call with both passes, the output of the last module with what the guide adds to
         CFG itself, because each of its steps is longer than one of CFG. None where it adds nothing.
 
         Args:
             entered: (2 N, features, h, w) the input of the module, negative prompts first.
             made: (2 N, C, h, w) its output, the predictions.
+            degraded: (N, C, h, w) see :attr:`degraded`.
 
         Returns:
             (2 N, C, h, w), the second half of which is the guided prediction.
@@ -250,7 +255,8 @@ class GuidedPass:
             return None
         assert self._began is not None
         unconditional, conditional = made.chunk(2)
-        self._found(unconditional, conditional)
+        second = self.guide.guidance.second(unconditional, conditional, degraded)
+        self._found(second, conditional)
         output = self.guide(replace(self._began[1], refresh=self.refresh))
         features = self.to_guide(entered.chunk(2)[1])
         guided = output.residuals[name](features, self.to_guide(conditional))
@@ -284,7 +290,7 @@ class GuidedPass:
         if self.refreshing:
             scale = self._began[0]
             self._found(unconditional, conditional)
-        self.doubled, self._began = False, None
+        self.doubled, self._began, self.degraded = False, None, None
         return scale
 
     def end(self, prediction: torch.Tensor) -> None:
