@@ -1,23 +1,19 @@
 """The guidances that a guide can be taught, in place of classifier-free guidance.
 
-Each has one form: a rule of two predictions and w. The first is that for the negative prompt, or
-what a guidance puts in its place (:meth:`Guidance.second`), the other that for the prompt, c. With
-diffusers' names (:mod:`diffusers.guiders`), n for the prediction of the negative prompt and d for
-that of a degraded denoiser:
+With c and n for the predictions for prompt and negative prompt, and d for that of a degraded
+denoiser, at a scale w (:mod:`diffusers.guiders` has the same, with the same names):
 
-    cfg            n + w (c - n)
-    rescaled       equation (1), brought near the standard deviation of c
-    apg            c + (w - 1) p(c - n), p shortening the part along c
+    cfg            n + w (c - n), or the pipeline's own rule
+    rescaled       equation (1), brought nearer to the standard deviation of c
+    apg            c + (w - 1) p(c - n), where p shortens the part along c
     cfg_zero_star  s n + w (c - s n), s = <c, n> / <n, n>
     slg, pag       n + w (c - n) + r (w - 1) (c - d)
     autoguidance   d + w (c - d)
 
-At w = 1 each is c. The third term of ``slg`` and ``pag`` is a ratio r of w - 1, so that one scale
-turns both off; ``d + w (c - d)`` is all of them with
-
-    d = n - r (c - d')
-
-in place of n, so nothing beyond this module knows of a third prediction.
+Each is c at w = 1, where pipelines make no second pass. For that the third term of ``slg`` and
+``pag`` is scaled by a ratio r of w - 1. All but two are then equation (1) with another prediction
+in the place of n: s n, n - r (c - d) or d (:meth:`Guidance.second`), so training, refreshes and
+measurements know two predictions and w.
 """
 
 from __future__ import annotations
@@ -119,6 +115,10 @@ class Guidance:
             return None
         found = {n: getattr(self, n) for n in ("guidance", *SETTINGS[self.guidance])}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+    def __str__(self) -> str:
+        settings = [f"{n} {getattr(self, n)}" for n in SETTINGS[self.guidance] if getattr(self, n)]
+        return ", ".join([self.guidance, *settings])
 
     @property
     def title(self) -> str:

@@ -95,7 +95,7 @@ def test_without_a_refresh_it_is_one_pass() -> None:
 def test_a_refresh_with_a_weaker_model_is_refused() -> None:
     one, taught = build("SD"), Guidance("autoguidance", weak_model="weak/base")
     made = guide("SD", teacher=taught.plain())
-    with pytest.raises(GuideError, match="weaker model weak/base.*refresh=0"):
+    with pytest.raises(GuideError, match=r"weaker model weak/base.*refresh=0"):
         made.attach(one.pipe, refresh=2)
     with made.attached(one.pipe, refresh=0):
         one.latents()

@@ -63,8 +63,8 @@ def attach(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None)
     guidance = guide.guidance
     if refresh and guidance.weak_model is not None and guide.weak_denoiser is None:
         raise GuideError(
-            f"this guide was taught AutoGuidance with the weaker model {guidance.weak_model}, which "
-            "a refresh would run as well and a guide does not hold; attach it with refresh=0"
+            f"this guide was taught AutoGuidance with the weaker model {guidance.weak_model}, "
+            "which a refresh would run as well and a guide does not hold; attach it with refresh=0"
         )
     hooks, plain = install(guide, check(guide, pipe)), type(pipe)
     guide.eval()
