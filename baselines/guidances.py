@@ -55,8 +55,8 @@ class GuidancesConfig:
     """Measure guidances beside CFG, and guides that were taught them. The same command resumes."""
 
     rules: tuple[str, ...] = SPECS
-    """Guidances, each NAME or NAME:SETTING=VALUE,SETTING=VALUE (lists with +), with @W at its end in
-    place of --scales. CFG is always measured."""
+    """Guidances, each NAME or NAME:SETTING=VALUE,SETTING=VALUE (lists with +), with @W at the end
+    in place of --scales. CFG is always measured."""
     scales: tuple[float, ...] = (2.0, 3.0, 4.0, 6.0)
     """Each w."""
     guides: tuple[str, ...] = ()
