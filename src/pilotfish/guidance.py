@@ -81,33 +81,27 @@ def rescaled_guidance(
     return rescale * scaled + (1 - rescale) * guided
 
 
-def projected_guidance(
-    unconditional: torch.Tensor,
-    conditional: torch.Tensor,
-    guidance_scale: torch.Tensor | float,
-    eta: float,
-    norm_threshold: float = 0.0,
+def projected_unconditional(
+    unconditional: torch.Tensor, conditional: torch.Tensor, eta: float, norm_threshold: float = 0.0
 ) -> torch.Tensor:
-    """Adaptive projected guidance without momentum: algorithm 1 of arXiv 2410.02416, by diffusers'
-    ``normalized_guidance``. Of the difference of the two predictions, shortened to a norm, the part
-    along the conditional prediction is turned down: it is what saturates.
+    """``eps_c - p(eps_c - eps_n)``, with which equation (1) is adaptive projected guidance without
+    momentum: algorithm 1 of arXiv 2410.02416, by diffusers' ``normalized_guidance``. p shortens the
+    difference to a norm and turns down its part along the conditional prediction, which saturates.
 
     Args:
         eta: share of that part that is kept, in [0, 1].
         norm_threshold: largest norm; 0 for none. Others and returns as
-            :func:`classifier_free_guidance`, which it is at ``eta = 1`` without a norm.
+            :func:`classifier_free_guidance`; with ``eta = 1`` and no norm it is ``eps_n``.
     """
     if eta == 1 and not norm_threshold:
-        return classifier_free_guidance(unconditional, conditional, guidance_scale)
+        return unconditional
     from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
 
-    single = not isinstance(guidance_scale, torch.Tensor)
-    strength = guidance_scale - 1 if single else per_sample(guidance_scale - 1, conditional)
-    guided: torch.Tensor = normalized_guidance(
-        conditional, unconditional, strength, eta=eta, norm_threshold=norm_threshold,
+    made: torch.Tensor = normalized_guidance(
+        conditional, unconditional, -1.0, eta=eta, norm_threshold=norm_threshold,
         use_original_formulation=True,
     )  # fmt: skip
-    return guided
+    return made
 
 
 def scaled_unconditional(unconditional: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ denoiser, at a scale w (:mod:`diffusers.guiders` has the same, with the same nam
     autoguidance   d + w (c - d)
 
 Each is c at w = 1, where pipelines make no second pass. For that the third term of ``slg`` and
-``pag`` is scaled by a ratio r of w - 1. All but two are then equation (1) with another prediction
-in the place of n: s n, n - r (c - d) or d (:meth:`Guidance.second`), so training, refreshes and
-measurements know two predictions and w.
+``pag`` is scaled by a ratio r of w - 1. All but ``rescaled`` are then equation (1) with another
+prediction in the place of n: c - p(c - n), s n, n - r (c - d) or d (:meth:`Guidance.second`). So
+training, refreshes and measurements know two predictions and w.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 
-from pilotfish.guidance import projected_guidance, rescaled_guidance, scaled_unconditional
+from pilotfish.guidance import (
+    projected_unconditional,
+    rescaled_guidance,
+    scaled_unconditional,
+)
 
 Rule = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
 """(unconditional, conditional, w) -> the guided prediction."""
@@ -106,8 +110,8 @@ class Guidance:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(plain or {}) - known):
             raise ValueError(f"a guidance has no field {unknown[0]}")
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in (plain or {}).items()}
-        return cls(**tuples)
+        given: dict[str, Any] = dict(plain or {})
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
     def plain(self) -> dict[str, Any] | None:
         """Its name and own settings in plain JSON; None for CFG."""
@@ -153,6 +157,10 @@ class Guidance:
         """
         if self.guidance == "cfg_zero_star":
             return scaled_unconditional(unconditional, conditional)
+        if self.guidance == "apg":
+            return projected_unconditional(
+                unconditional, conditional, self.eta, self.norm_threshold
+            )  # fmt: skip
         if degraded is None:
             return unconditional
         if self.replaces_second:
@@ -167,12 +175,10 @@ class Guidance:
         Args:
             second: of :meth:`second`.
             w: a number or (N,).
-            rule: the pipeline's own, which ``rescaled`` and ``apg`` replace.
+            rule: the pipeline's own, which ``rescaled`` replaces.
         """
         if self.guidance == "rescaled":
             return rescaled_guidance(second, conditional, w, self.guidance_rescale)
-        if self.guidance == "apg":
-            return projected_guidance(second, conditional, w, self.eta, self.norm_threshold)
         return rule(second, conditional, w)
 
 
