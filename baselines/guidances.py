@@ -89,8 +89,7 @@ class GuidancePoint:
         guidance: its name and settings; ``none`` for the prompt alone.
         name: the guidance's name without settings.
         w: guidance scale.
-        passes: of the denoiser for one image, counted. With a weaker or degraded denoiser in the
-            second pass the reference runs one that is not needed.
+        passes: of the denoiser for one image, counted; those of a weaker model are not.
         guide: the guide's name; empty for the guidance with all its passes.
         refresh: steps of the guide that run all passes.
     """

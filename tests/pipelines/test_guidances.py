@@ -80,6 +80,10 @@ def test_every_family_runs_all_passes(name: str) -> None:
     with Reference(guidance).attached(one.pipe), one.batches() as sizes:
         made = one.latents()
     assert sizes == [2, 4] * (len(sizes) // 2), "the degraded pass, then both"
+    weaker = Guidance("autoguidance", degraded_layers=(stack,))
+    with Reference(weaker).attached(one.pipe), one.batches() as sizes:
+        assert not torch.equal(one.latents(), made)
+    assert set(sizes) == {2}
     assert not torch.equal(made, neutral)
     with Reference(Guidance("cfg")).attached(one.pipe):
         assert torch.equal(one.latents(), plain(name))

@@ -156,10 +156,9 @@ class Backbone(FamilyPipeline):
                 made = self.image_map(guided, name, output)
                 entered = self.image_map(guided, "", args[0]) if args else made
                 if guided.doubled:
-                    degraded = guided.degraded
-                    if degraded is not None:
-                        degraded = self.prediction_map(guided, degraded)
-                    changed = guided.corrected(name, entered, made, degraded)
+                    worse = guided.degraded
+                    worse = None if worse is None else self.prediction_map(guided, worse)
+                    changed = guided.corrected(name, entered, made, worse)
                     if changed is None:
                         return None
                 else:
@@ -214,6 +213,8 @@ class Backbone(FamilyPipeline):
         guided.begin(self.read_call(given), self)
         if guided.doubled:
             guided.degraded = self._degraded(guided, module, args, kwargs)
+            if guided.guide.guidance.replaces_second:
+                return None
             return with_arguments(args, kwargs, self.parameters, self.doubled(guided, given))
         if not guided.active:
             return None
@@ -221,7 +222,7 @@ class Backbone(FamilyPipeline):
 
     def _end(self, guided: GuidedPass, module: Any, args: Any, output: Any) -> Any:
         if guided.doubled:
-            return with_first(output, self._combined(guided, *output[0].chunk(2)))
+            return with_first(output, self._combined(guided, *guided.pair(output[0])))
         if guided.active:
             guided.end(output[0])
         return None
@@ -230,16 +231,16 @@ class Backbone(FamilyPipeline):
         self, guided: GuidedPass, unconditional: torch.Tensor, conditional: torch.Tensor
     ) -> torch.Tensor:
         """Of a call with both passes, the prediction of the guidance that the guide was taught."""
-        guidance, degraded = guided.guide.guidance, guided.degraded
+        guidance, worse = guided.guide.guidance, guided.degraded
         rest = conditional[:, :0]
         if self.has_variance:
             n = conditional.shape[1] // 2
             rest, unconditional, conditional = (
                 conditional[:, n:], unconditional[:, :n], conditional[:, :n]
             )  # fmt: skip
-            degraded = None if degraded is None else degraded[:, :n]
+            worse = None if worse is None else worse[:, :n]
         if guided.refreshing:
-            unconditional = guidance.second(unconditional, conditional, degraded)
+            unconditional = guidance.second(unconditional, conditional, worse)
         scale = guided.refreshed(
             *(self.prediction_map(guided, x) for x in (unconditional, conditional))
         )

@@ -244,23 +244,41 @@ class GuidedPass:
         CFG itself, because each of its steps is longer than one of CFG. None where it adds nothing.
 
         Args:
-            entered: (2 N, features, h, w) the input of the module, negative prompts first.
+            entered: (2 N, features, h, w) the input of the module, negative prompts first; with
+                AutoGuidance (N, ...), as the others.
             made: (2 N, C, h, w) its output, the predictions.
             degraded: (N, C, h, w) see :attr:`degraded`.
 
         Returns:
-            (2 N, C, h, w), the second half of which is the guided prediction.
+            (2 N, C, h, w), the last N of which are the guided prediction.
         """
         if not self.guide.corrects_refresh:
             return None
         assert self._began is not None
-        unconditional, conditional = made.chunk(2)
+        unconditional, conditional = self.pair(made, degraded)
         second = self.guide.guidance.second(unconditional, conditional, degraded)
         self._found(second, conditional)
         output = self.guide(replace(self._began[1], refresh=self.refresh))
-        features = self.to_guide(entered.chunk(2)[1])
-        guided = output.residuals[name](features, self.to_guide(conditional))
-        return torch.cat([unconditional, self.to_denoiser(guided)])
+        n = len(conditional)
+        guided = output.residuals[name](self.to_guide(entered[-n:]), self.to_guide(conditional))
+        return torch.cat([made[:-n], self.to_denoiser(guided)])
+
+    def pair(
+        self, made: torch.Tensor, degraded: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two predictions of a call with both passes, (N, ...) each. With AutoGuidance the
+        denoiser ran on N rows, and the first is that of the weaker one.
+
+        Args:
+            made: of the denoiser.
+            degraded: of the weaker one. Left out: :attr:`degraded`.
+        """
+        if self.guide.guidance.replaces_second:
+            worse = self.degraded if degraded is None else degraded
+            assert worse is not None
+            return worse, made
+        unconditional, conditional = made.chunk(2)
+        return unconditional, conditional
 
     def _found(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> None:
         assert self._began is not None

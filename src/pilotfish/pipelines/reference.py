@@ -24,8 +24,6 @@ from pilotfish.pipelines.loading import weaker_denoiser
 class Reference:
     """A guidance, for whoever samples with it, such as
     :func:`~pilotfish.pipelines.sampling.sample`. CFG is the pipeline's own.
-
-    The pass of a degraded denoiser is a third, also where it takes the place of the second.
     """
 
     guidance: Guidance
