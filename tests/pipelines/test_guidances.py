@@ -69,7 +69,7 @@ def test_refreshed_at_every_step_the_images_are_those_of_what_it_was_taught(name
     assert torch.equal(one.latents(), plain("SD")), "nothing stays"
 
 
-@pytest.mark.parametrize("name", ["SD3", "PixArt-Sigma", "Z-Image", "Qwen-Image"])
+@pytest.mark.parametrize("name", ["SD3", "PixArt-Sigma", "Z-Image", "Qwen-Image", "FLUX.2 klein"])
 def test_every_family_runs_all_passes(name: str) -> None:
     stack = {"SD3": "transformer_blocks.1", "Z-Image": "layers.0"}.get(name, "transformer_blocks.0")
     guidance = Guidance("slg", degraded_scale=0.5, degraded_layers=(stack,))

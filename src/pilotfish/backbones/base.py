@@ -213,9 +213,10 @@ class Backbone(FamilyPipeline):
         guided.begin(self.read_call(given), self)
         if guided.doubled:
             guided.degraded = self._degraded(guided, module, args, kwargs)
+            changed = self.doubled(guided, given)
             if guided.guide.guidance.replaces_second:
                 return None
-            return with_arguments(args, kwargs, self.parameters, self.doubled(guided, given))
+            return with_arguments(args, kwargs, self.parameters, changed)
         if not guided.active:
             return None
         return with_arguments(args, kwargs, self.parameters, self.changed(guided, given))
