@@ -1,6 +1,7 @@
 """``pilotfish compare``: all methods under one budget and one measurement.
 
-``--frontier`` is a measurement of its own, :mod:`baselines.frontier.command`.
+``--frontier`` and ``--guidances`` are measurements of their own,
+:mod:`baselines.frontier.command` and :mod:`baselines.guidances`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from baselines import guidances
 from baselines.comparison.report import comparison_table, pareto
 from baselines.comparison.run import Comparison, ComparisonConfig, titles
 from baselines.frontier import command as frontier
@@ -62,10 +64,14 @@ def main(arguments: Sequence[str]) -> None:
     if "--frontier" in arguments:
         frontier.main(arguments)
         return
+    if "--guidances" in arguments:
+        guidances.main(arguments)
+        return
     config = tyro.cli(
         CompareConfig, args=list(arguments), prog="pilotfish compare", use_underscores=True,
         description=f"{CompareConfig.__doc__} Methods: {', '.join(titles())}. With --frontier it "
-        "measures methods at several numbers of passes; see --frontier --help.",
+        "measures methods at several numbers of passes, with --guidances guidances beside CFG; see "
+        "--frontier --help and --guidances --help.",
     )  # fmt: skip
     if config.quick:
         config = replace(config, models=config.models[:2], **QUICK)

@@ -51,6 +51,11 @@ class GuidedSampling:
         self.sigmas = sigmas.tolist()
         steps = len(self.sigmas) - 1
         self.due = set(places(refresh, steps, few_steps=guide.times is not None))
+        if self.due and guide.guidance.guidance != "cfg":
+            raise GuideError(
+                f"this guide was taught {guide.guidance.title}, and a refresh in ComfyUI is CFG: "
+                "set refresh to 0"
+            )
         self._negative = TextConditions(torch.empty(0))
         self._prompts: list[torch.Tensor | None] = []
         self.guided = GuidedPass(guide, lambda: float(guider.cfg), lambda: self._negative)

@@ -81,6 +81,41 @@ def rescaled_guidance(
     return rescale * scaled + (1 - rescale) * guided
 
 
+def projected_unconditional(
+    unconditional: torch.Tensor, conditional: torch.Tensor, eta: float, norm_threshold: float = 0.0
+) -> torch.Tensor:
+    """``eps_c - p(eps_c - eps_n)``, with which equation (1) is adaptive projected guidance without
+    momentum: algorithm 1 of arXiv 2410.02416, by diffusers' ``normalized_guidance``. p shortens the
+    difference to a norm and turns down its part along the conditional prediction, which saturates.
+
+    Args:
+        eta: share of that part that is kept, in [0, 1].
+        norm_threshold: largest norm; 0 for none. Others and returns as
+            :func:`classifier_free_guidance`; with ``eta = 1`` and no norm it is ``eps_n``.
+    """
+    if eta == 1 and not norm_threshold:
+        return unconditional
+    from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
+
+    made: torch.Tensor = normalized_guidance(
+        conditional, unconditional, -1.0, eta=eta, norm_threshold=norm_threshold,
+        use_original_formulation=True,
+    )  # fmt: skip
+    return made
+
+
+def scaled_unconditional(unconditional: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+    """``s eps_n``, with the s of each sample that brings it nearest to the conditional prediction:
+    section 4.1 of *CFG-Zero** (arXiv 2503.18886), by diffusers' ``cfg_zero_star_scale``.
+
+    Args and returns as :func:`classifier_free_guidance`.
+    """
+    from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
+
+    scale = cfg_zero_star_scale(conditional.flatten(1), unconditional.flatten(1))
+    return unconditional * per_sample(scale.flatten(), unconditional)
+
+
 def per_sample(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
     """A number or (N,) as a tensor that multiplies ``like`` (N, ...) sample by sample."""
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)

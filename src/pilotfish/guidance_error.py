@@ -20,10 +20,12 @@ import torch
 
 from pilotfish.backbones import Backbone
 from pilotfish.conditioning import NULL, encoded, some_or_one
+from pilotfish.guidances import CFG, Guidance
 from pilotfish.guides import Guide
 from pilotfish.interface import GuideError, GuideProtocol, Refresh
 from pilotfish.noise import NoisePath
 from pilotfish.pipelines.attach import check
+from pilotfish.pipelines.loading import weaker_denoiser
 from pilotfish.pipelines.sampling import TeacherStep, cfg_trajectories
 from pilotfish.refresh import RefreshSteps, new_refresh, places
 from pilotfish.teacher import Student, Teacher
@@ -99,7 +101,7 @@ class Trajectories:
     @classmethod
     def of_pipeline(
         cls, pipe: Any, prompts: Sequence[str], *, negative_prompts: Sequence[str] | None = None,
-        seed: int = 0, process: tuple[int, int] = (0, 1), **settings: Any,
+        seed: int = 0, process: tuple[int, int] = (0, 1), guidance: Guidance = CFG, **settings: Any,
     ) -> Self:  # fmt: skip
         """Those of a text-to-image pipeline; its denoiser is frozen.
 
@@ -108,6 +110,7 @@ class Trajectories:
             negative_prompts: as many as prompts; left out, the null prompt.
             seed: of the noise.
             process: (index, count), where several processes share the prompts.
+            guidance: of the teacher.
             settings: as of the class.
 
         Raises:
@@ -120,7 +123,9 @@ class Trajectories:
             raise ValueError(f"{len(prompts)} prompts but {len(others)} negative prompts")
         backbone = Backbone.of_pipeline(pipe)
         denoiser = backbone.denoiser
-        teacher = Teacher(denoiser, encoded(pipe, [*prompts, *others]), backbone.sizes(pipe))
+        weak = weaker_denoiser(guidance, backbone)
+        texts, sizes = encoded(pipe, [*prompts, *others]), backbone.sizes(pipe)
+        teacher = Teacher(denoiser, texts, sizes, guidance, weak)
         negative = torch.full((len(prompts),), NULL)
         for i, text in enumerate(others):
             negative[i] = len(prompts) + i if text else NULL
@@ -203,8 +208,15 @@ def pipeline_guidance_error(
     :meth:`Trajectories.of_pipeline`.
 
     Raises:
-        GuideError: the guide does not fit; or the pipeline has two denoisers.
+        GuideError: the guide does not fit, or was taught another guidance than that of the
+            trajectories; or the pipeline has two denoisers.
     """
+    taught, measured = guide.guidance, trajectories.teacher.guidance
+    if taught != measured:
+        raise GuideError(
+            f"this guide was taught {taught.title} ({taught.plain()}), and the trajectories are "
+            f"those of {measured.title} ({measured.plain()})"
+        )
     with _student(pipe, guide) as student:
         return guidance_error(student, trajectories, **settings)
 

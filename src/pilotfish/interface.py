@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from pilotfish.guidances import Guidance
+
 
 class GuideError(ValueError):
     """A guide cannot be read, or does not fit; the message names both sides."""
@@ -245,6 +247,12 @@ class GuideProtocol(Protocol):
 
     @property
     def corrects_refresh(self) -> bool: ...
+
+    @property
+    def guidance(self) -> Guidance: ...
+
+    @property
+    def weak_denoiser(self) -> Any: ...
 
     @property
     def target_modules(self) -> tuple[str, ...]: ...

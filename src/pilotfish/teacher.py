@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pilotfish.backbones import Backbone, GuidedPass, current_pass
+from pilotfish.backbones import Backbone, GuidedPass, current_pass, degraded
 from pilotfish.conditioning import Prompts
+from pilotfish.guidances import CFG, Guidance
 from pilotfish.interface import GuideProtocol, Refresh, TextConditions
 
 
@@ -37,36 +38,59 @@ class Denoiser:
 
 
 class Teacher:
-    """The base denoiser's two predictions, without gradient.
+    """The two predictions of a guidance, without gradient.
 
     Args:
         denoiser: the base; its parameters are frozen here.
         prompts: every prompt by its index.
         sizes: see :class:`Denoiser`.
+        guidance: how they are made and combined.
+        weak: the denoiser of ``guidance.weak_model``.
     """
 
     def __init__(
-        self, denoiser: nn.Module, prompts: Prompts, sizes: torch.Tensor | None = None
-    ) -> None:
+        self, denoiser: nn.Module, prompts: Prompts, sizes: torch.Tensor | None = None,
+        guidance: Guidance = CFG, weak: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         self.base = Denoiser(denoiser.eval().requires_grad_(False), sizes)
-        self.prompts = prompts
+        self.prompts, self.sizes, self.guidance = prompts, sizes, guidance
+        self.weak = None if weak is None else weak.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, prompt: torch.Tensor,
         negative: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """Predictions for (negative, prompt), each given by its index (N,), in one doubled call."""
-        both = TextConditions.cat([self.prompts.negative(negative), self.prompts(prompt)])
+        """Predictions for (negative, prompt), each given by its index (N,), in one doubled call.
+
+        The first is what the guidance puts in its place (:meth:`Guidance.second`). A degraded
+        denoiser runs in a call of its own, for the negative prompt or after the doubled call.
+        """
+        text, guidance = self.prompts(prompt), self.guidance
+        if guidance.replaces_second:
+            conditional = self.base(latents, time, text).float()
+            if guidance.weak_prompt == "negative":
+                text = self.prompts.negative(negative)
+            return self._degraded(latents, time, text), conditional
+        both = TextConditions.cat([self.prompts.negative(negative), text])
         made = self.base(torch.cat([latents, latents]), time.repeat(2), both)
         unconditional, conditional = made.float().chunk(2)
-        return unconditional, conditional
+        worse = self._degraded(latents, time, text) if guidance.degrades else None
+        return guidance.second(unconditional, conditional, worse), conditional
+
+    def _degraded(
+        self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions
+    ) -> torch.Tensor:
+        with degraded(self.base.backbone.denoiser, self.guidance, self.weak) as denoiser:
+            return Denoiser(denoiser, self.sizes)(latents, time, text).float()
 
     def guided(
         self, unconditional: torch.Tensor, conditional: torch.Tensor, w: torch.Tensor | float
     ) -> torch.Tensor:
-        """What the base's pipeline makes of the two predictions: equation (1), or its own rule."""
-        return self.base.backbone.guidance_rule(unconditional, conditional, w)
+        """What the guidance makes of the two predictions: for CFG the rule of the base's pipeline,
+        which is equation (1) or its own."""
+        rule = self.base.backbone.guidance_rule
+        return self.guidance.combine(unconditional, conditional, w, rule)
 
 
 class Student(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pilotfish.backbones import Backbone, GuidedPass
+from pilotfish.guidances import CFG
 from pilotfish.interface import GuideInputs, GuideOutput, TextConditions
 
 TIME = torch.tensor([0.9, 0.1])
@@ -18,6 +19,7 @@ class FixedGuide:
 
     guidance_scale_range = (1.0, 8.0)
     dtype = torch.float32
+    guidance = CFG
 
     def __init__(
         self, output: GuideOutput | None = None, joint_attention: str = "whole"

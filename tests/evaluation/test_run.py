@@ -13,7 +13,9 @@ from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import ModelSource, draw_modes, spread_prompts
 from pilotfish.evaluation.results import Result
 from pilotfish.evaluation.run import evaluate, evaluate_model
+from pilotfish.evaluation.speed import measure_cost
 from pilotfish.guidance import GuidanceMode
+from pilotfish.guidances import Guidance
 from pilotfish.guides import Guide
 
 SMALL: dict[str, Any] = {"samples": 3, "num_inference_steps": 2, "batch_size": 2}
@@ -71,6 +73,17 @@ def test_with_a_refresh_at_every_step_a_guide_measures_as_cfg(
     assert found.latent_mse_ratio == pytest.approx(0, abs=1e-6)
     assert found.gain_kept_cosine == pytest.approx(1, abs=1e-2)
     assert found.guidance_error.mean < 1e-8
+
+
+def test_a_guide_is_compared_with_what_it_was_taught(
+    pipe: Any, moved: Guide, settings: dict[str, Any]
+) -> None:
+    moved.register_to_config(teacher=Guidance("slg").plain())
+    found = evaluate_model(pipe, moved, refresh=2, **settings)
+    assert found.latent_mse_ratio == pytest.approx(0, abs=1e-6)
+    assert found.guidance_error.mean < 1e-8
+    cost = measure_cost(pipe, moved, num_inference_steps=2, rounds=1, batch_sizes=(1,))
+    assert cost.passes == {"none": 2, "cfg": 6, "guided": 2}
 
 
 def test_batches_make_no_difference(pipe: Any, moved: Guide, settings: dict[str, Any]) -> None:

@@ -20,10 +20,10 @@ from pydantic.dataclasses import dataclass as validated
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
 from pilotfish.interface import GuideError
-from pilotfish.pipelines import Refreshed
+from pilotfish.pipelines import Reference, Refreshed
 from pilotfish.pipelines.attach import check
 from pilotfish.pipelines.loading import use_deterministic_scheduler
-from pilotfish.pipelines.sampling import sample
+from pilotfish.pipelines.sampling import Attachable, sample
 from pilotfish.refresh import places
 
 IMAGES = 4
@@ -180,12 +180,16 @@ class Session:
 
 def _draw(request: Request, mode: GuidanceMode, pipe: Any, guide: Guide) -> Batch:
     start = time.perf_counter()
+    methods: dict[GuidanceMode, Attachable] = {
+        GuidanceMode.CFG: Reference(guide.guidance),
+        GuidanceMode.GUIDED: Refreshed(guide, request.refresh),
+    }
     samples = sample(
         pipe, [request.prompt] * IMAGES,
         seeds=range(request.seed, request.seed + IMAGES),
         guidance_scale=1.0 if mode == GuidanceMode.NONE else request.guidance_scale,
         num_inference_steps=request.num_inference_steps,
-        guide=Refreshed(guide, request.refresh) if mode == GuidanceMode.GUIDED else None,
+        guide=methods.get(mode),
         negative_prompts=[request.negative_prompt] * IMAGES if request.negative_prompt else None,
     )  # fmt: skip
     pixels = torch.stack([s.image for s in samples]).cpu()  # waits for an accelerator

@@ -10,6 +10,7 @@ from pilotfish.backbones.cogview4_dit import CogView4DiTBackbone
 from pilotfish.backbones.compiled import is_compiled, watch_hooks
 from pilotfish.backbones.context import DenoiserCall, GuidedPass, current_pass
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
+from pilotfish.backbones.degraded import degraded
 from pilotfish.backbones.doubling import twice_arguments
 from pilotfish.backbones.flux2_dit import Flux2DiTBackbone
 from pilotfish.backbones.hooks import Hooks
@@ -41,6 +42,7 @@ __all__ = [
     "VideoDiTBackbone",
     "ZImageDiTBackbone",
     "current_pass",
+    "degraded",
     "is_compiled",
     "portable_path",
     "public_name",

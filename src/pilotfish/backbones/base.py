@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from pilotfish.backbones.compiled import uncompiled
-from pilotfish.backbones.context import DenoiserCall, GuidedPass
+from pilotfish.backbones.context import DenoiserCall, GuidedPass, current_pass
+from pilotfish.backbones.degraded import degraded
 from pilotfish.backbones.doubling import twice_arguments
 from pilotfish.backbones.hooks import Hooks, first_output, with_arguments, with_first
 from pilotfish.backbones.pipeline import FamilyPipeline
@@ -53,6 +54,8 @@ class Backbone(FamilyPipeline):
     linear."""
     sign: ClassVar[int] = 1
     """-1 where the denoiser's output is the negative of the noise path's prediction."""
+    has_variance: bool = False
+    """Whether the second half of the prediction's channels is a variance."""
     joint_attention: ClassVar[tuple[str, ...]] = ("whole", "text")
     """The forms of :attr:`pilotfish.guides.Guide.joint_attention` that it knows; without joint
     attention they are the same."""
@@ -153,7 +156,9 @@ class Backbone(FamilyPipeline):
                 made = self.image_map(guided, name, output)
                 entered = self.image_map(guided, "", args[0]) if args else made
                 if guided.doubled:
-                    changed = guided.corrected(name, entered, made)
+                    worse = guided.degraded
+                    worse = None if worse is None else self.prediction_map(guided, worse)
+                    changed = guided.corrected(name, entered, made, worse)
                     if changed is None:
                         return None
                 else:
@@ -207,23 +212,65 @@ class Backbone(FamilyPipeline):
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
         guided.begin(self.read_call(given), self)
         if guided.doubled:
-            return with_arguments(args, kwargs, self.parameters, self.doubled(guided, given))
+            guided.degraded = self._degraded(guided, module, args, kwargs)
+            changed = self.doubled(guided, given)
+            if guided.guide.guidance.replaces_second:
+                return None
+            return with_arguments(args, kwargs, self.parameters, changed)
         if not guided.active:
             return None
         return with_arguments(args, kwargs, self.parameters, self.changed(guided, given))
 
     def _end(self, guided: GuidedPass, module: Any, args: Any, output: Any) -> Any:
         if guided.doubled:
-            unconditional, conditional = output[0].chunk(2)
-            scale = guided.refreshed(
-                *(self.prediction_map(guided, x) for x in (unconditional, conditional))
-            )
-            if scale is not None:
-                conditional = self.guidance_rule(unconditional, conditional, scale)
-            return with_first(output, conditional)
+            return with_first(output, self._combined(guided, *guided.pair(output[0])))
         if guided.active:
             guided.end(output[0])
         return None
+
+    def _combined(
+        self, guided: GuidedPass, unconditional: torch.Tensor, conditional: torch.Tensor
+    ) -> torch.Tensor:
+        """Of a call with both passes, the prediction of the guidance that the guide was taught."""
+        guidance, worse = guided.guide.guidance, guided.degraded
+        rest = conditional[:, :0]
+        if self.has_variance:
+            n = conditional.shape[1] // 2
+            rest, unconditional, conditional = (
+                conditional[:, n:], unconditional[:, :n], conditional[:, :n]
+            )  # fmt: skip
+            worse = None if worse is None else worse[:, :n]
+        if guided.refreshing:
+            unconditional = guidance.second(unconditional, conditional, worse)
+        scale = guided.refreshed(
+            *(self.prediction_map(guided, x) for x in (unconditional, conditional))
+        )
+        if scale is not None:
+            conditional = guidance.combine(
+                unconditional, conditional, scale, self.guidance_rule
+            )  # fmt: skip
+        return torch.cat([conditional, rest], 1) if self.has_variance else conditional
+
+    def _degraded(
+        self, guided: GuidedPass, module: Any, args: Any, kwargs: Any
+    ) -> torch.Tensor | None:
+        """The prediction of a degraded denoiser in a call with both passes, where the guide was
+        taught a guidance that has one."""
+        guide = guided.guide
+        if not guide.guidance.degrades:
+            return None
+        if guide.guidance.replaces_second and guide.guidance.weak_prompt == "negative":
+            assert guided.call is not None
+            n, given = len(guided.call.latents), dict(zip(self.parameters, args, strict=False))
+            text = guided.negative.expand(n).to(guided.call.text.dtype)
+            changed = self.text_arguments(text, given | kwargs)
+            args, kwargs = with_arguments(args, kwargs, self.parameters, changed)
+        with (
+            current_pass(None),
+            degraded(self.denoiser, guide.guidance, guide.weak_denoiser) as denoiser,
+        ):
+            made = denoiser(*args, **kwargs)[0]
+        return made if isinstance(made, torch.Tensor) else torch.stack(list(made))
 
     # -- how the denoiser is called -------------------------------------------------------
 

@@ -114,6 +114,9 @@ class GuidedPass:
         """Whether it has not found the difference yet."""
         self.refresh: Refresh | None = None
         """What the last of them found."""
+        self.degraded: torch.Tensor | None = None
+        """The prediction of a degraded denoiser in a call with both passes, where the guidance that
+        the guide was taught has one."""
         self.negative_images: list[torch.Tensor] | None = None
         """Embeddings that stand for no image, where an IP-Adapter is used."""
         self._calls = 0
@@ -234,27 +237,48 @@ class GuidedPass:
         return self._places
 
     def corrected(
-        self, name: str, entered: torch.Tensor, made: torch.Tensor
-    ) -> torch.Tensor | None:
+        self, name: str, entered: torch.Tensor, made: torch.Tensor,
+        degraded: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:  # fmt: skip
         """Inside a call with both passes, the output of the last module with what the guide adds to
         CFG itself, because each of its steps is longer than one of CFG. None where it adds nothing.
 
         Args:
-            entered: (2 N, features, h, w) the input of the module, negative prompts first.
+            entered: (2 N, features, h, w) the input of the module, negative prompts first; with
+                AutoGuidance (N, ...), as the others.
             made: (2 N, C, h, w) its output, the predictions.
+            degraded: (N, C, h, w) see :attr:`degraded`.
 
         Returns:
-            (2 N, C, h, w), the second half of which is the guided prediction.
+            (2 N, C, h, w), the last N of which are the guided prediction.
         """
         if not self.guide.corrects_refresh:
             return None
         assert self._began is not None
-        unconditional, conditional = made.chunk(2)
-        self._found(unconditional, conditional)
+        unconditional, conditional = self.pair(made, degraded)
+        second = self.guide.guidance.second(unconditional, conditional, degraded)
+        self._found(second, conditional)
         output = self.guide(replace(self._began[1], refresh=self.refresh))
-        features = self.to_guide(entered.chunk(2)[1])
-        guided = output.residuals[name](features, self.to_guide(conditional))
-        return torch.cat([unconditional, self.to_denoiser(guided)])
+        n = len(conditional)
+        guided = output.residuals[name](self.to_guide(entered[-n:]), self.to_guide(conditional))
+        return torch.cat([made[:-n], self.to_denoiser(guided)])
+
+    def pair(
+        self, made: torch.Tensor, degraded: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two predictions of a call with both passes, (N, ...) each. With AutoGuidance the
+        denoiser ran on N rows, and the first is that of the weaker one.
+
+        Args:
+            made: of the denoiser.
+            degraded: of the weaker one. Left out: :attr:`degraded`.
+        """
+        if self.guide.guidance.replaces_second:
+            worse = self.degraded if degraded is None else degraded
+            assert worse is not None
+            return worse, made
+        unconditional, conditional = made.chunk(2)
+        return unconditional, conditional
 
     def _found(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> None:
         assert self._began is not None
@@ -284,7 +308,7 @@ class GuidedPass:
         if self.refreshing:
             scale = self._began[0]
             self._found(unconditional, conditional)
-        self.doubled, self._began = False, None
+        self.doubled, self._began, self.degraded = False, None, None
         return scale
 
     def end(self, prediction: torch.Tensor) -> None:

@@ -92,13 +92,13 @@ class CrossAttentionDiTBackbone(Backbone):
 
     def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
         assert guided.call is not None
-        if name == "proj_out" and self._has_variance:
+        if name == "proj_out" and self.has_variance:
             output = self._by_pixel(output)[..., : self.channels].flatten(2)
         return to_map(output, guided.call.latents.shape[-2:])
 
     def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
         tokens = to_tokens(made)
-        if name != "proj_out" or not self._has_variance:
+        if name != "proj_out" or not self.has_variance:
             return tokens
         pixels = self._by_pixel(output)
         epsilon = tokens.unflatten(2, (-1, self.channels))
@@ -117,8 +117,7 @@ class CrossAttentionDiTBackbone(Backbone):
         return int(min(config.in_channels, config.out_channels or config.in_channels))
 
     @property
-    def _has_variance(self) -> bool:
-        """Whether the prediction's first half are the channels of epsilon."""
+    def has_variance(self) -> bool:  # type: ignore[override]
         config = self.denoiser.config
         return bool((config.out_channels or config.in_channels) > config.in_channels)
 

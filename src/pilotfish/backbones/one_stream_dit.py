@@ -172,7 +172,7 @@ class OneStreamDiTBackbone(Backbone):
             assert guided.call is not None
             text = guided.call.text
             counts = _mask(text).sum(1)
-            if guided.doubled:  # negative prompts first
+            if n > len(text):  # negative prompts first
                 counts = torch.cat([_mask(guided.negative).sum(1).expand(len(text)), counts])
             pixels = guided.call.latents[0, 0].numel()
             places = torch.arange(pixels, device=counts.device)

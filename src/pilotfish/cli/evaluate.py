@@ -34,7 +34,8 @@ from pilotfish.evaluation.negatives import evaluate_negatives
 from pilotfish.evaluation.processes import is_main
 from pilotfish.evaluation.results import CurveResult, NegativeResult, Result
 from pilotfish.evaluation.run import evaluate
-from pilotfish.pipelines import Refreshed
+from pilotfish.guidances import CFG, Guidance
+from pilotfish.pipelines import Reference, Refreshed
 
 Measured = Result | CurveResult | NegativeResult
 
@@ -71,6 +72,9 @@ class EvaluateConfig:
     distilled to few steps takes its own alone."""
     guidance_scales: tuple[float, ...] = ()
     """Scores by guidance scale, such as 1 2 4 7."""
+    teacher: Guidance = CFG
+    """With --steps and --guidance_scales, a guidance that is measured as well, with all its passes.
+    A guide is always compared with the one that it was taught."""
     negative_prompts: bool = False
     """Agreement with CFG where both have a negative prompt: each held-out prompt has another one
     as its negative prompt."""
@@ -104,8 +108,9 @@ def main(arguments: Sequence[str]) -> None:
         protocol.main(arguments)
         return
     config = tyro.cli(
-        EvaluateConfig, args=list(arguments), prog="pilotfish evaluate", use_underscores=True
-    )
+        EvaluateConfig, args=list(arguments), prog="pilotfish evaluate", use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )  # fmt: skip
     if not config.guide:
         config = replace(config, guide=_own_guide(config))
     _check(config)
@@ -124,8 +129,10 @@ def main(arguments: Sequence[str]) -> None:
         print(f"saved {config.output}")
     if config.grid:
         prompts = bundled.GRID_PROMPTS if config.prompts is None else _prompts(config)[:8]
-        guide = Refreshed(open_guide(split_name(config.guide[0])[1]), config.refresh)
-        modes = guidance_modes(guide, config.guidance_scale)
+        guide = open_guide(split_name(config.guide[0])[1])
+        modes = guidance_modes(
+            Refreshed(guide, config.refresh), config.guidance_scale, Reference(guide.guidance)
+        )
         with progress_bars() as progress:
             drawn = draw_models(
                 models, {TITLES[mode]: how for mode, how in modes.items()}, prompts,
@@ -175,6 +182,8 @@ def _measure(config: EvaluateConfig, models: Any, **same: Any) -> Measured:
             "names": _prompts(config), "samples": config.samples, "refresh": config.refresh,
         }  # fmt: skip
         methods = named_methods(config.guide)
+        if config.teacher != CFG:
+            methods.setdefault(config.teacher.guidance, []).append(Reference(config.teacher))
         if config.steps:
             return score_steps(
                 models, methods, config.steps, guidance_scale=config.guidance_scale,
@@ -186,6 +195,11 @@ def _measure(config: EvaluateConfig, models: Any, **same: Any) -> Measured:
         )  # fmt: skip
     name, path = split_name(config.guide[0])
     guide = open_guide(path)
+    if config.teacher not in (CFG, guide.guidance):
+        raise ValueError(
+            f"{path} was taught {guide.guidance}, and is compared with that: leave out --guidance "
+            f"{config.teacher.guidance}, or measure it with --steps or --guidance_scales"
+        )
     held_out = (
         load_prompts(config.validation_prompts)
         if config.validation_prompts

@@ -18,7 +18,8 @@ from pilotfish import bundled
 from pilotfish.cli.names import Dtype, open_guide, open_model, sampling_steps, usable_device
 from pilotfish.data.prompts import load_prompts
 from pilotfish.guidance import GuidanceMode
-from pilotfish.pipelines import Refreshed
+from pilotfish.guidances import CFG, Guidance
+from pilotfish.pipelines import Reference, Refreshed
 from pilotfish.pipelines.sampling import sample
 from pilotfish.refresh import check_refresh
 
@@ -40,6 +41,8 @@ class SampleConfig:
     mode: Literal["none", "cfg", "guided"] = "guided"
     """guided: the guide, with both passes in the steps of --refresh. cfg: two passes. none: one
     pass, no guidance."""
+    teacher: Guidance = CFG
+    """What takes CFG's place in --mode cfg."""
     negative_prompt: str | None = None
     guidance_scale: float = 4.0
     refresh: int | None = None
@@ -66,8 +69,9 @@ class SampleConfig:
 def main(arguments: Sequence[str]) -> None:
     """The command."""
     config = tyro.cli(
-        SampleConfig, args=list(arguments), prog="pilotfish sample", use_underscores=True
-    )
+        SampleConfig, args=list(arguments), prog="pilotfish sample", use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )  # fmt: skip
     prompts = list(config.prompt) + (load_prompts(config.prompts) if config.prompts else [])
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT or --prompts FILE")
@@ -75,6 +79,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(
             f"--num_images_per_prompt must be at least 1, not {config.num_images_per_prompt}"
         )
+    if config.teacher != CFG and config.mode != "cfg":
+        raise ValueError(f"--guidance {config.teacher.guidance} has no effect without --mode cfg")
     if config.refresh is not None and config.refresh_at:
         raise ValueError("--refresh and --refresh_at cannot be combined; give one of them")
     check_refresh(config.refresh_at or config.refresh or 0)
@@ -95,12 +101,13 @@ def sample_model(
     mode = GuidanceMode(config.mode)
     texts = [text for text in prompts for _ in range(config.num_images_per_prompt)]
     network = open_guide(guide) if mode == GuidanceMode.GUIDED else None
+    method = Reference(config.teacher)
     samples = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if mode == GuidanceMode.NONE else config.guidance_scale,
         num_inference_steps=sampling_steps(pipe, network, config.num_inference_steps),
         batch_size=config.batch_size,
-        guide=network and Refreshed(network, config.refresh_at or config.refresh),
+        guide=Refreshed(network, config.refresh_at or config.refresh) if network else method,
         negative_prompts=(
             None if config.negative_prompt is None else [config.negative_prompt] * len(texts)
         ),

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pilotfish.data.images import to_pixels
 from pilotfish.evaluation.images import TITLES, ModelSource, Progress, draw
 from pilotfish.guides import Guide
-from pilotfish.pipelines import Refreshed
+from pilotfish.pipelines import Reference, Refreshed
 from pilotfish.pipelines.sampling import Attachable
 
 INK, FAINT, GROUND = "#26323d", "#6b7884", "white"
@@ -62,10 +62,13 @@ def draw_scales(
         f"{prompt}, {TITLES[mode]}": [] for prompt in prompts for mode in ("cfg", "guided")
     }
     seeds = [seed + i for i in range(len(prompts))]
+    methods: dict[str, Attachable] = {
+        "cfg": Reference(guide.guidance), "guided": Refreshed(guide, 0)
+    }  # fmt: skip
     for w in guidance_scales:
-        for mode, network in (("cfg", None), ("guided", Refreshed(guide, 0))):
+        for mode, method in methods.items():
             made = draw(
-                pipe, prompts, seeds, guidance_scale=w, guide=network,
+                pipe, prompts, seeds, guidance_scale=w, guide=method,
                 num_inference_steps=num_inference_steps,
             )  # fmt: skip
             for prompt, image in zip(prompts, made.images, strict=True):

@@ -113,12 +113,16 @@ def draw(
 
 
 def guidance_modes(
-    guide: Attachable, guidance_scale: float
+    guide: Attachable, guidance_scale: float, reference: Attachable | None = None
 ) -> dict[str, tuple[float, Attachable | None]]:
-    """The guidance scale of a call, and what is attached for it, by guidance mode."""
+    """The guidance scale of a call, and what is attached for it, by guidance mode.
+
+    Args:
+        reference: takes CFG's place; see :class:`~pilotfish.pipelines.Reference`.
+    """
     return {
         GuidanceMode.NONE: (1.0, None),
-        GuidanceMode.CFG: (guidance_scale, None),
+        GuidanceMode.CFG: (guidance_scale, reference),
         GuidanceMode.GUIDED: (guidance_scale, guide),
     }
 
@@ -126,10 +130,11 @@ def guidance_modes(
 def draw_modes(
     pipe: Any, guide: Attachable, prompts: Sequence[str], seeds: Sequence[int], *,
     guidance_scale: float, num_inference_steps: int, batch_size: int,
+    reference: Attachable | None = None,
 ) -> Iterator[dict[str, ImageBatch]]:  # fmt: skip
     """Batch after batch, each in every guidance mode. The guide is attached during its own mode
-    alone. ``batch_size`` is that of each process."""
-    modes = guidance_modes(guide, guidance_scale)
+    alone. ``batch_size`` is that of each process, ``reference`` as of :func:`guidance_modes`."""
+    modes = guidance_modes(guide, guidance_scale, reference)
     batch_size = total_batch_size(batch_size)
     for i in range(0, len(prompts), batch_size):
         part = slice(i, i + batch_size)

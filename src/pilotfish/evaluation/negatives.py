@@ -30,7 +30,7 @@ from pilotfish.evaluation.results import (
 from pilotfish.evaluation.run import as_json, dtype_name
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
-from pilotfish.pipelines import Refreshed
+from pilotfish.pipelines import Reference, Refreshed
 from pilotfish.refresh import RefreshSteps, check_refresh
 
 CONDITIONS = ("conditioned", "ignoring", "null", "none", "none_null")
@@ -71,7 +71,7 @@ def evaluate_negatives_of_model(
     report = progress or (lambda what, done, total: None)
     trajectories = partial(
         Trajectories.of_pipeline, pipe, prompts, seed=seed, batch_size=batch_size,
-        num_inference_steps=num_inference_steps, process=process(),
+        num_inference_steps=num_inference_steps, process=process(), guidance=guide.guidance,
     )  # fmt: skip
     report("guidance error", 0, 1)
     error = partial(pipeline_guidance_error, pipe, guide, refresh=refresh, gather=gather_objects)
@@ -80,7 +80,7 @@ def evaluate_negatives_of_model(
     conditioned, ignoring = error(cfg_walk), error(cfg_walk, with_negative=False)
     report("guidance error", 1, 1)
     report("images", 0, len(prompts))
-    method = Refreshed(guide, refresh)
+    method, reference = Refreshed(guide, refresh), Reference(guide.guidance)
     latents, agreement = LatentMeter(), {name: AgreementMeter() for name in CONDITIONS}
     batch_size = total_batch_size(batch_size)
     for i in range(0, len(prompts), batch_size):
@@ -90,7 +90,8 @@ def evaluate_negatives_of_model(
             draw, pipe, texts, range(seed + i, seed + i + len(texts)),
             guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
         )  # fmt: skip
-        cfg, plain_cfg = sampled(negative_prompts=negative), sampled()
+        cfg = sampled(guide=reference, negative_prompts=negative)
+        plain_cfg = sampled(guide=reference)
         none = sampled(guidance_scale=1.0)
         with_negative = sampled(guide=method, negative_prompts=negative)
         with_null = sampled(guide=method)
@@ -150,5 +151,5 @@ def evaluate_negatives(
         results[name] = parts.get(NegativeModel, facts, measure)
     assert size is not None
     run = Run(command, samples=len(prompts), machine=machine(), versions=versions(),
-              dtype=dtype, **same)  # fmt: skip
+              dtype=dtype, guidance=str(guide.guidance), **same)  # fmt: skip
     return NegativeResult(results, size, run)

@@ -172,7 +172,8 @@ class Cost:
 class Run:
     """How to repeat it. ``machine`` is the processor's model and the number of threads,
     ``refresh`` the steps of the guide that run both passes: how many, what ratio, or
-    which; None: each guide has its own ratio."""
+    which; None: each guide has its own ratio. ``guidance`` is what the guide was taught, which is
+    called CFG in the figures."""
 
     command: str
     seed: int
@@ -183,6 +184,7 @@ class Run:
     versions: dict[str, str]
     dtype: str = "float32"
     refresh: int | float | list[int] | None = 0
+    guidance: str = "cfg"
 
     @property
     def refreshes(self) -> str:

@@ -44,8 +44,9 @@ from pilotfish.evaluation.results import (
 from pilotfish.evaluation.speed import measure_cost
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guidance_error import SCALES, Trajectories, pipeline_guidance_error
+from pilotfish.guidances import CFG
 from pilotfish.guides import Guide
-from pilotfish.pipelines import Refreshed
+from pilotfish.pipelines import Reference, Refreshed
 from pilotfish.refresh import RefreshSteps, check_refresh
 
 
@@ -69,7 +70,7 @@ def evaluate_model(
     clip: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ModelResult:
-    """Measure one pipeline.
+    """Measure one pipeline. Wherever CFG is measured, it is the guidance that the guide was taught.
 
     Args:
         prompts: prompts of the images; they are among the names.
@@ -106,6 +107,7 @@ def evaluate_model(
     trajectories = Trajectories.of_pipeline(
         pipe, validation_prompts, guidance_scales=guidance_scales, seed=seed,
         num_inference_steps=num_inference_steps, batch_size=batch_size, process=process(),
+        guidance=guide.guidance,
     )  # fmt: skip
     error = pipeline_guidance_error(
         pipe, guide, trajectories, refresh=refresh, gather=gather_objects
@@ -116,6 +118,7 @@ def evaluate_model(
     for batches in draw_modes(
         pipe, Refreshed(guide, refresh), model.texts, model.seeds, guidance_scale=guidance_scale,
         num_inference_steps=num_inference_steps, batch_size=batch_size,
+        reference=Reference(guide.guidance),
     ):  # fmt: skip
         features = {mode: model.scorer.images(batch.images) for mode, batch in batches.items()}
         for mode, batch in batches.items():
@@ -185,6 +188,8 @@ def evaluate(
     scorer = scorer or Scorer.bundled()
     parts = PartialResults(unfinished)
     weights = parts.checksums({"guide": guide})  # before a model changes its precision
+    if weights and guide.guidance != CFG:
+        weights["guidance"] = str(guide.guidance)
     results: dict[str, ModelResult] = {}
     cost, size = None, None
     same: dict[str, Any] = {
@@ -207,7 +212,7 @@ def evaluate(
             cost = parts.get(Cost, facts | timing, partial(on_main, measure))
             run = Run(
                 command, seed, samples, machine=machine(), versions=versions(),
-                dtype=dtype_name(pipe), **same,
+                dtype=dtype_name(pipe), guidance=str(guide.guidance), **same,
             )  # fmt: skip
         model = partial(
             evaluate_model, pipe, guide, reference_images=source.reference_images,

@@ -17,7 +17,7 @@ from pilotfish.backbones import Backbone, watch_hooks
 from pilotfish.evaluation.results import Cost
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
-from pilotfish.pipelines import Refreshed
+from pilotfish.pipelines import Reference, Refreshed
 from pilotfish.pipelines.sampling import Attachable
 from pilotfish.refresh import RefreshSteps
 
@@ -38,7 +38,7 @@ def measure_cost(
     compiled: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """The cost of one pipeline in the three guidance modes.
+    """The cost of one pipeline in the three guidance modes; CFG is what the guide was taught.
 
     Times are of whole calls up to the final latents, prompt included. The modes take turns,
     round after round in one run, so that other load on the machine affects all alike; a ratio
@@ -64,11 +64,13 @@ def measure_cost(
         raise ValueError("the cost needs at least one step, and batch sizes of at least 1")
     scales = dict.fromkeys(GuidanceMode, guidance_scale) | {GuidanceMode.NONE: 1.0}
     modes = [mode.value for mode in GuidanceMode]
+    methods: dict[str, Attachable] = {
+        GuidanceMode.CFG: Reference(guide.guidance), GuidanceMode.GUIDED: Refreshed(guide, refresh)
+    }  # fmt: skip
 
     def call(mode: str, batch: int, steps: int) -> float:
-        with_guide = Refreshed(guide, refresh) if mode == GuidanceMode.GUIDED else None
         w = scales[GuidanceMode(mode)]
-        return timed_call(pipe, with_guide, w, steps, batch, prompt, clock)
+        return timed_call(pipe, methods.get(mode), w, steps, batch, prompt, clock)
 
     denoiser = Backbone.of_pipeline(pipe).denoiser
     passes = {}

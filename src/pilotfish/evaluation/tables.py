@@ -79,7 +79,8 @@ def result_table(result: Result) -> Group:
     return Group(
         terminal(f"Guide {guide.name}: {size}", ("model", *AGREEMENT), agreement_rows(result)),
         terminal(
-            f"w = {run.guidance_scale:g}, {run.samples} samples",
+            f"w = {run.guidance_scale:g}, {run.samples} samples"
+            + ("" if run.guidance == "cfg" else f"; for CFG read {run.guidance}"),
             ("model, mode", "top-1", "top-5", "cosine", "fd_clip"),
             [(f"{model}, {mode}", *cells) for model, mode, cells in score_rows(result)],
         ),

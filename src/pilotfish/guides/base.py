@@ -20,6 +20,7 @@ from torch import nn
 from pilotfish.backbones import Backbone, Origin
 from pilotfish.checksums import add_checksum, load_with_checksum
 from pilotfish.errors import in_brief
+from pilotfish.guidances import Guidance
 from pilotfish.guides import hub
 from pilotfish.guides.saving import check_config, hub_arguments, saved_in, weight_files
 from pilotfish.interface import GuideError, GuideInputs, GuideOutput, Refresh, TextConditions
@@ -45,6 +46,8 @@ class Guide(ModelMixin, ConfigMixin):
     - ``guidance_scale_range``: the (low, high) of w in training;
     - ``times``: of a guide distilled to few steps, the normalised times that it was trained at;
     - ``trained_on``: name and revision of the base, where they are known;
+    - ``teacher``: the guidance that it was taught, as :meth:`pilotfish.guidances.Guidance.plain`
+      gives it; None is CFG;
     - ``refresh_ratio``: the ratio of a call's steps that run both passes by default;
     - ``pilotfish_version``.
     """
@@ -128,6 +131,14 @@ class Guide(ModelMixin, ConfigMixin):
         """The ratio of a call's steps that run both passes where ``refresh`` is left out: that of
         the configuration, 0 for a new guide."""
         return float(self.config.get("refresh_ratio", 0.0))
+
+    @property
+    def guidance(self) -> Guidance:
+        """The guidance that it was taught; a refresh and every comparison use the same."""
+        return Guidance.saved(self.config.get("teacher"))
+
+    weak_denoiser: ClassVar[None] = None
+    """A guide has not the weaker model of an AutoGuidance that it was taught."""
 
     @property
     def corrects_refresh(self) -> bool:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from pilotfish.guidances import CFG
+
 if TYPE_CHECKING:
     from pilotfish.guides.base import Guide
 
@@ -57,7 +59,7 @@ def model_card(
     # the hub refuses a header whose base is none of its own; the name of a folder has no owner
     listed = known if base_model or (known and "/" in known) else None
     title = (repo_id or f"{known or 'unnamed base'}, guide").rpartition("/")[2]
-    low, high = guide.guidance_scale_range
+    (low, high), taught = guide.guidance_scale_range, guide.guidance
     data = ModelCardData(
         base_model=listed,
         base_model_relation="adapter" if listed else None,
@@ -81,6 +83,7 @@ def model_card(
         scale=f"{min(max(4.0, low), high):g}",
         steps=len(guide.times) if guide.times else None,
         version=guide.config.pilotfish_version, refresh_ratio=f"{guide.refresh_ratio:.0%}",
+        taught=None if taught == CFG else f"{taught.title} (`{taught}`)",
         denoiser=_shape(guide),
         grid=grid, measured=measured.strip(), trained=trained.strip(), weights=weights,
         licence=licence,

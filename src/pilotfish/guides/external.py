@@ -41,6 +41,7 @@ class ExternalGuide(Guide, guide_type="external", settings=ExternalSettings):
         guidance_scale_range: the (low, high) of w in training.
         times: of a guide distilled to few steps, those that it was trained at.
         trained_on: name and revision of the base, where they are known.
+        teacher: see :class:`Guide`.
 
     The others are those of :class:`ExternalSettings`.
 
@@ -60,6 +61,7 @@ class ExternalGuide(Guide, guide_type="external", settings=ExternalSettings):
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         times: Sequence[float] | None = None,
         trained_on: dict[str, str] | None = None,
+        teacher: dict[str, Any] | None = None,
         pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ class FullGuide(Guide, guide_type="full"):
         guidance_scale_range: the (low, high) of w in training.
         times: of a guide distilled to few steps, those that it was trained at.
         trained_on: name and revision of the base, where they are known.
+        teacher: see :class:`Guide`.
     """
 
     learning_rate = 5e-4
@@ -42,6 +43,7 @@ class FullGuide(Guide, guide_type="full"):
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         times: Sequence[float] | None = None,
         trained_on: dict[str, str] | None = None,
+        teacher: dict[str, Any] | None = None,
         pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()

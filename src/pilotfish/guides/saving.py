@@ -10,6 +10,7 @@ from typing import Any
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import try_to_load_from_cache
 
+from pilotfish.guidances import Guidance
 from pilotfish.interface import GuideError
 
 _HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -78,6 +79,10 @@ def check_config(config: Mapping[str, Any], known: Collection[str], where: str) 
     need(times is None or _falling(times), "times", times, "falling numbers in [0, 1] are")
     ratio = config.get("refresh_ratio", 0.0)
     need(isinstance(ratio, int | float) and ratio <= 1, "refresh_ratio", ratio, "0 to 1 is")
+    try:
+        Guidance.saved(config.get("teacher"))
+    except (ValueError, TypeError) as error:
+        raise GuideError(f"the configuration in {where} has a wrong teacher: {error}") from error
     base = config.get("trained_on")
     need(
         base is None or _names_a_base(base), "trained_on", base,

@@ -116,6 +116,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         times: of a guide distilled to few steps, those that it was trained at.
         refresh_ratio: see :attr:`Guide.refresh_ratio`.
         trained_on: name and revision of the base, where they are known.
+        teacher: see :class:`Guide`.
 
     The others are those of :class:`TinySettings`, whose ``share`` :meth:`for_denoiser` takes.
 
@@ -144,6 +145,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         times: Sequence[float] | None = None,
         refresh_ratio: float = 0.0,
         trained_on: dict[str, str] | None = None,
+        teacher: dict[str, Any] | None = None,
         pilotfish_version: str = "0.2.0",
     ) -> None:
         super().__init__()

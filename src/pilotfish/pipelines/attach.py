@@ -60,6 +60,12 @@ def attach(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None)
     if isinstance(pipe, Guided):
         raise GuideError("this pipeline has a guide already; detach it first")
     refresh = check_refresh(guide.refresh_ratio if refresh is None else refresh)
+    guidance = guide.guidance
+    if refresh and guidance.weak_model is not None and guide.weak_denoiser is None:
+        raise GuideError(
+            f"this guide was taught AutoGuidance with the weaker model {guidance.weak_model}, "
+            "which a refresh would run as well and a guide does not hold; attach it with refresh=0"
+        )
     hooks, plain = install(guide, check(guide, pipe)), type(pipe)
     guide.eval()
     pipe.__class__ = type(plain.__name__, (Guided, plain), {"__module__": plain.__module__})

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pilotfish.backbones import Backbone, GuidedPass, twice_arguments
-from pilotfish.interface import TextConditions
+from pilotfish.interface import GuideError, TextConditions
 
 POOLED = ("pooled_projections", "text_embeds")
 
@@ -41,6 +41,11 @@ def doubled_controlnets(pipe: Any, backbone: Backbone, guided: GuidedPass) -> It
         given = dict(zip(names[id(net)], args, strict=False)) | kwargs
         if not guided.will_double(given["timestep"], backbone):
             return None
+        if guided.guide.guidance.degrades:
+            raise GuideError(
+                f"{guided.guide.guidance.title} is not implemented with a ControlNet; use the "
+                "guide with refresh=0"
+            )
         n = len(given["sample"] if "sample" in given else given["hidden_states"])
         both = twice_arguments(given, n)
         added = given.get("added_cond_kwargs") or {}

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pilotfish.backbones import Backbone
 from pilotfish.errors import in_brief
+from pilotfish.guidances import Guidance
 from pilotfish.noise import deterministic_scheduler
 
 
@@ -91,6 +92,34 @@ def share_weights(pipe: Any) -> Any:
     for name, part in own.items():
         setattr(other, name, part)
     return other
+
+
+def weaker_denoiser(guidance: Guidance, backbone: Backbone) -> Any:
+    """The denoiser of ``guidance.weak_model``, on the device and in the precision of a base; None
+    where the guidance has none.
+
+    Raises:
+        PipelineError: it cannot be loaded, or it is no denoiser of the same latents and texts.
+    """
+    where, base = guidance.weak_model, backbone.denoiser
+    if where is None:
+        return None
+    alone = (Path(where) / "config.json").is_file()
+    subfolder = {} if alone else {"subfolder": backbone.component}
+    try:
+        weak: Any = type(base).from_pretrained(where, use_safetensors=True, **subfolder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise PipelineError(
+            f"no weaker model could be loaded from {where}: {in_brief(error)}"
+        ) from error
+    mine, theirs = (Backbone.of(x).sites() for x in (base, weak))
+    for name, a, b in (
+        ("texts of width", mine["text_dim"], theirs["text_dim"]),
+        ("latents of channels", mine["head"]["channels"], theirs["head"]["channels"]),
+    ):
+        if a != b:
+            raise PipelineError(f"the weaker model {where} takes {name} {b}, the base {a}")
+    return nn.Module.to(weak.eval().requires_grad_(False), base.device, base.dtype)
 
 
 def fine_tuned_weights(

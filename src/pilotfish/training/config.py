@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from pilotfish.guidances import CFG, Guidance
 from pilotfish.guides import Guide
 
 SEEDS = 2**23
@@ -158,7 +159,8 @@ class TrainingConfig:
     refresh_prob: Probability = 0.85
     """Probability that a trajectory has refreshes: steps with both passes, whose difference the
     tiny guide is given in the steps after them. Samples after a refresh are weighted. Set 0 for a
-    guide that does not use refreshes. No effect with --training_samples noised."""
+    guide that does not use refreshes. No effect with --training_samples noised, nor with
+    --weak_model, which a refresh would need."""
     first_step_refresh_prob: Probability = 0.0
     """Probability that the first refresh of a trajectory that has some is its first step, in place
     of a random one. With a negative prompt that step says most. No effect with --refresh_prob 0."""
@@ -235,9 +237,12 @@ class DistillConfig(TrainingConfig):
     ``--trained_scale``."""
     guide: Any = None
     """Settings of the guide, of its type's settings class. Default: that class's defaults."""
+    teacher: Guidance = CFG
+    """Settings of the guidance that the guide is taught."""
     init_from: Text | None = None
     """A guide to train further: a folder, hub id or the name of a bundled one. Type and settings
-    are taken from it; values other than the defaults must agree. Default: a new guide."""
+    are taken from it; values other than the defaults must agree, but for the guidance: a guide that
+    was taught one may be taught another. Default: a new guide."""
     training_samples: Literal["noised", "trajectory", "on_policy", "tracking"] = "trajectory"
     """noised: noised images. trajectory: the teacher's CFG trajectories. on_policy: trajectories
     that the student samples in part. tracking: trajectories that the student samples; it is
@@ -262,6 +267,16 @@ class DistillConfig(TrainingConfig):
     def _guide_settings(cls, value: Any, info: ValidationInfo) -> Any:
         name = info.data.get("guide_type")
         return value if name is None else guide_settings(name, value)
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _teacher(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        try:
+            return Guidance(**vars(_validating(Guidance)(**_tuples(value))))
+        except ValidationError as error:
+            raise ConfigError(first_error(error)) from error
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -299,7 +314,8 @@ class StepsConfig(TrainingConfig):
     Default: tiny."""
     teacher: Literal["guide", "cfg"] = "guide"
     """guide: the teacher is the guide that the round begins with, one pass a step, as in the paper.
-    cfg: the teacher is CFG, two passes a step, so errors of the guide are not inherited."""
+    cfg: the teacher is CFG, or what the guide was taught in its place, with all passes in each
+    step, so errors of the guide are not inherited."""
     teacher_scale_multiplier: PositiveFloat = 1.0
     """With ``--teacher cfg``, the teacher's guidance scale is ``1 + multiplier (w - 1)``. Under
     uncertainty an MSE-trained guide predicts the conditional mean, so it under-guides; more than 1

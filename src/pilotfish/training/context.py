@@ -16,12 +16,14 @@ from pilotfish.backbones import Backbone
 from pilotfish.conditioning import Prompts, encoded
 from pilotfish.data.images import from_pixels, load_images
 from pilotfish.data.prompts import ConcatTexts, open_prompts
+from pilotfish.guidances import CFG, Guidance
 from pilotfish.guides import Guide
 from pilotfish.noise import NoisePath
 from pilotfish.pipelines.loading import (
     fine_tuned_weights,
     load_pipeline,
     use_deterministic_scheduler,
+    weaker_denoiser,
 )
 from pilotfish.pipelines.sampling import encode, image_size
 from pilotfish.teacher import Student, Teacher
@@ -151,9 +153,14 @@ class TrainingContext:
         """``prompts``, then ``validation_prompts``, by their index."""
         return encoded(self.pipe, ConcatTexts(self.prompts, self.validation_prompts))
 
-    def teacher(self) -> Teacher:
-        """The base's two passes, over training and validation prompts."""
-        return Teacher(self.denoiser, self.texts, self.backbone.sizes(self.pipe))
+    def teacher(self, guidance: Guidance = CFG) -> Teacher:
+        """The passes of a guidance, over training and validation prompts.
+
+        Raises:
+            PipelineError: its weaker model cannot be loaded, or does not go with the base.
+        """
+        weak, sizes = weaker_denoiser(guidance, self.backbone), self.backbone.sizes(self.pipe)
+        return Teacher(self.denoiser, self.texts, sizes, guidance, weak)
 
     def student(self, guide: Guide) -> Student:
         """The base with a guide."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from pilotfish import bundled
 from pilotfish.backbones import Origin
+from pilotfish.guidances import CFG
 from pilotfish.guides import Guide
 from pilotfish.interface import Refresh
 from pilotfish.noise import NoisePath
@@ -163,7 +165,7 @@ class StepTrainer(Trainer):
         self, latents: torch.Tensor, time: torch.Tensor, prompt: torch.Tensor,
         negative: torch.Tensor, w: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """The teacher's guided prediction: CFG in two passes, or a guide in one."""
+        """The teacher's guided prediction: its guidance with all passes, or a guide in one."""
         if self.teacher_guide is None:
             both = self.teacher(latents, time, prompt, negative)
             scale = 1 + self.config.teacher_scale_multiplier * (w - 1)
@@ -250,11 +252,12 @@ def distill(config: DistillConfig) -> Guide:
         config = with_settings_of(found, config)
     context = TrainingContext.from_config(config)
     if found is not None:
-        signature = context.backbone.signature(context.path.prediction_type)
-        found.check(signature, Origin.of(context.denoiser))
+        fits = context.backbone.signature(context.path.prediction_type)
+        found.check(fits, Origin.of(context.denoiser))
     guide = new_guide(config, context)
     if found is not None:
-        if differs := differences(found.settings(), guide.settings(), "guide"):
+        same = found.settings() | {"teacher": guide.config.get("teacher")}
+        if differs := differences(same, guide.settings(), "guide"):
             raise ConfigError(f"Cannot continue training {config.init_from}: {differs}.")
         guide.load_state_dict(found.state_dict())
     return GuidanceTrainer(config, context, guide).run()
@@ -337,9 +340,19 @@ def check_finished(folder: Path, config: StepsConfig, steps: int) -> None:
 
 
 def new_guide(config: DistillConfig, context: TrainingContext) -> Guide:
-    """A new guide of the configured type."""
+    """A new guide of the configured type.
+
+    Raises:
+        ConfigError: it cannot say what it was taught, and that is not CFG.
+    """
     torch.manual_seed(config.seed)
     settings: dict[str, Any] = asdict(config.guide)
+    if (teacher := config.teacher.plain()) is not None:
+        if "teacher" not in signature(Guide.registry[config.guide_type].__init__).parameters:
+            raise ConfigError(
+                f"a guide of type {config.guide_type} can only be taught CFG; use --guide_type tiny"
+            )
+        settings["teacher"] = teacher
     if "trained_scale" not in settings:
         settings["guidance_scale_range"] = (config.guidance_scale_min, config.guidance_scale_max)
     kind = Guide.registry[config.guide_type]
@@ -363,7 +376,8 @@ def with_settings_of(guide: Guide, config: DistillConfig) -> DistillConfig:
     given = {name: value for name, value in given.items() if name in own | found}
     if differs := differences(own | found, given, "guide"):
         raise ConfigError(f"Cannot continue training {config.init_from}: {differs}.")
-    return replace(config, **own, guide=found)
+    taught = guide.guidance if config.teacher == CFG else config.teacher
+    return replace(config, **own, guide=found, teacher=taught)
 
 
 def times(path: NoisePath, steps: int) -> tuple[float, ...]:

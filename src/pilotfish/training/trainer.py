@@ -105,7 +105,7 @@ class Trainer:
         self.accelerator = make_accelerator(config, log)
         context.cast(BASE_DTYPES[config.base_dtype])
         context.pipe.to(self.accelerator.device)
-        self.teacher = context.teacher()
+        self.teacher = context.teacher(guide.guidance)
         if config.gradient_checkpointing:
             context.denoiser.enable_gradient_checkpointing(checkpoint_in_pass)
         self.base_sha256 = checksum(context.denoiser)
@@ -345,7 +345,7 @@ class Trainer:
             (config.guidance_scale_min, config.guidance_scale_max), size=size, steps=steps,
             path=context.path, generator=generator(config.seed, stream, BEFORE_TRAINING),
             on_policy_ratio=on_policy_ratio, negative_prompt_prob=config.negative_prompt_prob,
-            refresh_prob=config.refresh_prob,
+            refresh_prob=config.refresh_prob if self.teacher.weak is None else 0.0,
             first_step_refresh_prob=config.first_step_refresh_prob,
         )  # fmt: skip
 

@@ -14,8 +14,8 @@ from pilotfish.conditioning import NULL
 from pilotfish.data.images import to_pixels
 from pilotfish.guidance_error import SCALES, Trajectories, guidance_error
 from pilotfish.guides import Guide
-from pilotfish.pipelines import Refreshed
-from pilotfish.pipelines.sampling import Sample, sample
+from pilotfish.pipelines import Reference, Refreshed
+from pilotfish.pipelines.sampling import Attachable, Sample, sample
 from pilotfish.teacher import Teacher
 from pilotfish.training.config import TrainingConfig
 from pilotfish.training.context import TrainingContext
@@ -77,7 +77,7 @@ class GuidanceValidation(_Settings):
         )  # fmt: skip
 
     def run(self, guide: Guide, step: int, folder: Path) -> dict[str, float]:
-        """See :class:`Validation`. The images: no guidance, CFG, guided."""
+        """See :class:`Validation`. The images: no guidance, the teacher's, guided."""
         student = self.context.student(guide)
         try:
             error = guidance_error(student, self.trajectories)
@@ -85,13 +85,14 @@ class GuidanceValidation(_Settings):
             student.hooks.remove()
         texts, pipe = self.context.validation_prompts[:SHOWN], self.context.pipe
 
-        def column(w: float, with_guide: Guide | None) -> list[Sample]:
+        def column(w: float, method: Attachable | None) -> list[Sample]:
             return list(sample(pipe, texts, seeds=range(len(texts)), guidance_scale=w,
                                num_inference_steps=STEPS, batch_size=self.batch_size,
-                               guide=with_guide and Refreshed(with_guide, 0)))  # fmt: skip
+                               guide=method))  # fmt: skip
 
-        w = self.shown
-        save_columns([column(1.0, None), column(w, None), column(w, guide)], folder, f"step-{step}")
+        w, methods = self.shown, (Reference(guide.guidance), Refreshed(guide, 0))
+        columns = [column(1.0, None), *(column(w, method) for method in methods)]
+        save_columns(columns, folder, f"step-{step}")
         return mean_and_each("guidance_error", error.by_w)
 
 
@@ -100,7 +101,7 @@ class StepValidation(_Settings):
     teacher takes twice as many steps; *untrained* is the teacher with the student's steps.
 
     Args:
-        teacher: the guide that is the teacher; None is CFG.
+        teacher: the guide that is the teacher; None is the guidance that the student was taught.
         steps: the student's.
     """
 
@@ -117,19 +118,21 @@ class StepValidation(_Settings):
         errors, columns = {}, []
         for w in self.scales:
             if w not in self.cached:
-                own = self._sample(self.teacher, w, 2 * self.steps)
+                own, known = Reference(guide.guidance), self.teacher
+                teacher = own if known is None else Refreshed(known, 0)
+                goal = self._sample(teacher, w, 2 * self.steps)
                 with warnings.catch_warnings():  # the teacher does not take its own steps here
                     warnings.simplefilter("ignore", UserWarning)
-                    self.cached[w] = own, self._sample(self.teacher, w, self.steps)
+                    self.cached[w] = goal, self._sample(teacher, w, self.steps)
             goal, untrained = self.cached[w]
-            made = self._sample(guide, w, self.steps)
+            made = self._sample(Refreshed(guide, 0), w, self.steps)
             errors[f"{w:g}"] = _distance(made, goal) / _distance(untrained, goal)
             if w == self.shown:
                 columns = [c[:SHOWN] for c in (goal, untrained, made)]
         save_columns(columns, folder, f"step-{step}")
         return mean_and_each("latent_error", errors)
 
-    def _sample(self, guide: Guide | None, w: float, steps: int) -> list[Sample]:
+    def _sample(self, method: Attachable, w: float, steps: int) -> list[Sample]:
         texts = self.context.validation_prompts[:PROMPTS]
         seeds = range(self.config.seed, self.config.seed + len(texts))
         grid: dict[str, Any] = {}
@@ -137,7 +140,7 @@ class StepValidation(_Settings):
             grid = self.context.backbone.even_grid(steps)
         return list(sample(self.context.pipe, texts, seeds=seeds, guidance_scale=w,
                            num_inference_steps=steps, batch_size=self.batch_size,
-                           guide=guide and Refreshed(guide, 0), **grid))  # fmt: skip
+                           guide=method, **grid))  # fmt: skip
 
 
 def _distance(a: Sequence[Sample], b: Sequence[Sample]) -> float:
