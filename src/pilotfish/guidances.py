@@ -110,8 +110,10 @@ class Guidance:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(plain or {}) - known):
             raise ValueError(f"a guidance has no field {unknown[0]}")
-        given: dict[str, Any] = dict(plain or {})
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in (plain or {}).items()
+        }
+        return cls(**given)
 
     def plain(self) -> dict[str, Any] | None:
         """Its name and own settings in plain JSON; None for CFG."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from pilotfish.cli.progress import progress_bars
 from pilotfish.evaluation import plots
 from pilotfish.evaluation.grids import draw_scales, scales_grid
 from pilotfish.evaluation.inspection import added_maps, added_strength, inspect
+from pilotfish.guides import Guide
 from pilotfish.pipelines.attach import check
 
 
@@ -54,16 +55,15 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         InspectConfig, args=list(arguments), prog="pilotfish inspect", use_underscores=True
     )
-    if config.guide is None:
-        config = replace(config, guide=bundled.guide_of(config.models[0]))
+    name = config.guide or bundled.guide_of(config.models[0])
     if config.scales is not None:
-        _draw_scales(config, Path(config.scales))
+        _draw_scales(config, open_guide(name), Path(config.scales))
         return
     if len(config.models) != 1:
         raise ValueError(f"{len(config.models)} models, but maps are of one; add --scales")
     pipe, guide = (
         model_on_device(config.models[0], variant=config.variant),
-        open_guide(config.guide),
+        open_guide(name),
     )
     found = inspect(
         pipe, guide, config.prompt, seed=config.seed, guidance_scales=config.guidance_scales,
@@ -71,22 +71,22 @@ def main(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     sites = list(dict.fromkeys(a.site for a in found if a.map is not None))
     if not sites:
-        raise ValueError(f"{config.guide} adds nothing that has a map")
+        raise ValueError(f"{name} adds nothing that has a map")
     head = Backbone.of_pipeline(pipe).sites()["head"]["module"]
     inner = [site for site in sites if site != head]
     site = config.site or (inner or sites)[-1]
     if site not in sites:
         raise ValueError(f"nothing is added at {site}; there are {', '.join(sites)}")
     folder = Path(config.output)
-    for name, figure in (
+    for what, figure in (
         ("maps", added_maps(found, site)), ("strength", added_strength(found, site)),
     ):  # fmt: skip
-        plots.save(figure, folder / f"{name}.png")
-        print(f"saved {folder / f'{name}.png'}")
+        plots.save(figure, folder / f"{what}.png")
+        print(f"saved {folder / f'{what}.png'}")
 
 
-def _draw_scales(config: InspectConfig, file: Path) -> None:
-    guide, drawn = open_guide(config.guide), {}
+def _draw_scales(config: InspectConfig, guide: Guide, file: Path) -> None:
+    drawn = {}
     with progress_bars() as progress:
         for i, name in enumerate(config.models):
             pipe = model_on_device(name, variant=config.variant)
