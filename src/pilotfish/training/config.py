@@ -117,6 +117,10 @@ class TrainingConfig:
     validation_prompts: Text | None = None
     """Held-out prompts for validation; a text file, or a data set with the same column and split.
     Default: the bundled model's, or the first 64 training prompts of your own."""
+    cache_embeddings: Text | None = None
+    """Folder of embeddings. Every prompt, those of validation among them, is encoded once, before
+    training, and the text encoders are then freed. A second run finds the embeddings there.
+    Default: texts are encoded during training."""
     train_finetunes: tuple[Text, ...] = ()
     """Fine-tunes of the base to train on beside it, so that the guide works better on others:
     folders or hub ids of pipelines, or folders of UNets or LoRAs. Bundled ones are given by name:
@@ -185,6 +189,9 @@ class TrainingConfig:
     interruption."""
     validation_steps: PositiveInt = 500
     """Steps between validations."""
+    num_validation_images: PositiveInt = 4
+    """Validation prompts, at most 16, whose images are written at every validation, in columns:
+    without guidance, with CFG, with the guide; in stage 2 of the teacher and of the guide."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "tensorboard"
     seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 0
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from pilotfish import bundled
@@ -26,8 +29,11 @@ from pilotfish.pipelines.loading import (
 from pilotfish.pipelines.sampling import encode, image_size
 from pilotfish.teacher import Student, Teacher
 from pilotfish.training.config import ConfigError, TrainingConfig
+from pilotfish.training.embeddings import cached_prompts, free_text_encoders
 
 BASE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TIMEOUT = timedelta(hours=6)
+"""How long processes wait for the first, which encodes prompts and validates alone."""
 
 
 @dataclass
@@ -112,7 +118,14 @@ class TrainingContext:
         images = getattr(config, "train_images", None)
         if images is None and bundled.installed():
             images = bundled.images("base")
-        return cls(pipe, prompts, validation, images and Path(images), held_out)
+        made = cls(pipe, prompts, validation, images and Path(images), held_out)
+        if config.cache_embeddings is not None:
+            made.cast(BASE_DTYPES[config.base_dtype])
+            on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+            state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
+            with state.main_process_first():  # the others then find all of them
+                made.cache_embeddings(config.cache_embeddings, state.device)
+        return made
 
     @property
     def denoiser(self) -> Any:
@@ -149,6 +162,15 @@ class TrainingContext:
     def texts(self) -> Prompts:
         """``prompts``, then ``validation_prompts``, by their index."""
         return encoded(self.pipe, ConcatTexts(self.prompts, self.validation_prompts))
+
+    def cache_embeddings(
+        self, folder: str, device: torch.device, log: Callable[[str], None] = print
+    ) -> None:  # fmt: skip
+        """Take all embeddings from a folder, where those that it lacks are encoded first, and free
+        the text encoders. See :func:`~pilotfish.training.embeddings.cached_prompts`."""
+        texts = ConcatTexts(self.prompts, self.validation_prompts)
+        self.texts = cached_prompts(self.pipe, texts, folder, device, log)
+        free_text_encoders(self.pipe)
 
     def teacher(self) -> Teacher:
         """The base's two passes, over training and validation prompts."""

@@ -182,9 +182,9 @@ class StepTrainer(Trainer):
         return step_loss(guided, target, w, weight)
 
     def validation(self) -> StepValidation:
-        # a copy: the pipeline casts it to the precision of the base
-        teacher = deepcopy(self.teacher_guide)
-        return StepValidation(self.config, self.context, teacher, self.steps)
+        return StepValidation(
+            self.config, self.context, self.teacher, self.teacher_guide, self.steps
+        )
 
 
 def guidance_loss(
@@ -312,7 +312,8 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
 
 FREE = (
     "output", "resume", "steps", "report_to", "checkpointing_steps", "checkpoints_total_limit",
-    "validation_steps", "validation_prompts", "gradient_checkpointing",
+    "validation_steps", "validation_prompts", "num_validation_images", "gradient_checkpointing",
+    "cache_embeddings",
 )  # fmt: skip
 """Settings that do not change a finished round; of ``steps``, those after it."""
 
