@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.hooks import apply_group_offloading
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -41,18 +42,19 @@ _PLACES = ("_name_or_path", "transformers_version")
 
 def cached_prompts(
     pipe: Any, texts: Sequence[str], folder: str | Path, device: torch.device,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = print, offload: bool = False,
 ) -> Prompts:  # fmt: skip
     """Texts by their index as :func:`~pilotfish.conditioning.encoded` gives them, from a folder in
     which those that it lacks are encoded first. The text encoders are not needed after it.
 
     Args:
         device: where the text encoders run, and of the embeddings.
+        offload: keep them in the memory of the CPU, but for the layer that runs.
 
     Raises:
         ConfigError: the folder's disk is too small, or a file in it cannot be read.
     """
-    cache = EmbeddingsCache(folder, pipe, device)
+    cache = EmbeddingsCache(folder, pipe, device, offload)
     roles: list[Role] = ["prompt"]
     if Backbone.of_pipeline(pipe).other_negatives:
         roles.append("negative")
@@ -75,7 +77,7 @@ class EmbeddingsCache:
         folder: of all text encoders.
         pipe: the pipeline that encodes. Its text encoders are moved to ``device`` when they are
             first needed.
-        device: see :func:`cached_prompts`.
+        device: see :func:`cached_prompts`, as of ``offload``.
 
     Attributes:
         folder: of these text encoders.
@@ -85,9 +87,11 @@ class EmbeddingsCache:
         ConfigError: a file cannot be read.
     """
 
-    def __init__(self, folder: str | Path, pipe: Any, device: torch.device) -> None:
+    def __init__(
+        self, folder: str | Path, pipe: Any, device: torch.device, offload: bool = False
+    ) -> None:  # fmt: skip
         self.folder = Path(folder) / encoders_sha256(pipe)[:16]
-        self.pipe, self.device, self.added = pipe, device, 0
+        self.pipe, self.device, self.offload, self.added = pipe, device, offload, 0
         self.places: dict[bytes, tuple[Path, int]] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             self._note(file, _rows(file))
@@ -109,11 +113,21 @@ class EmbeddingsCache:
         new = {_key(role, text): text for text in texts}
         new = {key: text for key, text in new.items() if key not in self.places}
         if new:
-            for encoder in text_encoders(self.pipe).values():
-                encoder.to(self.device)
+            if not self.added:
+                self._place_encoders()
             made = encode_as(self.pipe, role, list(new.values()), self.device)
             self._check_room(made.nbytes // len(made) * max(left, len(made)))
             self._write(made, list(new))
+
+    def _place_encoders(self) -> None:
+        for encoder in text_encoders(self.pipe).values():
+            if self.offload:
+                apply_group_offloading(
+                    encoder, onload_device=self.device, offload_type="leaf_level",
+                    use_stream=self.device.type == "cuda",
+                )  # fmt: skip
+            else:
+                encoder.to(self.device)
 
     def _check_room(self, needed: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from pilotfish.conditioning import NULL, some_or_one
@@ -22,7 +23,7 @@ from pilotfish.guides import Guide
 from pilotfish.pipelines.sampling import decode, final_latents
 from pilotfish.teacher import Student, Teacher
 from pilotfish.training.config import TrainingConfig
-from pilotfish.training.context import TrainingContext
+from pilotfish.training.context import ImageSize, TrainingContext
 
 PROMPTS, STEPS = 16, 12
 SHOWN_SCALE = 4.0
@@ -62,11 +63,13 @@ class _Validation:
         scales: to measure at.
         shown: that of the images.
         batch_size: one that the training has memory for.
+        sizes: of the images.
         prompt: (N,) indices of the validation prompts that are used.
     """
 
     def __init__(self, config: TrainingConfig, context: TrainingContext, teacher: Teacher) -> None:
         self.config, self.context, self.cfg = config, context, teacher
+        self.sizes = context.sizes
         self.scales = validation_scales(config)
         self.shown = min(self.scales, key=lambda w: abs(w - SHOWN_SCALE))
         self.batch_size = min(32, config.train_batch_size)
@@ -109,24 +112,31 @@ class _Validation:
         finally:
             student.hooks.remove()
 
-    def latents(self, predict: Predict, prompt: torch.Tensor, steps: int) -> torch.Tensor:
-        """(N, C, h, w) final latents, each from noise of its own seed."""
-        made = []
+    def latents(
+        self, predict: Predict, prompt: torch.Tensor, steps: int, size: ImageSize | None = None
+    ) -> torch.Tensor:  # fmt: skip
+        """(N, C, h, w) final latents of a size, or the first, each from noise of its own seed."""
+        made, size = [], size or self.sizes[0]
         for index in prompt.split(self.batch_size):
-            noise = torch.stack([self._noise(int(i)) for i in index])
-            by_prompt = partial(predict, prompt=index)
-            made.append(final_latents(self.context.path, by_prompt, noise, steps))
+            seeds = self.config.seed + index - len(self.context.prompts)
+            draws = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+            noise = torch.stack([torch.randn(size.shape, generator=draw) for draw in draws])
+            made.append(final_latents(size.path, partial(predict, prompt=index), noise, steps))
         return torch.cat(made)
 
-    def _noise(self, prompt: int) -> torch.Tensor:
-        seed = self.config.seed + prompt - len(self.context.prompts)
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(self.context.latent_shape, generator=generator)
+    def images(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        """The decoded images (3, H, W) of (n, C, h, w), on the CPU."""
+        with self.context.vae_placed():
+            return [decode(self.context.pipe, one[None])[0].cpu() for one in latents]
 
-    def images(self, latents: torch.Tensor) -> torch.Tensor:
-        """(3, H n, W) the decoded images of (n, C, h, w), one below the other, on the CPU."""
-        pipe = self.context.pipe
-        return torch.cat([decode(pipe, one[None])[0].cpu() for one in latents], 1)
+    def previews(self, predict: Predict, steps: int) -> list[torch.Tensor]:
+        """Images of the first prompts, (3, H, W) each, in turn of every size."""
+        prompt, count = self.prompt[: self.config.num_validation_images], len(self.sizes)
+        found: dict[int, torch.Tensor] = {}
+        for i, size in enumerate(self.sizes[: len(prompt)]):
+            made = self.images(self.latents(predict, prompt[i::count], steps, size))
+            found |= dict(zip(range(i, len(prompt), count), made, strict=True))
+        return [found[i] for i in range(len(prompt))]
 
 
 class GuidanceValidation(_Validation):
@@ -141,18 +151,16 @@ class GuidanceValidation(_Validation):
             guidance_scales=self.scales, num_inference_steps=STEPS, batch_size=self.batch_size,
             cache=True,
         )  # fmt: skip
-        self.columns: list[torch.Tensor] = []
+        self.columns: list[list[torch.Tensor]] = []
 
     def run(self, guide: Guide, step: int, folder: Path) -> dict[str, float]:
         """See :class:`Validation`. The images: no guidance, CFG, guided."""
-        prompt = self.prompt[: self.config.num_validation_images]
         with self.student(guide) as student:
             error = guidance_error(student, self.trajectories)
-            guided = self.latents(self.by_student(student, self.shown), prompt, STEPS)
+            guided = self.previews(self.by_student(student, self.shown), STEPS)
         if not self.columns:  # the base does not change
-            for w in (1.0, self.shown):
-                self.columns.append(self.images(self.latents(self.by_cfg(w), prompt, STEPS)))
-        save_columns([*self.columns, self.images(guided)], folder, f"step-{step}")
+            self.columns = [self.previews(self.by_cfg(w), STEPS) for w in (1.0, self.shown)]
+        save_columns([*self.columns, guided], folder, f"step-{step}")
         return mean_and_each("guidance_error", error.by_w)
 
 
@@ -173,7 +181,7 @@ class StepValidation(_Validation):
         super().__init__(config, context, teacher)
         self.teacher, self.steps = guide, steps
         self.cached: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.columns: list[torch.Tensor] = []
+        self.columns: list[list[torch.Tensor]] = []
 
     def run(self, guide: Guide, step: int, folder: Path) -> dict[str, float]:
         """See :class:`Validation`. The images: the teacher with its own steps and with the
@@ -214,8 +222,10 @@ def mean_and_each(name: str, by_w: dict[str, float]) -> dict[str, float]:
     return {name: sum(by_w.values()) / len(by_w), **row}
 
 
-def save_columns(columns: Sequence[torch.Tensor], folder: Path, name: str) -> None:
-    """A grid of images; each column (3, H, W) is as high as the others."""
+def save_columns(columns: Sequence[Sequence[torch.Tensor]], folder: Path, name: str) -> None:
+    """A grid of images (3, H, W); a row holds images of one size."""
     folder.mkdir(parents=True, exist_ok=True)
-    grid = to_pixels(torch.cat(list(columns), 2))
+    rows = [to_pixels(torch.cat(list(row), 2)) for row in zip(*columns, strict=True)]
+    width = max(row.shape[2] for row in rows)
+    grid = torch.cat([F.pad(row, (0, width - row.shape[2]), value=255) for row in rows], 1)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
