@@ -6,8 +6,9 @@ neither the texts nor their embeddings need to lie in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -20,8 +21,9 @@ CACHE_BYTES = 2**29
 """Bytes that encoded prompts may take in memory."""
 BATCH = 64
 
-
-Encode = Callable[[Any, Sequence[str]], TextConditions]
+Role = Literal["prompt", "negative", "null"]
+"""What a text is to a pipeline; the null prompt has none."""
+Encode = Callable[[Role, Sequence[str]], TextConditions]
 
 
 class Prompts(Protocol):
@@ -64,39 +66,55 @@ class PromptEncoder:
     """Prompts that are encoded when they are needed.
 
     Args:
-        pipe: the pipeline that encodes them.
+        encode: encodes them, or reads what was encoded before.
         texts: a list, or a column of a data set on a disk.
+        other_negatives: whether a text is encoded in another way as negative prompt.
     """
 
-    def __init__(self, pipe: Any, texts: Sequence[str]) -> None:
-        self.pipe, self.texts, self.null = pipe, texts, null_prompt(pipe)
+    def __init__(
+        self, encode: Encode, texts: Sequence[str], other_negatives: bool = True
+    ) -> None:  # fmt: skip
+        self.encode, self.texts, self.null = encode, texts, encode("null", [""])
+        self.role: Role = "negative" if other_negatives else "prompt"
 
     def __call__(self, index: torch.Tensor) -> TextConditions:
-        return self._encoded(index, encode_prompts)
+        return self._encoded(index, "prompt")
 
     def negative(self, index: torch.Tensor) -> TextConditions:
-        return self._encoded(index, encode_negatives)
+        return self._encoded(index, self.role)
 
-    def _encoded(self, index: torch.Tensor, encode: Encode) -> TextConditions:
+    def _encoded(self, index: torch.Tensor, role: Role) -> TextConditions:
         different, place = index.unique(return_inverse=True)
         wanted = [int(i) for i in different if i != NULL]
-        parts = [encode(self.pipe, [self.texts[i] for i in wanted])] if wanted else []
+        parts = [self.encode(role, [self.texts[i] for i in wanted])] if wanted else []
         if len(wanted) < len(different):  # unique sorts, so the null prompt is the first
             parts.insert(0, self.null)
         return TextConditions.cat(parts)[place.to(self.null.device)]
 
 
-def encoded(pipe: Any, texts: Sequence[str], cache_bytes: int = CACHE_BYTES) -> Prompts:
-    """Texts by their index, kept in memory where they take at most ``cache_bytes``."""
-    null, other = null_prompt(pipe), Backbone.of_pipeline(pipe).other_negatives
+def encoded(
+    pipe: Any, texts: Sequence[str], cache_bytes: int = CACHE_BYTES, encode: Encode | None = None
+) -> Prompts:  # fmt: skip
+    """Texts by their index, kept in memory where they take at most ``cache_bytes``.
+
+    Args:
+        encode: in place of the pipeline; see :func:`encode_as`.
+    """
+    encode = encode or partial(encode_as, pipe)
+    null, other = encode("null", [""]), Backbone.of_pipeline(pipe).other_negatives
     if (1 + other) * null.nbytes * len(texts) > cache_bytes:
-        return PromptEncoder(pipe, texts)
-    batches = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
+        return PromptEncoder(encode, texts, other)
 
-    def table(encode: Encode) -> TextConditions:
-        return TextConditions.cat([*(encode(pipe, batch) for batch in batches), null])
+    def table(role: Role) -> TextConditions:
+        return TextConditions.cat([*(encode(role, some) for some in batches(texts)), null])
 
-    return PromptTable(table(encode_prompts), table(encode_negatives) if other else None)
+    return PromptTable(table("prompt"), table("negative") if other else None)
+
+
+def batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Texts as they are encoded, :data:`BATCH` at once."""
+    for start in range(0, len(texts), BATCH):
+        yield texts[start : start + BATCH]
 
 
 def some_or_one(prompts: Prompts, index: torch.Tensor) -> TextConditions:
@@ -106,37 +124,50 @@ def some_or_one(prompts: Prompts, index: torch.Tensor) -> TextConditions:
 
 
 @torch.no_grad()
-def encode_prompts(pipe: Any, texts: Sequence[str]) -> TextConditions:
-    """Texts by the pipeline's own ``encode_prompt``."""
-    if Backbone.of_pipeline(pipe).pads_to_longest:  # one by one: padding would count
-        return TextConditions.cat([_encode(pipe, [text])[0] for text in texts])
-    return _encode(pipe, texts)[0]
+def encode_as(
+    pipe: Any, role: Role, texts: Sequence[str], device: torch.device | None = None
+) -> TextConditions:  # fmt: skip
+    """Texts by the pipeline's own ``encode_prompt``.
 
-
-@torch.no_grad()
-def encode_negatives(pipe: Any, texts: Sequence[str]) -> TextConditions:
-    """Texts as negative prompts."""
-    if not Backbone.of_pipeline(pipe).other_negatives:
-        return encode_prompts(pipe, texts)
-    negative = _encode(pipe, [""] * len(texts), list(texts))[1]
-    assert negative is not None
-    return negative
-
-
-@torch.no_grad()
-def null_prompt(pipe: Any) -> TextConditions:
-    """The negative prompt of a call that gives none: the empty text, or zeros where a pipeline of
-    SDXL is made that way; a space where a call without one has no guidance."""
+    Args:
+        role: of all texts. The null prompt is the negative prompt of a call that gives none: the
+            empty text, or zeros where a pipeline of SDXL is made that way; a space where a call
+            without one has no guidance.
+        texts: N; of the null prompt they have no effect but their number, 1.
+        device: where the text encoders are. Default: where the pipeline runs.
+    """
     backbone = Backbone.of_pipeline(pipe)
-    if backbone.separate_negative:
-        return encode_prompts(pipe, [backbone.null_text])
-    negative = _encode(pipe, [""], None)[1]
-    assert negative is not None
-    return negative
+    if role == "null":
+        if backbone.separate_negative:
+            return encode_as(pipe, "prompt", [backbone.null_text], device)
+        return _negative(pipe, [""], None, device)
+    if role == "negative" and backbone.other_negatives:
+        return _negative(pipe, [""] * len(texts), list(texts), device)
+    if backbone.pads_to_longest:  # one by one: padding would count
+        return TextConditions.cat([_encode(pipe, [text], device)[0] for text in texts])
+    return _encode(pipe, texts, device)[0]
+
+
+def encode_prompts(pipe: Any, texts: Sequence[str]) -> TextConditions:
+    """Texts as prompts; see :func:`encode_as`."""
+    return encode_as(pipe, "prompt", texts)
+
+
+def null_prompt(pipe: Any) -> TextConditions:
+    """The null prompt; see :func:`encode_as`."""
+    return encode_as(pipe, "null", [""])
+
+
+def _negative(
+    pipe: Any, texts: Sequence[str], negatives: Sequence[str] | None, device: torch.device | None
+) -> TextConditions:  # fmt: skip
+    made = _encode(pipe, texts, device, negatives)[1]
+    assert made is not None
+    return made
 
 
 def _encode(
-    pipe: Any, texts: Sequence[str], *negatives: Sequence[str] | None
+    pipe: Any, texts: Sequence[str], device: torch.device | None, *negatives: Sequence[str] | None
 ) -> tuple[TextConditions, TextConditions | None]:
     backbone = Backbone.of_pipeline(pipe)
     arguments: dict[str, Any] = dict(backbone.text_length(pipe))
@@ -145,6 +176,6 @@ def _encode(
     if not backbone.separate_negative:
         arguments["do_classifier_free_guidance"] = bool(negatives)
     made = pipe.encode_prompt(
-        **backbone.encoding(texts), **arguments, device=pipe._execution_device
-    )  # fmt: skip
+        **backbone.encoding(texts), **arguments, device=device or pipe._execution_device
+    )
     return backbone.split_encoded(made)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from pilotfish.backbones import Backbone, GuidedPass, current_pass, degraded
 from pilotfish.conditioning import Prompts
 from pilotfish.guidances import CFG, Guidance
 from pilotfish.interface import GuideProtocol, Refresh, TextConditions
+
+Sizes = torch.Tensor | Mapping[tuple[int, int], torch.Tensor | None] | None
 
 
 class Denoiser:
@@ -22,18 +25,21 @@ class Denoiser:
 
     Args:
         module: the denoiser.
-        sizes: what :meth:`pilotfish.backbones.Backbone.sizes` gave.
+        sizes: what :meth:`pilotfish.backbones.Backbone.sizes` gave, or that by the size (h, w) of
+            the latents.
     """
 
-    def __init__(self, module: nn.Module, sizes: torch.Tensor | None = None) -> None:
+    def __init__(self, module: nn.Module, sizes: Sizes = None) -> None:
         self.backbone, self.sizes = Backbone.of(module), sizes
 
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions
     ) -> torch.Tensor:
         """The prediction (N, C, h, w) at times (N,)."""
-        place = text.device
-        made = self.backbone(latents.to(place, text.dtype), time.to(place), text, self.sizes)
+        place, sizes = text.device, self.sizes
+        if isinstance(sizes, Mapping):
+            sizes = sizes[(latents.shape[-2], latents.shape[-1])]
+        made = self.backbone(latents.to(place, text.dtype), time.to(place), text, sizes)
         return made.to(latents.device)
 
 
@@ -49,7 +55,7 @@ class Teacher:
     """
 
     def __init__(
-        self, denoiser: nn.Module, prompts: Prompts, sizes: torch.Tensor | None = None,
+        self, denoiser: nn.Module, prompts: Prompts, sizes: Sizes = None,
         guidance: Guidance = CFG, weak: nn.Module | None = None,
     ) -> None:  # fmt: skip
         self.base = Denoiser(denoiser.eval().requires_grad_(False), sizes)
@@ -106,8 +112,8 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, guide: GuideProtocol, denoiser: nn.Module, sizes: torch.Tensor | None = None
-    ) -> None:
+        self, guide: GuideProtocol, denoiser: nn.Module, sizes: Sizes = None
+    ) -> None:  # fmt: skip
         super().__init__()
         self.guide: Any = guide
         self._base = (Denoiser(denoiser, sizes),)
@@ -177,5 +183,14 @@ def checksum(module: nn.Module) -> str:
     digest = sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for part in plain_tensors(value):
+            digest.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def plain_tensors(value: torch.Tensor) -> list[torch.Tensor]:
+    """What a quantised tensor consists of; any other alone."""
+    if not is_traceable_wrapper_subclass(value):
+        return [value]
+    names, _ = value.__tensor_flatten__()
+    return [part for name in names for part in plain_tensors(getattr(value, name))]

@@ -88,7 +88,7 @@ def test_a_ring_smaller_than_a_batch_still_serves() -> None:
 
 
 def streams(numbers: range, batch: int) -> Streams:
-    return Streams(numbers, 3, batch=batch, models=2, source=Numbered, capacity=16, reuse=2)
+    return Streams(numbers, 3, batch=batch, sources=2, source=Numbered, capacity=16, reuse=2)
 
 
 def scales(samples: TrainingSamples, generator: torch.Generator) -> torch.Tensor:

@@ -135,7 +135,7 @@ def test_the_noise_path_is_that_of_the_scheduler_of_stage_2(
     trainer = StepTrainer(steps_config, given, initial(), 2, log=lambda line: None)
     scheduler = given.pipe.scheduler
     assert isinstance(scheduler, DDIMScheduler)
-    path = trainer.source(0, 0).path  # type: ignore[attr-defined]
+    path = trainer.source(0, 0, trainer.sizes[0]).path  # type: ignore[attr-defined]
     scheduler.set_timesteps(2)
     z, prediction = torch.randn(2, 1, 4, 8, 8)
     t, end = path.grid(2)[1:].split(1)

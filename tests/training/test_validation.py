@@ -51,7 +51,7 @@ def test_its_batches_are_those_of_the_training(
             else:
                 given.use_deterministic_scheduler()
                 validation = StepValidation(
-                    replace(steps_config, train_batch_size=size), given, None, 2
+                    replace(steps_config, train_batch_size=size), given, given.teacher(), None, 2
                 )
             rows.append(validation.run(guide, 1, tmp_path))
         assert max(sizes) == 2 * min(size, len(given.validation_prompts))  # CFG's two passes

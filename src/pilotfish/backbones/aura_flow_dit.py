@@ -166,6 +166,6 @@ class AuraFlowDiTBackbone(Backbone):
         prompt, _, negative, _ = encoded  # the masks have been applied
         return TextConditions(prompt), None if negative is None else TextConditions(negative)
 
-    def latent_shape(self) -> tuple[int, ...]:
+    def default_latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of the pipeline's default, 1024 x 1024 pixels."""
         return int(self.denoiser.config.in_channels), 128, 128

@@ -296,7 +296,7 @@ class ChromaDiTBackbone(Backbone):
         mu = shift_by_size(scheduler, self.latent_shape())
         return lambda steps: mu
 
-    def latent_shape(self) -> tuple[int, ...]:
+    def default_latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of the packed latents of the pipeline's default, 1024 x 1024 pixels."""
         return int(self.denoiser.config.in_channels), 64, 64
 

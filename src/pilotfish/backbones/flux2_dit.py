@@ -264,7 +264,7 @@ class Flux2DiTBackbone(Backbone):
         _, height, width = self.latent_shape()
         return partial(compute_empirical_mu, height * width)
 
-    def latent_shape(self) -> tuple[int, ...]:
+    def default_latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of the packed latents of the pipeline's default, 1024 x 1024 pixels."""
         return int(self.denoiser.config.in_channels), 64, 64
 

@@ -89,6 +89,6 @@ class LTXBackbone(CrossAttentionDiTBackbone):
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
         return {"prompt": list(texts), "num_videos_per_prompt": 1}
 
-    def latent_shape(self) -> tuple[int, ...]:
+    def default_latent_shape(self) -> tuple[int, ...]:
         """(C, F, h, w) of the pipeline's default: 161 frames of 704 x 512 pixels."""
         return int(self.denoiser.config.in_channels), 21, 16, 22

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -115,8 +116,8 @@ class FamilyPipeline(ABC):
     # -- the schedule ---------------------------------------------------------------------
 
     def dynamic_shift(self, scheduler: Any) -> Callable[[int], float] | None:
-        """What the pipeline gives a scheduler with dynamic shifting as ``mu`` for images of its
-        default size, of the number of steps; None where that is not known here."""
+        """What the pipeline gives a scheduler with dynamic shifting as ``mu`` for images of
+        :meth:`latent_shape`, of the number of steps; None where that is not known here."""
         return None
 
     def time_shift(self, pipe: Any) -> float | None:
@@ -125,7 +126,7 @@ class FamilyPipeline(ABC):
         return None
 
     def noise_path(self, pipe: Any) -> NoisePath:
-        """The noise path of the pipeline's scheduler, for images of the default size.
+        """The noise path of the pipeline's scheduler, for images of :meth:`latent_shape`.
 
         Raises:
             ValueError: as :meth:`NoisePath.of`.
@@ -147,14 +148,48 @@ class FamilyPipeline(ABC):
     video_vae: ClassVar[bool] = False
     """Whether an image is a video of one frame to the VAE."""
 
+    latent_size: tuple[int, int] | None = None
+    """(h, w) of the latents, if it is not the default; see :meth:`at`."""
+
+    def at(self, latent_size: tuple[int, int]) -> Self:
+        """The same for images whose latents are (h, w)."""
+        other = copy(self)
+        other.latent_size = latent_size
+        return other
+
     def latent_shape(self) -> tuple[int, ...]:
-        """(C, h, w) of the latents at the denoiser's own size; of a video (C, F, h, w)."""
+        """(C, h, w) of the latents; of a video (C, F, h, w)."""
+        *first, height, width = self.default_latent_shape()
+        return *first, *(self.latent_size or (height, width))
+
+    def latent_size_of(self, pipe: Any, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the latents of images of so many pixels.
+
+        Raises:
+            ValueError: the sides are no multiples of what the denoiser takes.
+        """
+        config, pixels = self.denoiser.config, self.packing * int(pipe.vae_scale_factor)
+        patch = config.get("patch_size") or next(iter(config.get("all_patch_size") or [1]))
+        patch = patch if isinstance(patch, int) else int(patch[-1])
+        # Qwen-Image's patches are those that the latents are packed by
+        unit = pixels * (1 if self.packing > 1 else patch)
+        if levels := len(config.get("down_block_types") or ()):
+            unit = pixels * 2 ** (levels - 1)
+        if height % unit or width % unit:
+            raise ValueError(
+                f"the sides of images of a {type(pipe).__name__} must be multiples of {unit} "
+                f"pixels, not {width}x{height}"
+            )
+        return height // pixels, width // pixels
+
+    def default_latent_shape(self) -> tuple[int, ...]:
+        """:meth:`latent_shape` at the denoiser's own size."""
         size = self.denoiser.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.denoiser.config.in_channels), int(height), int(width)
 
     def sizes(self, pipe: Any) -> torch.Tensor | None:
-        """(1, k) size conditions of the denoiser, for images of the pipeline's default size."""
+        """(1, k) size conditions of the denoiser, for images of :meth:`latent_shape`."""
         return None
 
     def final_latents(

@@ -90,6 +90,6 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
         prompt, negative = encoded
         return TextConditions(prompt), None if negative is None else TextConditions(negative)
 
-    def latent_shape(self) -> tuple[int, ...]:
+    def default_latent_shape(self) -> tuple[int, ...]:
         """(C, F, h, w) of the pipeline's default: 81 frames of 832 x 480 pixels."""
         return self.channels, 21, 60, 104

@@ -256,7 +256,7 @@ class ZImageDiTBackbone(Backbone):
         prompt, negative = encoded
         return as_conditions(prompt), as_conditions(negative) if negative else None
 
-    def latent_shape(self) -> tuple[int, ...]:
+    def default_latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of the pipeline's default, 1024 x 1024 pixels."""
         return int(self.denoiser.in_channels), 128, 128
 

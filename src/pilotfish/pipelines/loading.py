@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.pipelines import pipeline_utils
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pilotfish.backbones import Backbone
+from pilotfish.backbones.origin import COMPONENTS
 from pilotfish.errors import in_brief
 from pilotfish.guidances import Guidance
 from pilotfish.noise import deterministic_scheduler
+
+DTYPE = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
+"""The argument of diffusers' ``from_pretrained``, whose name has changed."""
 
 
 class PipelineError(ValueError):
@@ -25,13 +30,17 @@ class PipelineError(ValueError):
 
 def load_pipeline(
     pretrained_model_name_or_path: str | Path, *, variant: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None,
+    denoiser: bool = True,
 ) -> Any:  # fmt: skip
     """A pipeline in one precision, from safetensors only, without a progress bar.
 
     Args:
         variant: of the weight files, such as ``fp16``.
         dtype: of every network.
+        vae_dtype: of the VAE, if it is another.
+        denoiser: False leaves the denoiser without weights, on the meta device, until
+            :func:`load_denoiser`.
 
     Raises:
         PipelineError: there is none, or it cannot be read; it names the variants that are there.
@@ -43,9 +52,11 @@ def load_pipeline(
             f"StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
         )
     try:
+        given = {} if denoiser else _without_weights(pretrained_model_name_or_path)
         pipe = DiffusionPipeline.from_pretrained(
-            pretrained_model_name_or_path, use_safetensors=True, variant=variant
-        )
+            pretrained_model_name_or_path, use_safetensors=True, variant=variant,
+            **{DTYPE: {"default": dtype, "vae": vae_dtype or dtype}}, **given,
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         there = _variants(where)
         hint = f"; it holds the variant {there[0]}: pass it as variant" if there else ""
@@ -53,13 +64,48 @@ def load_pipeline(
             f"no pipeline could be loaded from {pretrained_model_name_or_path}: "
             f"{in_brief(error)}{hint}"
         ) from error
-    for part in pipe.components.values():
-        # left alone, transformers loads what was saved in half precision as halves, diffusers
-        # in float32, and the first pass fails
+    for name, part in pipe.components.items():
+        # some parts are kept in float32 by diffusers or transformers, and the first pass fails
         if isinstance(part, nn.Module):
-            nn.Module.to(part, dtype)
+            nn.Module.to(part, (vae_dtype or dtype) if name == "vae" else dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_denoiser(
+    pipe: Any, pretrained_model_name_or_path: str | Path, variant: str | None = None
+) -> None:  # fmt: skip
+    """Give a pipeline of :func:`load_pipeline` the weights of its denoiser.
+
+    Raises:
+        PipelineError: they cannot be read.
+    """
+    for name, backbone in Backbone.all_of_pipeline(pipe).items():
+        net = backbone.denoiser
+        try:
+            loaded = type(net).from_pretrained(
+                pretrained_model_name_or_path, subfolder=name, variant=variant,
+                use_safetensors=True, **{DTYPE: net.dtype},
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise PipelineError(
+                f"no {name} could be loaded from {pretrained_model_name_or_path}: {in_brief(error)}"
+            ) from error
+        pipe.register_modules(**{name: nn.Module.to(loaded, net.dtype)})
+
+
+def _without_weights(where: str | Path) -> dict[str, nn.Module]:
+    """A pipeline's denoisers on the meta device, by the names of its components."""
+    known: dict[str, Any] = {
+        kind.__name__: kind for family in Backbone.registry for kind in family.denoisers
+    }
+    found = {}
+    for name, entry in DiffusionPipeline.load_config(where).items():
+        if name in COMPONENTS and entry[1] in known:
+            kind = known[entry[1]]
+            with torch.device("meta"):
+                found[name] = kind.from_config(kind.load_config(where, subfolder=name))
+    return found
 
 
 def _variants(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ teacher's own sampling step by step, for the guidance error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -123,7 +123,7 @@ def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if overflows:
         vae.to(torch.float32)
-    latents = backbone.to_vae(vae, latents.to(vae.dtype))
+    latents = backbone.to_vae(vae, latents.to(vae.device, vae.dtype))
     height, width = (side * int(pipe.vae_scale_factor) for side in latents.shape[2:])
     latents = latents[:, :, None] if backbone.video_vae else latents
     try:
@@ -161,6 +161,22 @@ def at_once(height: int, width: int) -> int:
     """How many images of so many pixels a VAE takes in one call: as many as have the pixels of one
     of SDXL's, whose activations alone are gigabytes."""
     return max(1, 1024 * 1024 // (height * width))
+
+
+def final_latents(
+    path: NoisePath, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    noise: torch.Tensor, num_inference_steps: int,
+) -> torch.Tensor:  # fmt: skip
+    """(N, C, h, w) where deterministic steps from noise lead.
+
+    Args:
+        predict: of latents (N, C, h, w) at times (N,).
+    """
+    latents = noise
+    for t, to in pairwise(path.grid(num_inference_steps)):
+        here, there = t.expand(len(latents)), to.expand(len(latents))
+        latents = path.step(latents, predict(latents, here), here, there)
+    return latents
 
 
 @dataclass(frozen=True)

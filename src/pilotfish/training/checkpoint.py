@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from pilotfish.training.state import TrainState
 
 PREFIX, STREAM = "checkpoint-", "stream-"
+ADDED_SETTINGS: dict[str, Any] = {"base_quantization": "no", "resolutions": []}
+"""What held for checkpoints from before there were these settings."""
 
 
 class CheckpointError(RuntimeError):
@@ -128,7 +130,7 @@ class CheckpointManager:
             ConfigError: its base, its settings or the guide that it began with are others.
         """
         checkpoint = load_checkpoint(path)
-        found = checkpoint.facts.get("settings", {})
+        found = ADDED_SETTINGS | checkpoint.facts.get("settings", {})
         dtype = {k: v for k, v in self.settings.items() if k == "base_dtype"}
         differs = differences(found, dtype, "checkpoint")  # it changes the SHA-256 as well
         if not differs and checkpoint.facts.get("base_sha256") != self.base_sha256:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
-from functools import cache, wraps
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from reprlib import Repr
-from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -27,71 +25,19 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from pilotfish.guidances import CFG, Guidance
 from pilotfish.guides import Guide
+from pilotfish.training.fields import (
+    RULES,
+    Probability,
+    Quantization,
+    Resolution,
+    Text,
+    first_error,
+)
+from pilotfish.training.fields import ConfigError as ConfigError
+from pilotfish.training.fields import config_dataclass as config_dataclass
 
 SEEDS = 2**23
 """Number of seeds: (seed, stream, tick) must fit into 64 bits."""
-RULES = ConfigDict(
-    strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-)  # fmt: skip
-
-WORDS = {
-    "greater than or equal to": "at least", "greater than": "above",
-    "less than or equal to": "at most", "less than": "below", "tuple": "list",
-}  # fmt: skip
-
-C = TypeVar("C", bound=type[Any])
-
-
-class ConfigError(ValueError):
-    """A setting is unknown or invalid; the message names it."""
-
-
-def first_error(error: ValidationError) -> str:
-    """The first error of a validation as one sentence that names the field."""
-    errors = error.errors(include_url=False)
-    unknown = [str(e["loc"][-1]) for e in errors if e["type"] == "unexpected_keyword_argument"]
-    if unknown:
-        return f"unknown settings: {', '.join(sorted(unknown))}"
-    first = errors[0]
-    name = "".join(f"[{part}]" if isinstance(part, int) else part for part in first["loc"])
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{name} is required"
-    if isinstance(own := first.get("ctx", {}).get("error"), ConfigError):
-        return str(own)
-    short = Repr()
-    short.maxstring = short.maxother = short.maxlong = 80
-    words = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    for long, brief in WORDS.items():
-        words = words.replace(long, brief)
-    return f"{name} {words}, not {short.repr(first['input'])}"
-
-
-@dataclass_transform(frozen_default=True)
-def config_dataclass(cls: C) -> C:
-    """A frozen pydantic dataclass that raises :class:`ConfigError` for an invalid value."""
-    made: Any = pydantic_dataclass(cls, frozen=True, config=RULES)
-    validate = made.__init__
-
-    @wraps(validate)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            validate(self, *args, **kwargs)
-        except ValidationError as error:
-            raise ConfigError(first_error(error)) from error
-
-    made.__init__ = init
-    checked: C = made
-    return checked
-
-
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not contain a NUL character")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_without_nul)]
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 @config_dataclass
@@ -118,6 +64,17 @@ class TrainingConfig:
     validation_prompts: Text | None = None
     """Held-out prompts for validation; a text file, or a data set with the same column and split.
     Default: the bundled model's, or the first 64 training prompts of your own."""
+    cache_embeddings: Text | None = None
+    """Folder of embeddings. Every prompt, those of validation among them, is encoded once, before
+    training, and the text encoders are then freed. A second run finds the embeddings there.
+    Default: texts are encoded during training."""
+    resolutions: tuple[Resolution, ...] = ()
+    """Sizes of images in pixels, such as ``1024x1024 832x1216``, width first. Every micro-batch
+    draws one; validation measures at the first and writes images of all. Default: the size of the
+    pipeline alone."""
+    offload_text_encoders: bool = False
+    """With ``--cache_embeddings``: keep the text encoders in the memory of the CPU and move them to
+    the accelerator layer by layer, by diffusers' group offloading."""
     train_finetunes: tuple[Text, ...] = ()
     """Fine-tunes of the base to train on beside it, so that the guide works better on others:
     folders or hub ids of pipelines, or folders of denoisers or LoRAs. Bundled ones are given by
@@ -144,6 +101,11 @@ class TrainingConfig:
     base_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the frozen denoiser and text encoders; the guide is trained in float32 in any
     case. fp16 needs ``--mixed_precision fp16``, which scales the gradients."""
+    base_quantization: Quantization = "no"
+    """Weights of the frozen denoiser in fewer bits. fp8: by diffusers' layerwise casting, all but
+    norms and convolutions. int8, nf4: linear layers by bitsandbytes (the extra ``8bit``).
+    int8-torchao: by torchao. fp8 and int8-torchao save memory with ``--gradient_checkpointing``
+    only. The guide fits the plain base as well."""
     use_8bit_adam: bool = False
     """Adam's moments in eight bits, by bitsandbytes (the extra ``8bit``)."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -172,7 +134,7 @@ class TrainingConfig:
     same guide on any number of processes."""
     pool: PositiveInt = 1024
     """Latents being sampled at once in every stream: on the base, and as many on all fine-tunes
-    together, but at least two batches on each."""
+    together, but at least two batches on each, and of each size."""
     replay_capacity: PositiveInt = 8192
     """Samples kept with the teacher's predictions, in every stream, for all models together."""
     replay_reuse: PositiveInt = 1
@@ -187,6 +149,9 @@ class TrainingConfig:
     interruption."""
     validation_steps: PositiveInt = 500
     """Steps between validations."""
+    num_validation_images: PositiveInt = 4
+    """Validation prompts, at most 16, whose images are written at every validation, in columns:
+    without guidance, with CFG, with the guide; in stage 2 of the teacher and of the guide."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "tensorboard"
     seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 0
 
@@ -198,6 +163,15 @@ class TrainingConfig:
             )
         if self.base_dtype == "fp16" and self.mixed_precision != "fp16":
             raise ConfigError("base_dtype must be bf16 or fp32 without --mixed_precision fp16")
+        if self.offload_text_encoders and self.cache_embeddings is None:
+            raise ConfigError("offload_text_encoders has no effect without --cache_embeddings")
+        if self.base_quantization != "no" and self.train_finetunes:
+            raise ConfigError(
+                f"train_finetunes must be empty with --base_quantization {self.base_quantization}: "
+                "fine-tunes are mixed with the weights of the base, which are quantised"
+            )
+        if len(set(self.resolutions)) < len(self.resolutions):
+            raise ConfigError(f"resolutions must differ, not {' '.join(self.resolutions)}")
         if self.pool < self.train_batch_size:
             raise ConfigError(
                 f"pool must be at least train_batch_size, {self.train_batch_size}, not {self.pool}"
@@ -210,19 +184,35 @@ class TrainingConfig:
         aside.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a JSON file.
+    def read(cls, path: Path) -> dict[str, Any]:
+        """Some settings by their names, from a JSON file, or a TOML file by its name.
 
         Raises:
             ConfigError: the file cannot be read, or a field is unknown or invalid.
         """
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**_tuples(values))
+            text = path.read_text(encoding="utf-8")
+            values: dict[str, Any] = _tuples(
+                tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+            )
+            made = cls(**{"output": "", **values})
+            return {name: getattr(made, name) for name in values}
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"no configuration could be read from {path}: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The settings of a file that :meth:`save` wrote, or of one with an ``output``.
+
+        Raises:
+            ConfigError: as of :meth:`read`, or there is no ``output``.
+        """
+        values = cls.read(path)
+        if "output" not in values:
+            raise ConfigError(f"{path}: output is required")
+        return cls(**values)
 
 
 @config_dataclass
@@ -284,6 +274,11 @@ class DistillConfig(TrainingConfig):
             object.__setattr__(self, "guide", guide_settings(self.guide_type, None))
         if hasattr(self.guide, "trained_scale"):
             self._set_single_scale(self.guide.trained_scale)
+        if self.resolutions and self.training_samples == "noised":
+            raise ConfigError(
+                "resolutions must be empty with --training_samples noised, whose images have the "
+                "size of the pipeline"
+            )
         if self.trajectory_steps_min > self.trajectory_steps_max:
             raise ConfigError(
                 "trajectory_steps_min must be at most trajectory_steps_max, "
@@ -337,6 +332,12 @@ class StepsConfig(TrainingConfig):
                 "teacher_scale_multiplier must be 1 unless the teacher is cfg, not "
                 f"{self.teacher_scale_multiplier}"
             )
+
+
+def sides(resolution: str) -> tuple[int, int]:
+    """(width, height) of ``WIDTHxHEIGHT``."""
+    width, height = map(int, resolution.split("x"))
+    return width, height
 
 
 def guide_settings(guide_type: str, value: Any) -> Any:

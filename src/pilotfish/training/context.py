@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from pilotfish import bundled
@@ -21,15 +25,35 @@ from pilotfish.guides import Guide
 from pilotfish.noise import NoisePath
 from pilotfish.pipelines.loading import (
     fine_tuned_weights,
+    load_denoiser,
     load_pipeline,
     use_deterministic_scheduler,
     weaker_denoiser,
 )
 from pilotfish.pipelines.sampling import encode, image_size
-from pilotfish.teacher import Student, Teacher
-from pilotfish.training.config import ConfigError, TrainingConfig
+from pilotfish.teacher import Sizes, Student, Teacher, checksum
+from pilotfish.training.config import ConfigError, TrainingConfig, sides
+from pilotfish.training.embeddings import cached_prompts, free_text_encoders, text_encoders
+from pilotfish.training.quantization import quantize
 
 BASE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TIMEOUT = timedelta(hours=6)
+"""How long processes wait for the first, which encodes prompts and validates alone."""
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """A size of images.
+
+    Attributes:
+        shape: (C, h, w) of the latents.
+        path: the noise path, which depends on the size where a scheduler shifts by it.
+        conditions: (1, k) what the denoiser is told of the size, if anything.
+    """
+
+    shape: tuple[int, ...]
+    path: NoisePath
+    conditions: torch.Tensor | None
 
 
 @dataclass
@@ -42,8 +66,9 @@ class TrainingContext:
         validation_prompts: texts to validate on.
         image_folder: captioned images, for noised samples.
         held_out: whether the validation prompts take no part in training.
-        path: the noise path of the pipeline's scheduler.
-        backbone: the family's view of the denoiser.
+        path: the noise path of the pipeline's scheduler, for images of the first size.
+        backbone: the family's view of the denoiser, at the first size.
+        resolutions: sizes of images, ``WIDTHxHEIGHT``; none is the pipeline's own.
 
     Raises:
         ConfigError: the base is not one of text to image, or its scheduler counts other timesteps
@@ -57,6 +82,8 @@ class TrainingContext:
     held_out: bool = True
     path: NoisePath = field(init=False)
     backbone: Backbone = field(init=False)
+    resolutions: tuple[str, ...] = field(init=False, default=())
+    _sha256: str | None = field(init=False, default=None)  # of a base that is quantised now
 
     def __post_init__(self) -> None:
         self.backbone = Backbone.of_pipeline(self.pipe)
@@ -99,7 +126,11 @@ class TrainingContext:
         else:
             if config.prompts is None:
                 raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
-            pipe = load_pipeline(base, variant=config.variant)
+            # the denoiser last: text encoders and denoiser need not be in memory together
+            pipe = load_pipeline(
+                base, variant=config.variant, dtype=BASE_DTYPES[config.base_dtype],
+                vae_dtype=torch.float32, denoiser=config.cache_embeddings is None,
+            )  # fmt: skip
 
         def given(where: str) -> Sequence[str]:
             return open_prompts(
@@ -115,7 +146,19 @@ class TrainingContext:
         images = getattr(config, "train_images", None)
         if images is None and bundled.installed():
             images = bundled.images("base")
-        return cls(pipe, prompts, validation, images and Path(images), held_out)
+        made = cls(pipe, prompts, validation, images and Path(images), held_out)
+        if config.cache_embeddings is not None:
+            made.cast(BASE_DTYPES[config.base_dtype])
+            on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+            state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
+            with state.main_process_first():  # the others then find all of them
+                made.cache_embeddings(
+                    config.cache_embeddings, state.device, offload=config.offload_text_encoders
+                )
+            if config.pretrained_model_name_or_path is not None:
+                load_denoiser(pipe, config.pretrained_model_name_or_path, config.variant)
+                made.backbone = Backbone.of_pipeline(pipe)
+        return made
 
     @property
     def denoiser(self) -> Any:
@@ -137,6 +180,71 @@ class TrainingContext:
             if isinstance(part, nn.Module) and name != "vae":
                 nn.Module.to(part, dtype=dtype)  # diffusers' own method warns
 
+    def place(self, config: TrainingConfig, device: torch.device) -> str:
+        """Bring the base into its precision, quantise it and move it to a device. Without text
+        encoders the VAE stays where it is; see :meth:`vae_placed`.
+
+        Returns:
+            SHA-256 of the denoiser before it was quantised.
+        """
+        if self._sha256 is None:
+            dtype = BASE_DTYPES[config.base_dtype]
+            self.cast(dtype)
+            found = checksum(self.denoiser)
+            if config.base_quantization != "no":
+                self._sha256 = found
+            quantize(self.denoiser, config.base_quantization, dtype, device)
+            # a pipeline encodes texts where its first part is, which may be the VAE
+            kept = () if text_encoders(self.pipe) else ("vae",)
+            for name, part in self.pipe.components.items():
+                if isinstance(part, nn.Module) and name not in kept:
+                    nn.Module.to(part, device)
+            return found
+        return self._sha256
+
+    @contextmanager
+    def vae_placed(self) -> Iterator[None]:
+        """The VAE on the device of the training inside the block; its memory is free after it."""
+        vae = self.pipe.vae
+        before = vae.device
+        vae.to(self.texts.null.device)
+        try:
+            yield
+        finally:
+            vae.to(before)
+
+    def use_resolutions(self, resolutions: tuple[str, ...]) -> None:
+        """Take images of these sizes, each ``WIDTHxHEIGHT``; none is the pipeline's own.
+
+        Raises:
+            ConfigError: the base does not take a size.
+        """
+        self.resolutions = resolutions
+        self.backbone = self._backbones()[0]
+        self.path = self.backbone.noise_path(self.pipe)
+
+    def _backbones(self) -> list[Backbone]:
+        plain = Backbone.of_pipeline(self.pipe)
+        try:
+            return [
+                plain.at(plain.latent_size_of(self.pipe, height, width))
+                for width, height in map(sides, self.resolutions)
+            ] or [plain]
+        except ValueError as error:
+            raise ConfigError(f"resolutions: {error}") from error
+
+    @property
+    def sizes(self) -> list[ImageSize]:
+        """The sizes of images, at least one."""
+        return [
+            ImageSize(one.latent_shape(), one.noise_path(self.pipe), one.sizes(self.pipe))
+            for one in self._backbones()
+        ]
+
+    def _conditions(self) -> Sizes:
+        """What the denoiser is told of the size, by the size of the latents."""
+        return {(size.shape[-2], size.shape[-1]): size.conditions for size in self.sizes}
+
     def use_deterministic_scheduler(self) -> None:
         """Replace the pipeline's scheduler by the deterministic one of stage 2, and the noise path
         with it: alpha after the last step depends on the scheduler."""
@@ -145,7 +253,7 @@ class TrainingContext:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(C, h, w) of the latents, of a video (C, F, h, w)."""
+        """(C, h, w) of the latents of the first size."""
         return self.backbone.latent_shape()
 
     @cached_property
@@ -153,18 +261,28 @@ class TrainingContext:
         """``prompts``, then ``validation_prompts``, by their index."""
         return encoded(self.pipe, ConcatTexts(self.prompts, self.validation_prompts))
 
+    def cache_embeddings(
+        self, folder: str, device: torch.device, log: Callable[[str], None] = print,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
+        """Take all embeddings from a folder, where those that it lacks are encoded first, and free
+        the text encoders. See :func:`~pilotfish.training.embeddings.cached_prompts`."""
+        texts = ConcatTexts(self.prompts, self.validation_prompts)
+        self.texts = cached_prompts(self.pipe, texts, folder, device, log, offload)
+        free_text_encoders(self.pipe)
+
     def teacher(self, guidance: Guidance = CFG) -> Teacher:
         """The passes of a guidance, over training and validation prompts.
 
         Raises:
             PipelineError: its weaker model cannot be loaded, or does not go with the base.
         """
-        weak, sizes = weaker_denoiser(guidance, self.backbone), self.backbone.sizes(self.pipe)
-        return Teacher(self.denoiser, self.texts, sizes, guidance, weak)
+        weak = weaker_denoiser(guidance, self.backbone)
+        return Teacher(self.denoiser, self.texts, self._conditions(), guidance, weak)
 
     def student(self, guide: Guide) -> Student:
         """The base with a guide."""
-        return Student(guide, self.denoiser, self.backbone.sizes(self.pipe))
+        return Student(guide, self.denoiser, self._conditions())
 
     @cached_property
     @torch.no_grad()
@@ -185,4 +303,5 @@ class TrainingContext:
         if missing:
             raise ConfigError(f"{len(missing)} captions are not among the prompts: {missing[:3]}")
         prompt = torch.tensor([place[c] for c in images.captions])
-        return encode(self.pipe, from_pixels(images.pixels)), prompt
+        with self.vae_placed():
+            return encode(self.pipe, from_pixels(images.pixels)), prompt

@@ -1,9 +1,9 @@
 """Batches of training samples, the replay ring that reuses them, and the random streams.
 
-A stream has a source and a ring for every model, and a generator for every tick (one micro-batch)
-that is seeded by (seed, stream, tick). The streams are divided among the processes; the process
-that draws from a stream does not change its samples. So a resumed run repeats the uninterrupted
-one, and two processes repeat one process with both streams.
+A stream has a source and a ring for every model and size of images, and a generator for every tick
+(one micro-batch) that is seeded by (seed, stream, tick). The streams are divided among the
+processes; the process that draws from a stream does not change its samples. So a resumed run
+repeats the uninterrupted one, and two processes repeat one process with both streams.
 """
 
 from __future__ import annotations
@@ -245,9 +245,9 @@ class Streams:
         numbers: of the streams.
         seed: of the run.
         batch: samples of a tick, of all streams of the process together.
-        models: how many models samples come from.
-        source: makes the source of a stream and a model, by their numbers.
-        capacity: of the rings of a stream, for all models together.
+        sources: how many sources each has: a model and a size of images.
+        source: makes a source, by the numbers of stream and source.
+        capacity: of the rings of a stream, for all sources together.
         reuse: see :class:`Replay`.
 
     Raises:
@@ -255,12 +255,12 @@ class Streams:
     """
 
     def __init__(
-        self, numbers: Iterable[int], seed: int, *, batch: int, models: int,
+        self, numbers: Iterable[int], seed: int, *, batch: int, sources: int,
         source: Callable[[int, int], Source], capacity: int, reuse: int,
     ) -> None:  # fmt: skip
         self.seed = seed
         self.rings = {
-            i: [Replay(source(i, model), capacity // models, reuse) for model in range(models)]
+            i: [Replay(source(i, k), capacity // sources, reuse) for k in range(sources)]
             for i in numbers
         }
         if batch % len(self.rings):
@@ -271,14 +271,14 @@ class Streams:
         self.batch = batch // len(self.rings)
 
     def draw(
-        self, model: int, tick: int,
+        self, source: int, tick: int,
         draw_scales: Callable[[TrainingSamples, torch.Generator], torch.Tensor],
     ) -> tuple[TrainingSamples, torch.Tensor]:  # fmt: skip
-        """The samples of a tick from one model, and the scales (N,) drawn for them."""
+        """The samples of a tick from one source, and the scales (N,) drawn for them."""
         drawn, w = [], []
         for stream, rings in self.rings.items():
             random = generator(self.seed, stream, tick)
-            drawn.append(rings[model].draw(self.batch, tick, random))
+            drawn.append(rings[source].draw(self.batch, tick, random))
             w.append(draw_scales(drawn[-1], random))
         return TrainingSamples.cat(drawn) if len(drawn) > 1 else drawn[0], torch.cat(w)
 
@@ -286,8 +286,8 @@ class Streams:
         """The state to save, by stream."""
         return {
             stream: {
-                f"{model}.{name}": tensor
-                for model, ring in enumerate(rings)
+                f"{source}.{name}": tensor
+                for source, ring in enumerate(rings)
                 for name, tensor in ring.tensors().items()
             }
             for stream, rings in self.rings.items()
@@ -295,8 +295,8 @@ class Streams:
 
     def load(self, stream: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore a stream from the state of any stream."""
-        for model, ring in enumerate(self.rings[stream]):
-            ring.load(below(str(model), tensors))
+        for source, ring in enumerate(self.rings[stream]):
+            ring.load(below(str(source), tensors))
 
 
 def generator(seed: int, stream: int, tick: int) -> torch.Generator:

@@ -30,7 +30,7 @@ from pilotfish.training.config import (
     changed,
     differences,
 )
-from pilotfish.training.context import TrainingContext
+from pilotfish.training.context import ImageSize, TrainingContext
 from pilotfish.training.history import begun_sha256
 from pilotfish.training.samples import (
     GuidanceSamples,
@@ -60,7 +60,7 @@ class GuidanceTrainer(Trainer):
     def begins_trained(self) -> bool:
         return self.config.init_from is not None
 
-    def source(self, stream: int, model: int) -> Source:
+    def source(self, stream: int, model: int, size: ImageSize) -> Source:
         config, context = self.config, self.context
         if config.training_samples == "noised":
             scales = (config.guidance_scale_min, config.guidance_scale_max)
@@ -70,13 +70,11 @@ class GuidanceTrainer(Trainer):
             )  # fmt: skip
         on_policy = config.training_samples == "on_policy"
         steps = (config.trajectory_steps_min, config.trajectory_steps_max)
-        pool = self.pool(stream, model, steps, config.on_policy_ratio if on_policy else 0.0)
+        pool = self.pool(stream, model, size, steps, config.on_policy_ratio if on_policy else 0.0)
         student = self.student_prediction if on_policy else None
         if config.training_samples == "tracking":
-            return TrackedTrajectories(
-                self.teacher, context.path, pool, self.student_prediction
-            )  # fmt: skip
-        return CFGTrajectories(self.teacher, context.path, pool, student)
+            return TrackedTrajectories(self.teacher, size.path, pool, self.student_prediction)
+        return CFGTrajectories(self.teacher, size.path, pool, student)
 
     def target(self, samples: GuidanceSamples, w: torch.Tensor) -> torch.Tensor:
         if isinstance(samples, TrackingSamples):
@@ -118,6 +116,7 @@ class StepTrainer(Trainer):
         log: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         context.use_deterministic_scheduler()
+        context.use_resolutions(config.resolutions)
         path = context.path
         initial.check(context.backbone.signature(path.prediction_type))
         teaches = config.teacher == "guide"
@@ -134,6 +133,11 @@ class StepTrainer(Trainer):
             **({"refresh_ratio": 0.0} if "refresh_ratio" in initial.config else {}),
         )
         super().__init__(config, context, student, log)
+        if any(times(size.path, steps) != student.times for size in self.sizes):
+            raise ConfigError(
+                "resolutions must be one in stage 2: this pipeline's steps lie at other times for "
+                "other sizes, and a guide for few steps is trained at its own"
+            )
         self.teacher_guide = initial.eval().requires_grad_(False) if teaches else None
         if self.teacher_guide is not None:
             self.teacher_pass = context.student(self.teacher_guide.to(self.accelerator.device))
@@ -143,11 +147,12 @@ class StepTrainer(Trainer):
     def begins_trained(self) -> bool:
         return True
 
-    def source(self, stream: int, model: int) -> Source:
-        pool = self.pool(stream, model, (self.steps, self.steps), self.config.on_policy_ratio)
+    def source(self, stream: int, model: int, size: ImageSize) -> Source:
+        steps = (self.steps, self.steps)
+        pool = self.pool(stream, model, size, steps, self.config.on_policy_ratio)
         return HalvedTrajectories(
-            self.teach, self.teacher, self.context.path, pool, self.student_prediction
-        )
+            self.teach, self.teacher, size.path, pool, self.student_prediction
+        )  # fmt: skip
 
     def predict(self, student: Any, samples: StepSamples, w: torch.Tensor) -> torch.Tensor:
         """The student's prediction, with both passes where they are due."""
@@ -184,9 +189,9 @@ class StepTrainer(Trainer):
         return step_loss(guided, target, w, weight)
 
     def validation(self) -> StepValidation:
-        # a copy: the pipeline casts it to the precision of the base
-        teacher = deepcopy(self.teacher_guide)
-        return StepValidation(self.config, self.context, teacher, self.steps)
+        return StepValidation(
+            self.config, self.context, self.teacher, self.teacher_guide, self.steps
+        )
 
 
 def guidance_loss(
@@ -315,7 +320,8 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
 
 FREE = (
     "output", "resume", "steps", "report_to", "checkpointing_steps", "checkpoints_total_limit",
-    "validation_steps", "validation_prompts", "gradient_checkpointing",
+    "validation_steps", "validation_prompts", "num_validation_images", "gradient_checkpointing",
+    "cache_embeddings", "offload_text_encoders",
 )  # fmt: skip
 """Settings that do not change a finished round; of ``steps``, those after it."""
 

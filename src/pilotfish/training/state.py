@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,8 @@ from pilotfish.guides import Guide
 from pilotfish.teacher import Student
 from pilotfish.training.checkpoint import Checkpoint, optimizer_state, restore_optimizer
 from pilotfish.training.config import ConfigError, TrainingConfig
+from pilotfish.training.context import TIMEOUT
 from pilotfish.training.samples import Tensors
-
-TIMEOUT = timedelta(hours=6)
-"""How long processes wait for the first, which validates alone."""
 
 
 class TrainState:

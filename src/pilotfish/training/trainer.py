@@ -31,7 +31,7 @@ from pilotfish.interface import TextConditions
 from pilotfish.teacher import checkpoint_in_pass, checksum
 from pilotfish.training.checkpoint import CheckpointManager, atomic_folder, list_checkpoints
 from pilotfish.training.config import ConfigError, TrainingConfig
-from pilotfish.training.context import BASE_DTYPES, TrainingContext
+from pilotfish.training.context import ImageSize, TrainingContext
 from pilotfish.training.finetunes import FineTunes
 from pilotfish.training.history import Progress
 from pilotfish.training.pool import Pool
@@ -69,15 +69,15 @@ class Trainer:
     measure: ClassVar[str]
     """Name of the stage's relative error, 1 for an untrained student."""
     fixed_settings: ClassVar[tuple[str, ...]] = (
-        "base_dtype", "train_finetunes", "negative_prompt_prob", "refresh_prob",
-        "first_step_refresh_prob",
+        "base_dtype", "base_quantization", "resolutions", "train_finetunes",
+        "negative_prompt_prob", "refresh_prob", "first_step_refresh_prob",
     )  # fmt: skip
     """Settings that a resumed run must share."""
     rate_factor: ClassVar[float] = 1.0
     """Factor of the guide's own learning rate, where the settings have none."""
 
-    def source(self, stream: int, model: int) -> Source:
-        """The source of a stream's samples from a model; model 0 is the base."""
+    def source(self, stream: int, model: int, size: ImageSize) -> Source:
+        """The source of a stream's samples from a model, of one size; model 0 is the base."""
         raise NotImplementedError
 
     def target(self, samples: Any, w: torch.Tensor) -> torch.Tensor:
@@ -103,12 +103,14 @@ class Trainer:
         self.folder = Path(config.output)
         self.stream_batch = config.train_batch_size
         self.accelerator = make_accelerator(config, log)
-        context.cast(BASE_DTYPES[config.base_dtype])
-        context.pipe.to(self.accelerator.device)
+        context.use_resolutions(config.resolutions)
+        self.sizes = context.sizes
+        self.base_sha256 = context.place(config, self.accelerator.device)
         self.teacher = context.teacher(guide.guidance)
         if config.gradient_checkpointing:
             context.denoiser.enable_gradient_checkpointing(checkpoint_in_pass)
-        self.base_sha256 = checksum(context.denoiser)
+        plain = config.base_quantization == "no"
+        self.placed_sha256 = self.base_sha256 if plain else checksum(context.denoiser)
         self.begun_sha256 = checksum(guide) if self.begins_trained else None
         if (origin := Origin.of(context.denoiser)) is not None:
             guide.register_to_config(trained_on=origin.plain())
@@ -136,10 +138,14 @@ class Trainer:
     def train_micro_batch(self, tick: int) -> None:
         """Draw samples, predict, and update the guide where gradients are complete."""
         config, accelerator, state = self.config, self.accelerator, self.state
-        model = self.finetunes.draw(shared_generator(config.seed, tick))
+        random = shared_generator(config.seed, tick)
+        model, size = self.finetunes.draw(random), 0
+        if len(self.sizes) > 1:
+            size = int(torch.randint(len(self.sizes), (1,), generator=random))
         self.finetunes.activate(model)
         with accelerator.autocast():  # the teacher's passes
-            samples, w = self.streams.draw(model, tick, self._draw_scales)
+            place = model * len(self.sizes) + size
+            samples, w = self.streams.draw(place, tick, self._draw_scales)
         samples, w = samples.to(accelerator.device), w.to(accelerator.device)
         with accelerator.accumulate(state.student):
             guided = self.predict(state.student, samples, w)
@@ -218,7 +224,7 @@ class Trainer:
             self._begin()
             self._train()
             self.finetunes.activate(0)
-            if checksum(self.context.denoiser) != self.base_sha256:
+            if checksum(self.context.denoiser) != self.placed_sha256:
                 raise TrainingError("the base denoiser changed during training; this is a bug")
             return self._finish()
         finally:
@@ -328,22 +334,29 @@ class Trainer:
         count = self.checkpoints.stream_count(config.streams, checkpoint)
         own = own_streams(count, accelerator.num_processes, accelerator.process_index)
         self.stream_batch = config.train_batch_size // len(own)
+        sizes = len(self.sizes)
+
+        def source(stream: int, place: int) -> Source:
+            return self.source(stream, place // sizes, self.sizes[place % sizes])
+
         return Streams(
-            own, config.seed, batch=config.train_batch_size, models=len(self.finetunes),
-            source=self.source, capacity=config.replay_capacity, reuse=config.replay_reuse,
+            own, config.seed, batch=config.train_batch_size, sources=len(self.finetunes) * sizes,
+            source=source, capacity=config.replay_capacity, reuse=config.replay_reuse,
         )  # fmt: skip
 
-    def pool(self, stream: int, model: int, steps: tuple[int, int], on_policy_ratio: float) -> Pool:
+    def pool(
+        self, stream: int, model: int, size: ImageSize, steps: tuple[int, int],
+        on_policy_ratio: float,
+    ) -> Pool:  # fmt: skip
         """A pool of latents over all training prompts."""
         config, context = self.config, self.context
-        size = config.pool
-        if model > 0:  # drawn seldom: with many latents none would ever leave the noise
-            others = len(self.finetunes) - 1
-            size = min(size, max(2 * self.stream_batch, size // others))
+        # drawn seldom: with many latents none would ever leave the noise
+        others = max(1, len(self.finetunes) - 1) if model else 1
+        count = max(2 * self.stream_batch, config.pool // (others * len(self.sizes)))
         return Pool(
-            len(context.prompts), context.latent_shape,
-            (config.guidance_scale_min, config.guidance_scale_max), size=size, steps=steps,
-            path=context.path, generator=generator(config.seed, stream, BEFORE_TRAINING),
+            len(context.prompts), size.shape,
+            (config.guidance_scale_min, config.guidance_scale_max), size=min(config.pool, count),
+            steps=steps, path=size.path, generator=generator(config.seed, stream, BEFORE_TRAINING),
             on_policy_ratio=on_policy_ratio, negative_prompt_prob=config.negative_prompt_prob,
             refresh_prob=config.refresh_prob if self.teacher.weak is None else 0.0,
             first_step_refresh_prob=config.first_step_refresh_prob,
