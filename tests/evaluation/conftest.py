@@ -55,7 +55,7 @@ def result() -> Result:
     def model(shift: float, fd: float) -> ModelResult:
         by_w = {"2": 0.2 + shift, "7": 0.4 + shift}
         return ModelResult(
-            guidance_error=GuidanceError(0.3 + shift, by_w, {"0.999": 0.5, "0.499": 0.2}),
+            guidance_error=GuidanceError(0.3 + shift, by_w, {"0.999": 0.5, "0.499": 0.2}, 0.9),
             latent_mse_ratio=0.2 + shift,
             gain_kept=0.9 - shift,
             gain_kept_interval=Interval(0.8 - shift, 0.95 - shift),

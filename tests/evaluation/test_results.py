@@ -39,7 +39,7 @@ def test_the_shape_of_the_json(result: Result) -> None:
     written = json.loads(result.to_json())
     assert set(written) == {"models", "guide", "cost", "run"}
     model = written["models"]["base"]
-    assert set(model["guidance_error"]) == {"mean", "by_w", "by_time"}
+    assert set(model["guidance_error"]) == {"mean", "by_w", "by_time", "cosine"}
     assert set(model["scores"]["cfg"]) == {"top1", "top5", "cosine", "fd_clip"}
     assert set(model["agreement"]["guided"]) == {"psnr", "ssim", "cosine"}
     assert {"latent_mse_ratio", "gain_kept", "gain_kept_cosine"} < set(model)

@@ -107,7 +107,7 @@ def test_a_weaker_model_teaches_without_refreshes(
     taught = Guidance("autoguidance", weak_model=str(tmp_path / "weak"))
     config = replace(config, teacher=taught)
     trainer = GuidanceTrainer(config, made, new_guide(config, made))
-    assert trainer.pool(0, 0, (2, 4), 0.0).refresh_prob == 0
+    assert trainer.pool(0, 0, trainer.sizes[0], (2, 4), 0.0).refresh_prob == 0
     texts = torch.tensor([0, 1])
     given = torch.randn(2, *made.latent_shape), torch.tensor([0.9, 0.3]), texts, texts
     for a, b in zip(trainer.teacher(*given), made.teacher()(*given), strict=True):
