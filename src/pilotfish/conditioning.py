@@ -104,6 +104,10 @@ def encoded(
     null, other = encode("null", [""]), Backbone.of_pipeline(pipe).other_negatives
     if (1 + other) * null.nbytes * len(texts) > cache_bytes:
         return PromptEncoder(encode, texts, other)
+    # all take the length of the longest, where an encoder gives texts their own length
+    longest = encode("prompt", [max(texts, key=len, default="")])
+    if (1 + other) * max(null.nbytes, longest.nbytes) * len(texts) > cache_bytes:
+        return PromptEncoder(encode, texts, other)
 
     def table(role: Role) -> TextConditions:
         return TextConditions.cat([*(encode(role, some) for some in batches(texts)), null])

@@ -164,6 +164,10 @@ class Refresh:
         elapsed = (time - self.time).to(self.slope.dtype)
         return elapsed.reshape(-1, *[1] * (self.slope.ndim - 1)) * self.slope
 
+    def to(self, device: torch.device) -> Refresh:
+        """On a device."""
+        return Refresh(*(getattr(self, f.name).to(device) for f in fields(self)))
+
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Refresh:
         """With the four maps changed."""
         return replace(self, **{name: change(getattr(self, name)) for name in _MAPS})

@@ -161,7 +161,7 @@ class Student(nn.Module):
             refresh_at=lambda steps: (0,) if both_passes else (),
         )  # fmt: skip
         if refresh is not None:
-            guided.refresh = base.backbone.refresh_on_grid(refresh)
+            guided.refresh = base.backbone.refresh_on_grid(refresh.to(text.device))
         with guided.open():
             return base(latents, time, text)
 

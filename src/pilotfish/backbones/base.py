@@ -9,9 +9,9 @@ is one file with a subclass, and its line in :mod:`pilotfish.backbones`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ from pilotfish.backbones.doubling import twice_arguments
 from pilotfish.backbones.hooks import Hooks, first_output, with_arguments, with_first
 from pilotfish.backbones.pipeline import FamilyPipeline
 from pilotfish.interface import GuideError, GuideProtocol, Refresh, TextConditions
+
+T = TypeVar("T")
 
 
 def plain(module: nn.Module) -> Any:
@@ -68,6 +70,21 @@ class Backbone(FamilyPipeline):
 
     def __init__(self, denoiser: Any) -> None:
         self.denoiser = denoiser
+        self._made: dict[str, tuple[tuple[torch.Tensor, ...], Any]] = {}
+
+    def made_of(self, name: str, tensors: Sequence[torch.Tensor], make: Callable[[], T]) -> T:
+        """A value made of tensors, the same object as long as they are the same objects: what the
+        denoiser makes of the texts is kept over a call where these are."""
+        known = self._made.get(name)
+        same = known is not None and len(known[0]) == len(tensors)
+        if (
+            known is None
+            or not same
+            or any(a is not b for a, b in zip(known[0], tensors, strict=True))
+        ):
+            known = self._made[name] = tuple(tensors), make()
+        made: T = known[1]
+        return made
 
     @staticmethod
     def of(denoiser: Any) -> Backbone:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,6 @@ from pilotfish.backbones.pipeline import shift_by_size
 from pilotfish.backbones.tokens import to_map, to_tokens
 from pilotfish.interface import GuideError, TextConditions
 
-T = TypeVar("T")
 IMAGES = "ip_adapter_image_embeds"
 
 
@@ -46,10 +45,6 @@ class ChromaDiTBackbone(Backbone):
         "attention_mask", "joint_attention_kwargs",
     )  # fmt: skip
     packing = 2
-
-    def __init__(self, denoiser: Any) -> None:
-        super().__init__(denoiser)
-        self._made: dict[str, tuple[torch.Tensor, Any]] = {}
 
     def _blocks(self) -> dict[str, Any]:
         """All blocks by name, in running order."""
@@ -217,21 +212,13 @@ class ChromaDiTBackbone(Backbone):
 
     # -- calls ------------------------------------------------------------------------------
 
-    def _made_of(self, name: str, tensor: torch.Tensor, make: Callable[[], T]) -> T:
-        """A value made of a tensor, the same object as long as it is the same tensor."""
-        known = self._made.get(name)
-        if known is None or known[0] is not tensor:
-            known = self._made[name] = tensor, make()
-        made: T = known[1]
-        return made
-
     def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
         ids, mask = given["img_ids"], given.get("attention_mask")
-        grid = self._made_of("grid", ids, lambda: torch.Size((ids[-1, 1:].long() + 1).tolist()))
+        grid = self.made_of("grid", [ids], lambda: torch.Size((ids[-1, 1:].long() + 1).tolist()))
         embeds = given["encoder_hidden_states"]
         if mask is not None:
             whole = mask
-            mask = self._made_of("mask", whole, lambda: whole[:, : embeds.shape[1]])
+            mask = self.made_of("mask", [whole], lambda: whole[:, : embeds.shape[1]])
         latents = to_map(given["hidden_states"], grid)
         return DenoiserCall(latents, given["timestep"], TextConditions(embeds, mask=mask))
 

@@ -96,7 +96,11 @@ class QwenDiTBackbone(Backbone):
             negative = TextConditions(embeds, mask=given.mask)
             if attention:
                 guided.scratch["stream", attention[0]] = embeds.expand(len(output), -1, -1)
-            return guided.extrapolated_text(output, negative)
+            assert guided.call is not None
+            mask = guided.call.text.mask
+            if mask is None:  # texts have several lengths: tokens do not correspond
+                mask = torch.ones(output.shape[:2], device=output.device)
+            return guided.extrapolated_text(output, negative, mask=mask)
 
         def timed(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
             # with zero_cond_t the second half is of time 0, for the tokens of images to edit

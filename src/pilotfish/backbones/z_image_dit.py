@@ -194,7 +194,9 @@ class ZImageDiTBackbone(Backbone):
 
     def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
         latents = torch.stack(list(given["x"])).squeeze(2)
-        return DenoiserCall(self.on_grid(latents), given["t"], as_conditions(given["cap_feats"]))
+        texts = given["cap_feats"]
+        text = self.made_of("text", texts, lambda: as_conditions(texts))
+        return DenoiserCall(self.on_grid(latents), given["t"], text)
 
     def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
         return patchify(latents.squeeze(2) if latents.ndim == 5 else latents, self.patch)

@@ -216,7 +216,8 @@ class Replay:
             parts.append(self._new(n, generator))
             held += n
             self.written += n
-        return TrainingSamples.cat(parts) if len(parts) > 1 else parts[0]
+        # of one part as well: fields of a source's samples may be one tensor, those of a ring not
+        return TrainingSamples.cat(parts)
 
     def _new(self, n: int, generator: torch.Generator) -> TrainingSamples:
         # one memory layout for all: kernels round differently for other strides, and a sample read
