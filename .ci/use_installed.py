@@ -59,8 +59,8 @@ def main() -> None:
     subprocess.run([*command, "sample", "-p", "owl", *few], check=True)
     assert Path("images/grid.png").is_file()
     short = {
-        "output": "run", "max_train_steps": 2, "train_batch_size": 2, "pool": 4, "replay_capacity": 16,
-        "validation_steps": 2, "report_to": "none",
+        "output": "run", "max_train_steps": 2, "train_batch_size": 2, "pool": 4,
+        "replay_capacity": 16, "validation_steps": 2, "report_to": "none",
     }  # fmt: skip
     flags = [text for name, value in short.items() for text in (f"--{name}", str(value))]
     Path("prompts.txt").write_text("owl\ncat\n", encoding="utf-8")
