@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=Path)
     given = parser.parse_args(arguments)
     try:
-        tensors = convert(AutoModel.from_pretrained(given.folder))
+        tensors = convert(AutoModel.from_pretrained(str(given.folder)))
     except ConversionError as error:
         parser.exit(1, f"{error}\n")
     partial = given.file.with_suffix(".part")

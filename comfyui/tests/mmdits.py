@@ -32,7 +32,7 @@ TRAINED = bundled.FOLDER / "sd3"
 small_sd3.register()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """A layout of Stable Diffusion 3.
 

@@ -50,8 +50,8 @@ from pilotfish.interface import GuideError
 
 STEPS, W = 4, 4.0
 PARTS = ("text", "attention", "text attention", "modulation", "layers", "head")
-BOUND = 5e-5
-"""Largest difference of latents of up to 5, in float32: sums are in another order."""
+BOUND = 1e-4
+"""Largest difference of latents of up to 10, in float32: sums are in another order."""
 
 
 def given(kind: Kind, n: int = 1) -> tuple[Any, Any]:
@@ -148,10 +148,9 @@ def test_the_bundled_model() -> None:
     assert report(f"bundled ({what}), guided", theirs, made) < BOUND
     assert (before, after) == (STEPS * [1] + STEPS * [2], STEPS * [1])
     print(f"{sum(before[STEPS:])} denoiser passes with CFG, {sum(after)} with the guide")
-    images = [
-        pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
-        for latents in (theirs, made)
-    ]
+    scale = pipe.vae.config.scaling_factor
+    with torch.inference_mode():
+        images = [pipe.vae.decode(latents / scale).sample for latents in (theirs, made)]
     report(f"bundled ({what}), images", *images)
     assert torch.allclose(*images, atol=2 / 255)
 
@@ -247,8 +246,8 @@ def test_controlnet() -> None:
     net = comfy.cldm.mmdit.ControlNet(
         **config, num_blocks=2, control_latent_channels=3, operations=comfy.ops.manual_cast
     )
-    for parameter in net.parameters():  # ComfyUI leaves them as the memory was
-        parameter.data.zero_()
+    for tensor in net.state_dict().values():  # ComfyUI leaves them as the memory was
+        tensor.zero_()
     rows: list[int] = []
     net.register_forward_hook(lambda net, args, kwargs, _: rows.append(len(kwargs["x"])),
                               with_kwargs=True)  # fmt: skip
