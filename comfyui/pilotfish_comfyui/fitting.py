@@ -6,8 +6,9 @@ import logging
 from typing import Any
 
 import comfy.model_sampling
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.model_base import SDXL, SDXLRefiner
+from comfy.model_base import SD3, SDXL, SDXLRefiner
 from comfy.samplers import CFGGuider
 
 from pilotfish.backbones import Origin
@@ -15,6 +16,8 @@ from pilotfish.guides import TinyGuide
 from pilotfish.guides.base import Guide
 from pilotfish.interface import GuideError
 
+from .backbone import ComfyBackbone
+from .mmdit import ComfyMMDiTBackbone
 from .unet import ComfyUNetBackbone
 
 KEY = "pilotfish"
@@ -26,7 +29,7 @@ def prediction_type(sampling: Any) -> str:
     """The prediction type of a ``model_sampling``, by diffusers' name.
 
     Raises:
-        GuideError: it is none that UNets of diffusers have.
+        GuideError: it is none that diffusers' denoisers have.
     """
     names = {kind.__name__ for kind in type(sampling).__mro__}
     if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
@@ -34,25 +37,33 @@ def prediction_type(sampling: Any) -> str:
             return "v_prediction"
         if "EPS" in names and not names & {"X0", "LCM", "EDM", "V_PREDICTION"}:
             return "epsilon"
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow) and "CONST" in names:
+        return "flow"
     kinds = ", ".join(kind.__name__ for kind in type(sampling).__bases__)
-    raise GuideError(f"a model with the sampling {kinds} takes no guide; epsilon and v do")
+    raise GuideError(f"a model with the sampling {kinds} takes no guide; epsilon, v and flow do")
 
 
-def backbone_of(model: Any) -> ComfyUNetBackbone:
+def backbone_of(model: Any) -> ComfyBackbone:
     """The backbone of a ``BaseModel``.
 
     Raises:
-        GuideError: its denoiser is no UNet of Stable Diffusion 1.x, 2.x or XL.
+        GuideError: its denoiser is neither a UNet of Stable Diffusion 1.x, 2.x or XL nor the
+            transformer of Stable Diffusion 3 or 3.5.
     """
     name, net = type(model).__name__, model.diffusion_model
+    if isinstance(net, MMDiT) and isinstance(model, SD3):
+        return ComfyMMDiTBackbone(net)
     if not isinstance(net, UNetModel):
-        raise GuideError(f"{name} is no UNet ({type(net).__name__}), and takes no guide in ComfyUI")
+        raise GuideError(
+            f"{name} takes no guide in ComfyUI: {type(net).__name__} is neither a UNet nor the "
+            "transformer of Stable Diffusion 3"
+        )
     if net.num_classes is not None and not isinstance(model, SDXL | SDXLRefiner):
         raise GuideError(f"{name} has conditions beside the text that no guide knows")
     return ComfyUNetBackbone(net, sizes=5 if isinstance(model, SDXLRefiner) else 6)
 
 
-def check(guide: Guide, model: Any, sampling: Any) -> ComfyUNetBackbone:
+def check(guide: Guide, model: Any, sampling: Any) -> ComfyBackbone:
     """The backbone of a model that can take this guide.
 
     Args:
@@ -83,10 +94,12 @@ def check_patches(options: dict[str, Any], wrappers: dict[str, Any] | None = Non
     """
     to = options.get("transformer_options", {})
     compiled = any("torch.compile" in (keys or {}) for keys in (wrappers or {}).values())
-    attention = "attn2" in to.get("patches_replace", {}) or "attn2_patch" in to.get("patches", {})
+    replaced = to.get("patches_replace", {})
+    attention = "attn2" in replaced or "attn2_patch" in to.get("patches", {})
     refused = {
         "torch.compile": compiled,
         "patches of the cross-attention (IP-Adapter and others)": attention,
+        "a patch that replaces blocks of the transformer": bool(replaced.get("dit")),
         "another way to run the two passes (sampler_calc_cond_batch_function)":
             "sampler_calc_cond_batch_function" in options,
         "context windows": options.get("context_handler") is not None,

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import folder_paths
 
 from .loading import FOLDER, apply_guide, find_guides, load_guide
+from .small_sd3 import register
 
+register()
 if FOLDER not in folder_paths.folder_names_and_paths:
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 

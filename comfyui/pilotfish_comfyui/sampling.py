@@ -129,7 +129,8 @@ class GuidedSampling:
         self, positive: Conditioning, negative: dict[str, Any], x: torch.Tensor
     ) -> list[dict[str, Any]]:
         """Keep the negative prompt, and bring both to one length."""
-        length = conditions.common_length([*positive, negative])
+        repeats = self.backbone.repeats_text
+        length = conditions.common_length([*positive, negative]) if repeats else None
         prompts = [
             tensor
             for entry in (negative, *positive)
@@ -172,7 +173,8 @@ class GuidedSampling:
         )
         if not self.guide.corrects_refresh:
             return made
-        guided = self._corrected(prompt, conditional, latents, time)
+        corrected = self._corrected(prompt, conditional, latents, time)
+        guided = self.backbone.off_grid(corrected, prompt["x"])
         denoised = self.model.model_sampling.calculate_denoised(timestep, guided.float(), x)
         return [denoised, denoised]
 
@@ -180,15 +182,15 @@ class GuidedSampling:
         self, prompt: dict[str, torch.Tensor], conditional: torch.Tensor, latents: torch.Tensor,
         time: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """The prediction of a guide for few steps: it adds to that of CFG as well."""
+        """The prediction of a guide for few steps, on the grid: it adds to that of CFG as well."""
         to, n = self.guide.dtype, len(latents)
         inputs = GuideInputs(
             latents, time, torch.full((n,), float(self.guider.cfg), device=latents.device),
             self.backbone.text(prompt["context"], prompt.get("y")).to(to), self._negative.to(to),
             refresh=self.guided.refresh,
         )  # fmt: skip
-        (name,) = (k for k in self.guide.target_modules if k == "conv_out")
-        return self.guide(inputs).residuals[name](prompt["features"].to(to), conditional)
+        features = self.backbone.head_map(prompt["features"].to(to), latents)
+        return self.guide(inputs).residuals[self.backbone.head](features, conditional)
 
     @contextmanager
     def _record(self) -> Iterator[dict[int, dict[str, torch.Tensor]]]:
@@ -209,7 +211,7 @@ class GuidedSampling:
             for i, part in enumerate(which):
                 found[part] = {k: v.chunk(len(which))[i] for k, v in given.items()}
 
-        head = self.backbone.module("conv_out")
+        head = self.backbone.module(self.backbone.head)
         net = self.backbone.denoiser
         handles = [
             head.register_forward_pre_hook(enter),

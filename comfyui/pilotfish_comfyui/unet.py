@@ -1,7 +1,4 @@
-"""ComfyUI's UNet (``openaimodel.UNetModel``) as one more implementation of the family ``unet``.
-
-Its signature is that of diffusers' UNet with the same layers, so one guide fits both.
-"""
+"""ComfyUI's UNet (``openaimodel.UNetModel``) as one more implementation of the family ``unet``."""
 
 from __future__ import annotations
 
@@ -12,11 +9,12 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import nn
 
-from pilotfish.backbones import Backbone, DenoiserCall, GuidedPass, Hooks
+from pilotfish.backbones import GuidedPass, Hooks
 from pilotfish.backbones.extrapolation import cross_attention
-from pilotfish.interface import GuideError, GuideProtocol, TextConditions
+from pilotfish.interface import GuideError, TextConditions
 
-from .names import Layout, to_comfyui
+from .backbone import ComfyBackbone
+from .unet_names import Layout, to_comfyui
 
 EMBEDDED_SIZE = 256
 """Features of each number among the size conditions of SDXL."""
@@ -34,7 +32,7 @@ class AttentionView:
         )  # fmt: skip
 
 
-class ComfyUNetBackbone(Backbone):
+class ComfyUNetBackbone(ComfyBackbone):
     """See the module.
 
     Args:
@@ -45,8 +43,7 @@ class ComfyUNetBackbone(Backbone):
 
     family = "unet"
     denoisers = (UNetModel,)
-    component = "diffusion_model"
-    parameters = ("x", "timesteps", "context", "y", "control", "transformer_options")
+    repeats_text = True
 
     def __init__(self, denoiser: Any, sizes: int = 6) -> None:
         super().__init__(denoiser)
@@ -54,7 +51,6 @@ class ComfyUNetBackbone(Backbone):
         self.names = self.layout.names()
 
     def module(self, name: str) -> Any:
-        """A module by its name in diffusers."""
         return self.denoiser.get_submodule(to_comfyui(name, self.names))
 
     # -- what a guide may touch -----------------------------------------------------------
@@ -112,23 +108,6 @@ class ComfyUNetBackbone(Backbone):
 
     # -- hooks ------------------------------------------------------------------------------
 
-    def install(self, guide: GuideProtocol) -> Hooks:
-        """As :meth:`pilotfish.backbones.Backbone.install`; the guide's names are diffusers'."""
-        named = (*guide.target_modules, *guide.extrapolated)
-        try:
-            modules = {name: self.module(name) for name in named}
-        except (KeyError, AttributeError) as error:
-            raise GuideError(f"this UNet lacks a layer to which the guide adds: {error}") from error
-        hooks = Hooks(guide, self.denoiser)
-        hooks.modules = modules
-        try:
-            hooks.around(self.denoiser, self._begin, self._end)
-            self.place(hooks)
-        except BaseException:
-            hooks.remove()
-            raise
-        return hooks
-
     def place(self, hooks: Hooks) -> None:
         embedded = set(self._modulated())
 
@@ -174,20 +153,9 @@ class ComfyUNetBackbone(Backbone):
 
     # -- calls --------------------------------------------------------------------------------
 
-    def _end(self, guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-        if guided.active:
-            guided.end(output)
-
-    def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
-        text = self.text(given["context"], given.get("y"))
-        return DenoiserCall(self.on_grid(given["x"]), given["timesteps"], text)
-
     def text(self, context: torch.Tensor, y: torch.Tensor | None) -> TextConditions:
         """The prompts in the arguments of a call: (N, L, D), and the beginning of (N, E)."""
         return TextConditions(context, None if y is None else y[:, : -self.size_features])
-
-    def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {"context": guided.added_text(guided.extrapolated_text(given["context"]))}
 
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
         found = {"context": text.embeds}
@@ -208,10 +176,3 @@ class ComfyUNetBackbone(Backbone):
 
     def timestep(self, time: torch.Tensor) -> torch.Tensor:
         return (time * self.num_train_timesteps).round()
-
-    def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
-        # ComfyUI's two conditionings
-        prompt, negative = (
-            TextConditions(embeds, more.get("pooled_output")) for ((embeds, more), *_) in encoded
-        )
-        return prompt, negative

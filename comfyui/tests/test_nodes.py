@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from pilotfish_comfyui import conditions
 from pilotfish_comfyui.convert import PREFIX, ConversionError, convert, differences, main
 from pilotfish_comfyui.loading import FOLDER, apply_guide, find_guides, load_guide
-from pilotfish_comfyui.names import Layout, to_comfyui, to_diffusers
+from pilotfish_comfyui.unet_names import Layout, to_comfyui, to_diffusers
 from safetensors.torch import load_file
 from unets import (
     CPU,
@@ -173,13 +173,20 @@ def test_conditionings_of_other_kinds_are_refused(entry: dict[str, Any], words: 
         conditions.check([{"model_conds": {}} | entry], [{"model_conds": {}}])
 
 
-@pytest.mark.parametrize("kind", ["EDM", "V_PREDICTION_EDM", "FLOW", "FLUX"])
-def test_other_noise_paths_are_refused(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        *((kind, "takes no guide; epsilon, v and flow do")
+          for kind in ("EDM", "V_PREDICTION_EDM", "FLUX")),
+        ("FLOW", "prediction_type: guide epsilon, denoiser flow"),
+    ],
+)  # fmt: skip
+def test_other_noise_paths_are_refused(kind: str, words: str) -> None:
     config = comfyui_weights(SD15).model_config
     sampling = comfy.model_base.model_sampling(config, comfy.model_base.ModelType[kind])
     model = comfyui_model(SD15)
     model.add_object_patch("model_sampling", sampling)
-    with pytest.raises(GuideError, match="takes no guide; epsilon and v do"):
+    with pytest.raises(GuideError, match=words):
         apply_guide(model, on_comfyui(tiny_guide(SD15)))
 
 
@@ -190,7 +197,7 @@ def test_another_denoiser_is_refused() -> None:
     base = torch.nn.Module()
     base.diffusion_model, base.model_sampling = Transformer(), comfyui_weights(SD15).model_sampling
     model = comfy.model_patcher.ModelPatcher(base, CPU, CPU)
-    with pytest.raises(GuideError, match=r"Module is no UNet \(Transformer\)"):
+    with pytest.raises(GuideError, match="Transformer is neither a UNet nor the transformer"):
         apply_guide(model, on_comfyui(tiny_guide(SD15)))
 
 

@@ -181,11 +181,13 @@ class Prompt:
     pooled: torch.Tensor
 
     @classmethod
-    def random(cls, seed: int, n: int = 1, tokens: int = TOKENS) -> Prompt:
+    def random(
+        cls, seed: int, n: int = 1, tokens: int = TOKENS, widths: tuple[int, int] = (WIDTH, POOLED)
+    ) -> Prompt:
         generator = torch.Generator().manual_seed(seed)
         return cls(
-            torch.randn(n, tokens, WIDTH, generator=generator),
-            torch.randn(n, POOLED, generator=generator),
+            torch.randn(n, tokens, widths[0], generator=generator),
+            torch.randn(n, widths[1], generator=generator),
         )
 
     def conditioning(self, **more: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pilotfish.backbones.context import GuidedPass
 from pilotfish.backbones.hooks import Hooks
@@ -163,9 +164,80 @@ def _copy(output: torch.Tensor, changed: torch.Tensor) -> None:
     output.copy_(changed)
 
 
+class JointBlock:
+    """A block of diffusers' ``JointTransformerBlock`` class (Stable Diffusion 3), as
+    :class:`JointAttention` reads it. A subclass reads another implementation.
+
+    Attributes:
+        heads: of the attention.
+        out: the projection of the image's answer.
+        text_ends: whether the text's stream ends here, as in the last block.
+    """
+
+    def __init__(self, block: Any) -> None:
+        self.block, self.layer = block, block.attn
+        self.heads: int = self.layer.heads
+        self.out: nn.Module = self.layer.to_out[0]
+        self.text_ends: bool = block.context_pre_only
+
+    def keep(self, hooks: Hooks, name: str, *, of_text: bool) -> None:
+        """Keep the pass's queries, keys and values of the image, (N, heads, tokens, width), as
+        ``scratch[name, "q"]`` and so on, and with ``of_text`` the text's keys and values as
+        ``scratch[name, "text k"]`` and ``scratch[name, "text v"]``."""
+        layer = self.layer
+        kept = [
+            ("q", layer.to_q, layer.norm_q), ("k", layer.to_k, layer.norm_k),
+            ("v", layer.to_v, None),
+        ]  # fmt: skip
+        if of_text:
+            kept += [
+                ("text k", layer.add_k_proj, layer.norm_added_k),
+                ("text v", layer.add_v_proj, None),
+            ]
+
+        def keep(part: str, split: bool) -> Any:
+            def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
+                guided.scratch[name, part] = split_heads(output, self.heads) if split else output
+
+            return after
+
+        for part, projection, norm in kept:  # a norm is given heads
+            hooks.after(projection if norm is None else norm, keep(part, norm is None))
+
+    def read(
+        self, stream: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Any]:
+        """Queries, keys and values, (N, heads, L, width), of a text's stream (N, L, d) at an
+        embedding of time and pooled text (N, d); and what :meth:`follow` takes of that embedding.
+        """
+        block, layer = self.block, self.layer
+        rest: Any = ()
+        if self.text_ends:
+            x = block.norm1_context.forward(stream, embedding)
+        else:
+            x, *rest = block.norm1_context.forward(stream, emb=embedding)
+        q, k, v = (
+            split_heads(projection.forward(x), self.heads)
+            for projection in (layer.add_q_proj, layer.add_k_proj, layer.add_v_proj)
+        )
+        q = q if layer.norm_added_q is None else layer.norm_added_q.forward(q)
+        k = k if layer.norm_added_k is None else layer.norm_added_k.forward(k)
+        return (q, k, v), rest
+
+    def follow(self, stream: torch.Tensor, answer: torch.Tensor, rest: Any) -> torch.Tensor:
+        """The stream as it enters the next block, from the attention's answer to its tokens
+        (N, L, d)."""
+        block = self.block
+        gate, shift, scale, gate_ff = (r[:, None] for r in rest)
+        stream = stream + gate * self.layer.to_add_out(answer)
+        hidden = block.norm2_context(stream) * (1 + scale) + shift
+        followed: torch.Tensor = stream + gate_ff * block.ff_context(hidden)
+        return followed
+
+
 class JointAttention:
-    """The negative text's stream beside the pass, in blocks of diffusers'
-    ``JointTransformerBlock`` class (Stable Diffusion 3).
+    """The negative text's stream beside the pass, in blocks of Stable Diffusion 3
+    (:class:`JointBlock`).
 
     At block i the stream is kept under the block's name, not as a running value: gradient
     checkpointing runs blocks again.
@@ -192,21 +264,11 @@ class JointAttention:
         guided.scratch["negative embedding"] = embedding
         guided.scratch["stream", self.names[0]] = stream
 
-    def place(self, hooks: Hooks, name: str, block: Any) -> None:
+    def place(self, hooks: Hooks, name: str, block: JointBlock) -> None:
         """Extrapolate the attention of one block, where it has a gain (N, heads), and take the
         negative text's stream to the next block."""
-        layer = block.attn
         number = self.names.index(name)
         following = self.names[number + 1] if number + 1 < len(self.names) else None
-
-        def heads(x: torch.Tensor) -> torch.Tensor:
-            return split_heads(x, layer.heads)
-
-        def keep(part: str, split: bool) -> Any:
-            def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-                guided.scratch[name, part] = heads(output) if split else output
-
-            return after
 
         def extrapolated(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
             stream = guided.scratch.get(("stream", name))
@@ -214,32 +276,18 @@ class JointAttention:
             of_text = [guided.scratch.pop((name, f"text {part}"), None) for part in "kv"]
             if stream is None or q is None or k is None or v is None:
                 return None  # the projections are fused; the end of the call reports it
-            embedding = guided.scratch["negative embedding"]
-            rest: Any = ()
-            if block.context_pre_only:
-                x = block.norm1_context.forward(stream, embedding)
-            else:
-                x, *rest = block.norm1_context.forward(stream, emb=embedding)
-            q_n, k_n, v_n = (
-                heads(projection.forward(x))
-                for projection in (layer.add_q_proj, layer.add_k_proj, layer.add_v_proj)
-            )
-            q_n = q_n if layer.norm_added_q is None else layer.norm_added_q.forward(q_n)
-            k_n = k_n if layer.norm_added_k is None else layer.norm_added_k.forward(k_n)
+            (q_n, k_n, v_n), rest = block.read(stream, guided.scratch["negative embedding"])
             queries = q_n if self.text_alone else torch.cat([q, q_n], 2)
             joined = F.scaled_dot_product_attention(
                 queries, torch.cat([k, k_n], 2), torch.cat([v, v_n], 2)
             ).transpose(1, 2)
             image = 0 if self.text_alone else args[0].shape[1]
-            if following is not None and not block.context_pre_only:
-                gate, shift, scale, gate_ff = (r[:, None] for r in rest)
-                stream = stream + gate * layer.to_add_out(joined[:, image:].flatten(2))
-                hidden = block.norm2_context(stream) * (1 + scale) + shift
-                stream = stream + gate_ff * block.ff_context(hidden)
-                guided.scratch["stream", following] = stream
+            if following is not None and not block.text_ends:
+                followed = block.follow(stream, joined[:, image:].flatten(2), rest)
+                guided.scratch["stream", following] = followed
             if not guided.extrapolates(name):
                 return None
-            output = args[0].unflatten(-1, (layer.heads, -1))
+            output = args[0].unflatten(-1, (block.heads, -1))
             negative = joined[:, :image]
             if self.text_alone:
                 answers = [
@@ -253,13 +301,5 @@ class JointAttention:
             _copy(output, changed)
             return None
 
-        for part, norm, projection in (
-            ("q", layer.norm_q, layer.to_q), ("k", layer.norm_k, layer.to_k),
-            ("v", None, layer.to_v),
-        ):  # fmt: skip
-            hooks.after(projection if norm is None else norm, keep(part, norm is None))
-        if self.text_alone:
-            key = layer.add_k_proj if layer.norm_added_k is None else layer.norm_added_k
-            hooks.after(key, keep("text k", layer.norm_added_k is None))
-            hooks.after(layer.add_v_proj, keep("text v", True))
-        hooks.before(layer.to_out[0], extrapolated)
+        block.keep(hooks, name, of_text=self.text_alone)
+        hooks.before(block.out, extrapolated)

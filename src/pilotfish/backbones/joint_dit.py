@@ -16,7 +16,7 @@ from diffusers import SD3Transformer2DModel
 from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.doubling import without_mask
-from pilotfish.backbones.extrapolation import JointAttention, up_to_last
+from pilotfish.backbones.extrapolation import JointAttention, JointBlock, up_to_last
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.tokens import patchify, to_map, to_tokens
 from pilotfish.interface import TextConditions
@@ -48,33 +48,47 @@ class JointDiTBackbone(Backbone):
     # -- hooks ------------------------------------------------------------------------------
 
     def place(self, hooks: Hooks) -> None:
-        net, names = self.denoiser, hooks.guide.extrapolated
+        names = hooks.guide.extrapolated
         attention = up_to_last([name for name, _ in self.sites()["attention"]], names)
         joint = JointAttention(attention, text_alone=hooks.guide.joint_attention == "text")
 
-        def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            """Time and the prompt's pooled text are embedded: embed the negative prompt's, and
-            begin its stream."""
-            timestep, given = args
-            n, pooled = len(output), guided.negative.pooled
-            assert pooled is not None
-            embedding = module.forward(timestep, pooled.to(given.dtype).expand(n, -1))
+        def begin(guided: GuidedPass, embedding: torch.Tensor) -> None:
+            """Time is embedded with the negative prompt's pooled text: begin that prompt's
+            stream."""
             guided.scratch["negative temb"] = F.silu(embedding)
             if attention:
-                embedder = net.context_embedder
+                embedder = self.denoiser.context_embedder
                 stream = guided.cache.made_by(
                     embedder, lambda: embedder.forward(guided.negative.embeds), [embedder]
                 )
-                joint.begin(guided, stream.expand(n, -1, -1), embedding)
+                joint.begin(guided, stream.expand(len(embedding), -1, -1), embedding)
 
         if names:
-            hooks.after(net.time_text_embed, embedded)
+            self.after_embedding(hooks, begin)
         for name in attention:
-            joint.place(hooks, name, hooks.modules[name.removesuffix(".attn")])
+            joint.place(hooks, name, self.joint_block(name.removesuffix(".attn")))
         for name in names:
             if name not in attention:
                 hooks.after(hooks.modules[name], _modulation(name))
         self.place_residuals(hooks)
+
+    def joint_block(self, name: str) -> JointBlock:
+        """The block of that name."""
+        return JointBlock(self.denoiser.get_submodule(name))
+
+    def after_embedding(
+        self, hooks: Hooks, begin: Callable[[GuidedPass, torch.Tensor], None]
+    ) -> None:
+        """Call ``begin(guided, embedding)`` in each guided pass, when time and the prompt's pooled
+        text are embedded, with the embedding (N, d) that the negative prompt's text leads to."""
+
+        def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
+            timestep, given = args
+            pooled = guided.negative.pooled
+            assert pooled is not None
+            begin(guided, module.forward(timestep, pooled.to(given.dtype).expand(len(output), -1)))
+
+        hooks.after(self.denoiser.time_text_embed, embedded)
 
     def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
         tokens = output if isinstance(output, torch.Tensor) else output[1]  # (text, image)
