@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pilotfish.training.config import ConfigError, Quantization
+from pilotfish.training.config import ConfigError
+from pilotfish.training.fields import Quantization
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers that keep their precision in fp8: the backward pass reads their weights after diffusers
