@@ -25,6 +25,7 @@ from benchmarks.measure import (
 )
 from benchmarks.memory import largest_batches, pipeline_parts, training_memory
 from benchmarks.operators import OperatorCount, count_operators, count_shape
+from benchmarks.presets import count_presets, presets_markdown
 from benchmarks.shapes import SHAPES
 from benchmarks.step import GUIDES, REFRESHED
 from pilotfish import bundled
@@ -36,6 +37,7 @@ from pilotfish.evaluation.tables import cost_table, number
 from pilotfish.guides import Guide
 from pilotfish.noise import prediction_type
 from pilotfish.pipelines.attach import check
+from pilotfish.training import presets
 
 FREEZING = "TORCHINDUCTOR_FREEZING"
 """An environment variable of torch: whether its compiler packs weights beforehand."""
@@ -85,6 +87,8 @@ class BenchmarkConfig:
     sampling step is computed as well."""
     weights: tuple[Literal["fp8", "nf4"], ...] = ()
     """With --train and --count_only: the base's weights stored in these formats as well."""
+    presets: tuple[str, ...] = ()
+    """Count the memory that presets of ``distill`` need, by name, or all of them: ``all``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
     """Time the denoiser compiled (torch.compile), in all modes. On a CPU,
@@ -92,7 +96,8 @@ class BenchmarkConfig:
     device: str = "cpu"
     """Such as cuda."""
     output: str | None = None
-    """With --shape: JSON file. Results of other shapes, precisions and compilations stay in it."""
+    """With --shape and --presets: JSON file. Results of other shapes, precisions and compilations
+    stay in it; those of other presets do not."""
 
     def __post_init__(self) -> None:
         with_shape = "needs --shape"
@@ -101,7 +106,10 @@ class BenchmarkConfig:
                 self.refresh, not (self.shape or self.operators),
                 "has no effect with --shape and --operators",
             ),
-            "--output": (self.output is not None, self.shape, with_shape),
+            "--output": (
+                self.output is not None, self.shape or self.presets, "needs --shape or --presets"
+            ),
+            "--presets": (self.presets, not (self.shape or self.operators), "goes without --shape"),
             "--count_only": (self.count_only, self.shape, with_shape),
             "--train": (self.train, self.shape, with_shape),
             "--weights": (
@@ -148,6 +156,9 @@ def main(arguments: Sequence[str]) -> None:
         BenchmarkConfig, args=list(arguments), prog="pilotfish benchmark", use_underscores=True
     )
     usable_device(config.device)
+    if config.presets:
+        _presets(config, shlex.join(["pilotfish", "benchmark", *arguments]))
+        return
     if config.shape:
         freezing = [f"{FREEZING}=1"] if config.compile and os.environ.get(FREEZING) == "1" else []
         _shapes(config, shlex.join([*freezing, "pilotfish", "benchmark", *arguments]))
@@ -187,6 +198,14 @@ def _time(config: BenchmarkConfig, model: str, pipe: Any, network: Guide, name: 
     print(f"{model}, {name}: {size.parameters:,} parameters, {size.share:.2%} of the denoiser")
     print(f"on {machine()}")
     Console().print(cost_table(found))
+
+
+def _presets(config: BenchmarkConfig, command: str) -> None:
+    names = presets.names() if config.presets == ("all",) else config.presets
+    found = count_presets(names, command)
+    if config.output:
+        found.save(config.output)
+    print(presets_markdown(found))
 
 
 def _shapes(config: BenchmarkConfig, command: str) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -206,13 +207,18 @@ class TrainingStep:
         dtype: of the base's weights; the guide is float32.
         batch: latents at once.
         checkpointing: gradient checkpointing of the base.
+        size: (height, width) of the images in pixels; left out, the pipeline's default.
+        settings: of the guide, other than the defaults.
     """
 
     def __init__(
         self, shape: Shape, guide_type: str, device: torch.device, dtype: torch.dtype, batch: int,
-        checkpointing: bool = True,
+        checkpointing: bool = True, size: tuple[int, int] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.sampling = SamplingStep(shape, device, dtype, (guide_type,), torch.float32)
+        self.sampling = SamplingStep(
+            shape, device, dtype, (guide_type,), torch.float32, size=size, settings=settings
+        )
         if checkpointing:
             self.sampling.denoiser.enable_gradient_checkpointing(checkpoint_in_pass)
         self.guide = self.sampling.guides[guide_type]
@@ -256,18 +262,20 @@ class TrainingStep:
 
 def training_parts(
     shape: Shape, guide_type: str, dtype: torch.dtype, batch: int, checkpointing: bool = True,
-    fake: bool = True,
+    fake: bool = True, size: tuple[int, int] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Bytes of a training step by purpose; the peak where they come and go.
 
     Args:
         fake: use fake tensors, which take neither memory nor arithmetic.
+        size: see :class:`TrainingStep`, as of ``settings``.
     """
-    if fake:
-        with FakeTensorMode():
-            return training_parts(shape, guide_type, dtype, batch, checkpointing, fake=False)
-    with TensorMemory() as tensors:
-        step = TrainingStep(shape, guide_type, torch.device("cpu"), dtype, batch, checkpointing)
+    mode = FakeTensorMode() if fake else nullcontext()
+    with mode, TensorMemory() as tensors:
+        step = TrainingStep(
+            shape, guide_type, torch.device("cpu"), dtype, batch, checkpointing, size, settings
+        )
         base, guide = (module_bytes(m) for m in (step.sampling.denoiser, step.guide))
         tensors.peak = before = tensors.current
         step.backward()

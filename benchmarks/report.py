@@ -43,7 +43,7 @@ def _costs(shapes: dict[str, ShapeResult]) -> str:
                 f"{2 / share:.2f}", f"{call_speedup(2 / share, REFRESH, STEPS):.2f}",
                 f"{operators.added:,} / {operators.plain:,}" if operators else "",
             ))  # fmt: skip
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _memory(shapes: dict[str, ShapeResult]) -> str:
@@ -62,13 +62,14 @@ def _memory(shapes: dict[str, ShapeResult]) -> str:
         rows.append(row(f"training, {stored}", [_training(m) for m in found]))
     first = [shape.training["tiny"] for shape in shapes.values()]
     rows += [row(title, [m.parts[part] for m in first]) for part, title in APART.items()]
-    return _table(("GiB, batch 1", *shapes), rows)
+    return markdown_table(("GiB, batch 1", *shapes), rows)
 
 
 def _training(memory: TrainingMemory) -> float:
     return memory.total - sum(memory.parts[part] for part in APART)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -7,7 +7,7 @@ clock needs real tensors.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -44,15 +44,18 @@ class SamplingStep:
         guide_dtype: of the guides' weights; ``dtype`` if left out.
         compiled: use ``torch.compile``; each mode is compiled at its first step.
         side: pixels of the images, each way; left out, the pipeline's default.
+        size: (height, width) of the images, in place of a side.
+        settings: of the guides, other than the defaults.
 
     Raises:
-        ValueError: a guide that does not fit, or a side of a video.
+        ValueError: a guide that does not fit, or a size of a video.
     """
 
     def __init__(
         self, shape: Shape, device: torch.device, dtype: torch.dtype,
         guides: Collection[str] | None = None, guide_dtype: torch.dtype | None = None,
-        compiled: bool = False, side: int | None = None,
+        compiled: bool = False, side: int | None = None, size: tuple[int, int] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         guides = shape.guides if guides is None else guides
@@ -65,30 +68,33 @@ class SamplingStep:
         setattr(self, self.backbone.component, self.denoiser)  # where a pipeline has it
         with device, default_dtype(guide_dtype or dtype):
             self.guides = {
-                name: GUIDES[name](self.denoiser, shape.prediction_type) for name in guides
+                name: GUIDES[name](self.denoiser, shape.prediction_type, **(settings or {}))
+                for name in guides
             }
         self.denoiser.eval().requires_grad_(False)
         for guide in self.guides.values():
             guide.eval().requires_grad_(False)
-        self.latents = self._latents(side)
+        size = size or (None if side is None else (side, side))
+        self.latents = self._latents(size)
         if compiled:
             watch_hooks()
             self.denoiser.compile()
-        pixels = side or shape.side or 0
-        self.sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device)
+        high, wide = size or (shape.side or 0, shape.side or 0)
+        self.sizes = torch.tensor([[high, wide, 0, 0, high, wide]], device=device)
         self.base = Denoiser(self.denoiser, self.sizes)
 
-    def _latents(self, side: int | None) -> tuple[int, ...]:
+    def _latents(self, size: tuple[int, int] | None) -> tuple[int, ...]:
         """(C, h, w) or (C, F, h, w) of the latents of one image."""
         *channels, height, width = self.backbone.latent_shape()
-        if side is None:
+        if size is None:
             return *channels, height, width
         if self.shape.side is None:
             raise ValueError("another size is possible for images, not for videos")
         pixels = self.shape.side // height
-        if side % (2 * pixels):
-            raise ValueError(f"the side must be a multiple of {2 * pixels} pixels, not {side}")
-        return *channels, side // pixels, side // pixels
+        if any(side % (2 * pixels) for side in size):
+            sides = " x ".join(map(str, dict.fromkeys(size)))
+            raise ValueError(f"the side must be a multiple of {2 * pixels} pixels, not {sides}")
+        return *channels, size[0] // pixels, size[1] // pixels
 
     @property
     def modes(self) -> tuple[str, ...]:

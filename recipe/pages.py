@@ -16,6 +16,7 @@ from baselines.frontier.report import (
 )
 from baselines.frontier.results import FrontierResult
 from benchmarks.measure import ShapesResult
+from benchmarks.presets import PresetsResult, presets_markdown
 from benchmarks.report import transformers_markdown
 from pilotfish import bundled
 from pilotfish.evaluation.grids import draw_models, sheet
@@ -55,6 +56,7 @@ def write_pages(root: Path) -> None:
         docs / "steps.md": ("steps", lambda p: steps_page(CurveResult.load(p), docs)),
         docs / "compare.md": ("compare", lambda p: compare_page(ComparisonResult.load(p), docs)),
         docs / "method.md": ("negative", lambda p: negatives_text(NegativeResult.load(p))),
+        docs / "train.md": ("presets", lambda p: presets_markdown(PresetsResult.load(p))),
         docs / "transformers.md": ("shapes", lambda p: transformers_markdown(ShapesResult.load(p))),
     }
     for page, (name, text) in pages.items():

@@ -51,8 +51,13 @@ def command_lines(program: str) -> list[Any]:
 
 
 @pytest.fixture
-def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands stop as soon as their arguments are parsed."""
+def parse_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands stop as soon as their arguments are parsed. The TOML files of the pages are there,
+    each under the name in its first line."""
+    for page in PAGES:
+        for text in blocks(page, "toml"):
+            (tmp_path / text.partition("\n")[0].removeprefix("# ")).write_text(text)
+    monkeypatch.chdir(tmp_path)
     parse = tyro.cli
 
     def stop(*args: Any, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from baselines.comparison.results import (
     Training,
 )
 from baselines.frontier.results import FrontierEntry, FrontierResult, FrontierRun
+from benchmarks.presets import PresetsResult, presets_markdown
 from pilotfish.evaluation.results import (
     CurveResult,
     GuideSize,
@@ -44,6 +45,9 @@ MADE = {
     ),
     "docs/compare.md": (
         "results/compare.json", lambda file, to: compare_page(ComparisonResult.load(file), to),
+    ),
+    "docs/train.md": (
+        "results/presets.json", lambda file, _: presets_markdown(PresetsResult.load(file)),
     ),
     "docs/method.md": (
         "results/negative.json", lambda file, _: negatives_text(NegativeResult.load(file)),

@@ -128,6 +128,17 @@ def test_a_text_is_encoded_once(pipe: Any, tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_offloaded_text_encoders_encode_the_same(
+    make_pipe: Callable[[str], Any], config: DistillConfig, tmp_path: Path
+) -> None:
+    one = cached_prompts(make_pipe("epsilon"), TEXTS, tmp_path / "one", CPU)
+    two = cached_prompts(make_pipe("epsilon"), TEXTS, tmp_path / "two", CPU, offload=True)
+    index = torch.tensor([0, 1, NULL])
+    assert torch.equal(one(index).embeds, two(index).embeds)
+    with pytest.raises(ConfigError, match="offload_text_encoders has no effect without --cache_em"):
+        replace(config, offload_text_encoders=True)
+
+
 def test_other_text_encoders_have_other_embeddings(
     make_pipe: Callable[[str], Any], pipe: Any, tmp_path: Path
 ) -> None:

@@ -10,27 +10,30 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 
 from pilotfish.guides import Guide
+from pilotfish.training import presets
 from pilotfish.training.config import ConfigError, DistillConfig, TrainingConfig
 
 C = TypeVar("C", bound=TrainingConfig)
 
 
 def parse(arguments: Sequence[str], kind: type[C], command: str, purpose: str) -> C:
-    """Flags, over the values of a file given by ``--config``, over the defaults. The flags of
-    stage 1 include the settings of the chosen ``--guide_type``.
+    """Flags, over the values of a file given by ``--config``, over those of a ``--preset``, over
+    the defaults. The flags of stage 1 include the settings of the chosen ``--guide_type``.
 
     Raises:
-        ConfigError: the file cannot be read, or a value is invalid.
+        ConfigError: a file cannot be read, there is no such preset, or a value is invalid.
+        SystemExit: after the list of presets.
     """
     arguments = list(arguments)
-    files = _values(arguments, "--config")
-    for place in reversed(
-        [i for i, a in enumerate(arguments) if a.partition("=")[0] == "--config"]
-    ):
-        del arguments[place : place + (1 if "=" in arguments[place] else 2)]
-    loaded = kind.load(Path(files[-1])) if files else None
+    if "--list_presets" in arguments or "--list-presets" in arguments:
+        print(presets.listed())
+        raise SystemExit(0)
+    given: dict[str, Any] = {}
+    for name in _taken(arguments, "--preset")[-1:]:
+        given |= presets.settings(name, kind)
+    for file in _taken(arguments, "--config")[-1:]:
+        given |= kind.read(Path(file))
     hints = get_type_hints(kind, include_extras=True)
-    given = {f.name: getattr(loaded, f.name) for f in fields(kind)} if loaded else {}
     helps = _help_texts(kind)
     flags: list[Any] = []
     for f in fields(kind):
@@ -49,8 +52,9 @@ def parse(arguments: Sequence[str], kind: type[C], command: str, purpose: str) -
     flags.sort(key=lambda flag: flag[2].default is not MISSING)
     parsed: Any = tyro.cli(
         make_dataclass("Flags", flags, frozen=True), args=arguments, prog=f"pilotfish {command}",
-        description=purpose + "--config FILE reads settings from JSON (such as a run's own "
-        "config.json); flags override it.",
+        description=purpose + "--config FILE reads settings from TOML or JSON (such as a run's own "
+        "config.json), --preset NAME those for a base and a card (--list_presets); flags override "
+        "both.",
         use_underscores=True, config=(tyro.conf.OmitArgPrefixes,),
     )  # fmt: skip
     return kind(**vars(parsed))
@@ -63,6 +67,14 @@ def _help_texts(kind: type[Any]) -> dict[str, str]:
         for name, info in vars(cls).get("__pydantic_fields__", {}).items():
             if info.description:
                 found[name] = " ".join(info.description.split())
+    return found
+
+
+def _taken(arguments: list[str], flag: str) -> list[str]:
+    """The values that a flag is given, which are taken from the arguments."""
+    found = _values(arguments, flag)
+    for place in reversed([i for i, a in enumerate(arguments) if a.partition("=")[0] == flag]):
+        del arguments[place : place + (1 if "=" in arguments[place] else 2)]
     return found
 
 
