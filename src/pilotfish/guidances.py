@@ -110,8 +110,10 @@ class Guidance:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(plain or {}) - known):
             raise ValueError(f"a guidance has no field {unknown[0]}")
-        given: dict[str, Any] = dict(plain or {})
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        given: dict[str, Any] = {}
+        for name, value in (plain or {}).items():
+            given[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**given)
 
     def plain(self) -> dict[str, Any] | None:
         """Its name and own settings in plain JSON; None for CFG."""
