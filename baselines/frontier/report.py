@@ -44,6 +44,11 @@ def mean(
     return fmean(known) if known and len(known) == len(entries) else math.nan
 
 
+def _measured(found: FrontierResult, models: Sequence[str], like: FrontierEntry) -> bool:
+    """Whether all models have the entry."""
+    return all(found.find(model, like.key) is not None for model in models)
+
+
 def points(found: FrontierResult) -> list[FrontierEntry]:
     """One entry of each key, those of a method together and by passes."""
     last_first = [*found.models.values()][::-1]  # of a key the first model's entry is kept
@@ -54,14 +59,14 @@ def points(found: FrontierResult) -> list[FrontierEntry]:
 
 def frontier_markdown(found: FrontierResult, columns: Groups) -> str:
     """A line for each entry that is measured on all models of a column. FLOPs and speed are
-    relative to CFG with the steps of the run. Columns without any figure are left out."""
+    relative to CFG with the steps of the run. Columns of cost without any figure are left out."""
     headings = ["method", "second passes", "steps", "passes", "FLOPs", "speed, 1", "speed, 8"]
     headings += [f"retained, {name}" for name in columns]
     headings += [f"latent MSE, {name}" for name in columns]
     headings += ["fd_clip, base", "images"]
     steps, rows = found.run.num_inference_steps, list[tuple[str, ...]]()
     for entry in points(found):
-        if all(math.isnan(mean(found, models, entry, _gain)) for models in columns.values()):
+        if not any(_measured(found, models, entry) for models in columns.values()):
             continue
         fd = mean(found, columns.get("base", ()), entry, lambda e: e.fd)
         work = entry.flops_over_none * entry.steps / (2 * steps)
@@ -76,7 +81,8 @@ def frontier_markdown(found: FrontierResult, columns: Groups) -> str:
             ),
             number(fd, 1), str(entry.samples),
         ))  # fmt: skip
-    shown = [i for i in range(len(headings)) if any(row[i] != "–" for row in rows)]
+    costs = range(4, 7)
+    shown = [i for i in range(len(headings)) if i not in costs or any(r[i] != "–" for r in rows)]
     return markdown([headings[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 

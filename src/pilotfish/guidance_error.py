@@ -48,13 +48,13 @@ class GuidanceError:
             ``{"0.999": ...}``.
         cosine: of what the guide and what CFG add to the conditional prediction, over all times;
             the mean over w. 1 is the right direction, whatever the length; 0 that nothing is
-            added.
+            added; None in results of 0.1.
     """
 
     mean: float
     by_w: dict[str, float]
     by_time: dict[str, float]
-    cosine: float = math.nan
+    cosine: float | None = None
 
     @classmethod
     def of(cls, sums: Sums) -> Self:
@@ -211,13 +211,13 @@ def pipeline_guidance_error(
         GuideError: the guide does not fit, or was taught another guidance than that of the
             trajectories; or the pipeline has two denoisers.
     """
-    taught, measured = guide.guidance, trajectories.teacher.guidance
-    if taught != measured:
-        raise GuideError(
-            f"this guide was taught {taught.title} ({taught.plain()}), and the trajectories are "
-            f"those of {measured.title} ({measured.plain()})"
-        )
     with _student(pipe, guide) as student:
+        taught, measured = guide.guidance, trajectories.teacher.guidance
+        if taught != measured:
+            raise GuideError(
+                f"this guide was taught {taught.title} ({taught.plain()}), and the trajectories "
+                f"are those of {measured.title} ({measured.plain()})"
+            )
         return guidance_error(student, trajectories, **settings)
 
 

@@ -341,13 +341,14 @@ def test_a_demo_shows_both_guides_and_the_recorded_figures(
     assert trained[0].resume is None
     assert len(Path(trained[0].prompts).read_text().splitlines()) > 1000
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    columns = sum(4 if bundled.base_of(name) == "base" else 3 for name in bundled.STYLES)
+    bases = [base for base in bundled.BASES if bundled.guide_names(base)]
+    columns = sum((4 if base == "base" else 3) * len(bundled.BASES[base]) for base in bases)
     shown = columns * len(bundled.GRID_PROMPTS)
     assert len(re.findall('<img src="data:image/png;base64,', page)) == shown
     recorded = json.loads(demo.RECORDED.read_text(encoding="utf-8"))
     assert recorded["run"]["command"] in page
     assert "<b>0.46</b>" in page
-    for base in bundled.BASES:
+    for base in bases:
         assert re.search(rf"<b>\d+\.\d\d×</b> as fast as CFG on {base}", page)
     assert "speed at batch 8" in capsys.readouterr().out
     monkeypatch.setattr(demo, "RECORDED", tmp_path / "none.json")

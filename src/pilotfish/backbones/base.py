@@ -231,7 +231,7 @@ class Backbone(FamilyPipeline):
         if guided.doubled:
             guided.degraded = self._degraded(guided, module, args, kwargs)
             changed = self.doubled(guided, given)
-            if guided.guide.guidance.replaces_second:
+            if guided.guidance.replaces_second:
                 return None
             return with_arguments(args, kwargs, self.parameters, changed)
         if not guided.active:
@@ -249,7 +249,7 @@ class Backbone(FamilyPipeline):
         self, guided: GuidedPass, unconditional: torch.Tensor, conditional: torch.Tensor
     ) -> torch.Tensor:
         """Of a call with both passes, the prediction of the guidance that the guide was taught."""
-        guidance, worse = guided.guide.guidance, guided.degraded
+        guidance, worse = guided.guidance, guided.degraded
         rest = conditional[:, :0]
         if self.has_variance:
             n = conditional.shape[1] // 2
@@ -274,9 +274,9 @@ class Backbone(FamilyPipeline):
         """The prediction of a degraded denoiser in a call with both passes, where the guide was
         taught a guidance that has one."""
         guide = guided.guide
-        if not guide.guidance.degrades:
+        if not guided.guidance.degrades:
             return None
-        if guide.guidance.replaces_second and guide.guidance.weak_prompt == "negative":
+        if guided.guidance.replaces_second and guided.guidance.weak_prompt == "negative":
             assert guided.call is not None
             n, given = len(guided.call.latents), dict(zip(self.parameters, args, strict=False))
             text = guided.negative.expand(n).to(guided.call.text.dtype)
@@ -284,7 +284,7 @@ class Backbone(FamilyPipeline):
             args, kwargs = with_arguments(args, kwargs, self.parameters, changed)
         with (
             current_pass(None),
-            degraded(self.denoiser, guide.guidance, guide.weak_denoiser) as denoiser,
+            degraded(self.denoiser, guided.guidance, guide.weak_denoiser) as denoiser,
         ):
             made = denoiser(*args, **kwargs)[0]
         return made if isinstance(made, torch.Tensor) else torch.stack(list(made))

@@ -104,6 +104,7 @@ class GuidedPass:
         hooks: object | None = None,
     ) -> None:
         self.guide, self.guidance_scale, self._negative = guide, guidance_scale, negative
+        self.guidance = guide.guidance  # read here: a compiled call cannot read a configuration
         self.timesteps, self.check_batch, self.hooks = timesteps, check_batch, hooks
         self.refresh_at, self.step = refresh_at, step
         self.output = GuideOutput()
@@ -256,7 +257,7 @@ class GuidedPass:
             return None
         assert self._began is not None
         unconditional, conditional = self.pair(made, degraded)
-        second = self.guide.guidance.second(unconditional, conditional, degraded)
+        second = self.guidance.second(unconditional, conditional, degraded)
         self._found(second, conditional)
         output = self.guide(replace(self._began[1], refresh=self.refresh))
         n = len(conditional)
@@ -273,7 +274,7 @@ class GuidedPass:
             made: of the denoiser.
             degraded: of the weaker one. Left out: :attr:`degraded`.
         """
-        if self.guide.guidance.replaces_second:
+        if self.guidance.replaces_second:
             worse = self.degraded if degraded is None else degraded
             assert worse is not None
             return worse, made

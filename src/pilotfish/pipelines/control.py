@@ -41,9 +41,9 @@ def doubled_controlnets(pipe: Any, backbone: Backbone, guided: GuidedPass) -> It
         given = dict(zip(names[id(net)], args, strict=False)) | kwargs
         if not guided.will_double(given["timestep"], backbone):
             return None
-        if guided.guide.guidance.degrades:
+        if guided.guidance.degrades:
             raise GuideError(
-                f"{guided.guide.guidance.title} is not implemented with a ControlNet; use the "
+                f"{guided.guidance.title} is not implemented with a ControlNet; use the "
                 "guide with refresh=0"
             )
         n = len(given["sample"] if "sample" in given else given["hidden_states"])
