@@ -19,7 +19,9 @@ class ComfyBackbone(Backbone):
     """See the module. Its names of modules are those of diffusers."""
 
     component = "diffusion_model"
-    parameters = ("x", "timesteps", "context", "y", "control", "transformer_options")
+    parameters: ClassVar[tuple[str, ...]] = (
+        "x", "timesteps", "context", "y", "control", "transformer_options",
+    )  # fmt: skip
     repeats_text: ClassVar[bool]
     """Whether a prompt that is repeated stays the same for the denoiser."""
 

@@ -7,7 +7,7 @@ enters the modulation. Flow matching; timesteps are 1000 sigma.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,9 @@ class JointDiTBackbone(Backbone):
 
     family = "joint-dit"
     denoisers = (SD3Transformer2DModel,)
-    parameters = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    parameters: ClassVar[tuple[str, ...]] = (
+        "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep",
+    )  # fmt: skip
 
     def sites(self) -> dict[str, Any]:
         net = self.denoiser
