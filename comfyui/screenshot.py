@@ -40,10 +40,14 @@ SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Workflow.ShowMissingModelsWarning": False,
     "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Graph.CanvasMenu": False,
     "Comfy.Minimap.Visible": False,
+    "Comfy.Workflow.WorkflowTabsPosition": "Sidebar",
 }
-"""What the page would show on its first visit, and its counters of frames, are turned off."""
-VIEWPORT: ViewportSize = {"width": 1440, "height": 640}
+"""What the page would show on its first visit, and what would lie over the graph, is turned off."""
+VIEWPORT: ViewportSize = {"width": 1440, "height": 580}
+TITLE = 60
+"""Height of a node's title and badge."""
 SECONDS = 600
 
 
@@ -102,15 +106,30 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def take_picture(page: Page, url: str) -> Image.Image:
-    """The workflow as the page shows it, in a window that fits it."""
+    """The workflow as the page shows it.
+
+    Raises:
+        RuntimeError: ComfyUI lacks one of its nodes.
+    """
     page.set_default_timeout(1000 * SECONDS)
     page.goto(url)
     page.wait_for_function("window.app?.graph && window.app?.extensionManager")
     page.locator(".p-progress-spinner").wait_for(state="hidden")
-    page.evaluate("graph => window.app.loadGraphData(graph)", json.loads(WORKFLOW.read_text()))
-    count = len(json.loads(WORKFLOW.read_text())["nodes"])
+    workflow = json.loads(WORKFLOW.read_text())
+    load = "([graph, name]) => window.app.loadGraphData(graph, true, true, name)"
+    page.evaluate(load, [workflow, WORKFLOW.stem])
+    count = len(workflow["nodes"])
     page.wait_for_function(f"window.app.graph.nodes.length === {count}")
-    page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    if page.evaluate("window.app.graph.nodes.some(node => node.has_errors)"):
+        raise RuntimeError("a node of the workflow is missing; ComfyUI's own messages are above")
+    left, top = (min(node["pos"][i] for node in workflow["nodes"]) for i in (0, 1))
+    right, bottom = (
+        max(node["pos"][i] + node["size"][i] for node in workflow["nodes"]) for i in (0, 1)
+    )
+    bounds = [left, top - TITLE, right - left, bottom - top + TITLE]
+    fit = "bounds => window.app.canvas.ds.fitToBounds(bounds, {zoom: 0.92})"
+    page.evaluate(fit, bounds)
+    page.evaluate("window.app.canvas.setDirty(true, true)")
     page.wait_for_timeout(3000)  # until nothing moves
     return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
 

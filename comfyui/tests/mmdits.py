@@ -106,13 +106,15 @@ def tiny_guide(kind: Kind, untrained: bool = False, **settings: Any) -> TinyGuid
     return guide_for(transformer(kind), untrained, **settings)
 
 
-def guide_for(denoiser: SD3Transformer2DModel, untrained: bool, **settings: Any) -> TinyGuide:
+def guide_for(
+    denoiser: SD3Transformer2DModel, untrained: bool = False, by: float = 0.05, **settings: Any
+) -> TinyGuide:
     torch.manual_seed(1)
     usual = {"rank": 4, "condition_on_negative": True, "uncond_templates": 2}
     made = TinyGuide.for_denoiser(
         denoiser, "flow", trained_on={"name": "small base"}, **usual | settings
     )
-    return made.eval() if untrained else randomise(made, 0.05)
+    return made.eval() if untrained else randomise(made, by)
 
 
 @cache
@@ -160,7 +162,7 @@ def bundled_guide(pipe: Any) -> TinyGuide:
         guide = bundled.load_guide("sd3-tiny")
         assert isinstance(guide, TinyGuide)
         return guide
-    return guide_for(pipe.transformer, untrained=False)
+    return guide_for(pipe.transformer, by=0.02)
 
 
 def noise(channels: int, n: int = 1) -> torch.Tensor:

@@ -49,7 +49,7 @@ def plain(kind: Kind, w: float) -> Any:
 
 def report(what: str, theirs: torch.Tensor, ours: torch.Tensor) -> float:
     most = float((theirs - ours).abs().max())
-    print(f"\n{what}: maximum difference {most:.2g}, latents up to {theirs.abs().max():.3g}")
+    print(f"\n{what}: maximum difference {most:.2g}, values up to {theirs.abs().max():.3g}")
     return most
 
 

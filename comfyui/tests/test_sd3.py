@@ -131,27 +131,30 @@ def test_a_guide_for_few_steps() -> None:
 
 
 def test_the_bundled_model() -> None:
-    """Its own weights, text encoders and guide, where they are there, and else random ones."""
+    """With its own weights, text encoders and guide where they are there, and else random ones."""
     pipe = bundled_pipeline()
     guide, prompts = bundled_guide(pipe), bundled_prompts(pipe)
-    what = "trained" if TRAINED.is_dir() else "random weights"
-    model, (plain, before) = loaded(pipe.transformer), count_rows(loaded(pipe.transformer))
-    conditionings = [each.conditioning() for each in prompts]
+    what = f"bundled ({'trained' if TRAINED.is_dir() else 'random weights'}), "
+    conditionings, loading = [p.conditioning() for p in prompts], loaded(pipe.transformer)
+    model, rows = count_rows(loading)
     for w in (1.0, W):
+        rows.clear()
         theirs = draw_diffusers(pipe, *prompts, w, STEPS)
-        made = draw_comfyui(plain, *conditionings, w, STEPS)
-        assert report(f"bundled ({what}), w={w:g}", theirs, made) < BOUND
-    counted, after = count_rows(apply_guide(model, on_comfyui(guide), 0))
-    with guide.attached(pipe, refresh=0):
-        theirs = draw_diffusers(pipe, *prompts, W, STEPS)
-    made = draw_comfyui(counted, *conditionings, W, STEPS)
-    assert report(f"bundled ({what}), guided", theirs, made) < BOUND
-    assert (before, after) == (STEPS * [1] + STEPS * [2], STEPS * [1])
-    print(f"{sum(before[STEPS:])} denoiser passes with CFG, {sum(after)} with the guide")
+        made = draw_comfyui(model, *conditionings, w, STEPS)
+        assert report(f"{what}w={w:g}", theirs, made) < BOUND
+    assert rows == STEPS * [2]
+    for refresh in (2, 0):
+        model, rows = count_rows(apply_guide(loading, on_comfyui(guide), refresh))
+        with guide.attached(pipe, refresh=refresh):
+            theirs = draw_diffusers(pipe, *prompts, W, STEPS)
+        made = draw_comfyui(model, *conditionings, W, STEPS)
+        assert report(f"{what}guided, refresh={refresh}", theirs, made) < BOUND
+    print(f"{2 * STEPS} denoiser passes with CFG, {sum(rows)} with the guide")
+    assert rows == STEPS * [1]
     scale = pipe.vae.config.scaling_factor
     with torch.inference_mode():
         images = [pipe.vae.decode(latents / scale).sample for latents in (theirs, made)]
-    report(f"bundled ({what}), images", *images)
+    report(f"{what}guided, images", *images)
     assert torch.allclose(*images, atol=2 / 255)
 
 
