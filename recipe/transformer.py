@@ -39,7 +39,7 @@ class TransformerModel:
     interval: dict[str, Interval]
     latent_mse_ratio: dict[str, float]
     guidance_error: GuidanceError
-    cosine: float | None
+    cosine: float
     negative_ratio: dict[str, float]
 
 

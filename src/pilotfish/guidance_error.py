@@ -48,13 +48,13 @@ class GuidanceError:
             ``{"0.999": ...}``.
         cosine: of what the guide and what CFG add to the conditional prediction, over all times;
             the mean over w. 1 is the right direction, whatever the length; 0 that nothing is
-            added; None in results of 0.1.
+            added; NaN in results of 0.1.
     """
 
     mean: float
     by_w: dict[str, float]
     by_time: dict[str, float]
-    cosine: float | None = None
+    cosine: float = math.nan
 
     @classmethod
     def of(cls, sums: Sums) -> Self:
