@@ -144,7 +144,7 @@ def _denoiser(pipe: Any, title: str) -> tuple[Any, list[str]]:
     Raises:
         ValueError: see :meth:`Rule.attached`.
     """
-    backbone = next((b for b in Backbone.all_of_pipeline(pipe).values()), None)
+    backbone = next(iter(Backbone.all_of_pipeline(pipe).values()), None)
     if backbone is None or backbone.family not in FAMILIES:
         raise ValueError(
             f"{title} is made for Stable Diffusion 1.x, 2.x, XL and 3, and this is a "

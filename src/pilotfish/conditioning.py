@@ -102,11 +102,12 @@ def encoded(
     """
     encode = encode or partial(encode_as, pipe)
     null, other = encode("null", [""]), Backbone.of_pipeline(pipe).other_negatives
-    if (1 + other) * null.nbytes * len(texts) > cache_bytes:
-        return PromptEncoder(encode, texts, other)
+
+    def fits(one: TextConditions) -> bool:
+        return (1 + other) * one.nbytes * len(texts) <= cache_bytes
+
     # all take the length of the longest, where an encoder gives texts their own length
-    longest = encode("prompt", [max(texts, key=len, default="")])
-    if (1 + other) * max(null.nbytes, longest.nbytes) * len(texts) > cache_bytes:
+    if not (fits(null) and fits(encode("prompt", [max(texts, key=len, default="")]))):
         return PromptEncoder(encode, texts, other)
 
     def table(role: Role) -> TextConditions:

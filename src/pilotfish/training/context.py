@@ -121,7 +121,8 @@ class TrainingContext:
             ConfigError, PipelineError, ValueError: a path is wrong or has no usable content.
         """
         base = config.pretrained_model_name_or_path
-        if base is None or bundled.is_base(base):
+        is_bundled = base is None or bundled.is_base(base)
+        if base is None or is_bundled:
             pipe: Any = bundled.load_model(base or "base")
         else:
             if config.prompts is None:
@@ -155,8 +156,8 @@ class TrainingContext:
                 made.cache_embeddings(
                     config.cache_embeddings, state.device, offload=config.offload_text_encoders
                 )
-            if config.pretrained_model_name_or_path is not None:
-                load_denoiser(pipe, config.pretrained_model_name_or_path, config.variant)
+            if base is not None and not is_bundled:
+                load_denoiser(pipe, base, config.variant)
                 made.backbone = Backbone.of_pipeline(pipe)
         return made
 
