@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from pilotfish import GuideError
 from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.backbones.cache import CallCache
+from pilotfish.guidances import CFG
 from pilotfish.guides import TinyGuide
 from pilotfish.guides.tiny import Modulations
 from pilotfish.interface import GuideInputs, GuideOutput, TextConditions
@@ -221,7 +223,7 @@ def test_invalidating_forgets_the_table(schedule: Schedule) -> None:
 
 
 def test_another_denoiser_forgets_what_a_refresh_found() -> None:
-    guide: Any = None
+    guide: Any = SimpleNamespace(guidance=CFG)
     mine, found = object(), components.refresh(torch.ones(2, 4, 8, 8))
     guided = GuidedPass(guide, lambda: 4.0, lambda: TextConditions(torch.empty(0)), hooks=mine)
     guided.refresh = found

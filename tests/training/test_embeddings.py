@@ -87,6 +87,17 @@ def test_the_setting(saved_base: DistillConfig, tmp_path: Path) -> None:
     assert one == two
 
 
+def test_a_bundled_base_is_named_as_a_folder_is(config: DistillConfig, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("owl\ncat\n")
+    own = replace(
+        config, pretrained_model_name_or_path="sd3", prompts=str(tmp_path / "prompts.txt"),
+        validation_prompts=None, cache_embeddings=str(tmp_path / "kept"),
+    )  # fmt: skip
+    made = TrainingContext.from_config(own)
+    assert text_encoders(made.pipe) == {}
+    assert made.texts(torch.tensor([0, 1])).embeds.shape == (2, 17, 192)
+
+
 @pytest.mark.parametrize(
     "name", ["SD", "SDXL", "SD3", "Sana", "Lumina2", "Qwen-Image", "Z-Image", "CogView4"]
 )

@@ -75,16 +75,11 @@ class Backbone(FamilyPipeline):
     def made_of(self, name: str, tensors: Sequence[torch.Tensor], make: Callable[[], T]) -> T:
         """A value made of tensors, the same object as long as they are the same objects: what the
         denoiser makes of the texts is kept over a call where these are."""
-        known = self._made.get(name)
-        same = known is not None and len(known[0]) == len(tensors)
-        if (
-            known is None
-            or not same
-            or any(a is not b for a, b in zip(known[0], tensors, strict=True))
-        ):
-            known = self._made[name] = tuple(tensors), make()
-        made: T = known[1]
-        return made
+        given, made = self._made.get(name, ((), None))
+        if not given or [*map(id, given)] != [*map(id, tensors)]:
+            self._made[name] = tuple(tensors), (made := make())
+        value: T = made
+        return value
 
     @staticmethod
     def of(denoiser: Any) -> Backbone:

@@ -57,8 +57,8 @@ class FamilyPipeline(ABC):
         return {"prompt": list(texts), "num_images_per_prompt": 1}
 
     def text_length(self, pipe: Any) -> dict[str, int]:
-        """The argument of ``encode_prompt`` and of the pipeline's call that shortens the texts,
-        where that changes nothing but the time."""
+        """The argument of ``encode_prompt`` and of the pipeline's call that shortens what a text
+        encoder gives, where its output is zero."""
         return {}
 
     @abstractmethod
