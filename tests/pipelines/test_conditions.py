@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from pilotfish.backbones import Backbone, GuidedPass
+from pilotfish.guidances import CFG
 from pilotfish.interface import GuideOutput, TextConditions
 from tests.pipelines import pipelines
 from tests.pipelines.matrix import covered
@@ -99,6 +100,7 @@ class Extrapolating:
     joint_attention = "whole"
     dtype = torch.float32
     guidance_scale_range = (1.0, 8.0)
+    guidance = CFG
 
     def __init__(self, layer: str, heads: int, gain: float) -> None:
         self.extrapolated = (layer,)
