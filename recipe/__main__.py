@@ -108,6 +108,7 @@ class Recipe:
 def _finetunes(r: Recipe) -> None:
     for name in r.finetunes:
         make_finetune(name, r.images, r.target, r.work, bf16=r.mixed, base=r.model)
+    _print_distances(r, r.finetunes)
 
 
 def _train_finetunes(r: Recipe) -> None:
@@ -116,7 +117,7 @@ def _train_finetunes(r: Recipe) -> None:
     for name in r.train_finetunes:
         images = rendered if name in TRAIN_STYLES else r.images
         make_finetune(name, images, r.target, r.work, bf16=r.mixed, base=r.model)
-    _print_distances(r, (*STYLES[r.model], *TRAIN_FINETUNES))
+    _print_distances(r, r.train_finetunes)
 
 
 def _test_finetunes(r: Recipe) -> None:
@@ -126,7 +127,7 @@ def _test_finetunes(r: Recipe) -> None:
     make_images(rendered, TEST_STYLES)
     for name in r.test_finetunes:
         make_finetune(name, rendered, r.target, r.work, bf16=r.mixed)
-    _print_distances(r, TEST_FINETUNES)
+    _print_distances(r, r.test_finetunes)
 
 
 def _print_distances(r: Recipe, names: Iterable[str]) -> None:
