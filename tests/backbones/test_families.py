@@ -215,6 +215,19 @@ def test_a_fresh_guide_can_be_trained(
     assert not torch.equal(made, plain(denoiser, latents, text))
 
 
+def test_a_training_step_in_mixed_precision(
+    denoiser: Any, trained: TinyGuide, latents: torch.Tensor, text: Any, negative: Any
+) -> None:
+    student, refresh = Student(trained, denoiser), components.refresh(latents)
+    given = latents, TIME, text, negative, torch.tensor([3.0, 7.5]), refresh
+    with torch.autocast("cpu", torch.bfloat16):
+        made = student(*given)
+    expected = student(*given)
+    assert (made.float() - expected).norm() < 0.1 * expected.norm()
+    made.float().square().mean().backward()
+    assert not [n for n, p in student.named_parameters() if p.grad is None or not p.grad.any()]
+
+
 def test_gradient_checkpointing_changes_no_gradient(
     denoiser: Any, trained: TinyGuide, latents: torch.Tensor, text: Any, negative: Any
 ) -> None:

@@ -385,7 +385,8 @@ class GuidedPass:
         weight = self._weights.get(name)
         if weight is not None:  # one operator in place of two
             weight = weight[:, None, :, None] if by_head else weight
-            return torch.lerp(output, negative, weight)
+            # under autocast not all of them have one precision
+            return torch.lerp(output, negative.to(output.dtype), weight.to(output.dtype))
         gain = self.output.gains[name]
         gain = gain[:, None, :, None] if by_head else gain
         return self.to_denoiser(torch.addcmul(output, gain, output - negative))
