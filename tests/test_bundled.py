@@ -28,9 +28,13 @@ WEIGHTS = sorted(bundled.FOLDER.rglob("*.safetensors"))
 SOURCES: dict[str, tuple[str, ...]] = {
     "base": tuple(STYLES), "fluent": ("fluent",), "twemoji": ("twemoji",),
     "emojione-lora": ("emojione",), "scorer": tuple(STYLES),
-    "sd3": tuple(STYLES),
-    **{f"train_finetunes/{name}": (name,) for name in TRAIN_STYLES},
-    **{f"train_finetunes/{name}": ("noto",) for name in ("contours", "flat", "lit")},
+    "sd3": tuple(STYLES), "sd3-fluent": ("fluent",), "sd3-twemoji-lora": ("twemoji",),
+    "sd3-emojione-lora": ("emojione",),
+    **{f"train_finetunes/{of}{name}": (name,) for of in ("", "sd3-") for name in TRAIN_STYLES},
+    **{
+        f"train_finetunes/{of}{name}": ("noto",)
+        for of in ("", "sd3-") for name in ("contours", "flat", "lit")
+    },
     **{f"test_finetunes/{name}": (name,) for name in TEST_STYLES},
     **{f"guides/{name}": ("noto", *TRAIN_STYLES) for name in bundled.guide_names()},
 }  # fmt: skip
@@ -53,7 +57,7 @@ def denoiser(pipe: Any) -> Any:
 
 
 def test_weights_are_float16_safetensors_of_known_models() -> None:
-    assert sum(p.stat().st_size for p in WEIGHTS) <= 140e6
+    assert sum(p.stat().st_size for p in WEIGHTS) <= 150e6
     assert not [*bundled.FOLDER.rglob("*.bin"), *bundled.FOLDER.rglob("*.p*kl*")]
     for path in WEIGHTS:
         assert any(path.is_relative_to(bundled.FOLDER / name) for name in SOURCES), path
@@ -119,12 +123,21 @@ def test_a_model_loads_every_tensor_of_its_files(name: str, models: dict[str, An
         assert all(v.abs().sum() > 0 for v in adapters.values())
 
 
-def test_fine_tunes_differ_from_the_base_and_from_one_another(models: dict[str, Any]) -> None:
-    first = [models[name].unet.conv_in.weight for name in ("base", "fluent", "twemoji")]
-    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(first))
+@pytest.mark.parametrize("base", bundled.BASES)
+def test_fine_tunes_differ_from_the_base_and_from_one_another(
+    base: str, models: dict[str, Any]
+) -> None:
+    net = denoiser(models[base])
+    found = [net.state_dict()]
+    for name in [name for name in bundled.BASES[base] if name != base]:
+        folder = bundled.FOLDER / name
+        folder = folder if folder.is_dir() else folder.with_name(f"{name}-lora")
+        found.append(fine_tuned_weights(net, folder))
+    for one, other in itertools.combinations(found, 2):
+        assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("base", ["base"])
+@pytest.mark.parametrize("base", bundled.BASES)
 def test_fine_tunes_for_training_change_the_denoiser(base: str, models: dict[str, Any]) -> None:
     names = bundled.train_finetune_names(base)
     assert len(names) == 5
