@@ -110,6 +110,20 @@ def test_a_base_works_with_stock_diffusers(name: str) -> None:
     assert images.isfinite().all()
 
 
+def test_a_stock_call_with_256_zero_tokens_draws_what_one_draws(models: dict[str, Any]) -> None:
+    def draw(tokens: int, w: float = 4.0) -> torch.Tensor:
+        images: torch.Tensor = models["sd3"](
+            list(bundled.GRID_PROMPTS[:4]), guidance_scale=w, num_inference_steps=10,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(4)],
+            max_sequence_length=tokens, output_type="pt",
+        ).images  # fmt: skip
+        return images
+
+    one = draw(1)
+    distance = (draw(256) - one).square().mean()
+    assert 0 < distance < 0.1 * (draw(1, w=1.0) - one).square().mean()
+
+
 @pytest.mark.parametrize("name", bundled.STYLES)
 def test_a_model_loads_every_tensor_of_its_files(name: str, models: dict[str, Any]) -> None:
     tensors = denoiser(models[name]).state_dict()
