@@ -38,6 +38,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     **{f"test_finetunes/{name}": (name,) for name in TEST_STYLES},
     **{f"guides/{name}": ("noto", *TRAIN_STYLES) for name in bundled.guide_names()},
 }  # fmt: skip
+UNREAD = "transformer_blocks.7.attn.add_q_proj"
+"""The last block of the SD3 drops its text, so no training changes the queries of that."""
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +136,7 @@ def test_a_model_loads_every_tensor_of_its_files(name: str, models: dict[str, An
     for file in (bundled.FOLDER / f"{name}-lora").glob("*.safetensors"):
         adapters = {k: v for k, v in tensors.items() if "lora_" in k}
         assert len(load_file(file)) == len(adapters)
-        assert all(v.abs().sum() > 0 for v in adapters.values())
+        assert all(v.abs().sum() > 0 for k, v in adapters.items() if UNREAD not in k)
 
 
 @pytest.mark.parametrize("base", bundled.BASES)
@@ -159,7 +161,8 @@ def test_fine_tunes_for_training_change_the_denoiser(base: str, models: dict[str
     loras = [load_file(next((bundled.TRAIN_FINETUNES / n).glob("*.safetensors"))) for n in names]
     for lora in loras:
         assert lora.keys() == loras[0].keys()
-        assert all(v.isfinite().all() and v.abs().sum() > 0 for v in lora.values())
+        assert all(v.isfinite().all() for v in lora.values())
+        assert all(v.abs().sum() > 0 for k, v in lora.items() if UNREAD not in k)
     net = denoiser(models[base])
     before, tuned = net.state_dict(), fine_tuned_weights(net, bundled.train_finetune(names[0]))
     assert sum(not torch.equal(v, before[k]) for k, v in tuned.items()) > 20
