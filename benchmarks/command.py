@@ -54,8 +54,8 @@ class BenchmarkConfig:
     """Time no guidance, CFG and a guide. They take turns; ratios are medians over the rounds."""
 
     models: tuple[str, ...] = ("base",)
-    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline, sd3, or
-    folders or hub ids."""
+    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline; sd3,
+    sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids."""
     guide: str | None = None
     """A bundled guide, a folder or a hub id. Left out: that of the bundled base."""
     guide_type: tuple[str, ...] = ()

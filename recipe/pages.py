@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from baselines.comparison.report import BUDGETS, comparison_markdown, pareto
@@ -51,7 +52,7 @@ def write_pages(root: Path) -> None:
     """Write the README and those documents of the repository whose results are there."""
     results, docs = root / "results", root / "docs"
     pages: dict[Path, tuple[str, Callable[[Path], str]]] = {
-        root / "README.md": ("frontier", lambda p: readme_text(FrontierResult.load(p))),
+        root / "README.md": ("frontier", lambda p: readme_text(*_frontiers(p))),
         docs / "refresh.md": ("frontier", lambda p: refresh_page(FrontierResult.load(p), docs)),
         docs / "steps.md": ("steps", lambda p: steps_page(CurveResult.load(p), docs)),
         docs / "compare.md": ("compare", lambda p: compare_page(ComparisonResult.load(p), docs)),
@@ -64,28 +65,39 @@ def write_pages(root: Path) -> None:
             write_measured(page, text(file))
 
 
-def readme_text(found: FrontierResult) -> str:
-    """The README's table and its legend."""
-    run, guide, best = found.run, found.run.guides["tiny"], f"guided, refresh={REFRESH}"
+def _frontiers(file: Path) -> list[FrontierResult]:
+    """That of the UNet, and that of the Stable Diffusion 3 where it is there."""
+    files = (file, file.parent / "sd3" / file.name)
+    return [FrontierResult.load(file) for file in files if file.is_file()]
+
+
+def readme_text(found: FrontierResult, *others: FrontierResult) -> str:
+    """The README's table of one or both bases, and its legend."""
+    run, best = found.run, f"guided, refresh={REFRESH}"
     columns = {
-        "no guidance": ("none", 0), "guided": ("tiny", 0), best: ("tiny", REFRESH),
+        "no guidance": ("none", 0), "guided": ("guide", 0), best: ("guide", REFRESH),
         "CFG": ("cfg", run.num_inference_steps),
     }  # fmt: skip
-    models = [name for name in bundled.MODELS if name in found.models]
-    timed = any(entry.has_cost for entry in found.models[models[0]])
+    every = (found, *others)
+    together = replace(found, models={k: v for one in every for k, v in one.models.items()})
+    models = [name for name in bundled.STYLES if name in together.models]
+    timed = any(entry.has_cost for name in models for entry in together.models[name])
+    also = " and [results/sd3/frontier.json](results/sd3/frontier.json)" if others else ""
+    guides = [one.run.guides[bundled.guide_of(next(iter(one.models)))] for one in every]
+    sizes = " and ".join(f"{g.parameters:,} parameters, {g.share:.2%}" for g in guides)
+    sizes = f"The guides have {sizes}" if others else f"The guide has {sizes}"
     speed = " *Speed*: relative to CFG." if timed else ""
     return (
-        f"{summary_markdown(found, columns, models, best).rstrip()}\n\n"
+        f"{summary_markdown(together, columns, models, best).rstrip()}\n\n"
         "*Top-1*: the share of images whose prompt a small CLIP ranks first among all names; it "
         "takes no part in training. After it the share of CFG's gain over no guidance that is "
         f"kept, with its 95 % interval. *Guided*: the guide, one pass in each step. "
         f"*refresh={REFRESH}*: both passes in {REFRESH} of the {run.num_inference_steps} steps, "
         f"the guide in the others. *w*: the guidance scale.{speed}\n\n"
-        f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, {run.samples:,} images "
-        f"for each model and column, {run.dtype}; the whole result is in "
-        f"[results/frontier.json](results/frontier.json). The guide has {guide.parameters:,} "
-        f"parameters, {guide.share:.2%} of the denoiser's, and was trained on none of these "
-        "fine-tunes."
+        f"Measured by {' and '.join(f'`{one.run.command}`' for one in every)} on {run.machine}, "
+        f"seed {run.seed}, {run.samples:,} images for each model and column, {run.dtype}; the "
+        f"whole result is in [results/frontier.json](results/frontier.json){also}. {sizes} of the "
+        f"denoiser's, and {'were' if others else 'was'} trained on none of these fine-tunes."
     )
 
 

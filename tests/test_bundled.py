@@ -28,12 +28,18 @@ WEIGHTS = sorted(bundled.FOLDER.rglob("*.safetensors"))
 SOURCES: dict[str, tuple[str, ...]] = {
     "base": tuple(STYLES), "fluent": ("fluent",), "twemoji": ("twemoji",),
     "emojione-lora": ("emojione",), "scorer": tuple(STYLES),
-    "sd3": tuple(STYLES),
-    **{f"train_finetunes/{name}": (name,) for name in TRAIN_STYLES},
-    **{f"train_finetunes/{name}": ("noto",) for name in ("contours", "flat", "lit")},
+    "sd3": tuple(STYLES), "sd3-fluent": ("fluent",), "sd3-twemoji-lora": ("twemoji",),
+    "sd3-emojione-lora": ("emojione",),
+    **{f"train_finetunes/{of}{name}": (name,) for of in ("", "sd3-") for name in TRAIN_STYLES},
+    **{
+        f"train_finetunes/{of}{name}": ("noto",)
+        for of in ("", "sd3-") for name in ("contours", "flat", "lit")
+    },
     **{f"test_finetunes/{name}": (name,) for name in TEST_STYLES},
     **{f"guides/{name}": ("noto", *TRAIN_STYLES) for name in bundled.guide_names()},
 }  # fmt: skip
+UNREAD = "transformer_blocks.7.attn.add_q_proj"
+"""The last block of the SD3 drops its text, so no training changes the queries of that."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,7 @@ def denoiser(pipe: Any) -> Any:
 
 
 def test_weights_are_float16_safetensors_of_known_models() -> None:
-    assert sum(p.stat().st_size for p in WEIGHTS) <= 140e6
+    assert sum(p.stat().st_size for p in WEIGHTS) <= 150e6
     assert not [*bundled.FOLDER.rglob("*.bin"), *bundled.FOLDER.rglob("*.p*kl*")]
     for path in WEIGHTS:
         assert any(path.is_relative_to(bundled.FOLDER / name) for name in SOURCES), path
@@ -106,6 +112,20 @@ def test_a_base_works_with_stock_diffusers(name: str) -> None:
     assert images.isfinite().all()
 
 
+def test_a_stock_call_with_256_zero_tokens_draws_what_one_draws(models: dict[str, Any]) -> None:
+    def draw(tokens: int, w: float = 4.0) -> torch.Tensor:
+        images: torch.Tensor = models["sd3"](
+            list(bundled.GRID_PROMPTS[:4]), guidance_scale=w, num_inference_steps=10,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(4)],
+            max_sequence_length=tokens, output_type="pt",
+        ).images  # fmt: skip
+        return images
+
+    one = draw(1)
+    distance = (draw(256) - one).square().mean()
+    assert 0 < distance < 0.1 * (draw(1, w=1.0) - one).square().mean()
+
+
 @pytest.mark.parametrize("name", bundled.STYLES)
 def test_a_model_loads_every_tensor_of_its_files(name: str, models: dict[str, Any]) -> None:
     tensors = denoiser(models[name]).state_dict()
@@ -116,15 +136,24 @@ def test_a_model_loads_every_tensor_of_its_files(name: str, models: dict[str, An
     for file in (bundled.FOLDER / f"{name}-lora").glob("*.safetensors"):
         adapters = {k: v for k, v in tensors.items() if "lora_" in k}
         assert len(load_file(file)) == len(adapters)
-        assert all(v.abs().sum() > 0 for v in adapters.values())
+        assert all(v.abs().sum() > 0 for k, v in adapters.items() if UNREAD not in k)
 
 
-def test_fine_tunes_differ_from_the_base_and_from_one_another(models: dict[str, Any]) -> None:
-    first = [models[name].unet.conv_in.weight for name in ("base", "fluent", "twemoji")]
-    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(first))
+@pytest.mark.parametrize("base", bundled.BASES)
+def test_fine_tunes_differ_from_the_base_and_from_one_another(
+    base: str, models: dict[str, Any]
+) -> None:
+    net = denoiser(models[base])
+    found = [net.state_dict()]
+    for name in [name for name in bundled.BASES[base] if name != base]:
+        folder = bundled.FOLDER / name
+        folder = folder if folder.is_dir() else folder.with_name(f"{name}-lora")
+        found.append(fine_tuned_weights(net, folder))
+    for one, other in itertools.combinations(found, 2):
+        assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("base", ["base"])
+@pytest.mark.parametrize("base", bundled.BASES)
 def test_fine_tunes_for_training_change_the_denoiser(base: str, models: dict[str, Any]) -> None:
     names = bundled.train_finetune_names(base)
     assert len(names) == 5
@@ -132,7 +161,8 @@ def test_fine_tunes_for_training_change_the_denoiser(base: str, models: dict[str
     loras = [load_file(next((bundled.TRAIN_FINETUNES / n).glob("*.safetensors"))) for n in names]
     for lora in loras:
         assert lora.keys() == loras[0].keys()
-        assert all(v.isfinite().all() and v.abs().sum() > 0 for v in lora.values())
+        assert all(v.isfinite().all() for v in lora.values())
+        assert all(v.abs().sum() > 0 for k, v in lora.items() if UNREAD not in k)
     net = denoiser(models[base])
     before, tuned = net.state_dict(), fine_tuned_weights(net, bundled.train_finetune(names[0]))
     assert sum(not torch.equal(v, before[k]) for k, v in tuned.items()) > 20

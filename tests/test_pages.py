@@ -111,17 +111,17 @@ def test_a_comparison_has_a_part_for_each_budget(tmp_path: Path) -> None:
     assert text.count("Ours (default) | 1.00 %") == 2
 
 
-def frontier() -> FrontierResult:
+def frontier(guide: str = "tiny", *models: str) -> FrontierResult:
     def entry(method: str, refresh: int) -> FrontierEntry:
         return FrontierEntry(
             method, refresh, 25, 25 + refresh, 0.5, 0.9, (0.8, 1.0), 0.9, 0.1, 4.0, 1.1,
             {"1": 1.4, "8": 1.7}, samples=100, seed=0,
         )  # fmt: skip
 
-    entries = [entry("none", 0), entry("cfg", 25), entry("tiny", 0), entry("tiny", REFRESH)]
+    entries = [entry("none", 0), entry("cfg", 25), entry(guide, 0), entry(guide, REFRESH)]
     noted = FrontierRun("a command", 0, 100, 50, 4.0, 25, 50, "0", "bfloat16", "one", {})
-    noted.guides["tiny"] = GuideSize("tiny", 1234, 0.01)
-    return FrontierResult(noted, {"base": entries, "fluent": entries})
+    noted.guides[guide] = GuideSize("tiny", 1234, 0.01)
+    return FrontierResult(noted, dict.fromkeys(models or ("base", "fluent"), entries))
 
 
 def test_the_readme_compares_the_guide_without_and_with_refreshes() -> None:
@@ -130,6 +130,14 @@ def test_the_readme_compares_the_guide_without_and_with_refreshes() -> None:
     assert "| denoiser passes | 25 | 25 | **28** | 50 |" in text
     assert "| top-1, fluent | 50 % |" in text
     assert "1,234 parameters, 1.00%" in text
+    assert "| speed, base, batch 8 | 1.70× |" in text
+
+
+def test_the_readme_has_both_bases() -> None:
+    text = readme_text(frontier(), frontier("sd3-tiny", "sd3", "sd3-fluent"))
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| top-1")]
+    assert rows == [f"| top-1, {name}" for name in ("base", "fluent", "sd3", "sd3-fluent")]
+    assert "[results/sd3/frontier.json](results/sd3/frontier.json)" in text
 
 
 def test_the_refresh_page_has_the_plot_and_every_point(tmp_path: Path) -> None:

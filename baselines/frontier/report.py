@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from baselines.frontier.methods import title
 from baselines.frontier.results import FrontierEntry, FrontierResult
+from pilotfish import bundled
 from pilotfish.evaluation.plots import LIGHT, MARKERS, Theme, legend, prepare_axes
 from pilotfish.evaluation.tables import markdown, number, percent
 
@@ -94,8 +95,9 @@ def summary_markdown(
     passes and speed.
 
     Args:
-        columns: title -> method and steps with both passes.
-        models: the base first.
+        columns: title -> method and steps with both passes; ``guide`` is the bundled guide of each
+            model.
+        models: each base first.
         bold: title of the column to be stressed.
 
     Raises:
@@ -105,6 +107,7 @@ def summary_markdown(
 
     def entry(model: str, title: str) -> FrontierEntry:
         method, refresh = columns[title]
+        method = bundled.guide_of(model) if method == "guide" else method
         one = found.find(model, (method, str(refresh), "", steps))
         if one is None:
             raise KeyError(f"{method} with {refresh} refreshes is not measured on {model}")
@@ -116,8 +119,9 @@ def summary_markdown(
 
     rows = [row(f"top-1, {model}", model, _with_gain) for model in models]
     rows.append(row("denoiser passes", models[0], lambda e: f"{e.passes:g}"))
-    if all(entry(models[0], name).has_cost for name in columns):
-        rows += [row(f"speed, batch {b}", models[0], partial(_speed, b)) for b in ("1", "8")]
+    for base in [model for model in models if model in bundled.BASES]:
+        if all(entry(base, name).has_cost for name in columns):
+            rows += [row(f"speed, {base}, batch {b}", base, partial(_speed, b)) for b in ("1", "8")]
     return markdown([f"w = {found.run.guidance_scale:g}, {steps} steps", *columns], rows)
 
 

@@ -23,8 +23,11 @@ from pilotfish.pipelines.loading import load_pipeline
 
 BASES = {
     "base": {"base": "noto", "fluent": "fluent", "twemoji": "twemoji", "emojione": "emojione"},
-    "sd3": {"sd3": "noto"},
-}
+    "sd3": {
+        "sd3": "noto", "sd3-fluent": "fluent", "sd3-twemoji": "twemoji",
+        "sd3-emojione": "emojione",
+    },
+}  # fmt: skip
 """Each base and its fine-tunes, and the style (a folder of images) that each was trained on:
 Stable Diffusion with a UNet, and Stable Diffusion 3 with a transformer."""
 MODELS = BASES["base"]

@@ -61,8 +61,10 @@ def test_the_bundled_cards_are_those_of_the_recipe(tmp_path: Path) -> None:
 
 
 def test_bundled_finetunes_are_where_the_recipe_saves_them() -> None:
-    for name in (*STYLES["base"], *TRAIN_FINETUNES, *TEST_FINETUNES):
-        assert finetune_folder(bundled.FOLDER, name).is_dir()
+    for base in STYLES:
+        far = TEST_FINETUNES if base == "base" else ()
+        for name in (*STYLES[base], *TRAIN_FINETUNES, *far):
+            assert finetune_folder(bundled.FOLDER, name, base).is_dir()
 
 
 @pytest.mark.parametrize("name", bundled.guide_names())

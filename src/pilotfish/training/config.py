@@ -78,7 +78,7 @@ class TrainingConfig:
     train_finetunes: tuple[Text, ...] = ()
     """Fine-tunes of the base to train on beside it, so that the guide works better on others:
     folders or hub ids of pipelines, or folders of denoisers or LoRAs. Bundled ones are given by
-    name: noto-v1, fxemoji, contours, flat, lit."""
+    name: noto-v1, fxemoji, contours, flat, lit; on sd3 as sd3-noto-v1 and so on."""
     finetune_prob: Probability = 0.5
     """Probability that a training step uses a fine-tune in place of the base."""
     train_batch_size: PositiveInt = 64
