@@ -99,7 +99,7 @@ class Hooks:
         ]
 
     def on_removal(self, restore: Callable[[], None]) -> None:
-        """Call a function when the hooks are removed, to undo what else was done to the denoiser."""
+        """Call a function at :meth:`remove`, to undo what else was done to the denoiser."""
         self._restores.append(restore)
 
     def remove(self) -> None:

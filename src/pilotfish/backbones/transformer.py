@@ -155,7 +155,7 @@ class JoinedTransformerBackbone(TransformerBackbone):
             [name for name, _ in self.sites()["attention"]], hooks.guide.extrapolated
         )
         self.place_text(hooks, attention[0] if attention else None)
-        for name, following in zip(attention, [*attention[1:], None], strict=True):
+        for name, following in zip(attention, [*attention[1:], None], strict=False):
             self.place_attention(hooks, name, following)
         self.place_residuals(hooks)
 
