@@ -188,7 +188,7 @@ def test_removed_hooks_leave_the_attention_processors_as_they_were(
     )  # fmt: skip
     with torch.no_grad(), guided_pass.open():
         backbone(latents, TIME, text)
-    assert guided_pass.refresh is not None
+        assert guided_pass.refresh is not None
     copied = processors(deepcopy(denoiser)).values()
     assert [type(p) for p in copied] == [type(p) for p in before.values()]
     hooks.remove()
