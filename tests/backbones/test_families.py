@@ -167,6 +167,37 @@ def test_removed_hooks_leave_no_trace(
     assert torch.equal(plain(denoiser, latents, text), expected)
 
 
+def test_removed_hooks_leave_the_attention_processors_as_they_were(
+    family: components.Family, denoiser: Any, trained: TinyGuide, latents: torch.Tensor, text: Any,
+    negative: Any,
+) -> None:  # fmt: skip
+    """Also after a call that runs both passes, with texts of two lengths where that works."""
+
+    def processors(denoiser: Any) -> dict[str, Any]:
+        layers = denoiser.named_modules()
+        return {name: m.processor for name, m in layers if hasattr(m, "processor")}
+
+    backbone, before = Backbone.of(denoiser), processors(denoiser)
+    assert before
+    hooks = backbone.install(trained)
+    second = negative if family.masked and family is not components.FAMILIES["chroma"] else text
+    schedule = torch.tensor([900.0, 500.0])
+    guided_pass = GuidedPass(
+        trained, lambda: 4.0, lambda: second, hooks=hooks, timesteps=lambda: schedule,
+        refresh_at=lambda steps: (0,),
+    )  # fmt: skip
+    with torch.no_grad(), guided_pass.open():
+        backbone(latents, TIME, text)
+        assert guided_pass.refresh is not None
+    copied = processors(deepcopy(denoiser)).values()
+    assert [type(p) for p in copied] == [type(p) for p in before.values()]
+    hooks.remove()
+    assert count_hooks(denoiser) == 0
+    after = processors(denoiser)
+    assert after.keys() == before.keys()
+    assert all(after[name] is processor for name, processor in before.items())
+
+
 def test_a_copied_or_pickled_denoiser_takes_no_guide_along(
     denoiser: Any, trained: TinyGuide, latents: torch.Tensor, text: Any, negative: Any
 ) -> None:

@@ -56,6 +56,9 @@ class Backbone(FamilyPipeline):
     linear."""
     sign: ClassVar[int] = 1
     """-1 where the denoiser's output is the negative of the noise path's prediction."""
+    takes_sigma: ClassVar[bool] = False
+    """Whether the denoiser is given the noise level of flow matching, sigma, in place of the
+    scheduler's timestep; 1 - sigma where :attr:`sign` is -1."""
     has_variance: bool = False
     """Whether the second half of the prediction's channels is a variance."""
     joint_attention: ClassVar[tuple[str, ...]] = ("whole", "text")
@@ -351,8 +354,12 @@ class Backbone(FamilyPipeline):
 
     def time(self, timestep: torch.Tensor) -> torch.Tensor:
         """Normalised time of the timesteps that the denoiser is given."""
-        return self.schedule_time(timestep)
+        if not self.takes_sigma:
+            return self.schedule_time(timestep)
+        return timestep.float() if self.sign > 0 else 1 - timestep.float()
 
     def timestep(self, time: torch.Tensor) -> torch.Tensor:
         """Timesteps of normalised times, as the denoiser is given them."""
-        return time * self.num_train_timesteps
+        if not self.takes_sigma:
+            return time * self.num_train_timesteps
+        return time if self.sign > 0 else 1 - time

@@ -22,77 +22,50 @@ import torch.nn.functional as F
 from diffusers import ChromaPipeline, ChromaTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 
-from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.doubling import TWO_LENGTHS
-from pilotfish.backbones.extrapolation import joined_attention, up_to_last
+from pilotfish.backbones.extrapolation import attention, clipped, text_heads
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.pipeline import shift_by_size
 from pilotfish.backbones.tokens import to_map, to_tokens
+from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.interface import GuideError, TextConditions
 
 IMAGES = "ip_adapter_image_embeds"
 
 
-class ChromaDiTBackbone(Backbone):
+class ChromaDiTBackbone(JoinedTransformerBackbone):
     """See the module."""
 
     family = "chroma-dit"
     denoisers = (ChromaTransformer2DModel,)
-    joint_attention = ("whole",)
     parameters = (
         "hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids",
         "attention_mask", "joint_attention_kwargs",
     )  # fmt: skip
     packing = 2
-
-    def _blocks(self) -> dict[str, Any]:
-        """All blocks by name, in running order."""
-        net, lists = self.denoiser, ("transformer_blocks", "single_transformer_blocks")
-        return {f"{name}.{i}": b for name in lists for i, b in enumerate(getattr(net, name))}
-
-    def sites(self) -> dict[str, Any]:
-        net, blocks = self.denoiser, self._blocks()
-        return {
-            "text_dim": plain(net.context_embedder).in_features,
-            "attention": [[f"{name}.attn", block.attn.heads] for name, block in blocks.items()],
-            "modulation": [],
-            "layers": [[name, net.inner_dim] for name in blocks],
-            "head": {
-                "module": "proj_out",
-                "features": plain(net.proj_out).in_features,
-                "channels": plain(net.proj_out).out_features,
-            },
-        }
+    takes_sigma = True
+    stacks = ("transformer_blocks", "single_transformer_blocks")
 
     # -- hooks ------------------------------------------------------------------------------
 
     def place(self, hooks: Hooks) -> None:
-        net, names = self.denoiser, hooks.guide.extrapolated
-        attention = up_to_last([name for name, _ in self.sites()["attention"]], names)
+        super().place(hooks)
+        for block in self.denoiser.single_transformer_blocks:
+            hooks.before(block, _masked, doubled=True)
 
-        def timed(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            guided.scratch["modulations"] = output
+    def place_text(self, hooks: Hooks, first: str | None) -> None:
+        super().place_text(hooks, first)
+        net = self.denoiser
 
         def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            """The prompts are embedded: begin the negative prompt's stream."""
-            negative = guided.negative
-            stream = guided.cache.made_by(module, lambda: module.forward(negative.embeds), [module])
-            guided.scratch["stream", attention[0]] = stream.expand(len(output), -1, -1)
             guided.scratch["positions"] = guided.cache.made_by(
                 net.pos_embed, lambda: self._positions(guided), [net.pos_embed]
             )
 
-        if attention:
-            hooks.after(net.distilled_guidance_layer, timed)
+        if first is not None:
+            hooks.keep(net.distilled_guidance_layer, "modulations")
             hooks.after(net.context_embedder, embedded)
-        for i, name in enumerate(attention):
-            following = attention[i + 1] if i + 1 < len(attention) else None
-            block = hooks.modules[name.removesuffix(".attn")]
-            self._place_attention(hooks, name, block, following)
-        for block in net.single_transformer_blocks:
-            hooks.before(block, _masked, doubled=True)
-        self.place_residuals(hooks)
 
     def _positions(self, guided: GuidedPass) -> Any:
         """The rotations of the negative prompt's tokens and of the image's."""
@@ -108,107 +81,47 @@ class ChromaDiTBackbone(Backbone):
         first = 3 * len(net.single_transformer_blocks) + 6 * len(net.transformer_blocks)
         return slice(first + 6 * int(number), first + 6 * int(number) + 6)
 
-    def _place_attention(self, hooks: Hooks, name: str, block: Any, following: str | None) -> None:
-        """Extrapolate the attention of one block where the guide has a gain for it, and take the
-        negative prompt's stream to the next block."""
-        layer, rows = block.attn, self._modulation(name)
-        single = layer.pre_only  # text and image take the same layers
+    def attend(
+        self, guided: GuidedPass, name: str, block: Any, stream: torch.Tensor, q: torch.Tensor,
+        k: torch.Tensor, v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
+        layer, modulation = block.attn, guided.scratch["modulations"][:, self._modulation(name)]
+        norm = block.norm if layer.pre_only else block.norm1_context
+        x, *rest = norm.forward(stream, emb=modulation)
+        length, size = stream.shape[1], q.shape[-1]
 
-        def attend(
-            guided: GuidedPass, stream: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-            v: torch.Tensor, output: torch.Tensor,
-        ) -> torch.Tensor | None:  # fmt: skip
-            assert guided.call is not None
-            modulation = guided.scratch["modulations"][:, rows]
-            norm = block.norm if single else block.norm1_context
-            x, *rest = norm.forward(stream, emb=modulation)
-            length, image = stream.shape[1], guided.call.latents[0, 0].numel()
+        def turned(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+            both, positions = torch.cat([text, image], 1), guided.scratch["positions"]
+            made: torch.Tensor = apply_rotary_emb(both, positions, sequence_dim=1)
+            return made
 
-            def heads(tokens: torch.Tensor) -> torch.Tensor:
-                return tokens.unflatten(-1, (layer.heads, -1))
+        q_n, k_n, v_n = text_heads(layer, x, size)
+        made = attention(
+            turned(q_n, q), turned(k_n, k), torch.cat([v_n, v.unflatten(-1, (-1, size))], 1),
+            self._pairs(guided, v),
+        )  # fmt: skip
+        return made[:, :length], made[:, length:], (x, *rest)
 
-            def joined(text: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
-                return torch.cat([text, both[:, -image:]], 1)
-
-            def turned(both: torch.Tensor) -> torch.Tensor:
-                positions = guided.scratch["positions"]
-                made: Any = apply_rotary_emb(both, positions, sequence_dim=1)
-                by_head: torch.Tensor = made.transpose(1, 2)
-                return by_head
-
-            if single:
-                projections = layer.to_q, layer.to_k, layer.to_v
-                norm_q, norm_k = layer.norm_q, layer.norm_k
-            else:
-                projections = layer.add_q_proj, layer.add_k_proj, layer.add_v_proj
-                norm_q, norm_k = layer.norm_added_q, layer.norm_added_k
-            q_n, k_n, v_n = (heads(projection.forward(x)) for projection in projections)
-            q_n, k_n = norm_q.forward(q_n), norm_k.forward(k_n)
-            made = F.scaled_dot_product_attention(
-                turned(joined(q_n, q)), turned(joined(k_n, k)),
-                joined(v_n, heads(v)).transpose(1, 2), attn_mask=self._pairs(guided, image, v),
-            ).transpose(1, 2)  # fmt: skip
-            if following is not None:
-                text = made[:, :length].flatten(2)
-                stream = self._after_attention(block, stream, x, text, rest)
-                if stream.dtype == torch.float16:
-                    stream = stream.clip(-65504, 65504)
-                guided.scratch["stream", following] = stream
-            if not guided.extrapolates(name):
-                return None
-            own = heads(output[:, -image:])
-            changed = guided.extrapolate(name, own, made[:, length:], by_head=True).flatten(2)
-            return torch.cat([output[:, :-image], changed], 1) if single else changed
-
-        joined_attention(hooks, name, layer, attend)
-
-    @staticmethod
-    def _after_attention(
-        block: Any, stream: torch.Tensor, x: torch.Tensor, text: torch.Tensor,
-        rest: Sequence[torch.Tensor],
+    def follow(
+        self, block: Any, stream: torch.Tensor, text: torch.Tensor, rest: Any
     ) -> torch.Tensor:  # fmt: skip
-        """The rest of a block, for the stream of a text.
-
-        Args:
-            x: what entered its attention.
-            text: what came out, before the projection.
-            rest: the other modulations of the block's first norm.
-        """
-        gate, *others = (r[:, None] for r in rest)
-        if block.attn.pre_only:
+        x, *modulations = rest
+        gate, *others = (r[:, None] for r in modulations)
+        if block.attn.pre_only:  # text and image take the same layers
             hidden = torch.cat([text, block.act_mlp(block.proj_mlp.forward(x))], 2)
-            single: torch.Tensor = stream + gate * block.proj_out.forward(hidden)
-            return single
+            return clipped(stream + gate * block.proj_out.forward(hidden))
         shift, scale, gate_ff = others
         stream = stream + gate * block.attn.to_add_out.forward(text)
         hidden = block.norm2_context.forward(stream) * (1 + scale) + shift
-        double: torch.Tensor = stream + gate_ff * block.ff_context.forward(hidden)
-        return double
+        return clipped(stream + gate_ff * block.ff_context.forward(hidden))
 
     @staticmethod
-    def _pairs(guided: GuidedPass, image: int, like: torch.Tensor) -> torch.Tensor | None:
+    def _pairs(guided: GuidedPass, image: torch.Tensor) -> torch.Tensor | None:
         """(N, 1, L + I, L + I) the mask of pairs of tokens, of negative prompt and image."""
         if guided.negative.mask is None:
             return None
-        mask = _with_image(guided.negative.mask, image, like.dtype)
-        return (mask[:, None, None] * mask[:, None, :, None]).expand(len(like), -1, -1, -1)
-
-    def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
-        assert guided.call is not None
-        grid = guided.call.latents.shape[-2:]
-        tokens = output if isinstance(output, torch.Tensor) else output[1]  # (text, image)
-        return to_map(tokens[:, -grid.numel() :], grid)
-
-    def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
-        tokens = to_tokens(made)
-        if not isinstance(output, torch.Tensor):
-            return output[0], tokens
-        text = output[:, : -tokens.shape[1]]
-        return torch.cat([text, tokens.to(text.dtype)], 1) if text.shape[1] else tokens
-
-    def prediction_map(self, guided: GuidedPass, prediction: torch.Tensor) -> torch.Tensor:
-        assert guided.call is not None
-        return to_map(prediction, guided.call.latents.shape[-2:])
+        mask = _with_image(guided.negative.mask, image.shape[1], image.dtype)
+        return (mask[:, None, None] * mask[:, None, :, None]).expand(len(image), -1, -1, -1)
 
     # -- calls ------------------------------------------------------------------------------
 
@@ -221,9 +134,6 @@ class ChromaDiTBackbone(Backbone):
             mask = self.made_of("mask", [whole], lambda: whole[:, : embeds.shape[1]])
         latents = to_map(given["hidden_states"], grid)
         return DenoiserCall(latents, given["timestep"], TextConditions(embeds, mask=mask))
-
-    def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents
 
     def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
         _check_images(given)
@@ -261,12 +171,6 @@ class ChromaDiTBackbone(Backbone):
             **self.text_arguments(text, {"hidden_states": tokens}), return_dict=False,
         )[0]  # fmt: skip
         return to_map(made, grid)
-
-    def time(self, timestep: torch.Tensor) -> torch.Tensor:
-        return timestep.float()
-
-    def timestep(self, time: torch.Tensor) -> torch.Tensor:
-        return time
 
     # -- the pipeline -----------------------------------------------------------------------
 

@@ -24,134 +24,90 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 
-from pilotfish.backbones.base import Backbone, plain
-from pilotfish.backbones.context import DenoiserCall, GuidedPass
-from pilotfish.backbones.extrapolation import joined_attention, split_heads, up_to_last
+from pilotfish.backbones.context import GuidedPass
+from pilotfish.backbones.extrapolation import split_heads, text_heads
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.tokens import to_map, to_tokens
+from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.interface import GuideError, TextConditions
 
 PIXELS = 8
 """Of one latent, each way, in the released model."""
 
 
-class CogView4DiTBackbone(Backbone):
+class CogView4DiTBackbone(JoinedTransformerBackbone):
     """See the module."""
 
     family = "cogview4-dit"
     denoisers = (CogView4Transformer2DModel,)
-    joint_attention = ("whole",)
     parameters = (
         "hidden_states", "encoder_hidden_states", "timestep", "original_size", "target_size",
         "crop_coords", "attention_kwargs", "return_dict", "attention_mask",
     )  # fmt: skip
     pads_to_longest = True
     negative_from_callback = True
-
-    def sites(self) -> dict[str, Any]:
-        net = self.denoiser
-        blocks = {f"transformer_blocks.{i}": b for i, b in enumerate(net.transformer_blocks)}
-        width = plain(net.proj_out).in_features
-        return {
-            "text_dim": plain(net.patch_embed.text_proj).in_features,
-            "attention": [[f"{name}.attn1", block.attn1.heads] for name, block in blocks.items()],
-            "modulation": [],
-            "layers": [[name, width] for name in blocks],
-            "head": {
-                "module": "proj_out",
-                "features": width,
-                "channels": plain(net.proj_out).out_features,
-            },
-        }
+    attention_layer = "attn1"
+    text_layer = "patch_embed.text_proj"
+    mask_argument = "attention_mask"
+    image_output = 0
 
     # -- hooks ------------------------------------------------------------------------------
 
     def place(self, hooks: Hooks) -> None:
-        net, names = self.denoiser, hooks.guide.extrapolated
-        attention = up_to_last([name for name, _ in self.sites()["attention"]], names)
+        super().place(hooks)
+        hooks.on_removal(self._restore_processors)
+
+    def place_text(self, hooks: Hooks, first: str | None) -> None:
+        super().place_text(hooks, first)
 
         def turned(guided: GuidedPass, module: Any, args: Any, output: Any) -> None:
             guided.scratch["positions"] = [part.to(args[0].device) for part in output]
 
-        def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            """The prompts are embedded: begin the negative prompt's stream."""
-            negative = guided.negative
-            stream = guided.cache.made_by(module, lambda: module.forward(negative.embeds), [module])
-            guided.scratch["stream", attention[0]] = stream.expand(len(output), -1, -1)
+        if first is not None:
+            hooks.after(self.denoiser.rope, turned)
+            hooks.keep(self.denoiser.time_condition_embed, "embedding", F.silu)
 
-        def timed(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            guided.scratch["embedding"] = F.silu(output)
-
-        if attention:
-            hooks.after(net.rope, turned)
-            hooks.after(net.patch_embed.text_proj, embedded)
-            hooks.after(net.time_condition_embed, timed)
-        for i, name in enumerate(attention):
-            following = attention[i + 1] if i + 1 < len(attention) else None
-            self._place_attention(hooks, name, net.transformer_blocks[i], following)
-        self.place_residuals(hooks)
-
-    def _place_attention(self, hooks: Hooks, name: str, block: Any, following: str | None) -> None:
-        """Extrapolate the attention of one block where the guide has a gain for it, and take the
-        negative prompt's stream to the next block."""
-        layer = block.attn1
-
-        def attend(
-            guided: GuidedPass, stream: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-            v: torch.Tensor, output: torch.Tensor,
-        ) -> torch.Tensor | None:  # fmt: skip
-            assert guided.call is not None
-            length, image = stream.shape[1], guided.call.latents[0, 0].numel()
-            modulation = block.norm1.linear.forward(guided.scratch["embedding"])[:, None]
-            # of twelve, every second one is the text's
-            shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(12, -1)[1::2]
-            x = block.norm1.norm_context.forward(stream) * (1 + scale) + shift
-
-            def heads(projection: Any) -> torch.Tensor:
-                return split_heads(projection.forward(x), layer.heads)
-
-            def joined(text: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
-                return torch.cat([text, both[:, :, -image:]], 2)
-
-            mask = guided.negative.mask
-            made = attention_of_image_and_text(
-                joined(layer.norm_q.forward(heads(layer.to_q)), q),
-                joined(layer.norm_k.forward(heads(layer.to_k)), k),
-                joined(heads(layer.to_v), split_heads(v, layer.heads)),
-                guided.scratch["positions"], None if mask is None else mask.expand(len(x), -1),
-            ).unflatten(-1, (layer.heads, -1))  # fmt: skip
-            if following is not None:
-                out = layer.to_out[0].forward(made[:, :length].flatten(2))
-                stream = stream + gate * out
-                hidden = block.norm2_context.forward(stream) * (1 + scale_ff) + shift_ff
-                guided.scratch["stream", following] = stream + gate_ff * block.ff.forward(hidden)
-            if not guided.extrapolates(name):
-                return None
-            own = output[:, -image:].unflatten(-1, (layer.heads, -1))
-            changed = guided.extrapolate(name, own, made[:, length:], by_head=True)
-            return torch.cat([output[:, :-image], changed.flatten(2)], 1)
+    def place_attention(self, hooks: Hooks, name: str, following: str | None) -> None:
+        super().place_attention(hooks, name, following)
 
         def copied(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> Any:
             return output.clone()  # the processor rotates it in place
 
-        joined_attention(hooks, name, layer, attend)
-        hooks.after(layer.norm_q, copied)
-        hooks.after(layer.norm_k, copied)
+        hooks.after(hooks.modules[name].norm_q, copied)
+        hooks.after(hooks.modules[name].norm_k, copied)
 
-    def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
-        tokens = output if isinstance(output, torch.Tensor) else output[0]  # (image, text)
-        assert guided.call is not None
-        return to_map(tokens, guided.call.latents.shape[-2:])
+    def image_of(self, guided: GuidedPass, tokens: torch.Tensor) -> torch.Tensor:
+        # queries and keys come by heads, (N, heads, S, width)
+        return super().image_of(guided, tokens.transpose(1, 2) if tokens.ndim == 4 else tokens)
 
-    def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
-        tokens = to_tokens(made)
-        return tokens if isinstance(output, torch.Tensor) else (tokens, output[1])
+    def attend(
+        self, guided: GuidedPass, name: str, block: Any, stream: torch.Tensor, q: torch.Tensor,
+        k: torch.Tensor, v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
+        modulation = block.norm1.linear.forward(guided.scratch["embedding"])[:, None]
+        shift, scale, *rest = modulation.chunk(12, -1)[1::2]  # every second one is the text's
+        x = block.norm1.norm_context.forward(stream) * (1 + scale) + shift
+        length, size, mask = stream.shape[1], q.shape[-1], guided.negative.mask
+
+        def joined(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+            return torch.cat([text.transpose(1, 2), image.transpose(1, 2)], 2)
+
+        q_n, k_n, v_n = text_heads(block.attn1, x, size)
+        made = attention_of_image_and_text(
+            joined(q_n, q), joined(k_n, k), joined(v_n, v.unflatten(-1, (-1, size))),
+            guided.scratch["positions"], None if mask is None else mask.expand(len(x), -1),
+        ).unflatten(-1, (-1, size))  # fmt: skip
+        return made[:, :length], made[:, length:], rest
+
+    def follow(
+        self, block: Any, stream: torch.Tensor, text: torch.Tensor, rest: Any
+    ) -> torch.Tensor:  # fmt: skip
+        gate, shift, scale, gate_ff = rest
+        stream = stream + gate * block.attn1.to_out[0].forward(text)
+        hidden = block.norm2_context.forward(stream) * (1 + scale) + shift
+        followed: torch.Tensor = stream + gate_ff * block.ff.forward(hidden)
+        return followed
 
     # -- calls ------------------------------------------------------------------------------
-
-    def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
-        text = TextConditions(given["encoder_hidden_states"], mask=given.get("attention_mask"))
-        return DenoiserCall(self.on_grid(given["hidden_states"]), given["timestep"], text)
 
     def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.denoiser.config
@@ -168,19 +124,25 @@ class CogView4DiTBackbone(Backbone):
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
         if text.mask is not None:
             self._use_masks()
-        return {"encoder_hidden_states": text.embeds, "attention_mask": text.mask}
+        return super().text_arguments(text, given)
 
     def _use_masks(self) -> None:
         """Give every attention layer a processor that masks; without a mask it is diffusers'."""
         for block in self.denoiser.transformer_blocks:
             processor = block.attn1.processor
             if type(processor) is CogView4AttnProcessor:
-                block.attn1.set_processor(MaskedProcessor())
+                block.attn1.set_processor(MaskedProcessor(processor))
             elif not isinstance(processor, MaskedProcessor):
                 raise GuideError(
                     "prompt and negative prompt are of two lengths, which the attention processor "
                     f"{type(processor).__name__} cannot take in one batch: use refresh=0"
                 )
+
+    def _restore_processors(self) -> None:
+        """Give every attention layer the processor back that it had before."""
+        for block in self.denoiser.transformer_blocks:
+            if isinstance(block.attn1.processor, MaskedProcessor):
+                block.attn1.set_processor(block.attn1.processor.own)
 
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
@@ -230,7 +192,18 @@ class CogView4DiTBackbone(Backbone):
 
 
 class MaskedProcessor(CogView4AttnProcessor):  # type: ignore[misc]
-    """Attention in which masked tokens of the text do not count. See the module."""
+    """Attention in which masked tokens of the text do not count. See the module.
+
+    Args:
+        own: the layer's own processor, which a copied or pickled layer has in this one's place.
+    """
+
+    def __init__(self, own: CogView4AttnProcessor) -> None:
+        super().__init__()
+        self.own = own
+
+    def __reduce__(self) -> Any:
+        return type(self.own), ()
 
     def __call__(
         self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor,

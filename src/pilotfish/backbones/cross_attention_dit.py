@@ -6,52 +6,37 @@ predicts epsilon and a variance, which sampling does not use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from diffusers import PixArtTransformer2DModel, SanaPipeline, SanaTransformer2DModel
 
-from pilotfish.backbones.base import Backbone, plain
-from pilotfish.backbones.context import DenoiserCall, GuidedPass
+from pilotfish.backbones.context import GuidedPass
 from pilotfish.backbones.extrapolation import cross_attention
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.tokens import patchify, to_map, to_tokens
+from pilotfish.backbones.tokens import to_tokens
+from pilotfish.backbones.transformer import TransformerBackbone
 from pilotfish.interface import TextConditions
 
 
-class CrossAttentionDiTBackbone(Backbone):
+class CrossAttentionDiTBackbone(TransformerBackbone):
     """What the two have in common."""
 
     parameters: ClassVar[tuple[str, ...]] = (
         "hidden_states", "encoder_hidden_states", "timestep",
     )  # fmt: skip
     text_is_projected = True
-    blocks: ClassVar[str] = "transformer_blocks"
-    """The name of the blocks."""
-    projections: ClassVar[tuple[str, ...]]
+    attention_layer = "attn2"
+    text_layer = "caption_projection.linear_1"
+    mask_argument: ClassVar[str | None] = "encoder_attention_mask"
+    projections: ClassVar[tuple[str, ...]] = ("caption_projection",)
     """The modules that the text passes one after the other before the first block."""
     norm_across_heads: ClassVar[bool] = False
     """Whether cross-attention normalises queries and keys before it splits them into heads."""
     reads_images: ClassVar[bool] = False
     """Whether cross-attention may add an attention to an image to that to the text."""
-
-    def sites(self) -> dict[str, Any]:
-        net = self.denoiser
-        blocks = {f"{self.blocks}.{i}": b for i, b in enumerate(getattr(net, self.blocks))}
-        projection = net.get_submodule(self.projections[0])
-        return {
-            "text_dim": plain(projection.linear_1).in_features,
-            "attention": [[f"{name}.attn2", block.attn2.heads] for name, block in blocks.items()],
-            "modulation": [],
-            "layers": [[name, plain(net.proj_out).in_features] for name in blocks],
-            "head": {
-                "module": "proj_out",
-                "features": plain(net.proj_out).in_features,
-                "channels": self.patch**2 * self.channels,
-            },
-        }
 
     # -- hooks ------------------------------------------------------------------------------
 
@@ -91,23 +76,16 @@ class CrossAttentionDiTBackbone(Backbone):
         self.place_residuals(hooks)
 
     def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
-        assert guided.call is not None
         if name == "proj_out" and self.has_variance:
             output = self._by_pixel(output)[..., : self.channels].flatten(2)
-        return to_map(output, guided.call.latents.shape[-2:])
+        return super().image_map(guided, name, output)
 
     def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
-        tokens = to_tokens(made)
         if name != "proj_out" or not self.has_variance:
-            return tokens
+            return super().with_image_map(guided, name, output, made)
         pixels = self._by_pixel(output)
-        epsilon = tokens.unflatten(2, (-1, self.channels))
+        epsilon = to_tokens(made).unflatten(2, (-1, self.channels))
         return torch.cat([epsilon, pixels[..., self.channels :]], -1).flatten(2)
-
-    @property
-    def patch(self) -> int:
-        """Pixels of a token, each way."""
-        return int(self.denoiser.config.patch_size)
 
     @property
     def channels(self) -> int:
@@ -127,17 +105,8 @@ class CrossAttentionDiTBackbone(Backbone):
 
     # -- calls ------------------------------------------------------------------------------
 
-    def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
-        mask = given.get("encoder_attention_mask")
-        text = TextConditions(given["encoder_hidden_states"], mask=mask)
-        return DenoiserCall(self.on_grid(given["hidden_states"]), given["timestep"], text)
-
     def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
-        latents = latents[:, : self.channels]
-        return patchify(latents, self.patch)
-
-    def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {"encoder_hidden_states": text.embeds, "encoder_attention_mask": text.mask}
+        return super().on_grid(latents[:, : self.channels])
 
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
         prompt, mask, negative, negative_mask = encoded
@@ -151,7 +120,6 @@ class PixArtBackbone(CrossAttentionDiTBackbone):
     family = "cross-attention-dit"
     denoisers = (PixArtTransformer2DModel,)
     cfg_by_argument = True
-    projections = ("caption_projection",)
 
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
@@ -185,15 +153,6 @@ class SanaBackbone(CrossAttentionDiTBackbone):
     def timestep(self, time: torch.Tensor) -> torch.Tensor:
         scaled: torch.Tensor = super().timestep(time) * self.denoiser.config.timestep_scale
         return scaled
-
-    def __call__(
-        self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
-    ) -> torch.Tensor:
-        prediction: torch.Tensor = self.denoiser(
-            latents, encoder_hidden_states=text.embeds, timestep=self.timestep(time),
-            encoder_attention_mask=text.mask, return_dict=False,
-        )[0]  # fmt: skip
-        return prediction
 
     def refusal(self, pipe: Any) -> str | None:
         if self.denoiser.config.guidance_embeds:

@@ -107,8 +107,7 @@ def up_to_last(names: Sequence[str], extrapolated: Collection[str]) -> list[str]
 
 
 def joined_attention(
-    hooks: Hooks, name: str, layer: Any, attend: Callable[..., torch.Tensor | None], *,
-    value: Any = None, out: Any = None,
+    hooks: Hooks, name: str, layer: Any, attend: Callable[..., torch.Tensor | None]
 ) -> None:  # fmt: skip
     """Extrapolate a layer in which the tokens of text and image attend to each other, by a negative
     stream that runs along with the pass.
@@ -118,11 +117,10 @@ def joined_attention(
             enters the block, (N, L, d), the pass's own queries and keys, (N, tokens, heads, width),
             and values, (N, tokens, d), before they are rotated, and what enters the layer's last
             projection, (N, tokens, d), or comes out of a layer without one. It takes the stream
-            to the next block, and returns the changed output, or None to leave it as it is.
-        value: the projection to values, whose whole output is v; left out, ``to_v``.
-        out: the layer's last projection; left out, ``to_out[0]``, or none where that is part of a
-            later layer of the block (``pre_only``).
+            to the next block, and returns the changed output, or None to leave it as it is. Where
+            one projection serves queries, keys, values and more, v is its whole output.
     """
+    fused = getattr(layer, "to_qkv_mlp_proj", None)
 
     def keep(part: str) -> Any:
         def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
@@ -150,11 +148,44 @@ def joined_attention(
 
     hooks.after(layer.to_q if layer.norm_q is None else layer.norm_q, keep("q"))
     hooks.after(layer.to_k if layer.norm_k is None else layer.norm_k, keep("k"))
-    hooks.after(layer.to_v if value is None else value, keep("v"))
-    if out is None and getattr(layer, "pre_only", False):
+    hooks.after(layer.to_v if fused is None else fused, keep("v"))
+    if getattr(layer, "pre_only", False):  # the last projection is part of a later layer
         hooks.after(layer, after)
     else:
-        hooks.before(layer.to_out[0] if out is None else out, before)
+        hooks.before(layer.to_out[0] if fused is None else layer.to_out, before)
+
+
+def text_heads(
+    layer: Any, x: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values, (N, L, heads, size), that a layer of :func:`joined_attention` makes
+    of the text's tokens (N, L, d), by projections of their own where it has them."""
+    if getattr(layer, "add_q_proj", None) is None:
+        projections, norms = (layer.to_q, layer.to_k, layer.to_v), (layer.norm_q, layer.norm_k)
+    else:
+        projections = layer.add_q_proj, layer.add_k_proj, layer.add_v_proj
+        norms = layer.norm_added_q, layer.norm_added_k
+    q, k, v = (projection.forward(x).unflatten(-1, (-1, size)) for projection in projections)
+    q, k = (y if norm is None else norm.forward(y) for y, norm in zip((q, k), norms, strict=True))
+    return q, k, v
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of tokens by heads, (N, tokens, heads, width).
+
+    Args:
+        mask: (N, 1, 1 or tokens, tokens) which count, or what is added to the scores.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def clipped(stream: torch.Tensor) -> torch.Tensor:
+    """A stream within half precision, as some denoisers keep it from block to block."""
+    return stream.clip(-65504, 65504) if stream.dtype == torch.float16 else stream
 
 
 def _copy(output: torch.Tensor, changed: torch.Tensor) -> None:

@@ -34,6 +34,7 @@ class Hooks:
         for module in self.modules.values():
             _drop_copied(module)
         self.handles: list[RemovableHandle] = []
+        self._restores: list[Callable[[], None]] = []
         self._first, self._others = self, list[Hooks]()
 
     def join(self, other: Hooks) -> None:
@@ -77,6 +78,16 @@ class Hooks:
         """
         self.handles.append(module.register_forward_hook(_Hook(self, function, opens=doubled)))
 
+    def keep(
+        self, module: nn.Module, key: str, change: Callable[[Any], Any] = lambda output: output
+    ) -> None:
+        """Keep what ``change`` makes of a module's output as ``scratch[key]`` of the pass."""
+
+        def after(guided: GuidedPass, module: Any, args: Any, output: Any) -> None:
+            guided.scratch[key] = change(output)
+
+        self.after(module, after)
+
     def around(
         self, denoiser: nn.Module, begin: Callable[..., Any], end: Callable[..., Any]
     ) -> None:
@@ -87,12 +98,18 @@ class Hooks:
             denoiser.register_forward_hook(_OutsideHook(self, end, opens=True)),
         ]
 
+    def on_removal(self, restore: Callable[[], None]) -> None:
+        """Call a function at :meth:`remove`, to undo what else was done to the denoiser."""
+        self._restores.append(restore)
+
     def remove(self) -> None:
         """Take every hook off, also those that have joined."""
         for hooks in (self, *self._others):
             for handle in hooks.handles:
                 handle.remove()
-            hooks.handles = []
+            for restore in hooks._restores:
+                restore()
+            hooks.handles, hooks._restores = [], []
 
 
 class _Hook:

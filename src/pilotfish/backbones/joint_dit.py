@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 
-from pilotfish.backbones.base import Backbone, plain
+from pilotfish.backbones.base import plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
-from pilotfish.backbones.doubling import without_mask
 from pilotfish.backbones.extrapolation import JointAttention, JointBlock, up_to_last
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.tokens import patchify, to_map, to_tokens
+from pilotfish.backbones.transformer import TransformerBackbone
 from pilotfish.interface import TextConditions
 
 
-class JointDiTBackbone(Backbone):
+class JointDiTBackbone(TransformerBackbone):
     """See the module."""
 
     family = "joint-dit"
@@ -32,19 +31,11 @@ class JointDiTBackbone(Backbone):
     )  # fmt: skip
 
     def sites(self) -> dict[str, Any]:
-        net = self.denoiser
-        blocks = {f"transformer_blocks.{i}": b for i, b in enumerate(net.transformer_blocks)}
+        pooled = self.denoiser.time_text_embed.text_embedder.linear_1
         return {
-            "text_dim": plain(net.context_embedder).in_features,
-            "pooled_dim": plain(net.time_text_embed.text_embedder.linear_1).in_features,
-            "attention": [[f"{name}.attn", block.attn.heads] for name, block in blocks.items()],
-            "modulation": [*(f"{name}.norm1.linear" for name in blocks), "norm_out.linear"],
-            "layers": [[name, net.inner_dim] for name in blocks],
-            "head": {
-                "module": "proj_out",
-                "features": plain(net.proj_out).in_features,
-                "channels": plain(net.proj_out).out_features,
-            },
+            **super().sites(),
+            "pooled_dim": plain(pooled).in_features,
+            "modulation": [*(f"{name}.norm1.linear" for name in self.blocks()), "norm_out.linear"],
         }
 
     # -- hooks ------------------------------------------------------------------------------
@@ -92,15 +83,6 @@ class JointDiTBackbone(Backbone):
 
         hooks.after(self.denoiser.time_text_embed, embedded)
 
-    def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
-        tokens = output if isinstance(output, torch.Tensor) else output[1]  # (text, image)
-        assert guided.call is not None
-        return to_map(tokens, guided.call.latents.shape[-2:])
-
-    def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
-        tokens = to_tokens(made)
-        return tokens if isinstance(output, torch.Tensor) else (output[0], tokens)
-
     # -- calls ------------------------------------------------------------------------------
 
     def read_call(self, given: Mapping[str, Any]) -> DenoiserCall:
@@ -109,13 +91,10 @@ class JointDiTBackbone(Backbone):
 
     def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
         # inpainting has a mask and an image beside the latents
-        latents = latents[:, : self.denoiser.out_channels]
-        return patchify(latents, self.denoiser.config.patch_size)
+        return super().on_grid(latents[:, : self.denoiser.out_channels])
 
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "encoder_hidden_states": without_mask(text), "pooled_projections": text.pooled,
-        }  # fmt: skip
+        return super().text_arguments(text, given) | {"pooled_projections": text.pooled}
 
     def doubled(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
         changed = super().doubled(guided, given)
@@ -124,15 +103,6 @@ class JointDiTBackbone(Backbone):
             images = torch.cat([*guided.negative_images, more[name]])
             changed["joint_attention_kwargs"] = {**more, name: images}
         return changed
-
-    def __call__(
-        self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
-    ) -> torch.Tensor:
-        made: torch.Tensor = self.denoiser(
-            hidden_states=latents, timestep=self.timestep(time), encoder_hidden_states=text.embeds,
-            pooled_projections=text.pooled, return_dict=False,
-        )[0]  # fmt: skip
-        return made
 
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
         return {**super().encoding(texts), "prompt_2": None, "prompt_3": None}

@@ -33,7 +33,6 @@ class LTXBackbone(CrossAttentionDiTBackbone):
         "hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask",
         "num_frames", "height", "width", "rope_interpolation_scale",
     )  # fmt: skip
-    projections = ("caption_projection",)
     norm_across_heads = True
     decodable = False
 

@@ -19,7 +19,6 @@ from diffusers import WanPipeline, WanTransformer3DModel
 
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
-from pilotfish.backbones.doubling import without_mask
 from pilotfish.interface import TextConditions
 
 
@@ -29,7 +28,9 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
     family = "video-dit"
     denoisers = (WanTransformer3DModel,)
     parameters = ("hidden_states", "timestep", "encoder_hidden_states")
-    blocks = "blocks"
+    stacks = ("blocks",)
+    text_layer = "condition_embedder.text_embedder.linear_1"
+    mask_argument = None
     projections = ("condition_embedder.text_embedder",)
     norm_across_heads = True
     reads_images = True
@@ -60,18 +61,6 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
         if image is not None:  # two rows a sample where there is a last image, too
             repeated["encoder_hidden_states_image"] = torch.cat([image, image])
         return repeated
-
-    def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {"encoder_hidden_states": without_mask(text)}
-
-    def __call__(
-        self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
-    ) -> torch.Tensor:
-        prediction: torch.Tensor = self.denoiser(
-            hidden_states=latents, timestep=self.timestep(time),
-            encoder_hidden_states=text.embeds, return_dict=False,
-        )[0]  # fmt: skip
-        return prediction
 
     # -- the pipeline -----------------------------------------------------------------------
 

@@ -16,61 +16,42 @@ import torch.nn.functional as F
 from diffusers import ZImageTransformer2DModel
 from torch.nn.utils.rnn import pad_sequence
 
-from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
-from pilotfish.backbones.extrapolation import joined_attention, split_heads, up_to_last
+from pilotfish.backbones.extrapolation import attention, text_heads
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.tokens import patchify, to_map, to_tokens
+from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.interface import TextConditions
 
 MULTIPLE = 32
 """The length of each part of the sequence is a multiple of it."""
 
 
-class ZImageDiTBackbone(Backbone):
+class ZImageDiTBackbone(JoinedTransformerBackbone):
     """See the module."""
 
     family = "z-image-dit"
     denoisers = (ZImageTransformer2DModel,)
-    joint_attention = ("whole",)
     parameters = ("x", "t", "cap_feats")
     sign = -1
+    takes_sigma = True
+    stacks = ("layers",)
+    attention_layer = "attention"
+    text_layer = "cap_embedder.1"
     scale_offset = 1.0
     text_is_projected = True
 
     @property
     def patch(self) -> int:
-        """Pixels of a token, each way."""
         return int(self.denoiser.all_patch_size[0])
 
     @property
-    def final(self) -> str:
-        """Name of the last layer."""
+    def last_layer(self) -> str:
         return f"all_final_layer.{self.patch}-{self.denoiser.all_f_patch_size[0]}.linear"
-
-    def sites(self) -> dict[str, Any]:
-        net = self.denoiser
-        names = [f"layers.{i}" for i in range(len(net.layers))]
-        return {
-            "text_dim": plain(net.cap_embedder[1]).in_features,
-            "attention": [[f"{name}.attention", net.n_heads] for name in names],
-            "modulation": [],
-            "layers": [[name, net.dim] for name in names],
-            "head": {
-                "module": self.final,
-                "features": net.dim,
-                "channels": plain(net.get_submodule(self.final)).out_features,
-            },
-        }
 
     # -- hooks ------------------------------------------------------------------------------
 
-    def place(self, hooks: Hooks) -> None:
-        net, names = self.denoiser, hooks.guide.extrapolated
-        attention = up_to_last([name for name, _ in self.sites()["attention"]], names)
-
-        def timed(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            guided.scratch["embedding"] = output
+    def place_text(self, hooks: Hooks, first: str | None) -> None:
+        net = self.denoiser
 
         def embedded(
             guided: GuidedPass, module: Any, args: Any, output: torch.Tensor
@@ -82,13 +63,13 @@ class ZImageDiTBackbone(Backbone):
             embeds = guided.cache.made_by(
                 module, lambda: module.forward(given.embeds), [module, *module]
             )
-            if attention:
+            if first is not None:
                 stream, positions, mask = guided.cache.made_by(
                     net.context_refiner, lambda: self._refined(guided, embeds),
                     [module, *module, *net.context_refiner.modules()],
                 )  # fmt: skip
                 n = len(text)
-                guided.scratch["stream", attention[0]] = stream.expand(n, -1, -1)
+                guided.scratch["stream", first] = stream.expand(n, -1, -1)
                 guided.scratch["negative"] = positions.expand(n, -1, -1), mask.expand(n, -1)
             lengths = [padded(count) for count in _counts(text)]
             rows = pad_sequence(list(output.split(lengths)), batch_first=True)
@@ -98,12 +79,8 @@ class ZImageDiTBackbone(Backbone):
             )
             return torch.cat([row[:length] for row, length in zip(made, lengths, strict=True)])
 
-        hooks.after(net.t_embedder, timed)
+        hooks.keep(net.t_embedder, "embedding")
         hooks.after(net.cap_embedder, embedded)
-        for i, name in enumerate(attention):
-            following = attention[i + 1] if i + 1 < len(attention) else None
-            self._place_attention(hooks, name, net.layers[i], following)
-        self.place_residuals(hooks)
 
     def _refined(
         self, guided: GuidedPass, embeds: torch.Tensor
@@ -133,62 +110,45 @@ class ZImageDiTBackbone(Backbone):
         counted = torch.ones_like(stream[..., 0], dtype=torch.bool) if mask is None else mask
         return stream, torch.cat([torch.stack(images), of_text], 1), counted
 
-    def _place_attention(self, hooks: Hooks, name: str, block: Any, following: str | None) -> None:
-        """Extrapolate the attention of one block where the guide has a gain for it, and take the
-        negative prompt's stream to the next block."""
-        layer = block.attention
+    def attend(
+        self, guided: GuidedPass, name: str, block: Any, stream: torch.Tensor, q: torch.Tensor,
+        k: torch.Tensor, v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
+        positions, mask = guided.scratch["negative"]
+        embedding = guided.scratch["embedding"].to(stream.dtype)
+        scale, *rest = block.adaLN_modulation.forward(embedding)[:, None].chunk(4, -1)
+        x = block.attention_norm1.forward(stream) * (1 + scale)
+        image, size = q.shape[1], q.shape[-1]
 
-        def attend(
-            guided: GuidedPass, stream: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-            v: torch.Tensor, output: torch.Tensor,
-        ) -> torch.Tensor | None:  # fmt: skip
-            positions, mask = guided.scratch["negative"]
-            embedding = guided.scratch["embedding"].to(stream.dtype)
-            of_block = block.adaLN_modulation.forward(embedding)[:, None].chunk(4, -1)
-            scale, gate, scale_ff, gate_ff = of_block
-            x = block.attention_norm1.forward(stream) * (1 + scale)
-            image, size = positions.shape[1] - stream.shape[1], q.shape[-1]
+        def turned(pixels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            both = torch.cat([pixels, text], 1)
+            pairs = torch.view_as_complex(both.float().unflatten(-1, (-1, 2)))
+            made = torch.view_as_real(pairs * positions[:, :, None]).flatten(3)
+            return made.type_as(both)
 
-            def heads(projection: Any) -> torch.Tensor:
-                made: torch.Tensor = projection.forward(x).unflatten(-1, (-1, size))
-                return made
+        q_n, k_n, v_n = text_heads(block.attention, x, size)
+        made = attention(
+            turned(q, q_n), turned(k, k_n), torch.cat([v.unflatten(-1, (-1, size)), v_n], 1),
+            F.pad(mask, (image, 0), value=True)[:, None, None],
+        )  # fmt: skip
+        return made[:, image:], made[:, :image], rest
 
-            def turned(pixels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-                both = torch.cat([pixels[:, :image], text], 1)
-                pairs = torch.view_as_complex(both.float().unflatten(-1, (-1, 2)))
-                made = torch.view_as_real(pairs * positions[:, :, None]).flatten(3)
-                return made.type_as(both).transpose(1, 2)
+    def follow(
+        self, block: Any, stream: torch.Tensor, text: torch.Tensor, rest: Any
+    ) -> torch.Tensor:  # fmt: skip
+        gate, scale, gate_ff = rest
+        out = block.attention.to_out[0].forward(text)
+        stream = stream + gate.tanh() * block.attention_norm2.forward(out)
+        hidden = block.ffn_norm1.forward(stream) * (1 + scale)
+        hidden = block.ffn_norm2.forward(block.feed_forward.forward(hidden))
+        followed: torch.Tensor = stream + gate_ff.tanh() * hidden
+        return followed
 
-            q_n, k_n = heads(layer.to_q), heads(layer.to_k)
-            if layer.norm_q is not None:
-                q_n, k_n = layer.norm_q.forward(q_n), layer.norm_k.forward(k_n)
-            values = torch.cat([v[:, :image], layer.to_v.forward(x)], 1)
-            made = F.scaled_dot_product_attention(
-                turned(q, q_n), turned(k, k_n), split_heads(values, layer.heads),
-                attn_mask=F.pad(mask, (image, 0), value=True)[:, None, None],
-            ).transpose(1, 2)  # fmt: skip
-            if following is not None:
-                out = layer.to_out[0].forward(made[:, image:].flatten(2))
-                stream = stream + gate.tanh() * block.attention_norm2.forward(out)
-                hidden = block.ffn_norm1.forward(stream) * (1 + scale_ff)
-                hidden = block.ffn_norm2.forward(block.feed_forward.forward(hidden))
-                guided.scratch["stream", following] = stream + gate_ff.tanh() * hidden
-            if not guided.extrapolates(name):
-                return None
-            own, rest = output[:, :image].unflatten(-1, (layer.heads, -1)), output[:, image:]
-            changed = guided.extrapolate(name, own, made[:, :image], by_head=True)
-            return torch.cat([changed.flatten(2).to(rest.dtype), rest], 1)
+    def image_start(self, guided: GuidedPass, tokens: torch.Tensor) -> int:
+        return 0
 
-        joined_attention(hooks, name, layer, attend)
-
-    def image_map(self, guided: GuidedPass, name: str, output: Any) -> torch.Tensor:
-        assert guided.call is not None
-        grid = guided.call.latents.shape[-2:]
-        return to_map(output[:, : grid.numel()], grid)
-
-    def with_image_map(self, guided: GuidedPass, name: str, output: Any, made: torch.Tensor) -> Any:
-        tokens = to_tokens(made).to(output.dtype)
-        return torch.cat([tokens, output[:, tokens.shape[1] :]], 1)
+    def image_tokens(self, guided: GuidedPass) -> int:
+        return padded(super().image_tokens(guided))
 
     # -- calls ------------------------------------------------------------------------------
 
@@ -199,7 +159,7 @@ class ZImageDiTBackbone(Backbone):
         return DenoiserCall(self.on_grid(latents), given["t"], text)
 
     def on_grid(self, latents: torch.Tensor) -> torch.Tensor:
-        return patchify(latents.squeeze(2) if latents.ndim == 5 else latents, self.patch)
+        return super().on_grid(latents.squeeze(2) if latents.ndim == 5 else latents)
 
     def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
         assert guided.call is not None
@@ -235,12 +195,6 @@ class ZImageDiTBackbone(Backbone):
             patch_size=self.patch, return_dict=False,
         )[0]  # fmt: skip
         return self.sign * torch.stack(list(made)).squeeze(2)
-
-    def time(self, timestep: torch.Tensor) -> torch.Tensor:
-        return 1 - timestep.float()
-
-    def timestep(self, time: torch.Tensor) -> torch.Tensor:
-        return 1 - time
 
     # -- the pipeline -----------------------------------------------------------------------
 

@@ -238,8 +238,8 @@ class DistillConfig(TrainingConfig):
     that the student samples in part. tracking: trajectories that the student samples; it is
     trained to stay on those of CFG from the same noise."""
     train_images: Text | None = None
-    """Folder with metadata.jsonl, for ``--training_samples noised``. Default: the bundled
-    images."""
+    """Folder with metadata.jsonl, for ``--training_samples noised``; needed there with a base of
+    your own. Default: the bundled images."""
     trajectory_steps_min: PositiveInt = 8
     """Fewest sampling steps of a training trajectory."""
     trajectory_steps_max: PositiveInt = 32

@@ -122,11 +122,17 @@ class TrainingContext:
         """
         base = config.pretrained_model_name_or_path
         is_bundled = base is None or bundled.is_base(base)
+        images = getattr(config, "train_images", None)
         if base is None or is_bundled:
             pipe: Any = bundled.load_model(base or "base")
         else:
             if config.prompts is None:
                 raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
+            if images is None and getattr(config, "training_samples", None) == "noised":
+                raise ConfigError(
+                    "--training_samples noised needs --train_images with a base of your own: a "
+                    "folder with metadata.jsonl"
+                )
             # the denoiser last: text encoders and denoiser need not be in memory together
             pipe = load_pipeline(
                 base, variant=config.variant, dtype=BASE_DTYPES[config.base_dtype],
@@ -144,9 +150,8 @@ class TrainingContext:
             validation = given(config.validation_prompts)
         else:
             validation = bundled.prompts("held_out") if held_out else prompts[:64]
-        images = getattr(config, "train_images", None)
-        if images is None and bundled.installed():
-            images = bundled.images("base")
+        if images is None and is_bundled:
+            images = bundled.images(base or "base")
         made = cls(pipe, prompts, validation, images and Path(images), held_out)
         if config.cache_embeddings is not None:
             made.cast(BASE_DTYPES[config.base_dtype])
