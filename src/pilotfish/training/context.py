@@ -18,7 +18,7 @@ from torch import nn
 from pilotfish import bundled
 from pilotfish.backbones import Backbone
 from pilotfish.conditioning import Prompts, encoded
-from pilotfish.data.images import from_pixels, load_images
+from pilotfish.data.images import from_pixels, load_images, metadata_file
 from pilotfish.data.prompts import ConcatTexts, open_prompts
 from pilotfish.guidances import CFG, Guidance
 from pilotfish.guides import Guide
@@ -122,16 +122,8 @@ class TrainingContext:
         """
         base = config.pretrained_model_name_or_path
         is_bundled = base is None or bundled.is_base(base)
-        if base is None or is_bundled:
-            pipe: Any = bundled.load_model(base or "base")
-        else:
-            if config.prompts is None:
-                raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
-            # the denoiser last: text encoders and denoiser need not be in memory together
-            pipe = load_pipeline(
-                base, variant=config.variant, dtype=BASE_DTYPES[config.base_dtype],
-                vae_dtype=torch.float32, denoiser=config.cache_embeddings is None,
-            )  # fmt: skip
+        if not is_bundled and config.prompts is None:
+            raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
 
         def given(where: str) -> Sequence[str]:
             return open_prompts(
@@ -147,6 +139,16 @@ class TrainingContext:
         images = getattr(config, "train_images", None)
         if images is None and bundled.installed():
             images = bundled.images("base")
+        if images is not None and getattr(config, "training_samples", "") == "noised":
+            metadata_file(images)  # refuses before the base is loaded
+        if base is None or is_bundled:
+            pipe: Any = bundled.load_model(base or "base")
+        else:
+            # the denoiser last: text encoders and denoiser need not be in memory together
+            pipe = load_pipeline(
+                base, variant=config.variant, dtype=BASE_DTYPES[config.base_dtype],
+                vae_dtype=torch.float32, denoiser=config.cache_embeddings is None,
+            )  # fmt: skip
         made = cls(pipe, prompts, validation, images and Path(images), held_out)
         if config.cache_embeddings is not None:
             made.cast(BASE_DTYPES[config.base_dtype])
