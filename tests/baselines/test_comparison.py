@@ -63,7 +63,7 @@ def start(
     return make
 
 
-def test_cfg_retains_its_whole_gain_and_a_fresh_guide_none(
+def test_cfg_keeps_its_whole_gain_and_a_fresh_guide_none(
     make_pipe: Callable[[str], Any], scorer: Scorer, names: list[str], real: Path
 ) -> None:
     evaluator = ModelEvaluator(

@@ -348,7 +348,7 @@ def test_the_command_writes_result_table_and_plot(
     for flag, value in values.items():
         flags += [f"--{flag}", value if "=" in value else str(tmp_path / value)]
     assert cli.main(flags) == 0, capsys.readouterr().err
-    assert "| retained, base |" in capsys.readouterr().out
+    assert "| kept, base |" in capsys.readouterr().out
     found = FrontierResult.load(tmp_path / "out.json")
     assert [(e.method, e.refresh) for e in found.models["base"] if not e.setting] == [
         ("none", 0), ("cfg", 3), ("mine", 0), ("mine", 2), ("other", 0), ("delta-reuse", 2),

@@ -91,7 +91,7 @@ class CheckpointManager:
                     "base_sha256": self.base_sha256, "begun_sha256": self.begun_sha256,
                     "settings": self.settings,
                 }  # fmt: skip
-                _write(folder, step, state, facts)
+                write_state(folder, step, state, facts)
         if main:
             prune_checkpoints(self.folder, self.limit)
 
@@ -201,14 +201,13 @@ def atomic_folder(
         ) from error
 
 
-def save_checkpoint(
+def write_state(
     folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
-) -> Path:
-    """Write ``folder/checkpoint-<step>`` from one process; raises as :func:`atomic_folder`."""
-    final = folder / f"{PREFIX}{step}"
-    with atomic_folder(final) as aside:
-        _write(aside, step, tensors, facts)
-    return final
+) -> None:
+    """Write ``state.safetensors`` and ``state.json`` into the folder of a checkpoint."""
+    text = json.dumps({"step": step, **facts})
+    save_with_checksum(tensors, folder / "state.safetensors", json.loads(text))
+    (folder / "state.json").write_text(text, encoding="utf-8")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -281,24 +280,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Any])
     optimizer.load_state_dict(whole)
 
 
-def module_tensors(modules: Mapping[str, torch.nn.Module]) -> Tensors:
-    """State dicts of several modules as one flat mapping ``<module>.<key>``."""
-    return {f"{name}.{k}": v for name, m in modules.items() for k, v in m.state_dict().items()}
-
-
 def _read(path: Path, config: Any) -> Tensors:
     with safe_open(str(path), "pt") as file:
         if METADATA_KEY not in (file.metadata() or {}):
             raise ValueError(f"{path.name} has no checksum")
     return load_with_checksum(path, config)
-
-
-def _write(
-    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
-) -> None:
-    text = json.dumps({"step": step, **facts})
-    save_with_checksum(tensors, folder / "state.safetensors", json.loads(text))
-    (folder / "state.json").write_text(text, encoding="utf-8")
 
 
 def _remove(folder: Path) -> None:
