@@ -118,11 +118,11 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
     columns = groups(found, "base", bundled.test_finetune_names())
     save(frontier_plot(found, columns, list(run.guides)), docs / "images" / "frontier.png")
     return (
-        f"![CFG gain retained, and distance to CFG, by passes](images/frontier.png)\n\n"
+        f"![CFG gain kept, and distance to CFG, by passes](images/frontier.png)\n\n"
         f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, w = "
         f"{run.guidance_scale:g}, {run.dtype}, {run.samples:,} images for each point of our guides "
         f"in their default places and of delta reuse, {run.baseline_samples:,} of the others; "
-        "the whole result is in `results/frontier.json`. *Retained* is the share of CFG's gain in "
+        "the whole result is in `results/frontier.json`. *Kept* is the share of CFG's gain in "
         "top-1 over no guidance, *latent MSE* that of the final latents to CFG's, relative to no "
         "guidance; FLOPs and speed are relative to CFG.\n\n"
         f"{frontier_markdown(found, columns).rstrip()}"
@@ -185,13 +185,13 @@ def compare_page(found: ComparisonResult, docs: Path) -> str:
     parts = [
         _run(found.run, "results/compare.json")
         + f" Trained for {settings['max_train_steps']} steps of {settings['train_batch_size']} "
-        "samples. *FLOPs* and *speed* are relative to CFG; *retained* is the share of CFG's gain "
+        "samples. *FLOPs* and *speed* are relative to CFG; *kept* is the share of CFG's gain "
         "in top-1 accuracy."
     ]
     for budget in found.budgets:
         image = f"images/compare/{budget}.png"
         save(pareto(found, budget), docs / image)
-        plot = f"![CFG gain retained against cost]({image})"
+        plot = f"![CFG gain kept against cost]({image})"
         parts += [f"### {BUDGETS[budget]}", plot, comparison_markdown(found, budget)]
     return "\n\n".join(part.rstrip() for part in parts)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from pilotfish import bundled
 from pilotfish.backbones import Backbone
+from pilotfish.cli.names import open_model
 from pilotfish.data.images import load_images
 from pilotfish.errors import MissingPackageError
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
@@ -283,3 +284,13 @@ def test_the_bundled_guide_keeps_its_guidance_error(name: str, models: dict[str,
             for refresh in (0, 2)
         ]
         assert errors == pytest.approx(ERRORS[name, negative], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["emojione", "high-contrast"])  # a LoRA, and a whole denoiser
+def test_loaded_in_half_precision_the_weights_are_those_of_float32_cast(name: str) -> None:
+    whole, half = bundled.load_model(name), open_model(name, "bfloat16")
+    for part in ("unet", "vae", "text_encoder"):
+        cast = getattr(whole, part).state_dict()
+        for key, tensor in getattr(half, part).state_dict().items():
+            assert torch.equal(tensor, cast[key].to(torch.bfloat16)), f"{part}.{key}"
+            assert tensor.dtype == torch.bfloat16

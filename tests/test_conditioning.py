@@ -13,9 +13,8 @@ from pilotfish.conditioning import (
     NULL,
     PromptEncoder,
     PromptTable,
-    encode_prompts,
+    encode_as,
     encoded,
-    null_prompt,
     some_or_one,
 )
 from pilotfish.interface import TextConditions
@@ -68,25 +67,28 @@ def both(pipe: Any, **negative: Any) -> tuple[TextConditions, TextConditions]:
 def test_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any) -> None:
     expected = both(pipe)
     assert (expected[0].pooled is not None) == (pipe.name in ("SDXL", "SD3"))
-    assert_close(encode_prompts(pipe, TEXTS), expected[0])
-    null = null_prompt(pipe)
+    assert_close(encode_as(pipe, "prompt", TEXTS), expected[0])
+    null = encode_as(pipe, "null", [""])
     assert len(null) == 1
     assert_close(null, expected[1][:1])
 
 
 def test_a_space_stands_for_no_negative_prompt_where_that_means_no_guidance() -> None:
     pipe = pipelines.build("Qwen-Image").pipe
-    assert_close(null_prompt(pipe), encode_prompts(pipe, [" "]))
+    assert_close(encode_as(pipe, "null", [""]), encode_as(pipe, "prompt", [" "]))
     prompts = encoded(pipe, [" ", "cat"])  # of two lengths
     space, cat = prompts.negative(torch.tensor([0, 1])).mean()
     torch.testing.assert_close(space, prompts.null.mean()[0])
-    torch.testing.assert_close(space, null_prompt(pipe).mean()[0])
+    torch.testing.assert_close(space, encode_as(pipe, "null", [""]).mean()[0])
     assert not torch.allclose(space, cat)
 
 
 def test_a_text_is_encoded_by_itself_where_its_padding_counts() -> None:
     pipe = pipelines.build("CogView4").pipe
-    both, alone = encode_prompts(pipe, ["cat", "cat " * 20]), encode_prompts(pipe, ["cat"])
+    both, alone = (
+        encode_as(pipe, "prompt", ["cat", "cat " * 20]),
+        encode_as(pipe, "prompt", ["cat"]),
+    )
     assert both.mask is not None
     assert both.mask.sum(1).tolist() == [16, 32]
     torch.testing.assert_close(both.embeds[:1, :16], alone.embeds)
@@ -98,7 +100,7 @@ def test_negative_prompts_are_encoded_as_the_pipeline_does_it(pipe: Any, cache_b
     prompts, order = encoded(pipe, TEXTS, cache_bytes), torch.tensor([2, 0, 1])
     _, expected = both(pipe, negative_prompt=TEXTS)
     assert_close(prompts.negative(order), expected[order])
-    assert_close(prompts.negative(torch.tensor([NULL])), null_prompt(pipe))
+    assert_close(prompts.negative(torch.tensor([NULL])), encode_as(pipe, "null", [""]))
     same = torch.equal(prompts.negative(order).embeds, prompts(order).embeds)
     assert same == (pipe.name not in ("Sana", "Lumina2"))
 

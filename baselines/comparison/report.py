@@ -13,7 +13,7 @@ BUDGETS = {
     "samples": "Equal samples", "seconds": "Equal seconds", "long": "Equal samples, long training",
     "free": "Without training",
 }  # fmt: skip
-HEADINGS = ("method", "parameters", "FLOPs", "speed", "retained, base", "retained, fine-tunes",
+HEADINGS = ("method", "parameters", "FLOPs", "speed", "kept, base", "kept, fine-tunes",
             "error, base", "error, fine-tunes", "fd_clip, base")  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def comparison_markdown(found: ComparisonResult, budget: str) -> str:
 
 
 def pareto(found: ComparisonResult, budget: str, theme: Theme = LIGHT) -> Figure:
-    """FLOPs of an image against the CFG gain retained: on the base, and mean over the fine-tunes.
+    """FLOPs of an image against the CFG gain kept: on the base, and mean over the fine-tunes.
 
     CFG is at (1, 1) by definition and no guidance at (0.5, 0). The default has a larger marker.
     """
@@ -75,7 +75,7 @@ def pareto(found: ComparisonResult, budget: str, theme: Theme = LIGHT) -> Figure
                 ms=11 if name == found.default else 7, label=method.title,
                 markerfacecolor=None if i < len(MARKERS) else "none",
             )  # fmt: skip
-    grid[0].set_ylabel("CFG gain retained, top-1", color=theme.ink)
+    grid[0].set_ylabel("CFG gain kept, top-1", color=theme.ink)
     legend(grid[-1], theme, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.suptitle(BUDGETS[budget], x=0.01, ha="left", fontsize=11, color=theme.ink)
     return figure

@@ -144,11 +144,11 @@ class ComparisonResult(Saved):
         return fmean(map(value, runs)) if runs else math.nan
 
     def gain_kept(self, method: str, model: str, budget: str) -> float:
-        """The CFG gain retained on a model, mean over runs."""
+        """The CFG gain kept on a model, mean over runs."""
         return self.mean(method, budget, lambda run: run.models[model].gain_kept)
 
     def gain_kept_on_fine_tunes(self, method: str, budget: str) -> float:
-        """The CFG gain retained, mean over fine-tunes and runs."""
+        """The CFG gain kept, mean over fine-tunes and runs."""
         found = [self.gain_kept(method, model, budget) for model in self.fine_tunes]
         return fmean(found) if found else math.nan
 
@@ -161,6 +161,6 @@ class ComparisonResult(Saved):
         return fmean(found) if found else math.nan
 
     def ranked(self, budget: str) -> list[str]:
-        """Methods with a run in the budget, by the gain retained on the fine-tunes."""
+        """Methods with a run in the budget, by the gain kept on the fine-tunes."""
         names = [name for name in self.methods if self.runs(name, budget)]
         return sorted(names, key=lambda name: -self.gain_kept_on_fine_tunes(name, budget))

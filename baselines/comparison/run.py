@@ -25,12 +25,13 @@ from baselines.comparison.results import (
 from pilotfish.backbones import Backbone
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import ModelScorer, ModelSource
-from pilotfish.evaluation.metrics import LatentMeter, gain_kept, gain_kept_interval
+from pilotfish.evaluation.metrics import LatentMeter, gain_kept, gain_kept_interval, indices
 from pilotfish.evaluation.processes import gather_objects, is_main, on_main, process
 from pilotfish.evaluation.results import Run, machine, versions
 from pilotfish.evaluation.speed import denoiser_flops, speed_up, take_turns, timed_call
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
+from pilotfish.noise import prediction_type
 from pilotfish.pipelines.sampling import Attachable
 from pilotfish.training.config import ConfigError, DistillConfig
 from pilotfish.training.stages import distill
@@ -105,9 +106,12 @@ class ComparisonConfig:
             raise ConfigError("a comparison needs at least one method and one seed")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ConfigError(f"learning_rates must be above 0, not {self.learning_rates}")
-        for name in ("max_train_steps", "rate_train_steps", "rounds", "validation_samples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (
+            ("max_train_steps", 1), ("rate_train_steps", 1), ("rounds", 1), ("samples", 2),
+            ("validation_samples", 1), ("num_inference_steps", 1), ("batch_size", 1),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not self.guidance_scale > 1:
             raise ConfigError(
                 f"guidance_scale must be above 1, where CFG differs from no guidance, not "
@@ -186,6 +190,7 @@ class Comparison:
     Raises:
         ConfigError: the folder holds a comparison with other settings; or equal seconds are
             wanted without the default.
+        ValueError: a name occurs twice.
     """
 
     def __init__(
@@ -198,6 +203,7 @@ class Comparison:
         self.names, self.validation_prompts = names, validation_prompts
         self.log = log if is_main() else lambda line: None
         self.file = folder / "compare.json"
+        indices((), names)  # a name that occurs twice would only be refused after the trainings
         if config.equal_seconds and DEFAULT not in config.methods:
             raise ConfigError(
                 f"equal_seconds is the training time of {DEFAULT}; add it to --methods, or use "
@@ -224,7 +230,13 @@ class Comparison:
             self.found = before
 
     def run(self) -> ComparisonResult:
-        """Train and measure what is missing."""
+        """Train and measure what is missing.
+
+        Raises:
+            ConfigError: the guides of the base do not fit another model.
+        """
+        if not self.found.methods:
+            self._check_models()
         for name, key in self._runs():
             self._train(name, key)
         for model in self.models:
@@ -234,6 +246,19 @@ class Comparison:
             self.found.methods.update(on_main(self._timed))
             self._save()
         return self.found
+
+    def _check_models(self) -> None:
+        """Refuse a model that is no fine-tune of the base before anything is trained."""
+        base: dict[str, Any] = {}
+        for name, source in self.models.items():
+            pipe = source.load()
+            own = Backbone.of_pipeline(pipe).signature(prediction_type(pipe.scheduler))
+            base = base or own
+            if own != base:
+                raise ConfigError(
+                    f"{name} has another denoiser than the base, so no guide of the base fits it; "
+                    "leave it out of --models"
+                )
 
     def _runs(self) -> Iterator[tuple[str, str]]:
         """Method and key of every run. The equal samples come first: they determine the seconds

@@ -16,7 +16,7 @@ from baselines.frontier.methods import title
 from baselines.frontier.results import FrontierEntry, FrontierResult
 from pilotfish import bundled
 from pilotfish.evaluation.plots import LIGHT, MARKERS, Theme, legend, prepare_axes
-from pilotfish.evaluation.tables import markdown, number, percent
+from pilotfish.evaluation.tables import markdown, number, percent, with_interval
 
 Groups = Mapping[str, Sequence[str]]
 """Columns of table and plot: the models of each, of which the mean is shown."""
@@ -62,7 +62,7 @@ def frontier_markdown(found: FrontierResult, columns: Groups) -> str:
     """A line for each entry that is measured on all models of a column. FLOPs and speed are
     relative to CFG with the steps of the run. Columns of cost without any figure are left out."""
     headings = ["method", "second passes", "steps", "passes", "FLOPs", "speed, 1", "speed, 8"]
-    headings += [f"retained, {name}" for name in columns]
+    headings += [f"kept, {name}" for name in columns]
     headings += [f"latent MSE, {name}" for name in columns]
     headings += ["fd_clip, base", "images"]
     steps, rows = found.run.num_inference_steps, list[tuple[str, ...]]()
@@ -75,7 +75,7 @@ def frontier_markdown(found: FrontierResult, columns: Groups) -> str:
             title(entry.method), _second_passes(entry), str(entry.steps),
             f"{mean_passes(found, entry):.4g}", percent(work),
             *(f"{entry.cfg_over_it[b]:.2f}×" if entry.has_cost else "–" for b in ("1", "8")),
-            *(_retained(found, models, entry) for models in columns.values()),
+            *(_kept(found, models, entry) for models in columns.values()),
             *(
                 number(mean(found, models, entry, lambda e: e.latent_mse_ratio), 3)
                 for models in columns.values()
@@ -91,7 +91,7 @@ def summary_markdown(
     found: FrontierResult, columns: Mapping[str, tuple[str, int]], models: Sequence[str],
     bold: str = "",
 ) -> str:  # fmt: skip
-    """A column for each of a few entries: top-1 accuracy and the CFG gain retained on each model,
+    """A column for each of a few entries: top-1 accuracy and the CFG gain kept on each model,
     passes and speed.
 
     Args:
@@ -137,8 +137,7 @@ def _speed(batch: str, entry: FrontierEntry) -> str:
 def _with_gain(entry: FrontierEntry) -> str:
     if entry.method in ("none", "cfg"):
         return percent(entry.top1)
-    low, high = entry.interval
-    return f"{percent(entry.top1)}, {percent(entry.gain_kept)} ({100 * low:.0f}–{100 * high:.0f})"
+    return f"{percent(entry.top1)}, {with_interval(entry.gain_kept, *entry.interval)}"
 
 
 def mean_passes(found: FrontierResult, entry: FrontierEntry) -> float:
@@ -147,11 +146,8 @@ def mean_passes(found: FrontierResult, entry: FrontierEntry) -> float:
     return fmean(one.passes for one in same if one is not None)
 
 
-def _retained(found: FrontierResult, models: Sequence[str], entry: FrontierEntry) -> str:
-    value, low, high = (mean(found, models, entry, kind) for kind in (_gain, _low, _high))
-    if not math.isfinite(value + low + high):
-        return percent(value)
-    return f"{percent(value)} ({100 * low:.0f}–{100 * high:.0f})"
+def _kept(found: FrontierResult, models: Sequence[str], entry: FrontierEntry) -> str:
+    return with_interval(*(mean(found, models, entry, kind) for kind in (_gain, _low, _high)))
 
 
 def _gain(entry: FrontierEntry) -> float:
@@ -169,7 +165,7 @@ def _high(entry: FrontierEntry) -> float:
 def frontier_plot(
     found: FrontierResult, columns: Groups, ours: Sequence[str], theme: Theme = LIGHT
 ) -> Figure:
-    """Passes of an image against the CFG gain retained, with intervals, and against the distance
+    """Passes of an image against the CFG gain kept, with intervals, and against the distance
     of the final latents to CFG's. A column for each group of models, a line for each method.
 
     Args:
@@ -192,7 +188,7 @@ def frontier_plot(
             axes.axhline(1, color=theme.ink, lw=1, ls=(0, (4, 3)), alpha=0.7)
         for i, (label, entries) in enumerate(lines.items()):
             _line(found, models, (above, below), label, entries, i, theme, ours)
-    grid[0][0].set_ylabel("CFG gain retained, top-1", color=theme.ink)
+    grid[0][0].set_ylabel("CFG gain kept, top-1", color=theme.ink)
     grid[1][0].set_ylabel("distance to CFG's latents, no guidance = 1", color=theme.ink)
     low = min((e.gain_kept for v in found.models.values() for e in v), default=0.0)
     grid[0][0].set_ylim(max(-0.1, min(0.0, low - 0.05)), 1.2)

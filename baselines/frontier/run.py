@@ -23,6 +23,7 @@ from pilotfish.evaluation.images import (
     ModelSource,
     Progress,
     ScoredImages,
+    check_methods,
     spread_prompts,
 )
 from pilotfish.evaluation.results import modules
@@ -111,7 +112,8 @@ class Frontier:
         test_models: names of those for which all points have ``baseline_samples`` images.
 
     Raises:
-        ConfigError: the file holds a frontier with other settings, or a method is unknown.
+        ConfigError: the file holds a frontier with other settings, or a method is unknown, or none
+            is measured with a number of second passes.
     """
 
     config: FrontierConfig
@@ -153,6 +155,12 @@ class Frontier:
             raise ConfigError(
                 f"unknown methods: {', '.join(unknown)}; available: {', '.join(known)}"
             )
+        counts = {int(one.refresh) for one in every if self._is_named(one) and one.refresh >= 0}
+        if unmeasured := sorted(set(config.refresh) - counts):
+            raise ConfigError(
+                f"nothing is measured with {', '.join(map(str, unmeasured))} second passes; "
+                f"available: {', '.join(map(str, sorted(counts)))}"
+            )
         usual = (config.num_inference_steps, config.reference_steps)
         wanted = [one for one in every if self._is_wanted(one)]
         if all(one.steps in usual for one in wanted):  # nothing is compared to more steps
@@ -163,8 +171,10 @@ class Frontier:
         config = self.config
         if one.method in ("none", "cfg"):  # measured anyway
             return True
-        named = not config.methods or one.method in config.methods
-        return named and (not config.refresh or one.refresh in config.refresh)
+        return self._is_named(one) and (not config.refresh or one.refresh in config.refresh)
+
+    def _is_named(self, one: Candidate) -> bool:
+        return not self.config.methods or one.method in self.config.methods
 
     def measure(self) -> FrontierResult:
         """Measure what is missing."""
@@ -202,6 +212,8 @@ class Frontier:
         missing = [one for one in self.candidates if self.found.find(model, one.key) is None]
         if not missing:
             return
+        unfitted = [one for one in missing if not one.method.startswith("linear-ag")]
+        check_methods(pipe, [one.make() for one in unfitted])
         config = self.config
         samples = config.baseline_samples if model in self.test_models else config.samples
         whole = ModelScorer(

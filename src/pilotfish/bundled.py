@@ -12,14 +12,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
 from pilotfish.backbones import Backbone
 from pilotfish.data.prompts import load_prompts
 from pilotfish.errors import MissingPackageError
 from pilotfish.guides import Guide
-from pilotfish.pipelines.loading import load_pipeline
+from pilotfish.pipelines.loading import DTYPE, load_pipeline
 
 BASES = {
     "base": {"base": "noto", "fluent": "fluent", "twemoji": "twemoji", "emojione": "emojione"},
@@ -70,8 +72,11 @@ def installed() -> bool:
     return _package() is not None
 
 
-def load_model(name: str = "base") -> Any:
-    """A pipeline in float32, a base or a fine-tune of one: one of :func:`model_names`.
+def load_model(name: str = "base", dtype: torch.dtype = torch.float32) -> Any:
+    """A pipeline, a base or a fine-tune of one: one of :func:`model_names`.
+
+    Args:
+        dtype: of every network.
 
     Raises:
         ValueError: there is no such model.
@@ -83,13 +88,14 @@ def load_model(name: str = "base") -> Any:
     folder, lora = package / name, package / f"{name}-lora"
     if name not in STYLES:
         folder = lora = package / "test_finetunes" / name
-    pipe: Any = load_pipeline(package / base_of(name))
+    pipe: Any = load_pipeline(package / base_of(name), dtype=dtype)
+    base = Backbone.of_pipeline(pipe)
     if (lora / LORA_WEIGHT_NAME_SAFE).is_file():
         pipe.load_lora_weights(lora)
     elif name not in BASES:
-        base = Backbone.of_pipeline(pipe)
-        tuned = type(base.denoiser).from_pretrained(folder / base.component)
+        tuned = type(base.denoiser).from_pretrained(folder / base.component, **{DTYPE: dtype})
         setattr(pipe, base.component, tuned)
+    nn.Module.to(getattr(pipe, base.component), dtype)  # of the LoRA as well
     return pipe
 
 

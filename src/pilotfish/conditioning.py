@@ -153,16 +153,6 @@ def encode_as(
     return _encode(pipe, texts, device)[0]
 
 
-def encode_prompts(pipe: Any, texts: Sequence[str]) -> TextConditions:
-    """Texts as prompts; see :func:`encode_as`."""
-    return encode_as(pipe, "prompt", texts)
-
-
-def null_prompt(pipe: Any) -> TextConditions:
-    """The null prompt; see :func:`encode_as`."""
-    return encode_as(pipe, "null", [""])
-
-
 def _negative(
     pipe: Any, texts: Sequence[str], negatives: Sequence[str] | None, device: torch.device | None
 ) -> TextConditions:  # fmt: skip

@@ -63,7 +63,7 @@ def start(
     return make
 
 
-def test_cfg_retains_its_whole_gain_and_a_fresh_guide_none(
+def test_cfg_keeps_its_whole_gain_and_a_fresh_guide_none(
     make_pipe: Callable[[str], Any], scorer: Scorer, names: list[str], real: Path
 ) -> None:
     evaluator = ModelEvaluator(
@@ -231,6 +231,16 @@ def test_resumed_with_less_it_shows_what_is_complete(
     assert set(whole.ranked("seconds")) == {"tiny", "dice"}
 
 
+def test_a_model_that_no_guide_of_the_base_fits_is_refused_before_any_training(
+    start: Start, make_pipe: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "distill", pytest.fail)
+    comparison = start()
+    comparison.models["other"] = ModelSource(lambda: make_pipe("v_prediction"))
+    with pytest.raises(ConfigError, match="other has another denoiser than the base"):
+        comparison.run()
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -240,6 +250,8 @@ def test_resumed_with_less_it_shows_what_is_complete(
         ({"seeds": ()}, "at least one method and one seed"),
         ({"max_train_steps": 0}, "max_train_steps must be at least 1"),
         ({"guidance_scale": 1.0}, "guidance_scale must be above 1"),
+        ({"samples": 1}, "samples must be at least 2, not 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
     ],
 )
 def test_an_impossible_configuration_is_refused(change: dict[str, Any], sentence: str) -> None:

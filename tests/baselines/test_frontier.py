@@ -25,6 +25,7 @@ from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import ModelScorer, ModelSource, ScoredImages
 from pilotfish.evaluation.results import Scores
 from pilotfish.guides import Guide, TinyGuide
+from pilotfish.interface import GuideError
 from pilotfish.training.config import ConfigError
 from tests.components import randomise
 
@@ -182,6 +183,15 @@ def test_what_has_changed_is_measured_again(start: Start, guides: dict[str, Guid
         assert changed == {"mine"}
 
 
+def test_a_guide_of_another_base_is_refused_before_any_image(
+    start: Start, make_pipe: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelScorer, "score", pytest.fail)
+    unfit = TinyGuide.for_denoiser(make_pipe("epsilon").unet, "v_prediction")
+    with pytest.raises(GuideError, match="made for another denoiser"):
+        start(trained={"agd": unfit}).measure()
+
+
 def test_images_of_another_clone_are_used_again(
     start: Start, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +211,7 @@ def test_images_of_another_clone_are_used_again(
         ({"seed": 5}, "other settings"),
         ({"samples": 8}, "other settings"),
         ({"methods": ("telepathy",)}, "unknown methods: telepathy; available: none, cfg, mine"),
+        ({"refresh": (3, 6)}, "nothing is measured with 6 second passes; available: 0, 1, 2, 3"),
     ],
 )
 def test_a_frontier_that_cannot_go_on_is_refused(
@@ -337,7 +348,7 @@ def test_the_command_writes_result_table_and_plot(
     for flag, value in values.items():
         flags += [f"--{flag}", value if "=" in value else str(tmp_path / value)]
     assert cli.main(flags) == 0, capsys.readouterr().err
-    assert "| retained, base |" in capsys.readouterr().out
+    assert "| kept, base |" in capsys.readouterr().out
     found = FrontierResult.load(tmp_path / "out.json")
     assert [(e.method, e.refresh) for e in found.models["base"] if not e.setting] == [
         ("none", 0), ("cfg", 3), ("mine", 0), ("mine", 2), ("other", 0), ("delta-reuse", 2),

@@ -9,12 +9,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.data.prompts import load_prompts, open_prompts
+from pilotfish.data.text_files import write_text
 
 BYTE_ORDER_MARK = "\ufeff"
 PROMPTS = {
@@ -201,3 +203,15 @@ def test_messages_can_be_printed_on_any_terminal(tmp_path: Path, terminal: str) 
     )  # fmt: skip
     assert done.returncode == 0
     assert done.stderr.strip().endswith(b"line 1: the text holds the control character U+001B")
+
+
+def test_a_text_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "made" / "history.json"
+    write_text(file, "first\n")
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        write_text(file, "second\n")
+    assert file.read_bytes() == b"first\n"
+    assert list(file.parent.iterdir()) == [file]

@@ -11,12 +11,14 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.curves import Method, score_guidance_scales, score_steps
-from pilotfish.evaluation.images import ModelSource
+from pilotfish.evaluation.images import ModelScorer, ModelSource
 from pilotfish.evaluation.plots import curve
 from pilotfish.evaluation.results import CurveResult
 from pilotfish.evaluation.run import evaluate_model
 from pilotfish.evaluation.tables import curve_markdown, curve_rows, curve_table
-from pilotfish.guides import Guide
+from pilotfish.guidances import Guidance
+from pilotfish.guides import Guide, TinyGuide
+from pilotfish.pipelines import Reference
 from pilotfish.pipelines.loading import use_deterministic_scheduler
 
 
@@ -119,6 +121,21 @@ def test_bad_input_is_refused(
     steps = wrong.pop("steps", (2,))
     with pytest.raises(ValueError, match=sentence):
         score_steps(wrong.pop("models", models), {}, steps, **given | wrong)
+
+
+def test_what_a_model_does_not_take_is_refused_before_any_image(
+    models: dict[str, ModelSource], given: dict[str, Any], moved: Guide,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ModelScorer, "score", pytest.fail)
+    unfit = TinyGuide.for_denoiser(models["base"].load().unet, "v_prediction")
+    for methods, refresh, sentence in (
+        ({"tiny": [moved]}, -1, "refresh must be"),
+        ({"tiny": [moved], "unfit": [unfit]}, None, "made for another denoiser"),
+        ({"weak": [Reference(Guidance("autoguidance", weak_model="gone"))]}, None, "no weaker"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            score_steps(models, methods, (2,), refresh=refresh, **given)
 
 
 def test_guides_that_exclude_one_another(

@@ -14,7 +14,7 @@ from pilotfish.evaluation.images import ModelSource
 from pilotfish.evaluation.negatives import evaluate_negatives, evaluate_negatives_of_model, pairs
 from pilotfish.evaluation.results import NegativeResult
 from pilotfish.evaluation.tables import negatives_table
-from pilotfish.guides import Guide
+from pilotfish.guides import Guide, TinyGuide
 
 STEPS: dict[str, Any] = {"num_inference_steps": 2}
 
@@ -97,3 +97,6 @@ def test_bad_input_is_refused(
         evaluate_negatives({}, moved, names, **given)
     with pytest.raises(ValueError, match="no effect at w = 1"):
         evaluate_negatives(models, moved, names, guidance_scale=1.0, **given)
+    unfit = TinyGuide.for_denoiser(models["base"].load().unet, "v_prediction")
+    with pytest.raises(ValueError, match="made for another denoiser"):
+        evaluate_negatives(models, unfit, names, progress=pytest.fail, **given)

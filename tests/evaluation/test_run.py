@@ -16,7 +16,7 @@ from pilotfish.evaluation.run import evaluate, evaluate_model
 from pilotfish.evaluation.speed import measure_cost
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guidances import Guidance
-from pilotfish.guides import Guide
+from pilotfish.guides import Guide, TinyGuide
 
 SMALL: dict[str, Any] = {"samples": 3, "num_inference_steps": 2, "batch_size": 2}
 ERROR: dict[str, Any] = {"validation_prompts": ["cat", "a"], "guidance_scales": (4.0,)}
@@ -113,6 +113,37 @@ def test_bad_input_is_refused_before_any_work(
 def test_no_model(moved: Guide, scorer: Scorer) -> None:
     with pytest.raises(ValueError, match="no model"):
         evaluate({}, moved, guide_name="tiny", command="", scorer=scorer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clip": "gone"}, "no CLIP in gone"),
+        ({"inception_weights": "gone.pth"}, "no Inception weights in gone.pth"),
+        ({"inception_weights": "gone.pth", "models": ["base", "watercolour"]}, "of each model"),
+        ({"refresh": -1}, "refresh must be"), ({"batch_size": 0}, "batch_size must be"),
+        ({"teacher": "v_prediction"}, "made for another denoiser"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_refuses_bad_input_before_the_timing(
+    models: dict[str, ModelSource], make_pipe: Callable[..., Any], moved: Guide, scorer: Scorer,
+    names: list[str], change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name in ("measure_cost", "evaluate_model"):
+        monkeypatch.setattr(f"pilotfish.evaluation.run.{name}", pytest.fail)
+    wanted, guide = change.pop("models", ["base"]), moved
+    if prediction_type := change.pop("teacher", None):
+        guide = TinyGuide.for_denoiser(make_pipe().unet, prediction_type)
+    with pytest.raises(ValueError, match=message):
+        evaluate(
+            {name: models[name] for name in wanted}, guide, guide_name="", command="",
+            prompts=names, names=names, scorer=scorer, **{**SMALL, **ERROR, **change},
+        )  # fmt: skip
+
+
+def test_reference_images_are_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no metadata\.jsonl"):
+        ModelSource(pytest.fail, tmp_path)
 
 
 class Stopped(Exception):

@@ -15,17 +15,26 @@ from safetensors.torch import load_file, save_file
 from pilotfish import checksums
 from pilotfish.training.checkpoint import (
     CheckpointError,
+    atomic_folder,
     list_checkpoints,
     load_checkpoint,
-    module_tensors,
     optimizer_state,
     prune_checkpoints,
     restore_optimizer,
-    save_checkpoint,
+    write_state,
 )
 
 TENSORS = {"model.a": torch.arange(6.0).reshape(2, 3), "model.b.c": torch.tensor(7)}
 FACTS = {"seed": 3, "history": [{"loss": 0.5}]}
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]
+) -> Path:
+    final = folder / f"checkpoint-{step}"
+    with atomic_folder(final) as aside:
+        write_state(aside, step, tensors, facts)
+    return final
 
 
 def steps(folder: Path) -> list[int]:
@@ -178,7 +187,8 @@ def test_a_resumed_optimizer_continues_bit_for_bit(tmp_path: Path) -> None:
     model, optimizer = fresh()
     train(model, optimizer, range(3))
     tensors = {f"optimizer.{k}": v.clone() for k, v in optimizer_state(optimizer).items()}
-    saved = save_checkpoint(tmp_path, 3, tensors | module_tensors({"model": model}), {})
+    tensors |= {f"model.{k}": v for k, v in model.state_dict().items()}
+    saved = save_checkpoint(tmp_path, 3, tensors, {})
     train(model, optimizer, range(3, 6))
 
     again, optimizer = fresh()

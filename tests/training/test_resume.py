@@ -106,6 +106,32 @@ def test_another_run_is_refused_and_changes_nothing(
     assert len(list_checkpoints(folder)) == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({}, ConfigError, "holds the checkpoints of an earlier run"),
+        ({"resume": "{run}/checkpoint-2"}, ConfigError, "later than checkpoint-2, up to"),
+        ({"resume": "{run}/checkpoint-9"}, CheckpointError, "there is no such folder"),
+        ({"output": "{run}/new", "prompts": "{run}/gone.txt"}, ValueError, "gone.txt"),
+        (
+            {"output": "{run}/new", "training_samples": "noised", "train_images": "{run}"},
+            ValueError, "has no metadata.jsonl",
+        ),
+    ],
+)  # fmt: skip
+def test_it_is_refused_before_the_base_is_loaded(
+    config: DistillConfig, settings: dict[str, str], error: type[Exception], words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for step in (2, 4):
+        (Path(config.output) / f"checkpoint-{step}").mkdir(parents=True)
+    for place in ("bundled.load_model", "load_pipeline"):
+        monkeypatch.setattr(f"pilotfish.training.context.{place}", pytest.fail)
+    given = {name: value.format(run=config.output) for name, value in settings.items()}
+    with pytest.raises(error, match=words):
+        stages.distill(replace(config, **given))
+
+
 def test_a_validation_that_fails_loses_nothing(
     config: DistillConfig, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,7 +203,8 @@ class Backbone(FamilyPipeline):
 
         Raises:
             GuideError: the denoiser lacks a module that the guide names, or has one that cannot
-                be extrapolated. No hook is left behind.
+                be extrapolated; or the guide's joint attention is not implemented for it. No hook
+                is left behind.
         """
         if guide.joint_attention not in self.joint_attention:
             raise GuideError(

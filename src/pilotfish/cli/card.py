@@ -143,7 +143,7 @@ def _figures(result: Result) -> Iterator[tuple[str, str, str, float]]:
     for name, model in result.models.items():
         yield name, "guidance_error", "guidance error", model.guidance_error.mean
         if model.scores["cfg"].top1 > model.scores["none"].top1:  # else CFG gains nothing
-            yield name, "gain_kept", "CFG gain retained", model.gain_kept
+            yield name, "gain_kept", "CFG gain kept", model.gain_kept
         yield name, "top1", "top-1 retrieval accuracy", model.scores["guided"].top1
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from pilotfish import bundled
 from pilotfish.evaluation.results import Cost, Result
 from pilotfish.evaluation.speed import measure_cost
-from pilotfish.evaluation.tables import LEGEND, number, percent, retained
+from pilotfish.evaluation.tables import LEGEND, kept, number, percent
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guides import Guide
 from pilotfish.pipelines import Refreshed
@@ -172,14 +172,14 @@ def recorded_table() -> dict[str, Any] | None:
         [
             name,
             *(percent(model.scores[mode].top1) for mode in GuidanceMode),
-            retained(model),
+            kept(model),
             number(model.guidance_error.mean),
         ]
         for name, model in result.models.items()
     ]
     return {
         "headings": [
-            "model", "top-1, no guidance", "top-1, CFG", "top-1, guided", "CFG gain retained",
+            "model", "top-1, no guidance", "top-1, CFG", "top-1, guided", "CFG gain kept",
             "guidance error",
         ],
         "rows": rows, "run": result.run, "guide": result.guide,

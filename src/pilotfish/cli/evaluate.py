@@ -154,7 +154,7 @@ def _own_guide(config: EvaluateConfig) -> tuple[str, ...]:
 
 
 def _check(config: EvaluateConfig) -> None:
-    """Refuse options that exclude one another.
+    """Refuse options that exclude one another, and files that cannot be written.
 
     Raises:
         ValueError: naming them.
@@ -174,6 +174,10 @@ def _check(config: EvaluateConfig) -> None:
     for flag in ("grid", "clip", "inception_weights"):
         if chosen and getattr(config, flag) is not None:
             raise ValueError(f"--{flag} has no effect with {chosen[0]}")
+    for flag in ("output", "grid"):
+        path = getattr(config, flag)
+        if path is not None and Path(path).is_dir():
+            raise ValueError(f"--{flag} {path} is a folder; give the name of a file")
 
 
 def _measure(config: EvaluateConfig, models: Any, **same: Any) -> Measured:

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from pilotfish import bundled
 from pilotfish.cli import own_baselines
 from pilotfish.errors import in_brief
 from pilotfish.guides import Guide
 from pilotfish.pipelines.attach import check
-from pilotfish.pipelines.loading import load_pipeline, use_deterministic_scheduler
+from pilotfish.pipelines.loading import (
+    check_pipeline,
+    load_pipeline,
+    use_deterministic_scheduler,
+)
 from pilotfish.pipelines.sampling import Attachable
 
 if TYPE_CHECKING:  # sample and app are installed without what evaluation needs
@@ -28,12 +31,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 def open_model(name: str, dtype: Dtype = "float32", variant: str | None = None) -> Any:
     """A bundled model (one of ``bundled.model_names()``) or a pipeline's folder or hub id."""
-    is_bundled = name in bundled.model_names()
-    pipe = bundled.load_model(name) if is_bundled else load_pipeline(name, variant=variant)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):  # diffusers' own method logs a warning
-            nn.Module.to(part, dtype=getattr(torch, dtype))
-    return pipe
+    precision = getattr(torch, dtype)
+    if name in bundled.model_names():
+        return bundled.load_model(name, precision)
+    return load_pipeline(name, variant=variant, dtype=precision)
 
 
 def model_on_device(name: str, dtype: Dtype = "float32", variant: str | None = None) -> Any:
@@ -51,7 +52,9 @@ def model_sources(
     order.
 
     Raises:
-        ValueError: more folders than such models, or two models of one name.
+        ValueError: more folders than such models, or two models of one name; or a folder without
+            ``metadata.jsonl``.
+        PipelineError: there is no such model.
     """
     from pilotfish.evaluation.images import ModelSource
 
@@ -65,6 +68,8 @@ def model_sources(
             folder: Path | None = bundled.images(name)
         else:
             folder = Path(folders.pop(0)) if folders and not is_bundled else None
+        if not is_bundled:
+            check_pipeline(name)  # its turn may come hours later
         models[called] = ModelSource(partial(model_on_device, name, dtype, variant), folder)
     if folders:
         raise ValueError(f"--reference_images {folders[0]} belongs to no model")

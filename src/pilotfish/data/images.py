@@ -34,6 +34,18 @@ class CaptionedImages:
         return len(self.captions)
 
 
+def metadata_file(folder: str | Path) -> Path:
+    """The file of a folder's captions.
+
+    Raises:
+        ValueError: there is none.
+    """
+    index = Path(folder) / "metadata.jsonl"
+    if not index.is_file():
+        raise ValueError(f'{folder} has no metadata.jsonl (one {{"file_name", "text"}} a line)')
+    return index
+
+
 def load_images(
     folder: str | Path, size: int | None = None, skip_missing: bool = False
 ) -> CaptionedImages:
@@ -47,10 +59,7 @@ def load_images(
         ValueError: there is no ``metadata.jsonl``, it names no image, a file is not an image or a
             row has no text.
     """
-    folder = Path(folder)
-    index = folder / "metadata.jsonl"
-    if not index.is_file():
-        raise ValueError(f'{folder} has no metadata.jsonl (one {{"file_name", "text"}} a line)')
+    folder, index = Path(folder), metadata_file(folder)
     arrays, captions, skipped = [], [], 0
     for number, line in enumerate(text_lines(index), 1):
         place = f"{index}, line {number}"

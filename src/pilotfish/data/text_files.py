@@ -2,7 +2,7 @@
 
 UTF-8 and UTF-16 or UTF-32 with a byte order mark are read. Without a mark, UTF-16 and UTF-32 are
 read if one of them is the only plausible encoding. Everything else, such as a Windows code page,
-is refused, because no file says which one it is in.
+is refused, because no file says which one it is in. UTF-8 is written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from stat import S_ISREG
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, mkstemp
 from typing import IO, Any
 from unicodedata import category
 
@@ -80,6 +80,27 @@ def text_lines(path: str | Path) -> Iterator[str]:
     """The lines of a text file, see :func:`open_utf8` and :func:`read_lines`."""
     with open_utf8(path) as file:
         yield from read_lines(file, describe(path))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8, all of it or nothing: the file that was there stays until the end. Its folder is
+    made where it is missing.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def describe(path: str | Path) -> str:

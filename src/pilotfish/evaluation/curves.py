@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pilotfish.evaluation.clip import Scorer
-from pilotfish.evaluation.images import ModelScorer, ModelSource, Progress
+from pilotfish.evaluation.images import ModelScorer, ModelSource, Progress, check_methods
 from pilotfish.evaluation.processes import on_main
 from pilotfish.evaluation.results import (
     CurveResult,
@@ -33,7 +33,7 @@ from pilotfish.guides import Guide
 from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.loading import use_deterministic_scheduler
 from pilotfish.pipelines.sampling import Attachable
-from pilotfish.refresh import RefreshSteps
+from pilotfish.refresh import RefreshSteps, check_refresh
 from pilotfish.teacher import checksum
 
 TIMED_BATCH = 8
@@ -105,7 +105,7 @@ def score_steps(
     Raises:
         ValueError: no model, no number of steps, no round, a w of at most 1; and as
             :class:`ModelScorer`.
-        GuideError: a guide does not fit a model.
+        GuideError: ``refresh`` is invalid, or a guide does not fit a model.
     """
     if not steps or min(steps) < 1:
         raise ValueError("at least one number of steps is needed, each at least 1")
@@ -126,7 +126,7 @@ def score_guidance_scales(
     Raises:
         ValueError: no model, no guidance scale, a guide for another number of steps; and as
             :class:`ModelScorer`.
-        GuideError: a guide does not fit a model.
+        GuideError: ``refresh`` is invalid, or a guide does not fit a model.
     """
     if not guidance_scales:
         raise ValueError("at least one guidance scale is needed")
@@ -168,6 +168,7 @@ def _score(
     """
     if not models:
         raise ValueError("there is no model to evaluate on")
+    refresh = refresh if refresh is None else check_refresh(refresh)
     scorer, parts = scorer or Scorer.bundled(), PartialResults(unfinished)
     all_methods = {"none": Method({None: None}, unguided=True), "cfg": Method({None: None})}
     all_methods |= {name: Method.of(guides, refresh) for name, guides in methods.items()}
@@ -184,6 +185,12 @@ def _score(
             pipe, scorer, prompts=names, names=names, reference_images=source.reference_images,
             samples=samples, seed=seed, batch_size=batch_size,
         )  # fmt: skip
+        served = {
+            id(method.guide(one.num_inference_steps)): method.attachable(one.num_inference_steps)
+            for method in all_methods.values()
+            for one in _of_method(method, settings, setting)
+        }
+        check_methods(pipe, served.values())
         facts |= {
             "weights": parts.checksums({**modules(pipe), "scorer": scorer.model}),
             "reference_images": source.reference_images,

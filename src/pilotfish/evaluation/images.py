@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from pilotfish import bundled
 from pilotfish.backbones import Backbone
-from pilotfish.data.images import from_pixels, load_images
+from pilotfish.data.images import from_pixels, load_images, metadata_file
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.metrics import ScoreMeter, indices
 from pilotfish.evaluation.processes import (
@@ -40,10 +40,17 @@ class ModelSource:
     Attributes:
         load: returns the pipeline.
         reference_images: folder of real images in its style; None: no Fréchet distance.
+
+    Raises:
+        ValueError: that folder has no ``metadata.jsonl``.
     """
 
     load: Callable[[], Any]
     reference_images: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.reference_images is not None:
+            metadata_file(self.reference_images)
 
 
 def bundled_models() -> dict[str, ModelSource]:
@@ -125,6 +132,18 @@ def guidance_modes(
         GuidanceMode.CFG: (guidance_scale, reference),
         GuidanceMode.GUIDED: (guidance_scale, guide),
     }
+
+
+def check_methods(pipe: Any, methods: Iterable[Attachable | None]) -> None:
+    """Whether a pipeline takes each of them; each is attached once, before anything is sampled.
+
+    Raises:
+        ValueError, GuideError: it does not.
+    """
+    for method in methods:
+        if method is not None:
+            with method.attached(pipe):
+                pass
 
 
 def draw_modes(

@@ -232,7 +232,7 @@ class LatentMeter:
 
 
 def gain_kept(none: float, cfg: float, guided: float) -> float:
-    """``(guided - none) / (cfg - none)``, the CFG gain retained.
+    """``(guided - none) / (cfg - none)``, the CFG gain kept.
 
     Above 1 the guide surpasses CFG. Not a number where CFG gains nothing.
     """
@@ -243,7 +243,7 @@ def gain_kept_interval(
     none: torch.Tensor, cfg: torch.Tensor, guided: torch.Tensor, *, prompt: torch.Tensor,
     resamples: int = 2000,
 ) -> Interval:  # fmt: skip
-    """The 95 % interval of the CFG gain retained, by bootstrap over prompts.
+    """The 95 % interval of the CFG gain kept, by bootstrap over prompts.
 
     Images of one prompt are not independent, so whole prompts are resampled (a cluster
     bootstrap). Not a number with fewer than two prompts, or where CFG gains nothing.

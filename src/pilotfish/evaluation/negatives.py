@@ -31,6 +31,7 @@ from pilotfish.evaluation.run import as_json, dtype_name
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
 from pilotfish.pipelines import Reference, Refreshed
+from pilotfish.pipelines.attach import check
 from pilotfish.refresh import RefreshSteps, check_refresh
 
 CONDITIONS = ("conditioned", "ignoring", "null", "none", "none_null")
@@ -126,13 +127,14 @@ def evaluate_negatives(
 
     Raises:
         ValueError: no model, prompts that make no pairs, a w of at most 1.
+        GuideError: ``refresh`` is invalid, or the guide does not fit a model.
     """
     if not models:
         raise ValueError("there is no model to evaluate on")
     if guidance_scale <= 1:
         raise ValueError(f"a negative prompt has no effect at w = {guidance_scale:g}")
     scorer, negative_prompts = scorer or Scorer.bundled(), pairs(prompts)
-    refresh = check_refresh(refresh)
+    refresh, _ = check_refresh(refresh), total_batch_size(batch_size)
     parts, results, size, dtype = PartialResults(unfinished), {}, None, "float32"
     same: dict[str, Any] = {
         "seed": seed, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps,
@@ -141,6 +143,7 @@ def evaluate_negatives(
     weights = parts.checksums({"guide": guide})  # before a model changes its precision
     for name, source in models.items():
         pipe = source.load()
+        check(guide, pipe)
         size, dtype = size or GuideSize.of(guide, pipe, guide_name), dtype_name(pipe)
         measure = partial(
             evaluate_negatives_of_model, pipe, guide, prompts, negative_prompts, scorer,

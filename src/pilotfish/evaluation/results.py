@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -24,6 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from pilotfish.backbones import Backbone
+from pilotfish.data.text_files import write_text
 from pilotfish.evaluation.processes import is_main, on_main
 from pilotfish.guidance_error import GuidanceError
 from pilotfish.teacher import checksum
@@ -59,7 +58,7 @@ class Saved:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        _write(Path(path), self.to_json())
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -308,7 +307,7 @@ class PartialResults:
             made = measure()
         self.parts[key] = json.loads(TypeAdapter(kind).dump_json(made))
         if is_main():
-            _write(self.file, json.dumps(self.parts, indent=1))
+            write_text(self.file, json.dumps(self.parts, indent=1))
         return made
 
     def _read(self) -> dict[str, Any]:
@@ -369,19 +368,3 @@ def _nulls_to_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_nulls_to_nan(v) for v in value]
     return math.nan if value is None else value
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing: the file that was there stays until the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -47,7 +47,10 @@ from pilotfish.guidance_error import SCALES, Trajectories, pipeline_guidance_err
 from pilotfish.guidances import CFG
 from pilotfish.guides import Guide
 from pilotfish.pipelines import Reference, Refreshed
+from pilotfish.pipelines.attach import check
 from pilotfish.refresh import RefreshSteps, check_refresh
+
+NO_REFERENCE = "Inception FID needs a folder of reference images of each model"
 
 
 def evaluate_model(
@@ -179,12 +182,15 @@ def evaluate(
 
     Raises:
         ValueError: no model; and as :func:`evaluate_model`.
+        GuideError: the guide does not fit a model.
     """
     if not models:
         raise ValueError("there is no model to evaluate on")
     _check(samples, guidance_scale)
     refresh = check_refresh(refresh)
-    total_batch_size(settings.get("batch_size", 1))  # or it would only be refused after the timing
+    # or these would only be refused after the timing
+    total_batch_size(settings.get("batch_size", 1))
+    _check_further(settings.get("inception_weights"), settings.get("clip"), models)
     scorer = scorer or Scorer.bundled()
     parts = PartialResults(unfinished)
     weights = parts.checksums({"guide": guide})  # before a model changes its precision
@@ -198,6 +204,7 @@ def evaluate(
     }  # fmt: skip
     for name, source in models.items():
         pipe = source.load()
+        check(guide, pipe)
         networks = parts.checksums({**modules(pipe), "scorer": scorer.model})
         facts = same | settings | {
             "samples": samples, "seed": seed, "reference_images": source.reference_images,
@@ -241,13 +248,25 @@ def _check(samples: int, guidance_scale: float) -> None:
         raise ValueError(f"at least two samples are needed, not {samples}")
 
 
+def _check_further(
+    weights: str | Path | None, clip: str | Path | None, models: Mapping[str, ModelSource]
+) -> None:
+    """Open what further scores need once, so that a wrong path is refused before the timing."""
+    if weights is not None:
+        if any(source.reference_images is None for source in models.values()):
+            raise ValueError(NO_REFERENCE)
+        InceptionFID(weights, None)
+    if clip is not None:
+        Scorer.from_folder(clip)
+
+
 def _further_meters(
     weights: str | Path | None, clip: str | Path | None, reference: torch.Tensor | None
 ) -> dict[str, dict[str, InceptionFID | ClipScore]]:
     meters: dict[str, dict[str, InceptionFID | ClipScore]] = {}
     if weights is not None:
         if reference is None:
-            raise ValueError("Inception FID needs a folder of reference images")
+            raise ValueError(NO_REFERENCE)
         meters["fid"] = {mode: InceptionFID(weights, reference) for mode in GuidanceMode}
     if clip is not None:
         scorer = Scorer.from_folder(clip)

@@ -21,7 +21,7 @@ from pilotfish.guidance import GuidanceMode
 
 LEGEND = (
     "*Top-1*: retrieval accuracy, the share of images whose prompt a small CLIP ranks first among "
-    "all names; it takes no part in training. *w*: the guidance scale. *CFG gain retained*: the "
+    "all names; it takes no part in training. *w*: the guidance scale. *CFG gain kept*: the "
     "share of CFG's gain in top-1 over no guidance, with its 95 % interval. *Guidance error*: "
     "squared distance of the guided prediction to CFG's, along CFG trajectories of held-out "
     "prompts, relative to that without guidance; 0 is CFG."
@@ -39,12 +39,18 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f} %" if math.isfinite(value) else "–"
 
 
-def retained(model: ModelResult) -> str:
-    """The CFG gain retained with its interval: ``81 % (74–88)``."""
-    ends = (model.gain_kept_interval.low, model.gain_kept_interval.high)
-    if not all(map(math.isfinite, ends)):
-        return percent(model.gain_kept)
-    return f"{percent(model.gain_kept)} ({100 * ends[0]:.0f}–{100 * ends[1]:.0f})"
+def with_interval(value: float, low: float, high: float) -> str:
+    """A share of 1 in per cent with its interval, ``81 % (74–88)``; without it where an end is not
+    a number, and a dash where the share is none."""
+    if not math.isfinite(value + low + high):
+        return percent(value)
+    return f"{percent(value)} ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def kept(model: ModelResult) -> str:
+    """The CFG gain kept, with its interval."""
+    interval = model.gain_kept_interval
+    return with_interval(model.gain_kept, interval.low, interval.high)
 
 
 def flops(value: float) -> str:
@@ -88,7 +94,7 @@ def result_table(result: Result) -> Group:
     )
 
 
-AGREEMENT = ("guidance error", "latent MSE ratio", "CFG gain retained", "by cosine",
+AGREEMENT = ("guidance error", "latent MSE ratio", "CFG gain kept", "by cosine",
              "PSNR none / guided", "SSIM", "cosine to CFG")  # fmt: skip
 
 
@@ -97,7 +103,7 @@ def agreement_rows(result: Result) -> list[tuple[str, ...]]:
     return [
         (
             name, number(model.guidance_error.mean, 3), number(model.latent_mse_ratio, 3),
-            retained(model), percent(model.gain_kept_cosine),
+            kept(model), percent(model.gain_kept_cosine),
             " / ".join(number(model.agreement[mode].psnr, 1) for mode in ("none", "guided")),
             number(model.agreement["guided"].ssim), number(model.agreement["guided"].cosine),
         )
@@ -146,13 +152,13 @@ def markdown_table(result: Result) -> str:
     """The result in short, for a README: a row for each model."""
     w, cost = result.run.guidance_scale, result.cost
     lines = [
-        f"| w = {w:g} | no guidance | CFG | **guided** | CFG gain retained | guidance error |",
+        f"| w = {w:g} | no guidance | CFG | **guided** | CFG gain kept | guidance error |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, model in result.models.items():
         cells = [percent(model.scores[mode].top1) for mode in GuidanceMode]
         cells[-1] = f"**{cells[-1]}**"
-        cells += [retained(model), number(model.guidance_error.mean)]
+        cells += [kept(model), number(model.guidance_error.mean)]
         lines.append(f"| top-1, {name} | " + " | ".join(cells) + " |")
     passes = (f"{cost.passes[mode]:g}" for mode in GuidanceMode)
     lines.append("| denoiser passes | {} | {} | **{}** | | |".format(*passes))

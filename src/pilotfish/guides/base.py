@@ -208,18 +208,32 @@ class Guide(ModelMixin, ConfigMixin):
 
         Returns:
             The guide, so that ``guide = Guide.from_pretrained(...).attach(pipe)`` can be detached.
+
+        Raises:
+            GuideError: ``refresh`` is none of those, or needs the weaker model of AutoGuidance,
+                which the guide does not hold; a guide is attached already; the pipeline's guidance
+                cannot be turned off; the guide was made for another denoiser, or extrapolates
+                attention in a way that is not implemented for this one.
         """
         attach(self, pipe, refresh)
         return self
 
     def detach(self, pipe: Any) -> None:
-        """Take the guide off; classifier-free guidance is back, bit for bit."""
+        """Take the guide off; classifier-free guidance is back, bit for bit.
+
+        Raises:
+            GuideError: no guide is attached, or another, or a call of the pipeline is running.
+        """
         detach(pipe, self)
 
     def attached(
         self, pipe: Any, refresh: RefreshSteps | None = None
     ) -> AbstractContextManager[Any]:
-        """``with guide.attached(pipe): ...`` attaches for the length of a block."""
+        """``with guide.attached(pipe): ...`` attaches for the length of a block.
+
+        Raises:
+            GuideError: as :meth:`attach`; and at the end of the block as :meth:`detach`.
+        """
         return attached(self, pipe, refresh)
 
     def save_pretrained(  # type: ignore[override]

@@ -53,9 +53,10 @@ def attach(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None)
             which, counted from 0. Left out: the ratio that the guide's configuration names.
 
     Raises:
-        GuideError: ``refresh`` is none of those; the pipeline's guidance cannot be turned off,
-            another guide is attached already, or the guide was made for another denoiser. The
-            pipeline and its denoiser stay as they were.
+        GuideError: ``refresh`` is none of those, or needs the weaker model of AutoGuidance, which
+            the guide does not hold; a guide is attached already; the pipeline's guidance cannot be
+            turned off; the guide was made for another denoiser, or extrapolates attention in a way
+            that is not implemented for this one. The pipeline and its denoiser stay as they were.
     """
     if isinstance(pipe, Guided):
         raise GuideError("this pipeline has a guide already; detach it first")
@@ -96,7 +97,11 @@ def detach(pipe: Any, guide: GuideProtocol | None = None) -> None:
 
 @contextmanager
 def attached(guide: GuideProtocol, pipe: Any, refresh: RefreshSteps | None = None) -> Iterator[Any]:
-    """Attach for the length of a block, whatever happens in it."""
+    """Attach for the length of a block, whatever happens in it.
+
+    Raises:
+        GuideError: as :func:`attach`; and at the end of the block as :func:`detach`.
+    """
     attach(guide, pipe, refresh)
     try:
         yield pipe

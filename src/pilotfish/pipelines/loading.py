@@ -46,11 +46,7 @@ def load_pipeline(
         PipelineError: there is none, or it cannot be read; it names the variants that are there.
     """
     where = Path(pretrained_model_name_or_path)
-    if where.is_file():
-        raise PipelineError(
-            f"{where} is a single file; make a folder of it once, with its pipeline's class: "
-            f"StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
-        )
+    check_pipeline(pretrained_model_name_or_path)
     try:
         given = {} if denoiser else _without_weights(pretrained_model_name_or_path)
         pipe = DiffusionPipeline.from_pretrained(
@@ -70,6 +66,26 @@ def load_pipeline(
             nn.Module.to(part, (vae_dtype or dtype) if name == "vae" else dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_pipeline(pretrained_model_name_or_path: str | Path) -> None:
+    """Whether there is a pipeline; of its files only the index is read.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    where = Path(pretrained_model_name_or_path)
+    if where.is_file():
+        raise PipelineError(
+            f"{where} is a single file; make a folder of it once, with its pipeline's class: "
+            f"StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+        )
+    try:
+        DiffusionPipeline.load_config(pretrained_model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise PipelineError(
+            f"no pipeline could be loaded from {pretrained_model_name_or_path}: {in_brief(error)}"
+        ) from error
 
 
 def load_denoiser(

@@ -91,30 +91,9 @@ class CheckpointManager:
                     "base_sha256": self.base_sha256, "begun_sha256": self.begun_sha256,
                     "settings": self.settings,
                 }  # fmt: skip
-                _write(folder, step, state, facts)
+                write_state(folder, step, state, facts)
         if main:
             prune_checkpoints(self.folder, self.limit)
-
-    def find(self, resume: str | None, log: Callable[[str], None]) -> Path | None:
-        """The checkpoint to resume from.
-
-        Raises:
-            ConfigError: the folder holds later ones than the named one; the next
-                ``--resume latest`` would take those.
-        """
-        kept = list_checkpoints(self.folder)
-        if resume is None:
-            return None
-        if resume != "latest":
-            if Path(resume).resolve() in [p.resolve() for p in kept[:-1]]:
-                raise ConfigError(
-                    f"{self.folder} holds checkpoints later than {Path(resume).name}, up to "
-                    f"{kept[-1].name}: delete those, or give another --output"
-                )
-            return Path(resume)
-        if not kept:
-            log(f"no checkpoint in {self.folder}; starting from the beginning")
-        return kept[-1] if kept else None
 
     def stream_count(self, configured: int | None, checkpoint: Path | None) -> int:
         """Streams of the run: as configured, or as in the checkpoint, or one per process."""
@@ -149,6 +128,38 @@ class CheckpointManager:
             for number in streams.rings:  # new streams start as copies of saved ones
                 name = saved[number % len(saved)]
                 streams.load(number, _read(path / f"{STREAM}{name}.safetensors", name))
+
+
+def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint from which a run in a folder resumes; None: it starts from the beginning.
+
+    Args:
+        resume: ``latest`` or a checkpoint's folder; None: not at all.
+
+    Raises:
+        ConfigError: the run would not resume, but the folder holds checkpoints of an earlier one;
+            or it holds later ones than the named one, which the next ``--resume latest`` would
+            take.
+        CheckpointError: the named one does not exist.
+    """
+    kept = list_checkpoints(folder)
+    if resume is None:
+        if kept:
+            raise ConfigError(
+                f"{folder} holds the checkpoints of an earlier run; --resume latest continues it, "
+                "another --output keeps it"
+            )
+        return None
+    if resume == "latest":
+        return kept[-1] if kept else None
+    if not Path(resume).is_dir():
+        raise CheckpointError(f"--resume {resume}: there is no such folder")
+    if Path(resume).resolve() in [p.resolve() for p in kept[:-1]]:
+        raise ConfigError(
+            f"{folder} holds checkpoints later than {Path(resume).name}, up to {kept[-1].name}: "
+            "delete those, or give another --output"
+        )
+    return Path(resume)
 
 
 @contextmanager
@@ -190,14 +201,13 @@ def atomic_folder(
         ) from error
 
 
-def save_checkpoint(
+def write_state(
     folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
-) -> Path:
-    """Write ``folder/checkpoint-<step>`` from one process; raises as :func:`atomic_folder`."""
-    final = folder / f"{PREFIX}{step}"
-    with atomic_folder(final) as aside:
-        _write(aside, step, tensors, facts)
-    return final
+) -> None:
+    """Write ``state.safetensors`` and ``state.json`` into the folder of a checkpoint."""
+    text = json.dumps({"step": step, **facts})
+    save_with_checksum(tensors, folder / "state.safetensors", json.loads(text))
+    (folder / "state.json").write_text(text, encoding="utf-8")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -270,24 +280,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Any])
     optimizer.load_state_dict(whole)
 
 
-def module_tensors(modules: Mapping[str, torch.nn.Module]) -> Tensors:
-    """State dicts of several modules as one flat mapping ``<module>.<key>``."""
-    return {f"{name}.{k}": v for name, m in modules.items() for k, v in m.state_dict().items()}
-
-
 def _read(path: Path, config: Any) -> Tensors:
     with safe_open(str(path), "pt") as file:
         if METADATA_KEY not in (file.metadata() or {}):
             raise ValueError(f"{path.name} has no checksum")
     return load_with_checksum(path, config)
-
-
-def _write(
-    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
-) -> None:
-    text = json.dumps({"step": step, **facts})
-    save_with_checksum(tensors, folder / "state.safetensors", json.loads(text))
-    (folder / "state.json").write_text(text, encoding="utf-8")
 
 
 def _remove(folder: Path) -> None:

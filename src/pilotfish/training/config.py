@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from pilotfish.data.text_files import write_text
 from pilotfish.guidances import CFG, Guidance
 from pilotfish.guides import Guide
 from pilotfish.training.fields import (
@@ -179,9 +180,7 @@ class TrainingConfig:
 
     def save(self, path: Path) -> None:
         """Write as JSON; :meth:`load` and ``--config`` read it."""
-        aside = path.with_name(f".{path.name}.part")
-        aside.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 from pilotfish import bundled
 from pilotfish.backbones import Backbone
 from pilotfish.conditioning import Prompts, encoded
-from pilotfish.data.images import from_pixels, load_images
+from pilotfish.data.images import from_pixels, load_images, metadata_file
 from pilotfish.data.prompts import ConcatTexts, open_prompts
 from pilotfish.guidances import CFG, Guidance
 from pilotfish.guides import Guide
@@ -122,22 +122,15 @@ class TrainingContext:
         """
         base = config.pretrained_model_name_or_path
         is_bundled = base is None or bundled.is_base(base)
+        noised = getattr(config, "training_samples", None) == "noised"
         images = getattr(config, "train_images", None)
-        if base is None or is_bundled:
-            pipe: Any = bundled.load_model(base or "base")
-        else:
-            if config.prompts is None:
-                raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
-            if images is None and getattr(config, "training_samples", None) == "noised":
-                raise ConfigError(
-                    "--training_samples noised needs --train_images with a base of your own: a "
-                    "folder with metadata.jsonl"
-                )
-            # the denoiser last: text encoders and denoiser need not be in memory together
-            pipe = load_pipeline(
-                base, variant=config.variant, dtype=BASE_DTYPES[config.base_dtype],
-                vae_dtype=torch.float32, denoiser=config.cache_embeddings is None,
-            )  # fmt: skip
+        if not is_bundled and config.prompts is None:
+            raise ConfigError("--prompts is needed with a base of your own: one prompt a line")
+        if not is_bundled and noised and images is None:
+            raise ConfigError(
+                "--training_samples noised needs --train_images with a base of your own: a "
+                "folder with metadata.jsonl"
+            )
 
         def given(where: str) -> Sequence[str]:
             return open_prompts(
@@ -152,6 +145,16 @@ class TrainingContext:
             validation = bundled.prompts("held_out") if held_out else prompts[:64]
         if images is None and is_bundled:
             images = bundled.images(base or "base")
+        if images is not None and noised:
+            metadata_file(images)  # refuses before the base is loaded
+        if base is None or is_bundled:
+            pipe: Any = bundled.load_model(base or "base")
+        else:
+            # the denoiser last: text encoders and denoiser need not be in memory together
+            pipe = load_pipeline(
+                base, variant=config.variant, dtype=BASE_DTYPES[config.base_dtype],
+                vae_dtype=torch.float32, denoiser=config.cache_embeddings is None,
+            )  # fmt: skip
         made = cls(pipe, prompts, validation, images and Path(images), held_out)
         if config.cache_embeddings is not None:
             made.cast(BASE_DTYPES[config.base_dtype])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pilotfish.backbones import portable_path
+from pilotfish.data.text_files import write_text
 from pilotfish.training.config import ConfigError, DistillConfig, StepsConfig, TrainingConfig
 
 SMOOTHING = 0.98
@@ -56,14 +57,14 @@ class Progress:
     def add_validation(self, row: Mapping[str, float], folder: Path) -> None:
         """Add a validation and write all of them to ``folder/history.json``."""
         self.history.append({"step": self.step, "loss": self.smooth["loss"], **row})
-        (folder / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
+        write_text(folder / "history.json", json.dumps(self.history, indent=1) + "\n")
 
     def finish(self, batch: int, folder: Path, begun_sha256: str | None) -> None:
         """Write the cost of the finished run to ``folder/training.json``, and the SHA-256 of the
         trained guide that it began with; null for a new guide."""
         cost = {"steps": self.step, "samples": self.step * batch, "seconds": self.seconds}
         facts = cost | {"begun_sha256": begun_sha256}
-        (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+        write_text(folder / "training.json", json.dumps(facts, indent=1) + "\n")
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the step."""

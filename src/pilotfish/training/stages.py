@@ -23,6 +23,7 @@ from pilotfish.guides import Guide
 from pilotfish.interface import Refresh
 from pilotfish.noise import NoisePath
 from pilotfish.teacher import checksum
+from pilotfish.training.checkpoint import find_checkpoint
 from pilotfish.training.config import (
     ConfigError,
     DistillConfig,
@@ -249,9 +250,11 @@ def distill(config: DistillConfig) -> Guide:
 
     Raises:
         ConfigError: the guide of ``init_from`` is of another type, or a setting that is not at its
-            default differs from its own.
-        GuideError: it cannot be read, or was made for another base.
+            default differs from its own; and as :func:`find_checkpoint`.
+        CheckpointError: ``resume`` names a folder that does not exist.
+        GuideError: the guide of ``init_from`` cannot be read, or was made for another base.
     """
+    find_checkpoint(Path(config.output), config.resume)  # refuses before anything is loaded
     found = bundled.open_guide(config.init_from) if config.init_from else None
     if found is not None:
         config = with_settings_of(found, config)

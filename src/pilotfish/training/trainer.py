@@ -29,7 +29,12 @@ from pilotfish.guidance import draw_guidance_scales
 from pilotfish.guides import Guide
 from pilotfish.interface import TextConditions
 from pilotfish.teacher import checkpoint_in_pass, checksum
-from pilotfish.training.checkpoint import CheckpointManager, atomic_folder, list_checkpoints
+from pilotfish.training.checkpoint import (
+    CheckpointManager,
+    atomic_folder,
+    find_checkpoint,
+    list_checkpoints,
+)
 from pilotfish.training.config import ConfigError, TrainingConfig
 from pilotfish.training.context import ImageSize, TrainingContext
 from pilotfish.training.finetunes import FineTunes
@@ -106,7 +111,10 @@ class Trainer:
         context.use_resolutions(config.resolutions)
         self.sizes = context.sizes
         self.base_sha256 = context.place(config, self.accelerator.device)
-        self.teacher = context.teacher(guide.guidance)
+        self.finetunes = FineTunes(
+            context.denoiser, context.fine_tunes(config.train_finetunes), config.finetune_prob
+        )
+        self.teacher = context.teacher(guide.guidance)  # encodes the prompts, which may take long
         if config.gradient_checkpointing:
             context.denoiser.enable_gradient_checkpointing(checkpoint_in_pass)
         plain = config.base_quantization == "no"
@@ -114,9 +122,6 @@ class Trainer:
         self.begun_sha256 = checksum(guide) if self.begins_trained else None
         if (origin := Origin.of(context.denoiser)) is not None:
             guide.register_to_config(trained_on=origin.plain())
-        self.finetunes = FineTunes(
-            context.denoiser, context.fine_tunes(config.train_finetunes), config.finetune_prob
-        )
         rate = config.learning_rate or guide.learning_rate * self.rate_factor
         student = context.student(guide)
         self.hooks = [student.hooks]
@@ -206,21 +211,20 @@ class Trainer:
         """Train to ``max_train_steps``; save the averaged guide; return it.
 
         Raises:
+            ConfigError, CheckpointError: as of :func:`find_checkpoint`, or the checkpoint does not
+                go with the run.
             TrainingError: the loss is not finite, or the base has changed.
             Interrupted: SIGTERM or Ctrl-C; a checkpoint was saved first.
         """
-        if self.config.resume is None and list_checkpoints(self.folder):
-            raise ConfigError(
-                f"{self.folder} holds the checkpoints of an earlier run; --resume latest continues "
-                "it, another --output keeps it"
-            )
         try:
-            found = self.checkpoints.find(self.config.resume, self.log)
+            found = find_checkpoint(self.folder, self.config.resume)
+            if found is None and self.config.resume is not None:
+                self.log(f"no checkpoint in {self.folder}; starting from the beginning")
             self.streams = self.make_streams(found)
-            self.validating = self.validation()
             if found is not None:
                 self.checkpoints.load(found, self.streams)
                 self.log(f"resumed from {found} at step {self.progress.step}")
+            self.validating = self.validation()
             self._begin()
             self._train()
             self.finetunes.activate(0)

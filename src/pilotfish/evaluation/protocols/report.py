@@ -15,8 +15,7 @@ from pilotfish.evaluation.protocols.results import (
     ProtocolRow,
     ProtocolRun,
 )
-from pilotfish.evaluation.results import Interval
-from pilotfish.evaluation.tables import markdown, number, percent, terminal
+from pilotfish.evaluation.tables import markdown, number, percent, terminal, with_interval
 
 DICE = "arXiv 2502.03726"
 
@@ -63,18 +62,13 @@ COMPLIANCE = (
 )  # fmt: skip
 
 
-def share(kept: float, interval: Interval) -> str:
-    """A share with its interval: ``81 % (74–88)``; a dash for what is not a number."""
-    if not math.isfinite(interval.low + interval.high):
-        return percent(kept)
-    return f"{percent(kept)} ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
-
-
 def gain_cells(row: ProtocolRow) -> tuple[str, ...]:
     """A row under :data:`GAIN`."""
     clip, pick = (row.scores.get(name) for name in ("clip_score", "pickscore"))
     scores = [
-        (number(gain.mean), share(gain.kept, gain.interval)) if gain else ("–", "–")
+        (number(gain.mean), with_interval(gain.kept, gain.interval.low, gain.interval.high))
+        if gain
+        else ("–", "–")
         for gain in (clip, pick)
     ]
     return row.title, f"{row.passes:g}", *scores[0], number(row.fid), *scores[1]
@@ -84,7 +78,8 @@ def compliance_cells(row: ComplianceRow) -> tuple[str, ...]:
     """A row under :data:`COMPLIANCE`."""
     return (
         row.title, f"{row.passes:g}", number(row.without), number(row.with_negative),
-        number(row.suppression), share(row.kept, row.interval), number(row.clip_score),
+        number(row.suppression), with_interval(row.kept, row.interval.low, row.interval.high),
+        number(row.clip_score),
     )  # fmt: skip
 
 
