@@ -89,16 +89,17 @@ def test_a_guide_is_trained_further(
         unsaid = replace(again, output=str(tmp_path / f"unsaid-{len(part)}"), guide=part)
         assert same(distill(unsaid), further)
         assert load_settings(Path(unsaid.output)) == replace(unsaid, guide=config.guide)
+    other = replace(again, output=str(tmp_path / "other"))
     with pytest.raises(ConfigError, match=r"guide: rank is 4 in the guide, 8 in the configuration"):
-        distill(replace(again, guide={"rank": 8}))
+        distill(replace(other, guide={"rank": 8}))
     with pytest.raises(ConfigError, match=r": guide_type is tiny in the guide, full in the conf"):
-        distill(replace(again, guide_type="full", guide=None))
+        distill(replace(other, guide_type="full", guide=None))
     made = context("v_prediction")
     words = (
         r"^this TinyGuide was made for another denoiser: [^{]*prediction_type: guide epsilon, de"
     )
     with pytest.raises(GuideError, match=words):
-        distill(replace(again, output=str(tmp_path / "other")))
+        distill(other)
     made = context()
     with pytest.raises(ConfigError, match=r"Cannot continue training .*: training_samples is "):
         distill(replace(again, resume="latest", training_samples="on_policy"))
