@@ -52,7 +52,7 @@ def write_pages(root: Path) -> None:
     """Write the README and those documents of the repository whose results are there."""
     results, docs = root / "results", root / "docs"
     pages: dict[Path, tuple[str, Callable[[Path], str]]] = {
-        root / "README.md": ("frontier", lambda p: readme_text(*_frontiers(p))),
+        root / "README.md": ("frontier", lambda p: readme_text(*frontiers(p))),
         docs / "refresh.md": ("frontier", lambda p: refresh_page(FrontierResult.load(p), docs)),
         docs / "steps.md": ("steps", lambda p: steps_page(CurveResult.load(p), docs)),
         docs / "compare.md": ("compare", lambda p: compare_page(ComparisonResult.load(p), docs)),
@@ -65,7 +65,7 @@ def write_pages(root: Path) -> None:
             write_measured(page, text(file))
 
 
-def _frontiers(file: Path) -> list[FrontierResult]:
+def frontiers(file: Path) -> list[FrontierResult]:
     """That of the UNet, and that of the Stable Diffusion 3 where it is there."""
     files = (file, file.parent / "sd3" / file.name)
     return [FrontierResult.load(file) for file in files if file.is_file()]

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from baselines.frontier.results import FrontierResult
 from pilotfish.evaluation.results import Result
 from pilotfish.evaluation.tables import markdown_table
-from recipe.pages import readme_text
+from recipe.pages import frontiers, readme_text
 
 ROOT = Path(__file__).parent.parent
 FRONTIER = ROOT / "results" / "frontier.json"
@@ -18,9 +17,7 @@ FRONTIER = ROOT / "results" / "frontier.json"
 
 @pytest.mark.skipif(not FRONTIER.is_file(), reason="the frontier is not there")
 def test_its_figures_are_the_committed_frontier() -> None:
-    files = (FRONTIER, FRONTIER.parent / "sd3" / FRONTIER.name)
-    found = [FrontierResult.load(file) for file in files if file.is_file()]
-    assert readme_text(*found) in (ROOT / "README.md").read_text()
+    assert readme_text(*frontiers(FRONTIER)) in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.skipif(FRONTIER.is_file(), reason="the figures are those of the frontier")
