@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 from baselines.comparison.report import BUDGETS, comparison_markdown, pareto
@@ -24,45 +24,48 @@ from pilotfish.evaluation.grids import draw_models, sheet
 from pilotfish.evaluation.images import bundled_models
 from pilotfish.evaluation.plots import curve, save
 from pilotfish.evaluation.results import CurveResult, NegativeResult, Run
-from pilotfish.evaluation.tables import curve_markdown, percent
+from pilotfish.evaluation.tables import curve_markdown, markdown, percent, with_interval
 from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import Attachable
+from recipe.transformer import TransformerResult
 
 TARGETS = {"8": {"base": (0.95, 1.05), "": (0.90, 1.15)}, "16": {"base": (1.0, 1.0)}}
 """Of guides for few steps, by number of steps and by model, "" for a fine-tune: the least top-1
 and the largest fd_clip, relative to CFG with the most steps."""
 REFRESH = 3
 """Steps with both passes in the README."""
-MEASURED = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
 
 
-def write_measured(page: Path, text: str) -> None:
-    """Put a text between the two marks of a page.
+def write_measured(page: Path, name: str, text: str) -> None:
+    """Put a text between the two marks of a result in a page, ``<!-- measured: NAME -->`` and
+    ``<!-- /measured -->``.
 
     Raises:
-        ValueError: the page has no marks.
+        ValueError: the page has no such marks.
     """
-    before = page.read_text()
-    if not MEASURED.search(before):
-        raise ValueError(f"{page} has no <!-- measured --> and <!-- /measured -->")
-    page.write_text(MEASURED.sub(lambda m: m[1] + text.rstrip() + "\n" + m[2], before))
+    begin, end, before = f"<!-- measured: {name} -->\n", "<!-- /measured -->", page.read_text()
+    marks = re.compile(f"({begin}).*?({end})", re.DOTALL)
+    if not marks.search(before):
+        raise ValueError(f"{page} has no {begin.rstrip()} and {end}")
+    page.write_text(marks.sub(lambda m: m[1] + text.rstrip() + "\n" + m[2], before))
 
 
 def write_pages(root: Path) -> None:
     """Write the README and those documents of the repository whose results are there."""
     results, docs = root / "results", root / "docs"
-    pages: dict[Path, tuple[str, Callable[[Path], str]]] = {
-        root / "README.md": ("frontier", lambda p: readme_text(*frontiers(p))),
-        docs / "refresh.md": ("frontier", lambda p: refresh_page(FrontierResult.load(p), docs)),
-        docs / "steps.md": ("steps", lambda p: steps_page(CurveResult.load(p), docs)),
-        docs / "compare.md": ("compare", lambda p: compare_page(ComparisonResult.load(p), docs)),
-        docs / "method.md": ("negative", lambda p: negatives_text(NegativeResult.load(p))),
-        docs / "train.md": ("presets", lambda p: presets_markdown(PresetsResult.load(p))),
-        docs / "transformers.md": ("shapes", lambda p: transformers_markdown(ShapesResult.load(p))),
+    pages: dict[tuple[str, str], Callable[[Path], str]] = {
+        ("README.md", "frontier"): lambda p: readme_text(*frontiers(p)),
+        ("refresh.md", "frontier"): lambda p: refresh_page(FrontierResult.load(p), docs),
+        ("steps.md", "steps"): lambda p: steps_page(CurveResult.load(p), docs),
+        ("compare.md", "compare"): lambda p: compare_page(ComparisonResult.load(p), docs),
+        ("method.md", "negative"): lambda p: negatives_text(NegativeResult.load(p)),
+        ("train.md", "presets"): lambda p: presets_markdown(PresetsResult.load(p)),
+        ("transformers.md", "shapes"): lambda p: transformers_markdown(ShapesResult.load(p)),
+        ("transformers.md", "transformer"): lambda p: transformer_text(TransformerResult.load(p)),
     }
-    for page, (name, text) in pages.items():
+    for (page, name), text in pages.items():
         if (file := results / f"{name}.json").is_file():
-            write_measured(page, text(file))
+            write_measured((root if page == "README.md" else docs) / page, name, text(file))
 
 
 def frontiers(file: Path) -> list[FrontierResult]:
@@ -142,6 +145,32 @@ def negatives_text(found: NegativeResult) -> str:
         f"{found.run.samples} held-out pairs, w = {scales}, {found.run.refreshes}; the whole "
         "result is in `results/negative.json`. With negative prompts the guidance error is "
         f"{models}."
+    )
+
+
+def transformer_text(found: TransformerResult) -> str:
+    """What the guide of the Stable Diffusion 3 keeps of CFG: a column for each model."""
+    models = list(found.models.values())
+    first, speeds = models[0], found.cost.cfg_over_guided.items()
+    kept = "kept, {} passes", lambda m, n: with_interval(m.gain_kept[n], *astuple(m.interval[n]))
+    near = "latent MSE, {} passes", lambda m, n: f"{m.latent_mse_ratio[n]:.3f}"
+    told = "negative ratio, {} passes", lambda m, n: f"{m.negative_ratio[n]:.2f}"
+    rows = [
+        (title.format(n), *(cell(model, n) for model in models))
+        for (title, cell), passes in (
+            (kept, first.gain_kept), (near, first.gain_kept), (told, first.negative_ratio)
+        )
+        for n in passes
+    ]  # fmt: skip
+    rows.append(("guidance error", *(f"{m.guidance_error.mean:.3f}" for m in models)))
+    rows.append(("cosine", *(f"{m.cosine:.3f}" for m in models)))
+    run = found.run
+    return (
+        f"{markdown(['', *found.models], rows).rstrip()}\n\n"
+        f"Measured by {'; '.join(f'`{command}`' for command in run.commands)} on "
+        f"{', '.join(run.machines)}, seed {run.seed}; the whole result is in "
+        "`results/transformer.json`. Wall clock on the base, CFG over the guide: "
+        f"{', '.join(f'{ratio:.2f} at batch {batch}' for batch, ratio in speeds)}."
     )
 
 

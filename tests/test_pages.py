@@ -87,7 +87,7 @@ def test_pages_are_written_from_results(tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     page = docs / "steps.md"
-    page.write_text("# Before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
+    page.write_text("# Before\n<!-- measured: steps -->\nold\n<!-- /measured -->\nafter\n")
     write_pages(tmp_path)
     text = page.read_text()
     assert text.startswith("# Before\n")
@@ -148,8 +148,8 @@ def test_the_refresh_page_has_the_plot_and_every_point(tmp_path: Path) -> None:
 
 def test_a_page_without_marks_is_named(tmp_path: Path) -> None:
     (tmp_path / "steps.md").write_text("# No marks\n")
-    with pytest.raises(ValueError, match=r"steps.md has no <!-- measured -->"):
-        write_measured(tmp_path / "steps.md", "text")
+    with pytest.raises(ValueError, match=r"steps.md has no <!-- measured: steps -->"):
+        write_measured(tmp_path / "steps.md", "steps", "text")
 
 
 @pytest.mark.parametrize("page", MADE)

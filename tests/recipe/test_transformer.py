@@ -22,6 +22,7 @@ from pilotfish.evaluation.results import (
     Scores,
 )
 from pilotfish.guidance_error import GuidanceError
+from recipe.pages import transformer_text
 from recipe.transformer import TransformerResult, compose
 
 SIZE = GuideSize("sd3-tiny", 100, 0.01)
@@ -67,6 +68,10 @@ def test_the_file_has_each_model_by_its_passes(parts: Path) -> None:
     assert (model.guidance_error.mean, model.cosine) == (0.3, 0.9)
     assert found.run.machines == ["another", "some machine"]
     assert len(found.run.commands) == 4
+    text = transformer_text(found)
+    assert "| kept, 28 passes | 93 % (83–103) |" in text
+    assert "| negative ratio, 25 passes | 1.15 |" in text
+    assert "CFG over the guide: 1.70 at batch 8" in text
     found.save(parts / "transformer.json")
     assert TransformerResult.load(parts / "transformer.json") == found
 
