@@ -6,13 +6,13 @@ The signature of each is that of diffusers' denoiser with the same layers, so on
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
-from pilotfish.backbones import Backbone, DenoiserCall, GuidedPass, Hooks
-from pilotfish.interface import GuideError, GuideProtocol, TextConditions
+from pilotfish.backbones import Backbone, DenoiserCall, GuidedPass
+from pilotfish.interface import GuideError, TextConditions
 
 
 class ComfyBackbone(Backbone):
@@ -34,25 +34,14 @@ class ComfyBackbone(Backbone):
         """The name of the last module."""
         return str(self.sites()["head"]["module"])
 
-    def install(self, guide: GuideProtocol) -> Hooks:
-        """As :meth:`pilotfish.backbones.Backbone.install`."""
-        named = (*guide.target_modules, *guide.extrapolated)
+    def find_modules(self, named: Sequence[str], modules: dict[str, Any]) -> dict[str, Any]:
         try:
-            modules = {name: self.module(name) for name in named}
+            return {name: self.module(name) for name in named}
         except (KeyError, AttributeError) as error:
             raise GuideError(
                 f"this {type(self.denoiser).__name__} lacks a layer to which the guide adds: "
                 f"{error}"
             ) from error
-        hooks = Hooks(guide, self.denoiser)
-        hooks.modules = modules
-        try:
-            hooks.around(self.denoiser, self._begin, self._end)
-            self.place(hooks)
-        except BaseException:
-            hooks.remove()
-            raise
-        return hooks
 
     def _end(self, guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
         if guided.active:

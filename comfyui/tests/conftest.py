@@ -33,3 +33,8 @@ for name in ("comfy.sd", "nodes"):
     importlib.import_module(name)
 for name in [name for name, found in sys.modules.items() if isinstance(found, MagicMock)]:
     del sys.modules[name]
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """A kind of denoiser is called by its name."""
+    return getattr(val, "name", None)

@@ -10,30 +10,22 @@ from typing import Any
 import comfy.model_base
 import comfy.model_patcher
 import folder_paths
+import mmdits
 import nodes
 import pytest
 import torch
+import unets
 from diffusers import UNet2DConditionModel
+from kinds import CPU, SIDE, Kind, on_comfyui
 from pilotfish_comfyui import conditions
 from pilotfish_comfyui.convert import PREFIX, ConversionError, convert, differences, main
+from pilotfish_comfyui.fitting import backbone_of, prediction_type
 from pilotfish_comfyui.loading import FOLDER, apply_guide, find_guides, load_guide
 from pilotfish_comfyui.unet_names import Layout, to_comfyui, to_diffusers
 from safetensors.torch import load_file
-from unets import (
-    CPU,
-    KINDS,
-    SD15,
-    SIDE,
-    Kind,
-    Prompt,
-    comfyui_model,
-    comfyui_weights,
-    diffusers_unet,
-    draw_comfyui,
-    on_comfyui,
-    tiny_guide,
-)
+from unets import SD15, UNetKind
 
+from pilotfish.backbones import Backbone
 from pilotfish.guides import ExternalGuide
 from pilotfish.interface import GuideError
 
@@ -45,7 +37,7 @@ WORKFLOW = json.loads((HERE / "example_workflows" / "one_pass.json").read_text()
 @pytest.fixture
 def guides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of ComfyUI with a guide, and the nodes loaded as ComfyUI does it."""
-    guide = tiny_guide(SD15)
+    guide = SD15.guide()
     guide.register_to_config(refresh_ratio=0.4)
     guide.save_pretrained(tmp_path / FOLDER / "sd15-tiny")
     assert asyncio.run(nodes.load_custom_node(str(HERE)))
@@ -60,13 +52,13 @@ class Stand:
     """For checkpoint, text encoder and decoder."""
 
     def load(self, ckpt_name: str) -> tuple[Any, ...]:
-        return comfyui_model(SD15), self, self
+        return SD15.model(), self, self
 
     def tokenize(self, text: str) -> str:
         return text
 
     def encode_from_tokens_scheduled(self, text: str) -> Any:
-        return Prompt.random(len(text)).conditioning()
+        return SD15.prompt(len(text)).conditioning()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.movedim(1, -1)
@@ -126,38 +118,20 @@ def test_the_list_holds_folders(guides: Path) -> None:
         load_guide(guides / FOLDER / "owner" / "other")
 
 
-# -- further guides and precisions ----------------------------------------------------------------
-
-
-def test_a_fresh_guide_is_conditional_bit_for_bit_in_half_precision() -> None:
-    config = type(comfyui_weights(SD15).model_config)(dict(SD15.comfyui, dtype=torch.bfloat16))
-    config.set_inference_dtype(torch.bfloat16, None)
-    base = comfy.model_base.BaseModel(config, device=CPU)
-    model = comfy.model_patcher.ModelPatcher(base, CPU, CPU)
-    base.load_model_weights(convert(diffusers_unet(SD15)), PREFIX)
-    prompts = Prompt.random(1).conditioning(), Prompt.random(2).conditioning()
-    fresh = apply_guide(model, on_comfyui(tiny_guide(SD15, untrained=True)), 0)
-    conditional = draw_comfyui(model, *prompts, 1.0, steps=2)
-    assert torch.equal(draw_comfyui(fresh, *prompts, 4.0, steps=2), conditional)
-    weights = on_comfyui(tiny_guide(SD15))
-    trained = draw_comfyui(apply_guide(model, weights, 1), *prompts, 4.0, steps=2)
-    assert not torch.equal(trained, conditional)
-    single = apply_guide(comfyui_model(SD15), weights, 1)
-    difference = trained - draw_comfyui(single, *prompts, 4.0, steps=2)
-    assert difference.square().mean().sqrt() < 0.02 * trained.square().mean().sqrt()
+# -- what is refused ------------------------------------------------------------------------------
 
 
 def test_a_guide_of_another_type_is_refused() -> None:
-    guide = ExternalGuide.for_denoiser(diffusers_unet(SD15), "epsilon")
+    guide = ExternalGuide.for_denoiser(SD15.denoiser, "epsilon")
     with pytest.raises(GuideError, match="type tiny, not ExternalGuide"):
-        apply_guide(comfyui_model(SD15), on_comfyui(guide))
+        apply_guide(SD15.model(), on_comfyui(guide))
 
 
 def test_a_compiled_model_is_refused() -> None:
-    model = comfyui_model(SD15)
+    model = SD15.model()
     model.add_wrapper_with_key("apply_model", "torch.compile", lambda executor, *args: None)
     with pytest.raises(GuideError, match=r"torch\.compile does not go with a guide"):
-        apply_guide(model, on_comfyui(tiny_guide(SD15)))
+        apply_guide(model, on_comfyui(SD15.guide()))
 
 
 @pytest.mark.parametrize(
@@ -182,12 +156,12 @@ def test_conditionings_of_other_kinds_are_refused(entry: dict[str, Any], words: 
     ],
 )  # fmt: skip
 def test_other_noise_paths_are_refused(kind: str, words: str) -> None:
-    config = comfyui_weights(SD15).model_config
+    config = SD15.loaded.model.model_config
     sampling = comfy.model_base.model_sampling(config, comfy.model_base.ModelType[kind])
-    model = comfyui_model(SD15)
+    model = SD15.model()
     model.add_object_patch("model_sampling", sampling)
     with pytest.raises(GuideError, match=words):
-        apply_guide(model, on_comfyui(tiny_guide(SD15)))
+        apply_guide(model, on_comfyui(SD15.guide()))
 
 
 def test_another_denoiser_is_refused() -> None:
@@ -195,18 +169,28 @@ def test_another_denoiser_is_refused() -> None:
         model_config = None
 
     base = torch.nn.Module()
-    base.diffusion_model, base.model_sampling = Transformer(), comfyui_weights(SD15).model_sampling
+    base.diffusion_model, base.model_sampling = Transformer(), SD15.loaded.model.model_sampling
     model = comfy.model_patcher.ModelPatcher(base, CPU, CPU)
     with pytest.raises(GuideError, match="Transformer is neither a UNet nor the transformer"):
-        apply_guide(model, on_comfyui(tiny_guide(SD15)))
+        apply_guide(model, on_comfyui(SD15.guide()))
 
 
 # -- conversion ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_names_there_and_back(kind: Kind) -> None:
-    ours, theirs = diffusers_unet(kind), comfyui_weights(kind).diffusion_model
+@pytest.mark.parametrize("kind", [*unets.KINDS, *mmdits.KINDS])
+def test_signature_and_tensors_are_the_same(kind: Kind) -> None:
+    ours, converted = kind.loaded.model, convert(kind.denoiser)
+    signature = Backbone.of(kind.denoiser).signature(kind.prediction)
+    assert backbone_of(ours).signature(prediction_type(ours.model_sampling)) == signature
+    found = ours.diffusion_model.state_dict()
+    assert converted.keys() == {PREFIX + name for name in found}
+    assert all(torch.equal(converted[PREFIX + name], found[name]) for name in found)
+
+
+@pytest.mark.parametrize("kind", unets.KINDS)
+def test_names_there_and_back(kind: UNetKind) -> None:
+    ours, theirs = kind.denoiser, kind.loaded.model.diffusion_model
     assert Layout.of_diffusers(ours) == Layout.of_comfyui(theirs)
     names = Layout.of_diffusers(ours).names()
     found = {to_comfyui(name, names): name for name in ours.state_dict()}
@@ -215,7 +199,7 @@ def test_names_there_and_back(kind: Kind) -> None:
 
 
 def test_the_command_converts_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unet = diffusers_unet(SD15)
+    unet = SD15.denoiser
     unet.save_pretrained(tmp_path / "unet")
     made = tmp_path / "made.safetensors"
     monkeypatch.setattr("sys.argv", ["convert", str(tmp_path / "unet"), str(made)])

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import comfy.cldm.cldm
-import comfy.controlnet
 import comfy.model_management
 import comfy.samplers
 import comfy.sd
@@ -14,93 +12,107 @@ import nodes
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from kinds import SIDE, STEPS, Kind, Prompt, W, count_rows, draw_comfyui, on_comfyui
+from mmdits import SD3, SD35
+from pilotfish_comfyui.fitting import backbone_of
 from pilotfish_comfyui.loading import apply_guide
-from unets import (
-    SD2,
-    SD15,
-    SDXL,
-    SIDE,
-    WIDTH,
-    Kind,
-    Prompt,
-    comfyui_model,
-    comfyui_weights,
-    draw_comfyui,
-    on_comfyui,
-    randomise,
-    tiny_guide,
-)
+from unets import SD2, SD15, SDXL
 
 from pilotfish.interface import GuideError
 
-POSITIVE, NEGATIVE = Prompt.random(1).conditioning(), Prompt.random(2).conditioning()
+POSITIVE, NEGATIVE = SD15.conditionings()
 AREAS = [{"area": (SIDE, SIDE // 2, 0, SIDE // 2 * i)} for i in range(2)]
 HALF = (torch.arange(SIDE) < SIDE // 2).float().expand(1, SIDE, SIDE)
 MASKS = [{"mask": mask, "set_area_to_bounds": False} for mask in (HALF, 1 - HALF)]
 
 
-def guided(kind: Kind = SD15, refresh: int = 0, **settings: Any) -> Any:
-    return apply_guide(comfyui_model(kind), on_comfyui(tiny_guide(kind, **settings)), refresh)
+def has_hooks(model: Any) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
 
 
-def count_rows(model: Any) -> tuple[Any, list[int]]:
-    """A clone that notes the images of every denoiser call, and its list."""
-    rows: list[int] = []
-
-    def call(function: Callable[..., Any], given: dict[str, Any]) -> Any:
-        rows.append(len(given["input"]))
-        return function(given["input"], given["timestep"], **given["c"])
-
-    model = model.clone()
-    model.set_model_unet_function_wrapper(call)
-    return model, rows
+def differ(kind: Kind, made: torch.Tensor, other: torch.Tensor) -> bool:
+    """By far more than sums in another order do."""
+    return not torch.allclose(made, other, atol=50 * kind.bound)
 
 
 @pytest.mark.parametrize(
-    ("sampler", "refresh"), [("euler", 0), ("euler", 2), ("dpmpp_2m", 1), ("heun", 1)]
-)
-def test_the_passes_are_halved(sampler: str, refresh: int) -> None:
-    plain, before = count_rows(comfyui_model(SD15))
-    model, after = count_rows(guided(refresh=refresh))
+    ("kind", "sampler", "refresh"),
+    [
+        (SD15, "euler", 0), (SD15, "euler", 2), (SD15, "dpmpp_2m", 1), (SD15, "heun", 1),
+        (SD35, "euler", 2), (SD35, "dpmpp_2m", 0),
+    ],
+)  # fmt: skip
+def test_the_passes_are_halved(kind: Kind, sampler: str, refresh: int) -> None:
+    plain, before = count_rows(kind.model())
+    model, after = count_rows(kind.guided(refresh))
     for each in (plain, model):
-        draw_comfyui(each, POSITIVE, NEGATIVE, 4.0, n=2, sampler=sampler)
+        draw_comfyui(each, *kind.conditionings(), W, n=2, sampler=sampler)
     calls = len(before)
-    print(f"\n{sampler}, refresh={refresh}: {sum(before)} rows with CFG, {sum(after)} with a guide")
+    print(f"\n{kind.name}, {sampler}, refresh={refresh}: {sum(before)} rows with CFG, {sum(after)}")
     assert before == calls * [4]
     assert sorted(after) == (calls - refresh) * [2] + refresh * [4]
 
 
 @pytest.mark.parametrize(
-    ("kind", "cfg"), [(SD15, 1.0), (SD15, 0.5), (SDXL, 1.0)], ids=lambda v: getattr(v, "name", v)
+    ("kind", "cfg"), [(SD15, 1.0), (SD15, 0.5), (SDXL, 1.0), (SD35, 1.0), (SD35, 0.5)]
 )
 def test_no_guidance_is_plain_bit_for_bit(kind: Kind, cfg: float) -> None:
-    plain = draw_comfyui(comfyui_model(kind), POSITIVE, NEGATIVE, cfg)
-    assert torch.equal(draw_comfyui(guided(kind, refresh=1), POSITIVE, NEGATIVE, cfg), plain)
+    plain, made = (
+        draw_comfyui(model, *kind.conditionings(), cfg) for model in (kind.model(), kind.guided(1))
+    )
+    assert torch.equal(made, plain)
 
 
-def test_the_scale_and_the_negative_prompt_are_live() -> None:
-    model = guided()
-    other = Prompt.random(3).conditioning()
-    made = [
-        draw_comfyui(model, POSITIVE, negative, cfg)
-        for negative, cfg in ((NEGATIVE, 4.0), (NEGATIVE, 4.5), (other, 4.0))
-    ]
-    assert not torch.equal(made[0], made[1])
-    assert not torch.equal(made[0], made[2])
+@pytest.mark.parametrize("kind", [SD15, SD35])
+def test_refreshed_in_all_steps_it_is_cfg_bit_for_bit(kind: Kind) -> None:
+    cfg, made = (
+        draw_comfyui(model, *kind.conditionings(), W)
+        for model in (kind.model(), kind.guided(refresh=STEPS))
+    )
+    assert torch.equal(made, cfg)
 
 
-def test_other_branches_are_untouched() -> None:
-    model = comfyui_model(SDXL)
-    plain = draw_comfyui(model, POSITIVE, NEGATIVE, 4.0)
-    branch = apply_guide(model, on_comfyui(tiny_guide(SDXL)), 1)
-    with_guide = draw_comfyui(branch, POSITIVE, NEGATIVE, 4.0)
-    assert not torch.equal(with_guide, plain)
+@pytest.mark.parametrize(
+    ("kind", "joint_attention"), [(SD15, "whole"), (SD35, "whole"), (SD35, "text")]
+)
+def test_a_fresh_guide_is_conditional_bit_for_bit_in_half_precision(
+    kind: Kind, joint_attention: str
+) -> None:
+    model, prompts = kind.load(torch.bfloat16), kind.conditionings(2)
+
+    def draw(untrained: bool, on: Any, refresh: int) -> torch.Tensor:
+        guide = kind.guide(untrained, joint_attention=joint_attention)
+        return draw_comfyui(apply_guide(on, on_comfyui(guide), refresh), *prompts, W, n=2)
+
+    conditional = draw_comfyui(model, *prompts, 1.0, n=2)
+    assert torch.equal(draw(True, model, 0), conditional)
+    trained, single = draw(False, model, 1), draw(False, kind.model(), 1)
+    assert not torch.equal(trained, conditional)
+    assert (trained - single).square().mean().sqrt() < 0.02 * trained.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("kind", [SD15, SD35])
+def test_the_scale_and_the_negative_prompt_are_live(kind: Kind) -> None:
+    model, (positive, negative) = kind.guided(), kind.conditionings()
+    made = draw_comfyui(model, positive, negative, W)
+    assert not torch.equal(draw_comfyui(model, positive, negative, W + 0.5), made)
+    other = kind.prompt(3).conditioning()
+    assert not torch.equal(draw_comfyui(model, positive, other, W), made)
+
+
+@pytest.mark.parametrize("kind", [SDXL, SD35])
+def test_other_branches_are_untouched(kind: Kind) -> None:
+    model, prompts = kind.model(), kind.conditionings()
+    plain = draw_comfyui(model, *prompts, W)
+    branch = apply_guide(model, on_comfyui(kind.guide()), 1)
+    guided = draw_comfyui(branch, *prompts, W)
+    assert not torch.equal(guided, plain)
     for other in (model, model.clone()):
-        assert torch.equal(draw_comfyui(other, POSITIVE, NEGATIVE, 4.0), plain)
+        assert torch.equal(draw_comfyui(other, *prompts, W), plain)
     # a clone of the branch keeps the guide, as nodes after it make one
-    assert torch.equal(draw_comfyui(branch.clone(), POSITIVE, NEGATIVE, 4.0), with_guide)
+    assert torch.equal(draw_comfyui(branch.clone(), *prompts, W), guided)
     assert branch.model is model.model
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+    assert not has_hooks(model)
 
 
 def test_an_error_leaves_no_hooks() -> None:
@@ -110,16 +122,16 @@ def test_an_error_leaves_no_hooks() -> None:
     def stop(*given: Any) -> None:
         raise Stop
 
-    model = guided()
+    model = SD15.guided()
     model.set_model_unet_function_wrapper(stop)
     with pytest.raises(Stop):
-        draw_comfyui(model, POSITIVE, NEGATIVE, 4.0)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+        draw_comfyui(model, POSITIVE, NEGATIVE, W)
+    assert not has_hooks(model)
 
 
 def test_its_weights_are_under_memory_management() -> None:
     """ComfyUI loads and unloads them with the model."""
-    model, found = guided(), []
+    model, found = SD15.guided(), []
 
     def call(function: Callable[..., Any], given: dict[str, Any]) -> Any:
         held = comfy.model_management.loaded_models(only_currently_used=True)
@@ -127,7 +139,7 @@ def test_its_weights_are_under_memory_management() -> None:
         return function(given["input"], given["timestep"], **given["c"])
 
     model.set_model_unet_function_wrapper(call)
-    draw_comfyui(model, POSITIVE, NEGATIVE, 4.0, steps=1)
+    draw_comfyui(model, POSITIVE, NEGATIVE, W, steps=1)
     (weights,) = model.get_nested_additional_models()
     assert {id(model.model), id(weights.model)} <= set(found)
     assert weights.model_size() == sum(p.nbytes for p in weights.model.parameters())
@@ -136,80 +148,65 @@ def test_its_weights_are_under_memory_management() -> None:
 # -- LoRA, ControlNet, areas --------------------------------------------------------------------
 
 
-def low_rank() -> tuple[Any, torch.Tensor]:
-    """A LoRA on the values of one cross-attention, and the change of its weight."""
-    generator = torch.Generator().manual_seed(7)
-    down, up = (0.2 * torch.randn(*size, generator=generator) for size in ((4, WIDTH), (32, 4)))
-    name = "lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_attn2_to_v"
-    return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, up @ down
+def with_lora(kind: Kind, model: Any) -> Any:
+    return comfy.sd.load_lora_for_models(model, None, kind.lora()[0], 1.0, 0.0)[0]
 
 
-def with_lora(model: Any) -> Any:
-    return comfy.sd.load_lora_for_models(model, None, low_rank()[0], 1.0, 0.0)[0]
-
-
-def test_lora() -> None:
+@pytest.mark.parametrize("kind", [SD15, SD35])
+def test_lora(kind: Kind) -> None:
     """As ComfyUI loads it, after the guide or before: that of merged weights."""
-    weights = on_comfyui(tiny_guide(SD15))
-    made = [
-        draw_comfyui(model, POSITIVE, NEGATIVE, 4.0)
-        for model in (
-            with_lora(apply_guide(comfyui_model(SD15), weights, 1)),
-            apply_guide(with_lora(comfyui_model(SD15)), weights, 1),
-        )
-    ]
-    plain = draw_comfyui(guided(refresh=1), POSITIVE, NEGATIVE, 4.0)
-    layer = comfyui_weights(SD15).diffusion_model.output_blocks[5][1].transformer_blocks[0].attn2
-    before = layer.to_v.weight.clone()
-    layer.to_v.weight.add_(low_rank()[1])
-    try:
-        merged = draw_comfyui(guided(refresh=1), POSITIVE, NEGATIVE, 4.0)
-    finally:
-        layer.to_v.weight.copy_(before)
-    assert torch.equal(*made)
-    assert torch.equal(made[0], merged)
-    assert not torch.allclose(merged, plain, atol=1e-2)
+    prompts, guide = kind.conditionings(), on_comfyui(kind.guide())
+    after = draw_comfyui(with_lora(kind, apply_guide(kind.model(), guide, 1)), *prompts, W)
+    before = draw_comfyui(apply_guide(with_lora(kind, kind.model()), guide, 1), *prompts, W)
+    plain = draw_comfyui(kind.guided(refresh=1), *prompts, W)
+    _, weight, change = kind.lora()
+    kept = weight.clone()
+    with torch.no_grad():
+        weight.add_(change)
+        try:
+            merged = draw_comfyui(kind.guided(refresh=1), *prompts, W)
+        finally:
+            weight.copy_(kept)
+    assert torch.equal(after, before)
+    assert torch.equal(after, merged)
+    assert differ(kind, merged, plain)
 
 
-def test_low_vram(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [SD15, SD35])
+def test_low_vram(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that ComfyUI fetches layer by layer, with a LoRA that it adds then."""
-    model, load = with_lora(guided(refresh=1)), ModelPatcher.load
-    usual = draw_comfyui(model, POSITIVE, NEGATIVE, 4.0)
+    model, load = with_lora(kind, kind.guided(refresh=1)), ModelPatcher.load
+    usual = draw_comfyui(model, *kind.conditionings(), W)
     comfy.model_management.unload_all_models()
 
     def partially(self: Any, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
         return load(self, device_to, lowvram_model_memory=1)
 
     monkeypatch.setattr(ModelPatcher, "load", partially)
-    made = draw_comfyui(model, POSITIVE, NEGATIVE, 4.0)
+    made = draw_comfyui(model, *kind.conditionings(), W)
     assert model.model.model_lowvram
     comfy.model_management.unload_all_models()
     assert torch.allclose(made, usual, atol=1e-4)
 
 
-def test_controlnet() -> None:
+@pytest.mark.parametrize("kind", [SD15, SD35])
+def test_controlnet(kind: Kind) -> None:
     """It runs for the prompt alone; refreshed in all steps the result is CFG's with it."""
-    config = {k: v for k, v in SD15.comfyui.items() if k not in ("out_channels", "legacy")}
-    net = comfy.cldm.cldm.ControlNet(**config, num_heads=8, hint_channels=3)
-    for parameter in net.parameters():  # ComfyUI leaves them as the memory was
-        parameter.data.zero_()
-    randomise(net, 0.2)
-    rows: list[int] = []
-    net.register_forward_hook(lambda net, args, kwargs, _: rows.append(len(kwargs["x"])),
-                              with_kwargs=True)  # fmt: skip
-    control = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
-    image = torch.rand(1, 8 * SIDE, 8 * SIDE, 3, generator=torch.Generator().manual_seed(2))
-    both = nodes.ControlNetApplyAdvanced().apply_controlnet(
-        POSITIVE, NEGATIVE, control, image, 1.0, 0.0, 1.0
+    (control, side), rows = kind.control(), list[int]()
+    control.control_model.register_forward_hook(
+        lambda net, args, kwargs, _: rows.append(len(kwargs["x"])), with_kwargs=True
     )
-    cfg = draw_comfyui(comfyui_model(SD15), *both, 4.0)
-    assert rows == [2] * 4
+    image = torch.rand(1, side, side, 3, generator=torch.Generator().manual_seed(2))
+    both = nodes.ControlNetApplyAdvanced().apply_controlnet(
+        *kind.conditionings(), control, image, 1.0, 0.0, 1.0
+    )
+    cfg = draw_comfyui(kind.model(), *both, W)
+    assert rows == [2] * STEPS
     rows.clear()
-    made = draw_comfyui(guided(), *both, 4.0)
-    assert rows == [1] * 4
-    without = draw_comfyui(guided(), POSITIVE, NEGATIVE, 4.0)
-    assert not torch.allclose(made, without, atol=1e-2)
-    assert torch.equal(draw_comfyui(guided(refresh=4), *both, 4.0), cfg)
+    made = draw_comfyui(kind.guided(), *both, W)
+    assert rows == [1] * STEPS
+    assert differ(kind, made, draw_comfyui(kind.guided(), *kind.conditionings(), W))
+    assert torch.equal(draw_comfyui(kind.guided(refresh=STEPS), *both, W), cfg)
 
 
 def test_inpainting_and_image_to_image() -> None:
@@ -220,38 +217,42 @@ def test_inpainting_and_image_to_image() -> None:
     mask = torch.ones(1, 1, SIDE, SIDE)
     mask[..., : SIDE // 2] = 0
     given = {"image": image, "mask": mask}
-    fresh = apply_guide(comfyui_model(SD15), on_comfyui(tiny_guide(SD15, untrained=True)), 0)
-    for model, cfg in ((guided(refresh=4), 4.0), (fresh, 1.0)):
-        plain = draw_comfyui(comfyui_model(SD15), POSITIVE, NEGATIVE, cfg, **given)
-        assert torch.equal(draw_comfyui(model, POSITIVE, NEGATIVE, 4.0, **given), plain)
-    made = draw_comfyui(guided(), POSITIVE, NEGATIVE, 4.0, **given)
-    kept = comfyui_model(SD15).model.process_latent_in(image)[..., : SIDE // 2]
+    fresh = apply_guide(SD15.model(), on_comfyui(SD15.guide(untrained=True)), 0)
+    for model, cfg in ((SD15.guided(refresh=STEPS), W), (fresh, 1.0)):
+        plain = draw_comfyui(SD15.model(), POSITIVE, NEGATIVE, cfg, **given)
+        assert torch.equal(draw_comfyui(model, POSITIVE, NEGATIVE, W, **given), plain)
+    made = draw_comfyui(SD15.guided(), POSITIVE, NEGATIVE, W, **given)
+    kept = SD15.model().model.process_latent_in(image)[..., : SIDE // 2]
     assert torch.allclose(made[..., : SIDE // 2], kept, atol=1e-4)
     assert torch.isfinite(made).all()
 
 
 @pytest.mark.parametrize("sides", [AREAS, MASKS], ids=["areas", "masks"])
-def test_two_prompts_side_by_side(sides: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("kind", [SD15, SD35])
+def test_two_prompts_side_by_side(kind: Kind, sides: list[dict[str, Any]]) -> None:
     """Each is guided, in one pass."""
-    areas = [*Prompt.random(1).conditioning(**sides[0]), *Prompt.random(3).conditioning(**sides[1])]
-    model, rows = count_rows(guided())
-    made = draw_comfyui(model, areas, NEGATIVE, 4.0)
-    assert rows == [2] * 4
+    positive, negative = kind.conditionings()
+    left, right = sides
+    areas = [*kind.prompt(5).conditioning(**left), *kind.prompt(3).conditioning(**right)]
+    model, rows = count_rows(kind.guided())
+    made = draw_comfyui(model, areas, negative, W)
+    assert rows == [2] * STEPS
     assert torch.isfinite(made).all()
-    left = draw_comfyui(guided(), POSITIVE, NEGATIVE, 4.0)
-    assert not torch.allclose(made[..., : SIDE // 2], left[..., : SIDE // 2])
-    fresh = apply_guide(comfyui_model(SD15), on_comfyui(tiny_guide(SD15, untrained=True)), 0)
-    conditional = draw_comfyui(comfyui_model(SD15), areas, NEGATIVE, 1.0)
-    assert torch.equal(draw_comfyui(fresh, areas, NEGATIVE, 4.0), conditional)
+    whole = draw_comfyui(kind.guided(), positive, negative, W)
+    assert not torch.allclose(made[..., : SIDE // 2], whole[..., : SIDE // 2])
+    conditional = draw_comfyui(kind.model(), areas, negative, 1.0)
+    assert differ(kind, made, conditional)
+    fresh = apply_guide(kind.model(), on_comfyui(kind.guide(untrained=True)), 0)
+    assert torch.equal(draw_comfyui(fresh, areas, negative, W), conditional)
 
 
 def test_prompts_of_two_lengths() -> None:
     """As long as ComfyUI makes both in one batch: with the shorter repeated."""
-    longer = Prompt.random(1, tokens=14)
-    shorter = Prompt.random(2, tokens=7)
+    longer = SD15.prompt(1, tokens=14)
+    shorter = SD15.prompt(2, tokens=7)
     twice = Prompt(shorter.embeds.repeat(1, 2, 1), shorter.pooled)
     a, b = (
-        draw_comfyui(guided(refresh=1), longer.conditioning(), each.conditioning(), 4.0)
+        draw_comfyui(SD15.guided(refresh=1), longer.conditioning(), each.conditioning(), W)
         for each in (shorter, twice)
     )
     assert torch.allclose(a, b, atol=1e-4)
@@ -261,8 +262,8 @@ def test_prompts_for_a_part_of_the_steps() -> None:
     """A negative prompt that changes halfway reaches the guide when it does, and what a refresh
     found with the first is forgotten then."""
     halves = [
-        *Prompt.random(2).conditioning(start_percent=0.0, end_percent=0.5),
-        *Prompt.random(3).conditioning(start_percent=0.5, end_percent=1.0),
+        *SD15.prompt(2).conditioning(start_percent=0.0, end_percent=0.5),
+        *SD15.prompt(3).conditioning(start_percent=0.5, end_percent=1.0),
     ]
     known: list[bool] = []
 
@@ -271,53 +272,71 @@ def test_prompts_for_a_part_of_the_steps() -> None:
         known.append(sampling.guided.refresh is not None)
         return function(given["input"], given["timestep"], **given["c"])
 
-    model = guided(refresh=1)
+    model = SD15.guided(refresh=1)
     model.set_model_unet_function_wrapper(call)
-    made = draw_comfyui(model, POSITIVE, halves, 4.0)
+    made = draw_comfyui(model, POSITIVE, halves, W)
     assert known == [False, False, False, False]  # the refresh is the second step
-    for whole in (NEGATIVE, Prompt.random(3).conditioning()):
+    for whole in (NEGATIVE, SD15.prompt(3).conditioning()):
         known.clear()
-        assert not torch.allclose(made, draw_comfyui(model, POSITIVE, whole, 4.0))
+        assert not torch.allclose(made, draw_comfyui(model, POSITIVE, whole, W))
         assert known == [False, False, True, True]
 
 
 # -- what is refused ----------------------------------------------------------------------------
 
 
-def test_a_wrong_base_is_refused_with_both_names() -> None:
-    with pytest.raises(GuideError, match=r"trained on small base, used on SDXL in ComfyUI"):
-        apply_guide(comfyui_model(SDXL), on_comfyui(tiny_guide(SD15)))
+@pytest.mark.parametrize(
+    ("kind", "of", "name"),
+    [
+        (SDXL, SD15, "SDXL"), (SD3, SD35, "SD3"),
+        (SD35, SD15, "SD3"), (SD15, SD35, "BaseModel"),  # another family
+    ],
+)  # fmt: skip
+def test_a_guide_of_another_base_is_refused_with_both_names(
+    kind: Kind, of: Kind, name: str
+) -> None:
+    with pytest.raises(GuideError, match=f"trained on small base, used on {name} in ComfyUI"):
+        apply_guide(kind.model(), on_comfyui(of.guide()))
+
+
+@pytest.mark.parametrize(("kind", "of"), [(SD15, SD35), (SD3, SD35)])
+def test_a_layer_that_is_missing_is_named(kind: Kind, of: Kind) -> None:
+    model = kind.loaded.model
+    net = type(model.diffusion_model).__name__
+    with pytest.raises(GuideError, match=f"this {net} lacks a layer to which the guide adds: "):
+        backbone_of(model).install(of.guide())
+    assert not has_hooks(kind.loaded)
 
 
 def test_another_prediction_type_is_refused() -> None:
-    weights = on_comfyui(tiny_guide(SD2))
-    model = comfyui_model(SD2)
-    model.add_object_patch("model_sampling", comfyui_weights(SD15).model_sampling)
+    weights = on_comfyui(SD2.guide())
+    model = SD2.model()
+    model.add_object_patch("model_sampling", SD15.loaded.model.model_sampling)
     with pytest.raises(GuideError, match="prediction_type: guide v_prediction, denoiser epsilon"):
         apply_guide(model, weights)
 
 
 def test_two_guides_are_refused() -> None:
     with pytest.raises(GuideError, match="has a guide already"):
-        apply_guide(guided(), on_comfyui(tiny_guide(SD15)))
+        apply_guide(SD15.guided(), on_comfyui(SD15.guide()))
 
 
 def test_two_negative_prompts_at_once_are_refused() -> None:
-    two = [*NEGATIVE, *Prompt.random(3).conditioning()]
+    two = [*NEGATIVE, *SD15.prompt(3).conditioning()]
     with pytest.raises(GuideError, match="2 different negative conditionings"):
-        draw_comfyui(guided(), POSITIVE, two, 4.0)
+        draw_comfyui(SD15.guided(), POSITIVE, two, W)
 
 
 def test_areas_with_refreshes_are_refused() -> None:
-    areas = [*POSITIVE, *Prompt.random(3).conditioning(**AREAS[0])]
+    areas = [*POSITIVE, *SD15.prompt(3).conditioning(**AREAS[0])]
     with pytest.raises(GuideError, match="set refresh to 0"):
-        draw_comfyui(guided(refresh=1), areas, NEGATIVE, 4.0)
+        draw_comfyui(SD15.guided(refresh=1), areas, NEGATIVE, W)
 
 
 @pytest.mark.parametrize("sampler", ["euler_cfg_pp", "res_multistep_cfg_pp"])
 def test_cfg_pp_is_refused(sampler: str) -> None:
     with pytest.raises(GuideError, match="needs the unconditional prediction"):
-        draw_comfyui(guided(), POSITIVE, NEGATIVE, 4.0, sampler=sampler)
+        draw_comfyui(SD15.guided(), POSITIVE, NEGATIVE, W, sampler=sampler)
 
 
 def test_a_further_pass_is_refused() -> None:
@@ -326,17 +345,17 @@ def test_a_further_pass_is_refused() -> None:
         (other,) = comfy.samplers.calc_cond_batch(*given, args["model_options"])
         return args["denoised"] - other
 
-    model = guided()
+    model = SD15.guided()
     model.set_model_sampler_post_cfg_function(perturbed)
     with pytest.raises(GuideError, match="a further pass"):
-        draw_comfyui(model, POSITIVE, NEGATIVE, 4.0)
+        draw_comfyui(model, POSITIVE, NEGATIVE, W)
 
 
 def test_patches_of_the_cross_attention_are_refused() -> None:
-    model = comfyui_model(SD15)
+    model = SD15.model()
     model.set_model_attn2_replace(lambda q, k, v, options: q, "output", 5)
     with pytest.raises(GuideError, match="cross-attention"):
-        apply_guide(model, on_comfyui(tiny_guide(SD15)))
+        apply_guide(model, on_comfyui(SD15.guide()))
 
 
 def test_a_guider_with_passes_of_its_own_is_refused() -> None:
@@ -344,6 +363,6 @@ def test_a_guider_with_passes_of_its_own_is_refused() -> None:
         def predict_noise(self, *args: Any, **kwargs: Any) -> Any:
             return super().predict_noise(*args, **kwargs)
 
-    model = guided()
+    model = SD15.guided()
     with pytest.raises(GuideError, match="Other runs passes of its own"):
-        draw_comfyui(model, POSITIVE, NEGATIVE, 4.0, guider=Other(model))
+        draw_comfyui(model, POSITIVE, NEGATIVE, W, guider=Other(model))

@@ -1,14 +1,15 @@
-"""One UNet in both implementations, small and random, and what draws with it."""
+"""UNets of Stable Diffusion 1.x, 2.x and XL."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import Any
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.model_base
 import comfy.model_patcher
-import comfy.samplers
 import comfy.supported_models
 import torch
 from diffusers import (
@@ -18,33 +19,86 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from kinds import CPU, SIDE, STEPS, Kind, randomise
 from pilotfish_comfyui.convert import PREFIX, convert
-from pilotfish_comfyui.loading import GuideModule
 
-from pilotfish.guides import TinyGuide
-
-TOKENS, WIDTH, POOLED, SIDE = 7, 48, 24, 8
-CPU = torch.device("cpu")
+WIDTH, POOLED = 48, 24
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
-    """A layout that both implementations express."""
+class UNetKind(Kind):
+    """A layout of a UNet.
+
+    Attributes:
+        diffusers: its configuration in diffusers.
+        comfyui: that in ComfyUI.
+        supported: what ComfyUI's loader knows of it.
+        base: the class of its model in ComfyUI.
+    """
 
     name: str
     prediction: str
     diffusers: dict[str, Any]
     comfyui: dict[str, Any]
     supported: Any
-    model: Any
+    base: Any = comfy.model_base.BaseModel
+    joint_attention = False
+    bound = 2e-4  # of up to 80
+    widths = WIDTH, POOLED
 
     @property
-    def xl(self) -> bool:
-        return self.model is comfy.model_base.SDXL
+    def takes_pooled(self) -> bool:
+        return self.base is comfy.model_base.SDXL
+
+    @cached_property
+    def denoiser(self) -> UNet2DConditionModel:
+        torch.manual_seed(0)
+        return randomise(UNet2DConditionModel(**self.diffusers), 0.02)
+
+    def load(self, dtype: torch.dtype | None = None) -> Any:
+        dtype = dtype or torch.float32
+        config = self.supported(dict(self.comfyui, dtype=dtype))
+        config.set_inference_dtype(dtype, None)
+        v, eps = comfy.model_base.ModelType.V_PREDICTION, comfy.model_base.ModelType.EPS
+        model = self.base(config, model_type=eps if self.prediction == "epsilon" else v, device=CPU)
+        model.load_model_weights(convert(self.denoiser), PREFIX)
+        return comfy.model_patcher.ModelPatcher(model.eval().requires_grad_(False), CPU, CPU)
+
+    def new_pipeline(self, vae: AutoencoderKL) -> Any:
+        scheduler = EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+            prediction_type=self.prediction, timestep_spacing="linspace", steps_offset=1,
+        )  # fmt: skip
+        if self.takes_pooled:
+            return StableDiffusionXLPipeline(
+                vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+                unet=self.denoiser, scheduler=scheduler, add_watermarker=False,
+            )  # fmt: skip
+        return StableDiffusionPipeline(
+            vae=vae, text_encoder=None, tokenizer=None, unet=self.denoiser, scheduler=scheduler,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+
+    def first_latents(self, noise: torch.Tensor, pipe: Any) -> torch.Tensor:
+        pipe.scheduler.set_timesteps(STEPS)
+        most = pipe.scheduler.sigmas[0]  # ComfyUI's first latents have the variance sigma^2 + 1
+        return noise * (most**2 + 1).sqrt() / pipe.scheduler.init_noise_sigma
+
+    def values(self) -> tuple[tuple[str, str], torch.Tensor]:
+        name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v"
+        layer = self.loaded.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_v
+        return (f"{name}.lora_down.weight", f"{name}.lora_up.weight"), layer.weight
+
+    def control(self) -> tuple[Any, int]:
+        config = {k: v for k, v in self.comfyui.items() if k not in ("out_channels", "legacy")}
+        net = comfy.cldm.cldm.ControlNet(**config, num_heads=8, hint_channels=3)
+        for parameter in net.parameters():  # ComfyUI leaves them as the memory was
+            parameter.data.zero_()
+        return comfy.controlnet.ControlNet(randomise(net, 0.2), load_device=CPU), 8 * SIDE
 
 
 BOTH = {"in_channels": 4, "out_channels": 4}
-SD15 = Kind(
+SD15 = UNetKind(
     "SD 1.5", "epsilon",
     BOTH | {
         "block_out_channels": (32, 64), "layers_per_block": 2, "cross_attention_dim": WIDTH,
@@ -59,9 +113,9 @@ SD15 = Kind(
         "context_dim": WIDTH, "use_spatial_transformer": True, "legacy": False,
         "use_linear_in_transformer": False, "adm_in_channels": None, "dtype": torch.float32,
     },
-    comfy.supported_models.SD15, comfy.model_base.BaseModel,
+    comfy.supported_models.SD15,
 )  # fmt: skip
-SD2 = Kind(
+SD2 = UNetKind(
     "SD 2", "v_prediction",
     SD15.diffusers | {
         "use_linear_projection": True, "block_out_channels": (64, 128),
@@ -71,9 +125,9 @@ SD2 = Kind(
         "use_linear_in_transformer": True, "model_channels": 64, "num_res_blocks": [1, 1],
         "transformer_depth": [1, 0], "transformer_depth_output": [1, 1, 0, 0],
     },
-    comfy.supported_models.SD20, comfy.model_base.BaseModel,
+    comfy.supported_models.SD20,
 )  # fmt: skip
-SDXL = Kind(
+SDXL = UNetKind(
     "SDXL", "epsilon",
     SD2.diffusers | {
         "transformer_layers_per_block": (1, 2),
@@ -90,153 +144,3 @@ SDXL = Kind(
     comfy.supported_models.SDXL, comfy.model_base.SDXL,
 )  # fmt: skip
 KINDS = (SD15, SD2, SDXL)
-
-
-def randomise(module: torch.nn.Module, by: float, seed: int = 4) -> Any:
-    """Change every parameter, so that none is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
-    return module.eval().requires_grad_(False)
-
-
-@cache
-def diffusers_unet(kind: Kind) -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return randomise(UNet2DConditionModel(**kind.diffusers), 0.02)
-
-
-@cache
-def comfyui_weights(kind: Kind) -> Any:
-    config = kind.supported(dict(kind.comfyui))
-    config.set_inference_dtype(torch.float32, None)
-    v = comfy.model_base.ModelType.V_PREDICTION
-    eps = comfy.model_base.ModelType.EPS
-    model = kind.model(config, model_type=v if kind.prediction != "epsilon" else eps, device=CPU)
-    found = convert(diffusers_unet(kind))
-    assert set(found) == {PREFIX + k for k in model.diffusion_model.state_dict()}
-    model.load_model_weights(found, PREFIX)
-    return model.eval().requires_grad_(False)
-
-
-@cache
-def loaded(kind: Kind) -> Any:
-    return comfy.model_patcher.ModelPatcher(comfyui_weights(kind), CPU, CPU)
-
-
-def comfyui_model(kind: Kind) -> Any:
-    """A model as ComfyUI's nodes give it: branches of a workflow are clones of one, and keep the
-    weights without LoRA in one place."""
-    return loaded(kind).clone()
-
-
-def tiny_guide(kind: Kind, untrained: bool = False, **settings: Any) -> TinyGuide:
-    """A guide whose five parts all act; an untrained one changes nothing."""
-    unet = diffusers_unet(kind)
-    torch.manual_seed(1)
-    usual = {"rank": 4, "condition_on_negative": True, "uncond_templates": 2}
-    made = TinyGuide.for_denoiser(
-        unet, kind.prediction, trained_on={"name": "small base"}, **usual | settings
-    )
-    return made.eval() if untrained else randomise(made, 0.05)
-
-
-def on_comfyui(guide: TinyGuide) -> Any:
-    """A guide as *Load guide* gives it."""
-    return comfy.model_patcher.ModelPatcher(GuideModule(guide), load_device=CPU, offload_device=CPU)
-
-
-@cache
-def pipeline(kind: Kind) -> Any:
-    """A pipeline of diffusers that is given embeddings."""
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        prediction_type=kind.prediction, timestep_spacing="linspace", steps_offset=1,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(2, 2, 2, 2), norm_num_groups=1,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    unet = diffusers_unet(kind)
-    if kind.xl:
-        pipe = StableDiffusionXLPipeline(
-            vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-            unet=unet, scheduler=scheduler, add_watermarker=False,
-        )  # fmt: skip
-    else:
-        pipe = StableDiffusionPipeline(
-            vae=vae, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler,
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Embeddings of n prompts, as both take them."""
-
-    embeds: torch.Tensor
-    pooled: torch.Tensor
-
-    @classmethod
-    def random(
-        cls, seed: int, n: int = 1, tokens: int = TOKENS, widths: tuple[int, int] = (WIDTH, POOLED)
-    ) -> Prompt:
-        generator = torch.Generator().manual_seed(seed)
-        return cls(
-            torch.randn(n, tokens, widths[0], generator=generator),
-            torch.randn(n, widths[1], generator=generator),
-        )
-
-    def conditioning(self, **more: Any) -> list[Any]:
-        """ComfyUI's."""
-        return [[self.embeds, {"pooled_output": self.pooled, **more}]]
-
-
-def noise(n: int = 1) -> torch.Tensor:
-    return torch.randn(n, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(9))
-
-
-def draw_diffusers(
-    kind: Kind, pipe: Any, prompt: Prompt, negative: Prompt, w: float, steps: int, n: int = 1
-) -> torch.Tensor:
-    """The latents of a call."""
-    pipe.scheduler.set_timesteps(steps)
-    most = pipe.scheduler.sigmas[0]  # ComfyUI's first latents have the variance sigma^2 + 1
-    start = noise(n) * (most**2 + 1).sqrt() / pipe.scheduler.init_noise_sigma
-    pooled = {
-        "pooled_prompt_embeds": prompt.pooled,
-        "negative_pooled_prompt_embeds": negative.pooled.expand(n, -1),
-        "original_size": (8 * SIDE, 8 * SIDE), "target_size": (8 * SIDE, 8 * SIDE),
-    }  # fmt: skip
-    return pipe(
-        prompt_embeds=prompt.embeds, guidance_scale=w,
-        negative_prompt_embeds=negative.embeds.expand(n, -1, -1),
-        latents=start, num_inference_steps=steps, output_type="latent", height=8 * SIDE,
-        width=8 * SIDE, **(pooled if kind.xl else {}),
-    ).images  # fmt: skip
-
-
-def sigmas(steps: int) -> torch.Tensor:
-    """The noise levels of :func:`pipeline` at whole timesteps."""
-    scheduler = pipeline(SD15).scheduler
-    scheduler.set_timesteps(steps)
-    return scheduler.sigmas
-
-
-def draw_comfyui(
-    model: Any, positive: Any, negative: Any, cfg: float, steps: int = 4, n: int = 1,
-    sampler: str = "euler", guider: Any = None, image: Any = None, mask: Any = None,
-) -> torch.Tensor:  # fmt: skip
-    """The latents of a sampling, as the denoiser sees them."""
-    guider = guider or comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(cfg)
-    image = torch.zeros(n, 4, SIDE, SIDE) if image is None else image
-    made = guider.sample(
-        noise(n), image, comfy.samplers.sampler_object(sampler),
-        sigmas(steps), denoise_mask=mask, disable_pbar=True, seed=3,
-    )  # fmt: skip
-    return model.model.process_latent_in(made)

@@ -214,8 +214,7 @@ class Backbone(FamilyPipeline):
             )
         hooks = Hooks(guide, self.denoiser)
         named = (*guide.target_modules, *guide.extrapolated)
-        if unknown := [name for name in named if name not in hooks.modules]:
-            raise GuideError(f"this denoiser has no {unknown[0]}, to which the guide adds")
+        hooks.modules = self.find_modules(named, hooks.modules)
         try:
             hooks.around(self.denoiser, self._begin, self._end)
             self.place(hooks)
@@ -223,6 +222,20 @@ class Backbone(FamilyPipeline):
             hooks.remove()
             raise
         return hooks
+
+    def find_modules(self, named: Sequence[str], modules: dict[str, Any]) -> dict[str, Any]:
+        """The denoiser's modules by the names that a guide has for them.
+
+        Args:
+            named: the names in a guide.
+            modules: all modules by their names in the denoiser.
+
+        Raises:
+            GuideError: the denoiser lacks a module that the guide names.
+        """
+        if unknown := [name for name in named if name not in modules]:
+            raise GuideError(f"this denoiser has no {unknown[0]}, to which the guide adds")
+        return modules
 
     def _begin(self, guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
