@@ -14,8 +14,11 @@ mask's 1 and 0 to the scores of attention, where a token with 0 still counts;
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,7 @@ from diffusers import CogView4Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
+from torch import nn
 
 from pilotfish.backbones.context import GuidedPass
 from pilotfish.backbones.extrapolation import split_heads, text_heads
@@ -32,6 +36,9 @@ from pilotfish.interface import GuideError, TextConditions
 
 PIXELS = 8
 """Of one latent, each way, in the released model."""
+_USERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""How many guides and running calls may need processors that mask, for each denoiser."""
+_LOCK = Lock()
 
 
 class CogView4DiTBackbone(JoinedTransformerBackbone):
@@ -53,8 +60,11 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
     # -- hooks ------------------------------------------------------------------------------
 
     def place(self, hooks: Hooks) -> None:
+        # beyond the end of a call: gradient checkpointing runs blocks again in the backward pass
+        guide = ExitStack()
+        guide.enter_context(self._restored_processors())
+        hooks.on_removal(guide.close)
         super().place(hooks)
-        hooks.on_removal(self._restore_processors)
 
     def place_text(self, hooks: Hooks, first: str | None) -> None:
         super().place_text(hooks, first)
@@ -138,11 +148,21 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
                     f"{type(processor).__name__} cannot take in one batch: use refresh=0"
                 )
 
-    def _restore_processors(self) -> None:
-        """Give every attention layer the processor back that it had before."""
-        for block in self.denoiser.transformer_blocks:
-            if isinstance(block.attn1.processor, MaskedProcessor):
-                block.attn1.set_processor(block.attn1.processor.own)
+    @contextmanager
+    def _restored_processors(self) -> Iterator[None]:
+        """Give every attention layer the processor back that it had before, after the last of all
+        these blocks on one denoiser: another thread may still need those that mask."""
+        with _LOCK:
+            _USERS[self.denoiser] = _USERS.get(self.denoiser, 0) + 1
+        try:
+            yield
+        finally:
+            with _LOCK:
+                _USERS[self.denoiser] -= 1
+                if not _USERS[self.denoiser]:
+                    for block in self.denoiser.transformer_blocks:
+                        if isinstance(block.attn1.processor, MaskedProcessor):
+                            block.attn1.set_processor(block.attn1.processor.own)
 
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
@@ -153,11 +173,12 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
         original, crop, target = (
             sizes.to(latents.device, text.dtype).expand(len(latents), -1).chunk(3, 1)
         )
-        made: torch.Tensor = self.denoiser(
-            hidden_states=latents, timestep=self.timestep(time), original_size=original,
-            target_size=target, crop_coords=crop, return_dict=False,
-            **self.text_arguments(text, {}),
-        )[0]  # fmt: skip
+        with self._restored_processors():
+            made: torch.Tensor = self.denoiser(
+                hidden_states=latents, timestep=self.timestep(time), original_size=original,
+                target_size=target, crop_coords=crop, return_dict=False,
+                **self.text_arguments(text, {}),
+            )[0]  # fmt: skip
         return made
 
     # -- the pipeline -----------------------------------------------------------------------
