@@ -14,8 +14,7 @@ mask's 1 and 0 to the scores of attention, where a token with 0 still counts;
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -61,9 +60,8 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
 
     def place(self, hooks: Hooks) -> None:
         # beyond the end of a call: gradient checkpointing runs blocks again in the backward pass
-        guide = ExitStack()
-        guide.enter_context(self._restored_processors())
-        hooks.on_removal(guide.close)
+        self._begin_use()
+        hooks.on_removal(self._end_use)
         super().place(hooks)
 
     def place_text(self, hooks: Hooks, first: str | None) -> None:
@@ -148,21 +146,20 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
                     f"{type(processor).__name__} cannot take in one batch: use refresh=0"
                 )
 
-    @contextmanager
-    def _restored_processors(self) -> Iterator[None]:
-        """Give every attention layer the processor back that it had before, after the last of all
-        these blocks on one denoiser: another thread may still need those that mask."""
+    def _begin_use(self) -> None:
+        """A guide or a call may need processors that mask."""
         with _LOCK:
             _USERS[self.denoiser] = _USERS.get(self.denoiser, 0) + 1
-        try:
-            yield
-        finally:
-            with _LOCK:
-                _USERS[self.denoiser] -= 1
-                if not _USERS[self.denoiser]:
-                    for block in self.denoiser.transformer_blocks:
-                        if isinstance(block.attn1.processor, MaskedProcessor):
-                            block.attn1.set_processor(block.attn1.processor.own)
+
+    def _end_use(self) -> None:
+        """After the last use, which may be another thread's, give every attention layer the
+        processor back that it had before."""
+        with _LOCK:
+            _USERS[self.denoiser] -= 1
+            if not _USERS[self.denoiser]:
+                for block in self.denoiser.transformer_blocks:
+                    if isinstance(block.attn1.processor, MaskedProcessor):
+                        block.attn1.set_processor(block.attn1.processor.own)
 
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
@@ -173,12 +170,15 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
         original, crop, target = (
             sizes.to(latents.device, text.dtype).expand(len(latents), -1).chunk(3, 1)
         )
-        with self._restored_processors():
+        self._begin_use()
+        try:
             made: torch.Tensor = self.denoiser(
                 hidden_states=latents, timestep=self.timestep(time), original_size=original,
                 target_size=target, crop_coords=crop, return_dict=False,
                 **self.text_arguments(text, {}),
             )[0]  # fmt: skip
+        finally:
+            self._end_use()
         return made
 
     # -- the pipeline -----------------------------------------------------------------------
