@@ -16,8 +16,9 @@ import tyro
 from rich.console import Console
 
 from baselines import guidances
+from baselines.comparison.config import ComparisonConfig, titles
 from baselines.comparison.report import comparison_table, pareto
-from baselines.comparison.run import Comparison, ComparisonConfig, titles
+from baselines.comparison.run import Comparison
 from baselines.frontier import command as frontier
 from pilotfish import bundled
 from pilotfish.cli.names import model_sources, open_scorer

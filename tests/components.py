@@ -1,9 +1,10 @@
-"""Tiny random components of Stable Diffusion, Stable Diffusion 3, PixArt-Sigma, Sana,
-Lumina2 and Wan."""
+"""Tiny random components of diffusers' pipelines: denoisers of every family, autoencoders, text
+encoders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -90,233 +91,178 @@ def clone(module: nn.Module, copies: dict[int, Any] | None = None) -> Any:
     return made
 
 
+@contextmanager
+def batch_sizes(*denoisers: nn.Module) -> Iterator[list[int]]:
+    """The batch size of every call of the denoisers."""
+    sizes: list[int] = []
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        sizes.append(len(first))
+
+    handles = [d.register_forward_pre_hook(note, with_kwargs=True) for d in denoisers]
+    try:
+        yield sizes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# -- denoisers -----------------------------------------------------------------------------------
+
+
 def unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
-    plain: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
-        "cross_attention_dim": WIDTH,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-        "addition_embed_type": "text",
+    small: dict[str, Any] = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16),
+        "layers_per_block": 1, "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2, "cross_attention_dim": WIDTH,
+        "attention_head_dim": 2, "norm_num_groups": 4, "addition_embed_type": "text",
         "addition_embed_type_num_heads": 2,
-    }
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(**{**plain, **config}).eval()
-
-
-def sd3_transformer(seed: int = 0, **config: Any) -> SD3Transformer2DModel:
-    small: dict[str, Any] = {
-        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
-        "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 2 * WIDTH,
-        "caption_projection_dim": WIDTH, "pooled_projection_dim": POOLED, "pos_embed_max_size": 8,
-        "qk_norm": "rms_norm", "dual_attention_layers": (0,),
     }  # fmt: skip
     torch.manual_seed(seed)
-    return randomise(SD3Transformer2DModel(**small | config))
+    return UNet2DConditionModel(**small | config).eval()
 
 
-def pixart_transformer(seed: int = 0, **config: Any) -> PixArtTransformer2DModel:
-    small: dict[str, Any] = {
-        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_layers": 2,
-        "attention_head_dim": 8, "num_attention_heads": 2, "cross_attention_dim": WIDTH,
-        "caption_channels": WIDTH, "norm_type": "ada_norm_single",
-        "use_additional_conditions": False,
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    return randomise(PixArtTransformer2DModel(**small | config))
+def _transformer(kind: type[M], **small: Any) -> Callable[..., M]:
+    """A function that makes a transformer without a zero, of a seed and of changes to its
+    configuration."""
+
+    def make(seed: int = 0, **config: Any) -> M:
+        torch.manual_seed(seed)
+        return randomise(kind(**small | config))
+
+    return make
 
 
-def sana_transformer(seed: int = 0, **config: Any) -> SanaTransformer2DModel:
-    small: dict[str, Any] = {
-        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2,
-        "attention_head_dim": 8, "num_attention_heads": 2, "num_cross_attention_heads": 4,
-        "cross_attention_head_dim": 4, "cross_attention_dim": WIDTH, "caption_channels": WIDTH,
-        "qk_norm": "rms_norm_across_heads",
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    return randomise(SanaTransformer2DModel(**small | config))
+LATENTS: dict[str, Any] = {
+    "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4,
+}  # fmt: skip
+HEADS: dict[str, Any] = {"attention_head_dim": 8, "num_attention_heads": 2}
+
+sd3_transformer = _transformer(
+    SD3Transformer2DModel, **LATENTS, **HEADS, num_layers=3, joint_attention_dim=2 * WIDTH,
+    caption_projection_dim=WIDTH, pooled_projection_dim=POOLED, pos_embed_max_size=8,
+    qk_norm="rms_norm", dual_attention_layers=(0,),
+)  # fmt: skip
+pixart_transformer = _transformer(
+    PixArtTransformer2DModel, **LATENTS | {"out_channels": 8}, **HEADS, num_layers=2,
+    cross_attention_dim=WIDTH, caption_channels=WIDTH, norm_type="ada_norm_single",
+    use_additional_conditions=False,
+)  # fmt: skip
+sana_transformer = _transformer(
+    SanaTransformer2DModel, **LATENTS, **HEADS, num_layers=2, num_cross_attention_heads=4,
+    cross_attention_head_dim=4, cross_attention_dim=WIDTH, caption_channels=WIDTH,
+    qk_norm="rms_norm_across_heads",
+)  # fmt: skip
+lumina2_transformer = _transformer(
+    Lumina2Transformer2DModel, sample_size=8, patch_size=2, in_channels=4, hidden_size=24,
+    num_layers=3, num_refiner_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=8,
+    axes_dim_rope=(4, 2, 2), axes_lens=(300, 16, 16), cap_feat_dim=WIDTH,
+)  # fmt: skip
+wan_transformer = _transformer(
+    WanTransformer3DModel, patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12,
+    in_channels=4, out_channels=4, text_dim=WIDTH, freq_dim=16, ffn_dim=32, num_layers=2,
+    rope_max_seq_len=16,
+)  # fmt: skip
+ltx_transformer = _transformer(
+    LTXVideoTransformer3DModel, **HEADS, in_channels=4, out_channels=4, num_layers=2,
+    cross_attention_dim=WIDTH, caption_channels=WIDTH,
+)  # fmt: skip
+qwen_transformer = _transformer(
+    QwenImageTransformer2DModel, **HEADS, patch_size=2, in_channels=4, out_channels=1,
+    num_layers=3, joint_attention_dim=WIDTH, axes_dims_rope=(4, 2, 2),
+)  # fmt: skip
+z_image_transformer = _transformer(
+    ZImageTransformer2DModel, in_channels=4, dim=16, n_layers=3, n_refiner_layers=1, n_heads=2,
+    n_kv_heads=2, cap_feat_dim=WIDTH, axes_dims=[4, 2, 2], axes_lens=[600, 16, 16],
+)  # fmt: skip
+aura_flow_transformer = _transformer(
+    AuraFlowTransformer2DModel, **LATENTS, **HEADS, num_mmdit_layers=2, num_single_dit_layers=2,
+    joint_attention_dim=WIDTH, caption_projection_dim=16, pos_embed_max_size=64,
+)  # fmt: skip
+flux2_transformer = _transformer(
+    Flux2Transformer2DModel, **HEADS, in_channels=4, num_layers=2, num_single_layers=2,
+    joint_attention_dim=3 * WIDTH, timestep_guidance_channels=16, axes_dims_rope=(2, 2, 2, 2),
+    guidance_embeds=False,
+)  # fmt: skip
+chroma_transformer = _transformer(
+    ChromaTransformer2DModel, **HEADS, in_channels=4, num_layers=2, num_single_layers=2,
+    joint_attention_dim=WIDTH, axes_dims_rope=(4, 2, 2), approximator_num_channels=8,
+    approximator_hidden_dim=16, approximator_layers=1,
+)  # fmt: skip
+cogview4_transformer = _transformer(
+    CogView4Transformer2DModel, **LATENTS, **HEADS, num_layers=3, text_embed_dim=WIDTH,
+    time_embed_dim=8, condition_dim=4, rope_axes_dim=(16, 16),
+)  # fmt: skip
 
 
-def lumina2_transformer(seed: int = 0, **config: Any) -> Lumina2Transformer2DModel:
-    small: dict[str, Any] = {
-        "sample_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 24, "num_layers": 3,
-        "num_refiner_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 8,
-        "axes_dim_rope": (4, 2, 2), "axes_lens": (300, 16, 16), "cap_feat_dim": WIDTH,
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    return randomise(Lumina2Transformer2DModel(**small | config))
+# -- autoencoders --------------------------------------------------------------------------------
 
 
-def wan_transformer(seed: int = 0, **config: Any) -> WanTransformer3DModel:
-    small: dict[str, Any] = {
-        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12,
-        "in_channels": 4, "out_channels": 4, "text_dim": WIDTH, "freq_dim": 16, "ffn_dim": 32,
-        "num_layers": 2, "rope_max_seq_len": 16,
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    return randomise(WanTransformer3DModel(**small | config))
-
-
-def video_autoencoder(**config: Any) -> AutoencoderKLWan:
-    """Wan's, two pixels for one latent."""
-    small: dict[str, Any] = {
-        "base_dim": 3, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1,
-        "temperal_downsample": [False], "latents_mean": [0.1] * 4, "latents_std": [0.9] * 4,
-        "scale_factor_temporal": 4, "scale_factor_spatial": 2,
-    }  # fmt: skip
+def _autoencoder(kind: type[M], **config: Any) -> M:
     torch.manual_seed(2)
-    return AutoencoderKLWan(**small | config).eval()
+    return kind(**config).eval()
 
 
-def image_encoder(size: int) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
-    """Of square images, with what makes them of this size."""
-    torch.manual_seed(11)
-    config = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
-        image_size=size, patch_size=8,
-    )  # fmt: skip
-    sizes = {"height": size, "width": size}
-    return CLIPVisionModel(config).eval(), CLIPImageProcessorPil(size=sizes, crop_size=sizes)
+CONVOLUTIONS: dict[str, Any] = {
+    "block_out_channels": (4, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "layers_per_block": 1,
+    "norm_num_groups": 2, "sample_size": 16,
+}  # fmt: skip
+CAUSAL: dict[str, Any] = {
+    "base_dim": 3, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1,
+    "temperal_downsample": [False], "latents_mean": [0.1] * 4, "latents_std": [0.9] * 4,
+}  # fmt: skip
 
 
-def ltx_transformer(seed: int = 0, **config: Any) -> LTXVideoTransformer3DModel:
-    small: dict[str, Any] = {
-        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
-        "cross_attention_dim": WIDTH, "num_layers": 2, "caption_channels": WIDTH,
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    return randomise(LTXVideoTransformer3DModel(**small | config))
-
-
-def ltx_autoencoder() -> AutoencoderKLLTXVideo:
-    """LTX's, four pixels for one latent, and four frames."""
-    torch.manual_seed(2)
-    sides: dict[str, Any] = {
-        f"{side}{name}": value
-        for side in ("", "decoder_")
-        for name, value in (
-            ("block_out_channels", (4,) * 4), ("layers_per_block", (1,) * 5),
-            ("spatio_temporal_scaling", (True, True, False, False)),
-        )
-    }  # fmt: skip
-    return AutoencoderKLLTXVideo(
-        latent_channels=4, patch_size=1, patch_size_t=1, encoder_causal=True, decoder_causal=False,
-        **sides,
-    ).eval()  # fmt: skip
-
-
-def qwen_transformer(seed: int = 0, **config: Any) -> QwenImageTransformer2DModel:
-    small: dict[str, Any] = {
-        "patch_size": 2, "in_channels": 4, "out_channels": 1, "num_layers": 3,
-        "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": WIDTH,
-        "axes_dims_rope": (4, 2, 2),
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    return randomise(QwenImageTransformer2DModel(**small | config))
-
-
-def packed_autoencoder() -> AutoencoderKLQwenImage:
-    """Qwen-Image's, two pixels for one latent."""
-    torch.manual_seed(2)
-    return AutoencoderKLQwenImage(
-        base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
-        latents_mean=[0.1] * 4, latents_std=[0.9] * 4,
-    ).eval()  # fmt: skip
-
-
-def z_image_transformer(seed: int = 0, **config: Any) -> ZImageTransformer2DModel:
-    small: dict[str, Any] = {
-        "in_channels": 4, "dim": 16, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2,
-        "n_kv_heads": 2, "cap_feat_dim": WIDTH, "axes_dims": [4, 2, 2], "axes_lens": [600, 16, 16],
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    return randomise(ZImageTransformer2DModel(**small | config))
-
-
-def aura_flow_transformer(seed: int = 0, **config: Any) -> AuraFlowTransformer2DModel:
-    small: dict[str, Any] = {
-        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4,
-        "num_mmdit_layers": 2, "num_single_dit_layers": 2, "attention_head_dim": 8,
-        "num_attention_heads": 2, "joint_attention_dim": WIDTH, "caption_projection_dim": 16,
-        "pos_embed_max_size": 64,
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    return randomise(AuraFlowTransformer2DModel(**small | config))
-
-
-def flux2_transformer(seed: int = 0, **config: Any) -> Flux2Transformer2DModel:
-    small: dict[str, Any] = {
-        "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8,
-        "num_attention_heads": 2, "joint_attention_dim": 3 * WIDTH,
-        "timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2), "guidance_embeds": False,
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    return randomise(Flux2Transformer2DModel(**small | config))
+def autoencoder(**config: Any) -> AutoencoderKL:
+    small = CONVOLUTIONS | {"scaling_factor": 0.5, "force_upcast": False}
+    return _autoencoder(AutoencoderKL, **small | config)
 
 
 def flux2_autoencoder() -> AutoencoderKLFlux2:
     """FLUX.2's, two pixels for one latent, with a variance of packed latents."""
-    torch.manual_seed(2)
-    made = AutoencoderKLFlux2(
-        block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, layers_per_block=1,
-        norm_num_groups=2, sample_size=16,
-    ).eval()  # fmt: skip
+    made = _autoencoder(AutoencoderKLFlux2, **CONVOLUTIONS)
     assert made.bn.running_var is not None
     made.bn.running_var.uniform_(0.5, 1.5)
     return made
 
 
-def chroma_transformer(seed: int = 0, **config: Any) -> ChromaTransformer2DModel:
-    small: dict[str, Any] = {
-        "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8,
-        "num_attention_heads": 2, "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 2, 2),
-        "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1,
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    return randomise(ChromaTransformer2DModel(**small | config))
+def video_autoencoder(**config: Any) -> AutoencoderKLWan:
+    """Wan's, two pixels for one latent."""
+    small = CAUSAL | {"scale_factor_temporal": 4, "scale_factor_spatial": 2}
+    return _autoencoder(AutoencoderKLWan, **small | config)
 
 
-def cogview4_transformer(seed: int = 0, **config: Any) -> CogView4Transformer2DModel:
-    small: dict[str, Any] = {
-        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
-        "attention_head_dim": 8, "num_attention_heads": 2, "text_embed_dim": WIDTH,
-        "time_embed_dim": 8, "condition_dim": 4, "rope_axes_dim": (16, 16),
+def packed_autoencoder() -> AutoencoderKLQwenImage:
+    """Qwen-Image's, two pixels for one latent."""
+    return _autoencoder(AutoencoderKLQwenImage, **CAUSAL)
+
+
+def ltx_autoencoder() -> AutoencoderKLLTXVideo:
+    """LTX's, four pixels for one latent, and four frames."""
+    blocks: dict[str, Any] = {
+        "block_out_channels": (4,) * 4, "layers_per_block": (1,) * 5,
+        "spatio_temporal_scaling": (True, True, False, False),
     }  # fmt: skip
-    torch.manual_seed(seed)
-    return randomise(CogView4Transformer2DModel(**small | config))
+    return _autoencoder(
+        AutoencoderKLLTXVideo, latent_channels=4, patch_size=1, patch_size_t=1,
+        encoder_causal=True, decoder_causal=False, **blocks,
+        **{f"decoder_{name}": value for name, value in blocks.items()},
+    )  # fmt: skip
 
 
 def deep_autoencoder() -> AutoencoderDC:
     """Sana's, four pixels for one latent."""
-    torch.manual_seed(2)
-    sides = {
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in (
-            ("block_out_channels", (4, 8, 8)), ("layers_per_block", (1, 1, 1)),
-            ("qkv_multiscales", ((), (), ())),
-        )
+    blocks = {
+        "block_out_channels": (4, 8, 8), "layers_per_block": (1, 1, 1),
+        "qkv_multiscales": ((), (), ()),
     }  # fmt: skip
-    return AutoencoderDC(latent_channels=4, attention_head_dim=4, **sides).eval()
+    sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in blocks.items()}
+    return _autoencoder(AutoencoderDC, latent_channels=4, attention_head_dim=4, **sides)
 
 
-def scheduler(prediction_type: str) -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-        timestep_spacing="trailing",
-    )
+# -- texts and images ----------------------------------------------------------------------------
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -339,34 +285,42 @@ def text_encoder(
 ) -> CLIPTextModel:
     torch.manual_seed(1)
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        projection_dim=WIDTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH,
+        num_hidden_layers=layers, num_attention_heads=2, max_position_embeddings=TOKENS,
+        projection_dim=WIDTH, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+def t5_encoder(tokenizer: CLIPTokenizer, kind: type[Any] = T5EncoderModel) -> T5EncoderModel:
+    torch.manual_seed(3)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=2 * WIDTH, num_layers=1, num_heads=2
     )
     return kind(config).eval()
 
 
-def autoencoder(**config: Any) -> AutoencoderKL:
-    torch.manual_seed(2)
-    return AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        sample_size=16,
-        scaling_factor=0.5,
-        force_upcast=False,
-        **config,
-    ).eval()
+def image_encoder(size: int) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
+    """Of square images, with what makes them of this size."""
+    torch.manual_seed(11)
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
+        image_size=size, patch_size=8,
+    )  # fmt: skip
+    sizes = {"height": size, "width": size}
+    return CLIPVisionModel(config).eval(), CLIPImageProcessorPil(size=sizes, crop_size=sizes)
+
+
+# -- pipelines -----------------------------------------------------------------------------------
+
+
+def scheduler(prediction_type: str) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type,
+        timestep_spacing="trailing",
+    )  # fmt: skip
 
 
 def sd3_pipeline(**config: Any) -> StableDiffusion3Pipeline:
@@ -374,16 +328,11 @@ def sd3_pipeline(**config: Any) -> StableDiffusion3Pipeline:
     words = tokenizer()
     encoders = [text_encoder(words, 2, CLIPTextModelWithProjection) for _ in range(2)]
     pipe = StableDiffusion3Pipeline(
-        transformer=sd3_transformer(**config),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=autoencoder(shift_factor=0.1),
-        text_encoder=encoders[0],
-        tokenizer=words,
-        text_encoder_2=encoders[1],
-        tokenizer_2=deepcopy(words),
-        text_encoder_3=None,
+        transformer=sd3_transformer(**config), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(shift_factor=0.1), text_encoder=encoders[0], tokenizer=words,
+        text_encoder_2=encoders[1], tokenizer_2=deepcopy(words), text_encoder_3=None,
         tokenizer_3=None,
-    )
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -391,19 +340,15 @@ def sd3_pipeline(**config: Any) -> StableDiffusion3Pipeline:
 def pixart_pipeline(**config: Any) -> PixArtSigmaPipeline:
     """``config`` is the transformer's."""
     words = tokenizer()
-    torch.manual_seed(3)
-    t5 = T5Config(
-        vocab_size=len(words), d_model=WIDTH, d_kv=8, d_ff=2 * WIDTH, num_layers=1, num_heads=2
-    )
     pipe = PixArtSigmaPipeline(
-        transformer=pixart_transformer(**config),
-        scheduler=scheduler("epsilon"),
-        vae=autoencoder(),
-        text_encoder=T5EncoderModel(t5).eval(),
-        tokenizer=words,
-    )
+        transformer=pixart_transformer(**config), scheduler=scheduler("epsilon"),
+        vae=autoencoder(), text_encoder=t5_encoder(words), tokenizer=words,
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# -- families ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -446,8 +391,7 @@ class Family:
 
 FAMILIES = {
     "unet": Family(
-        unet, "epsilon", WIDTH,
-        others=({"block_out_channels": (8, 32)}, {"layers_per_block": 2}),
+        unet, "epsilon", WIDTH, others=({"block_out_channels": (8, 32)}, {"layers_per_block": 2})
     ),
     "aura-flow": Family(
         aura_flow_transformer, "flow", WIDTH,

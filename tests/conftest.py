@@ -9,8 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, one core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,21 +170,7 @@ def draw() -> Callable[..., torch.Tensor]:
 def batches() -> Callable[[Any], Any]:
     """``with batches(denoiser) as sizes``: the batch size of every call of the denoiser."""
 
-    @contextmanager
-    def record(denoiser: Any) -> Iterator[list[int]]:
-        sizes: list[int] = []
-
-        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            first = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-            sizes.append(len(first))
-
-        handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            yield sizes
-        finally:
-            handle.remove()
-
-    return record
+    return components.batch_sizes
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 from PIL import Image, ImageStat
-from transformers import T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 SIDE = 32
@@ -46,12 +46,6 @@ class TextEncoder(T5EncoderModel):  # type: ignore[misc]
         assert made.hidden_states is not None
         made.hidden_states = (made.hidden_states[-1] + pixel_values[:, None, None],)
         return made
-
-
-def text_encoder(config: T5Config) -> TextEncoder:
-    torch.manual_seed(3)
-    made: TextEncoder = TextEncoder(config).eval()
-    return made
 
 
 def resized(pipe: Any, images: list[Image.Image]) -> Any:

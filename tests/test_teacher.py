@@ -101,6 +101,39 @@ def test_the_teacher_predicts_both_in_one_call(
     torch.testing.assert_close(teacher.guided(unconditional, conditional, 1.0), conditional)
 
 
+def processors(denoiser: Any) -> list[Any]:
+    """Of the attention layers; each compares by identity."""
+    return [vars(m)["processor"] for m in denoiser.modules() if "processor" in vars(m)]
+
+
+def test_a_teacher_leaves_the_attention_processors_as_they_were(
+    family: components.Family, latents: torch.Tensor
+) -> None:
+    denoiser, prompts = family.denoiser(), PromptTable(family.text(4, seed=8))
+    before = processors(denoiser)
+    Teacher(denoiser, prompts)(latents, TIME, PROMPT, torch.tensor([NULL, 1]))
+    assert processors(denoiser) == before
+
+
+def test_processors_that_mask_are_replaced_when_nothing_needs_them() -> None:
+    family = components.FAMILIES["cogview4"]
+    denoiser, prompts = family.denoiser(), PromptTable(family.text(4, seed=8))
+    before, latents = processors(denoiser), family.latents(2)
+    teacher, rest = Teacher(denoiser, prompts), (TIME, PROMPT, torch.tensor([NULL, 1]))
+    with pytest.raises(RuntimeError):
+        teacher(latents[:, :1], *rest)
+    assert processors(denoiser) == before
+    one, other = (Student(TinyGuide.for_denoiser(denoiser, "flow"), denoiser) for _ in range(2))
+    one(latents, TIME, prompts(PROMPT), prompts.null, SCALE)
+    masking = processors(denoiser)
+    assert not {*masking} & {*before}
+    teacher(latents, *rest)
+    other.hooks.remove()
+    assert processors(denoiser) == masking  # a backward pass may run blocks again
+    one.hooks.remove()
+    assert processors(denoiser) == before
+
+
 @pytest.mark.parametrize("name", components.FAMILIES)
 def test_a_denoiser_is_called_as_diffusers_calls_it(name: str, latents: torch.Tensor) -> None:
     family = components.FAMILIES[name]

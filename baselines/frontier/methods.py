@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from baselines.comparison.run import titles
+from baselines.comparison.config import titles
 from baselines.linear_ag import LinearAG, alternating, fit
 from baselines.reuse import CompressGuidance, DeltaReuse, denser_early, every_nth
 from baselines.training_free import AdaptiveGuidance, GuidanceInterval

@@ -141,27 +141,20 @@ class ComfyJointBlock(JointBlock):
         self.heads, self.out = self.image.attn.num_heads, self.image.attn.proj
         self.text_ends = self.text.pre_only
 
-    def keep(self, hooks: Hooks, name: str, *, of_text: bool) -> None:
-        def normed(part: str) -> Any:
-            def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-                guided.scratch[name, part] = output.transpose(1, 2)
+    def capture_qkv(self, hooks: Hooks, name: str, *, of_text: bool) -> None:
+        def heads_first(output: torch.Tensor) -> torch.Tensor:
+            return output.transpose(1, 2)
 
-            return after
-
-        def projected(part: str, attention: Any) -> Any:
-            def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-                value = split_qkv(output, attention.head_dim)[2]
-                guided.scratch[name, part] = value.transpose(1, 2)
-
-            return after
+        def value(output: torch.Tensor) -> torch.Tensor:
+            return heads_first(split_qkv(output, self.image.attn.head_dim)[2])
 
         image, text = self.image.attn, self.text.attn
-        hooks.after(image.ln_q, normed("q"))
-        hooks.after(image.ln_k, normed("k"))
-        hooks.after(image.qkv, projected("v", image))
+        hooks.keep(image.ln_q, (name, "q"), heads_first)
+        hooks.keep(image.ln_k, (name, "k"), heads_first)
+        hooks.keep(image.qkv, (name, "v"), value)
         if of_text:
-            hooks.after(text.ln_k, normed("text k"))
-            hooks.after(text.qkv, projected("text v", text))
+            hooks.keep(text.ln_k, (name, "text k"), heads_first)
+            hooks.keep(text.qkv, (name, "text v"), value)
 
     def read(
         self, stream: torch.Tensor, embedding: torch.Tensor

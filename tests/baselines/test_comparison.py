@@ -14,9 +14,10 @@ from PIL import Image
 
 from baselines import RULES, GuidanceInterval
 from baselines.comparison import run
+from baselines.comparison.config import DEFAULT, ComparisonConfig
 from baselines.comparison.report import HEADINGS, comparison_markdown, comparison_table, pareto
 from baselines.comparison.results import ComparisonResult
-from baselines.comparison.run import DEFAULT, Comparison, ComparisonConfig, ModelEvaluator
+from baselines.comparison.run import Comparison, ModelEvaluator
 from pilotfish import cli
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.evaluation.images import ModelSource

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import baselines
-from baselines.comparison.run import ComparisonConfig, titles
+from baselines.comparison.config import ComparisonConfig, titles
 from pilotfish.guides import Guide
 from pilotfish.interface import GuideError, TextConditions
 from pilotfish.teacher import Student

@@ -51,178 +51,114 @@ def test_an_unknown_flag_is_named(say: Say) -> None:
     assert "lerning_rate" in error
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (("distill", "--rank", "-1"), "rank must be at least 0, not -1"),
-        (("distill", "--guide_type", "huge"), "guide_type must be one of external, full, tiny"),
-        (("distill", "--learning_rate", "0"), "learning_rate must be above 0"),
-        (("distill", "--guidance_scale_min", "0.5"), "guidance_scale_min must be at least 1"),
-        (("distill", "--pool", "4"), "pool must be at least train_batch_size"),
-        (("distill", "--training_samples", "dreams"), "dreams"),
-        (
-            (
-                "distill",
-                "--guide_type",
-                "dice",
-                "--trained_scale",
-                "3",
-                "--guidance_scale_max",
-                "5",
-            ),
-            "5.0",
-        ),
-        (("distill-steps", "--steps", "16", "7"), "each half of the one before"),
-        (
-            ("distill-steps", "--teacher_scale_multiplier", "1.5"),
-            "must be 1 unless the teacher is cfg",
-        ),
-    ],
-)
-def test_a_value_out_of_range_is_named(say: Say, flags: tuple[str, ...], sentence: str) -> None:
-    code, error = say(*flags, "--output", "unused")
+OUT_OF_RANGE = {
+    "distill --rank -1": "rank must be at least 0, not -1",
+    "distill --guide_type huge": "guide_type must be one of external, full, tiny",
+    "distill --learning_rate 0": "learning_rate must be above 0",
+    "distill --guidance_scale_min 0.5": "guidance_scale_min must be at least 1",
+    "distill --pool 4": "pool must be at least train_batch_size",
+    "distill --training_samples dreams": "dreams",
+    "distill --guide_type dice --trained_scale 3 --guidance_scale_max 5": "5.0",
+    "distill-steps --steps 16 7": "each half of the one before",
+    "distill-steps --teacher_scale_multiplier 1.5": "must be 1 unless the teacher is cfg",
+}
+
+
+@pytest.mark.parametrize(("line", "sentence"), OUT_OF_RANGE.items())
+def test_a_value_out_of_range_is_named(say: Say, line: str, sentence: str) -> None:
+    code, error = say(*line.split(), "--output", "unused")
     assert code in (1, 2)
     assert sentence in " ".join(error.replace("│", " ").split())
     assert "Traceback" not in error
 
 
-MISTAKES: list[tuple[tuple[str, ...], str]] = [
-    (("distill", "--output", "{out}", "--config", "{none}"), "no configuration could be read"),
-    (("distill", "--output", "{out}", "--config"), "--config needs a value"),
-    (("distill", "--output", "{out}", "--config={wrong}"), "guide_type must be one of"),
-    (("distill", "--output", "{out}", "--config={half}"), "rank must be a valid integer"),
-    (("distill-steps", "--output", "{used}"), "holds rounds of an earlier run"),
-    (("distill", "--output", "{out}", "--config", "{unknown}"), "unknown settings: colour"),
-    (("distill", "--output", "{out}", "--prompts", "{none}"), "none.txt"),
-    (("distill", "--output", "{out}", "--prompts", "{empty}"), "empty.txt"),
-    (
-        (
-            "distill",
-            "--output",
-            "{out}",
-            "--pretrained_model_name_or_path",
-            "{none}",
-            "--prompts",
-            "{prompts}",
-        ),
-        "no pipeline could be loaded from",
-    ),
-    (
-        ("distill", "--output", "{out}", "--pretrained_model_name_or_path", "{base}"),
-        "--prompts is needed with a base of your own",
-    ),
-    (
-        (
-            "distill",
-            "--output",
-            "{out}",
-            "--pretrained_model_name_or_path",
-            "{base}",
-            "--prompts",
-            "{prompts}",
-            "--training_samples",
-            "noised",
-        ),
+MISTAKES = {
+    "distill {out} --config {none}": "no configuration could be read",
+    "distill {out} --config": "--config needs a value",
+    "distill {out} --config={wrong}": "guide_type must be one of",
+    "distill {out} --config={half}": "rank must be a valid integer",
+    "distill-steps --output {used}": "holds rounds of an earlier run",
+    "distill {out} --config {unknown}": "unknown settings: colour",
+    "distill {out} --prompts {none}": "none.txt",
+    "distill {out} --prompts {empty}": "empty.txt",
+    "distill {out} {of} {none} --prompts {prompts}": "no pipeline could be loaded from",
+    "distill {out} {of} {base}": "--prompts is needed with a base of your own",
+    "distill {out} {of} {base} --prompts {prompts} --training_samples noised":
         "noised needs --train_images with a base of your own",
-    ),
-    (
-        (
-            "distill",
-            "--output",
-            "{out}",
-            "--pretrained_model_name_or_path",
-            "{base}",
-            "--prompts",
-            "{prompts}",
-            "--train_finetunes",
-            "{none}",
-        ),
+    "distill {out} {of} {base} --prompts {prompts} --train_finetunes {none}":
         "no fine-tune could be loaded",
-    ),
-    (("distill", "--output", "{out}", "--init_from", "{none}"), "no guide could be read"),
-    (
-        ("distill", "--output", "{out}", "--init_from", "tiny", "--no_text"),
+    "distill {out} --init_from {none}": "no guide could be read",
+    "distill {out} --init_from tiny --no_text":
         "Cannot continue training tiny: text is True in the guide, False in the configuration.",
-    ),
-    (
-        ("distill", "--output", "{out}", "--init_from", "tiny", "--uncond_templates=2"),
-        ", 2 in the configuration",
-    ),
-    (("distill-steps", "--output", "{out}", "--guide", "{none}"), "no guide could be read"),
-    (("sample",), "no prompt: give --prompt TEXT or --prompts FILE"),
-    (("sample", "-p", "owl", "--guide", "{none}"), "no guide could be read"),
-    (("sample", "-p", "owl", "--guide", "{broken}"), "no guide could be read"),
-    (
-        ("sample", "-p", "owl", "--guide", "{guide}"),
-        "was made for another denoiser",
-    ),
-    (("sample", "-p", "owl", "--num_inference_steps", "0"), "num_inference_steps must be at"),
-    (("sample", "-p", "owl", "--batch_size", "-1"), "batch_size must be at least 1"),
-    (("sample", "-p", "owl", "--num_images_per_prompt", "0"), "must be at least 1, not 0"),
-    (("sample", "-p", "owl", "--refresh", "-1"), "refresh must be a number of steps, at least 0"),
-    (("sample", "-p", "owl", "--refresh_at", "2", "-1"), "or a list of steps counted from 0"),
-    (("sample", "-p", "owl", "--refresh", "1", "--refresh_at", "2"), "cannot be combined"),
-    (("sample", "-p", "owl", "--models", "{none}"), "no pipeline could be loaded from"),
-    (("sample", "-p", "owl", "--models", "{base}", "--variant", "fp16"), "no pipeline could be"),
-    (("sample", "-p", "owl", "--device", "nowhere"), "--device nowhere cannot be used"),
-    (("app", "--models", "{base}", "--guide", "tiny"), "no guide fits the model"),
-    (("app", "--models", "{base}", "--guide", "{none}"), "no guide could be read"),
-    (("evaluate", "--samples", "1"), "at least two samples"),
-    (("evaluate", "--batch_size", "0"), "batch_size must be at least 1"),
-    (("evaluate", "--guidance_scale", "1"), "CFG gains nothing at w = 1"),
-    (("evaluate", "--validation_prompts", "{empty}"), "empty.txt"),
-    (("evaluate", "--reference_images", "{out}"), "belongs to no model"),
-    (("evaluate", "--models", "base", "{base}"), "two models are called base"),
-    (("evaluate", "--models", "fluent", "{none}"), "no pipeline could be loaded from"),
-    (("evaluate", "--models", "{base}", "--reference_images", "{base}"), "has no metadata.jsonl"),
-    (("evaluate", "--clip", "{none}"), "no CLIP in"),
-    (("evaluate", "--inception_weights", "{none}"), "no Inception weights in"),
-    (("evaluate", "--output", "{base}"), "is a folder; give the name of a file"),
-    (("evaluate", "--grid", "{base}"), "is a folder; give the name of a file"),
-    (("benchmark", "--guidance_scale", "1"), "only for w above 1"),
-    (("benchmark", "--rounds", "0"), "at least one round"),
-    (("benchmark", "--num_inference_steps", "0"), "at least one step"),
-    (("benchmark", "--device", "nowhere"), "--device nowhere cannot be used"),
-]
+    "distill {out} --init_from tiny --uncond_templates=2": ", 2 in the configuration",
+    "distill-steps {out} --guide {none}": "no guide could be read",
+    "sample": "no prompt: give --prompt TEXT or --prompts FILE",
+    "sample -p owl --guide {none}": "no guide could be read",
+    "sample -p owl --guide {broken}": "no guide could be read",
+    "sample -p owl --guide {guide}": "was made for another denoiser",
+    "sample -p owl --num_inference_steps 0": "num_inference_steps must be at",
+    "sample -p owl --batch_size -1": "batch_size must be at least 1",
+    "sample -p owl --num_images_per_prompt 0": "must be at least 1, not 0",
+    "sample -p owl --refresh -1": "refresh must be a number of steps, at least 0",
+    "sample -p owl --refresh_at 2 -1": "or a list of steps counted from 0",
+    "sample -p owl --refresh 1 --refresh_at 2": "cannot be combined",
+    "sample -p owl --models {none}": "no pipeline could be loaded from",
+    "sample -p owl --models {base} --variant fp16": "no pipeline could be",
+    "sample -p owl --device nowhere": "--device nowhere cannot be used",
+    "app --models {base} --guide tiny": "no guide fits the model",
+    "app --models {base} --guide {none}": "no guide could be read",
+    "evaluate --samples 1": "at least two samples",
+    "evaluate --batch_size 0": "batch_size must be at least 1",
+    "evaluate --guidance_scale 1": "CFG gains nothing at w = 1",
+    "evaluate --validation_prompts {empty}": "empty.txt",
+    "evaluate --reference_images {unused}": "belongs to no model",
+    "evaluate --models base {base}": "two models are called base",
+    "evaluate --models fluent {none}": "no pipeline could be loaded from",
+    "evaluate --models {base} --reference_images {base}": "has no metadata.jsonl",
+    "evaluate --clip {none}": "no CLIP in",
+    "evaluate --inception_weights {none}": "no Inception weights in",
+    "evaluate --output {base}": "is a folder; give the name of a file",
+    "evaluate --grid {base}": "is a folder; give the name of a file",
+    "benchmark --guidance_scale 1": "only for w above 1",
+    "benchmark --rounds 0": "at least one round",
+    "benchmark --num_inference_steps 0": "at least one step",
+    "benchmark --device nowhere": "--device nowhere cannot be used",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES)
+@pytest.mark.parametrize(("line", "sentence"), MISTAKES.items())
 def test_a_mistake_is_one_sentence(
-    say: Say, arguments: tuple[str, ...], sentence: str, base: str, guide: str, prompts: str,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    say: Say, line: str, sentence: str, base: str, guide: str, prompts: str, tmp_path: Path
+) -> None:
+    for file, settings in {
+        "wrong": {"guide_type": "tyni"}, "half": {"guide": {"rank": 1.5}},
+        "unknown": {"colour": "red"},
+    }.items():  # fmt: skip
+        (tmp_path / f"{file}.json").write_text(json.dumps({"output": "x"} | settings))
     (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "wrong.json").write_text(json.dumps({"output": "x", "guide_type": "tyni"}))
-    (tmp_path / "half.json").write_text(json.dumps({"output": "x", "guide": {"rank": 1.5}}))
     (tmp_path / "used" / "steps-8").mkdir(parents=True)
-    (tmp_path / "unknown.json").write_text(json.dumps({"output": "x", "colour": "red"}))
-    broken = Guide.from_pretrained(guide)
-    broken.save_pretrained(tmp_path / "broken")
+    Guide.from_pretrained(guide).save_pretrained(tmp_path / "broken")
     weights = tmp_path / "broken" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    places = {
-        "out": tmp_path / "out", "none": tmp_path / "none.txt", "empty": tmp_path / "empty.txt",
-        "unknown": tmp_path / "unknown.json", "base": base, "guide": guide,
-        "broken": tmp_path / "broken", "wrong": tmp_path / "wrong.json",
-        "half": tmp_path / "half.json", "used": tmp_path / "used", "prompts": prompts,
+    files = ("none.txt", "empty.txt", "wrong.json", "half.json", "unknown.json", "used", "broken")
+    places = {Path(file).stem: str(tmp_path / file) for file in (*files, "unused")} | {
+        "base": base, "guide": guide, "prompts": prompts, "out": f"--output={tmp_path / 'out'}",
+        "of": "--pretrained_model_name_or_path",
     }  # fmt: skip
-    code, error = say(*(a.format(**places) for a in arguments))
-    (line,) = error.strip().splitlines()
+    code, error = say(*(word.format(**places) for word in line.split()))
     assert code == 1
-    assert line.startswith(f"pilotfish {arguments[0]}: ")
-    assert sentence in line
+    (shown,) = error.strip().splitlines()
+    assert shown.startswith(f"pilotfish {line.split()[0]}: ")
+    assert sentence in shown
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ("sample", "-p", "owl", "--output", "{out}", "--models"),
-        ("inspect", "--scales", "{out}", "--models"),
-        ("benchmark", "--models"),
-    ],
-)
+    "line",
+    ["sample -p owl --output {out} --models", "inspect --scales {out} --models",
+     "benchmark --models"],
+)  # fmt: skip
 def test_a_pipeline_that_takes_no_guide_is_refused_before_anything_is_drawn(
-    say: Say, arguments: tuple[str, ...], tmp_path: Path
+    say: Say, line: str, tmp_path: Path
 ) -> None:
     unet = UNet2DModel(
         sample_size=8, block_out_channels=(8,), norm_num_groups=4,
@@ -230,13 +166,13 @@ def test_a_pipeline_that_takes_no_guide_is_refused_before_anything_is_drawn(
     )  # fmt: skip
     DDIMPipeline(unet, components.scheduler("epsilon")).save_pretrained(tmp_path / "plain")
     out = tmp_path / "out"
-    code, error = say(*(a.format(out=out) for a in arguments), str(tmp_path / "plain"))
+    code, error = say(*(word.format(out=out) for word in line.split()), str(tmp_path / "plain"))
     known = ", ".join(c.__name__ for family in Backbone.registry for c in family.denoisers)
     why = (
         "DDIMPipeline cannot take a guide: UNet2DModel belongs to no family that takes a guide; "
         f"known: {known}; use it without one"
     )
-    assert (code, error.strip()) == (1, f"pilotfish {arguments[0]}: {why}")
+    assert (code, error.strip()) == (1, f"pilotfish {line.split()[0]}: {why}")
     assert not out.exists()
 
 
@@ -285,19 +221,22 @@ def test_each_of_several_models_has_a_folder(say: Say, base: str, tmp_path: Path
     assert (code, "two models are called base" in error) == (1, True)
 
 
-def test_a_pickle_is_refused(say: Say, guide: str) -> None:
-    weights = Path(guide) / "diffusion_pytorch_model.safetensors"
-    torch.save({"a": torch.zeros(1)}, weights.with_name("diffusion_pytorch_model.bin"))
+def pickled(folder: Path) -> None:
+    """A model with a pickle in place of its weights."""
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save({"a": torch.zeros(1)}, weights.with_suffix(".bin"))
     weights.unlink()
+
+
+def test_a_pickle_is_refused(say: Say, guide: str) -> None:
+    pickled(Path(guide))
     code, error = say("sample", "-p", "owl", "--guide", guide)
     assert code == 1
     assert "no guide could be read" in error
 
 
 def test_a_base_of_pickles_is_refused(say: Say, base: str, prompts: str, tmp_path: Path) -> None:
-    weights = Path(base) / "unet" / "diffusion_pytorch_model.safetensors"
-    torch.save({"a": torch.zeros(1)}, weights.with_name("diffusion_pytorch_model.bin"))
-    weights.unlink()
+    pickled(Path(base) / "unet")
     code, error = say(
         "distill", "--output", str(tmp_path / "out"), "--prompts", prompts,
         "--pretrained_model_name_or_path", base,
@@ -388,6 +327,12 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(encoding: str, tmp_path: 
     assert b"no command '?'" in done.stderr
 
 
+def forget(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """A package that has not been imported yet."""
+    for name in [m for m in sys.modules if m.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.mark.parametrize(
     ("command", "missing", "sentence"),
     [
@@ -400,8 +345,7 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(encoding: str, tmp_path: 
 def test_a_missing_package_is_one_sentence(
     say: Say, monkeypatch: pytest.MonkeyPatch, command: str, missing: str, sentence: str
 ) -> None:
-    for name in [m for m in sys.modules if m.partition(".")[0] == missing]:
-        monkeypatch.delitem(sys.modules, name)
+    forget(monkeypatch, missing)
     for name in (cli.COMMANDS[command][1], "pilotfish.app.page"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
@@ -415,8 +359,7 @@ def test_a_missing_package_is_one_sentence(
 def test_another_package_called_baselines_counts_as_none(
     say: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: tuple[str, ...]
 ) -> None:
-    for name in [m for m in sys.modules if m.partition(".")[0] == "baselines"]:
-        monkeypatch.delitem(sys.modules, name)
+    forget(monkeypatch, "baselines")
     (tmp_path / "baselines").mkdir()
     for file in files:
         (tmp_path / "baselines" / file).write_text("" if len(files) > 1 else "import gym_of_none")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from inspect import signature
 from typing import Any
@@ -14,7 +14,6 @@ import diffusers
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     ControlNetModel,
     FlowMatchEulerDiscreteScheduler,
     QwenImageControlNetModel,
@@ -25,7 +24,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.wan import pipeline_wan_i2v
 from diffusers.utils import is_ftfy_available
 from PIL import Image
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModelWithProjection
 
 from pilotfish import Guide, TinyGuide
 from pilotfish.backbones import (
@@ -43,6 +42,9 @@ if not is_ftfy_available():  # which Wan's other pipelines ask
 
 SIDE = 16
 PROMPTS = ("cat", "a bee")
+SQUARE: dict[str, Any] = {"height": SIDE, "width": SIDE}
+TEXT: dict[str, Any] = {"max_sequence_length": components.TOKENS}
+KLEIN_TEXT = TEXT | {"text_encoder_out_layers": (0, 1, 1)}
 CHANNELS = 16
 """Of SD3's latents; its inpainting pipelines take no other number."""
 
@@ -115,22 +117,9 @@ class Pipeline:
         made: torch.Tensor = self.pipe.encode_prompt(texts, **KLEIN_TEXT, **call)[0]
         return made
 
-    @contextmanager
-    def batches(self) -> Iterator[list[int]]:
+    def batches(self) -> AbstractContextManager[list[int]]:
         """The batch size of every call of the denoiser."""
-        sizes: list[int] = []
-
-        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            sizes.append(
-                len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")))
-            )
-
-        handles = [d.register_forward_pre_hook(note, with_kwargs=True) for d in self.denoisers]
-        try:
-            yield sizes
-        finally:
-            for handle in handles:
-                handle.remove()
+        return components.batch_sizes(*self.denoisers)
 
     def hooks(self) -> int:
         """Hooks on the denoisers."""
@@ -171,10 +160,13 @@ class Spec:
         """SD, SDXL, SD3, or one of OTHERS."""
         if "Diffusion3" in self.pipeline:
             return "SD3"
-        for name in OTHERS:
-            if name in self.pipeline:
-                return name
-        return "SDXL" if "XL" in self.pipeline else "SD"
+        usual = "SDXL" if "XL" in self.pipeline else "SD"
+        return next((name for name in OTHERS if name in self.pipeline), usual)
+
+    @property
+    def component(self) -> str:
+        """Name of the denoiser among the pipeline's components."""
+        return "unet" if self.family in ("SD", "SDXL") else "transformer"
 
 
 def controlnet(denoiser: Any) -> Any:
@@ -210,118 +202,94 @@ def adapter(unet: Any) -> T2IAdapter:
     return T2IAdapter(3, channels, num_res_blocks=1, downscale_factor=2).eval()
 
 
-CONTROLNET, ADAPTER = ("controlnet", controlnet), ("adapter", adapter)
+CONTROLNET = ("controlnet", controlnet)
 IMAGE, MASK, CONTROL = ("image",), ("image", "mask_image"), ("image", "control_image")
 PARTLY = {"strength": 0.7, "num_inference_steps": 3}
-SD3_CALL: dict[str, Any] = {"max_sequence_length": 4}
-PIXART_CALL: dict[str, Any] = {
-    "use_resolution_binning": False, "clean_caption": False,
-    "max_sequence_length": components.TOKENS,
-}  # fmt: skip
-
-KLEIN_TEXT: dict[str, Any] = {
-    "max_sequence_length": components.TOKENS, "text_encoder_out_layers": (0, 1, 1),
-}  # fmt: skip
+PIXART_CALL = TEXT | {"use_resolution_binning": False, "clean_caption": False}
 
 
-CHROMA_CALL: dict[str, Any] = {
-    "height": SIDE, "width": SIDE, "max_sequence_length": components.TOKENS,
-}  # fmt: skip
+def _unet(xl: str = "") -> dict[str, Spec]:
+    """Stable Diffusion's, or with ``xl="XL"`` those of SDXL."""
+
+    def spec(kind: str = "", images: tuple[str, ...] = (), **rest: Any) -> Spec:
+        return Spec(f"StableDiffusion{xl}{kind}Pipeline", images, **rest)
+
+    net = {"helper": CONTROLNET}
+    made = {
+        "": spec(),
+        ", v": spec(prediction_type="v_prediction"),
+        " img2img": spec("Img2Img", IMAGE, call=PARTLY),
+        " inpaint": spec("Inpaint", MASK, call=PARTLY),
+        " inpaint, 9 channels": spec("Inpaint", MASK, denoiser={"in_channels": 9}, call=PARTLY),
+        " depth2img": spec(
+            "Depth2Img", ("image", "depth_map"), denoiser={"in_channels": 5}, call=PARTLY
+        ),
+        " ControlNet": spec("ControlNet", IMAGE, **net),
+        " ControlNet img2img": spec("ControlNetImg2Img", CONTROL, **net, call=PARTLY),
+        " ControlNet inpaint": spec(
+            "ControlNetInpaint", (*MASK, "control_image"), **net, call=PARTLY
+        ),
+        " T2I-Adapter": spec("Adapter", IMAGE, helper=("adapter", adapter)),
+    }
+    absent = (", v", " depth2img") if xl else ()
+    return {f"SD{xl}{name}": one for name, one in made.items() if name not in absent}
+
+
+def _flow(
+    pipeline: str, images: tuple[str, ...] = (), helper: Any = None,
+    denoiser: dict[str, Any] | None = None, **call: Any,
+) -> Spec:  # fmt: skip
+    return Spec(pipeline, images, denoiser or {}, "flow", helper, call)
+
+
+def _sd3(
+    kind: str = "", images: tuple[str, ...] = (), helper: Any = None,
+    in_channels: int = CHANNELS, **call: Any,
+) -> Spec:  # fmt: skip
+    channels = {"in_channels": in_channels, "out_channels": CHANNELS}
+    pipeline = f"StableDiffusion3{kind}Pipeline"
+    return _flow(pipeline, images, helper, channels, max_sequence_length=4, **call)
 
 
 def _chroma(pipeline: str, images: tuple[str, ...] = (), **call: Any) -> Spec:
-    return Spec(pipeline, images, {"in_channels": 16}, "flow", call=CHROMA_CALL | call)
-
-
-def _sd3(pipeline: str, images: tuple[str, ...] = (), helper: Any = None, **call: Any) -> Spec:
-    return Spec(pipeline, images, {}, "flow", helper, SD3_CALL | call)
+    return _flow(pipeline, images, None, {"in_channels": 16}, **SQUARE, **TEXT, **call)
 
 
 def _qwen(pipeline: str, images: tuple[str, ...] = (), helper: Any = None) -> Spec:
-    channels, size = {"in_channels": 16, "out_channels": 4}, {"height": SIDE, "width": SIDE}
-    return Spec(pipeline, images, channels, "flow", helper, size)
+    return _flow(pipeline, images, helper, {"in_channels": 16, "out_channels": 4}, **SQUARE)
 
 
 def _wan(
     pipeline: str, denoiser: dict[str, Any] | None = None, two: bool = False, **call: Any
 ) -> Spec:
-    size = {"height": SIDE, "width": SIDE, "num_frames": 5}
-    call = size | {"max_sequence_length": components.TOKENS} | call
     images = ("image",) if "Image" in pipeline else ()
+    call = SQUARE | {"num_frames": 5} | TEXT | call
     if not two:
-        return Spec(pipeline, images, denoiser or {}, "flow", None, call)
-    call["guidance_scale_2"] = 3.0
-    return Spec(pipeline, images, denoiser or {}, "flow", None, call, 0.7)
+        return _flow(pipeline, images, None, denoiser, **call)
+    one = _flow(pipeline, images, None, denoiser, **call, guidance_scale_2=3.0)
+    return replace(one, boundary_ratio=0.7)
 
 
 PIPELINES = {
-    "SD": Spec("StableDiffusionPipeline"),
-    "SD, v": Spec("StableDiffusionPipeline", prediction_type="v_prediction"),
-    "SD img2img": Spec("StableDiffusionImg2ImgPipeline", IMAGE, call=PARTLY),
-    "SD inpaint": Spec("StableDiffusionInpaintPipeline", MASK, call=PARTLY),
-    "SD inpaint, 9 channels": Spec(
-        "StableDiffusionInpaintPipeline", MASK, {"in_channels": 9}, call=PARTLY
-    ),
-    "SD depth2img": Spec(
-        "StableDiffusionDepth2ImgPipeline", ("image", "depth_map"), {"in_channels": 5}, call=PARTLY
-    ),
-    "SD ControlNet": Spec("StableDiffusionControlNetPipeline", IMAGE, helper=CONTROLNET),
-    "SD ControlNet img2img": Spec(
-        "StableDiffusionControlNetImg2ImgPipeline", CONTROL, helper=CONTROLNET, call=PARTLY
-    ),
-    "SD ControlNet inpaint": Spec(
-        "StableDiffusionControlNetInpaintPipeline", (*MASK, "control_image"), helper=CONTROLNET,
-        call=PARTLY,
-    ),
-    "SD T2I-Adapter": Spec("StableDiffusionAdapterPipeline", IMAGE, helper=ADAPTER),
-    "SDXL": Spec("StableDiffusionXLPipeline"),
-    "SDXL img2img": Spec("StableDiffusionXLImg2ImgPipeline", IMAGE, call=PARTLY),
-    "SDXL inpaint": Spec("StableDiffusionXLInpaintPipeline", MASK, call=PARTLY),
-    "SDXL inpaint, 9 channels": Spec(
-        "StableDiffusionXLInpaintPipeline", MASK, {"in_channels": 9}, call=PARTLY
-    ),
-    "SDXL ControlNet": Spec("StableDiffusionXLControlNetPipeline", IMAGE, helper=CONTROLNET),
-    "SDXL ControlNet img2img": Spec(
-        "StableDiffusionXLControlNetImg2ImgPipeline", CONTROL, helper=CONTROLNET, call=PARTLY
-    ),
-    "SDXL ControlNet inpaint": Spec(
-        "StableDiffusionXLControlNetInpaintPipeline", (*MASK, "control_image"), helper=CONTROLNET,
-        call=PARTLY,
-    ),
-    "SDXL T2I-Adapter": Spec("StableDiffusionXLAdapterPipeline", IMAGE, helper=ADAPTER),
-    "SD3": _sd3("StableDiffusion3Pipeline"),
-    "SD3 img2img": _sd3("StableDiffusion3Img2ImgPipeline", IMAGE, **PARTLY),
-    "SD3 inpaint": _sd3("StableDiffusion3InpaintPipeline", MASK, **PARTLY),
-    "SD3 inpaint, 33 channels": Spec(
-        "StableDiffusion3InpaintPipeline", MASK, {"in_channels": 33, "out_channels": CHANNELS},
-        "flow", call=SD3_CALL | PARTLY,
-    ),
-    "SD3 ControlNet": _sd3("StableDiffusion3ControlNetPipeline", ("control_image",), CONTROLNET),
+    **_unet(),
+    **_unet("XL"),
+    "SD3": _sd3(),
+    "SD3 img2img": _sd3("Img2Img", IMAGE, **PARTLY),
+    "SD3 inpaint": _sd3("Inpaint", MASK, **PARTLY),
+    "SD3 inpaint, 33 channels": _sd3("Inpaint", MASK, in_channels=33, **PARTLY),
+    "SD3 ControlNet": _sd3("ControlNet", ("control_image",), CONTROLNET),
     "SD3 ControlNet inpaint": _sd3(
-        "StableDiffusion3ControlNetInpaintingPipeline", ("control_image", "control_mask"),
+        "ControlNetInpainting", ("control_image", "control_mask"),
         ("controlnet", control_with_mask),
     ),
     "PixArt-Sigma": Spec("PixArtSigmaPipeline", call=PIXART_CALL),
     "PixArt-Alpha": Spec("PixArtAlphaPipeline", call=PIXART_CALL),
-    "Lumina2": Spec(
-        "Lumina2Pipeline", prediction_type="flow",
-        call={"system_prompt": "", "max_sequence_length": 24},
+    "Lumina2": _flow("Lumina2Pipeline", system_prompt="", max_sequence_length=24),
+    "AuraFlow": _flow("AuraFlowPipeline", **SQUARE, **TEXT),
+    "FLUX.2 klein": _flow(
+        "Flux2KleinPipeline", denoiser={"in_channels": 16}, **SQUARE, **KLEIN_TEXT
     ),
-    "AuraFlow": Spec(
-        "AuraFlowPipeline", prediction_type="flow",
-        call={"height": SIDE, "width": SIDE, "max_sequence_length": components.TOKENS},
-    ),
-    "FLUX.2 klein": Spec(
-        "Flux2KleinPipeline", (), {"in_channels": 16}, "flow",
-        call={"height": SIDE, "width": SIDE, **KLEIN_TEXT},
-    ),
-    "LTX": Spec(
-        "LTXPipeline", prediction_type="flow",
-        call={
-            "height": 2 * SIDE, "width": 2 * SIDE, "num_frames": 5,
-            "max_sequence_length": components.TOKENS,
-        },
-    ),
+    "LTX": _flow("LTXPipeline", height=2 * SIDE, width=2 * SIDE, num_frames=5, **TEXT),
     "Wan": _wan("WanPipeline"),
     "Wan 2.2": _wan("WanPipeline", two=True),
     "Wan 2.2 image-to-video": _wan("WanImageToVideoPipeline", {"in_channels": 10}, two=True),
@@ -332,24 +300,17 @@ PIPELINES = {
     ),
     "Chroma": _chroma("ChromaPipeline"),
     "Chroma img2img": _chroma("ChromaImg2ImgPipeline", IMAGE, **PARTLY),
-    "CogView4": Spec("CogView4Pipeline", prediction_type="flow"),
-    "CogView4 Control": Spec(
-        "CogView4ControlPipeline", ("control_image",), {"in_channels": 8}, "flow"
+    "CogView4": _flow("CogView4Pipeline"),
+    "CogView4 Control": _flow(
+        "CogView4ControlPipeline", ("control_image",), denoiser={"in_channels": 8}
     ),
     "Qwen-Image": _qwen("QwenImagePipeline"),
     "Qwen-Image edit": _qwen("QwenImageEditPipeline", ("image",)),
-    "Qwen-Image ControlNet": _qwen(
-        "QwenImageControlNetPipeline", ("control_image",), CONTROLNET
-    ),
-    "Z-Image": Spec(
-        "ZImagePipeline", prediction_type="flow",
-        call={"height": SIDE, "width": SIDE, "max_sequence_length": 24},
-    ),
-    "Sana": Spec(
-        "SanaPipeline", denoiser={"timestep_scale": 0.01}, prediction_type="flow",
-        call=PIXART_CALL | {
-            "height": 2 * SIDE, "width": 2 * SIDE, "complex_human_instruction": ["a"],
-        },
+    "Qwen-Image ControlNet": _qwen("QwenImageControlNetPipeline", ("control_image",), CONTROLNET),
+    "Z-Image": _flow("ZImagePipeline", **SQUARE, max_sequence_length=24),
+    "Sana": _flow(
+        "SanaPipeline", denoiser={"timestep_scale": 0.01}, **PIXART_CALL, height=2 * SIDE,
+        width=2 * SIDE, complex_human_instruction=["a"],
     ),
 }  # fmt: skip
 """Pipelines that a guide works on, by the name they have in the docs."""
@@ -360,102 +321,80 @@ def _tokenizer() -> Any:
     return components.tokenizer()
 
 
+_MAKERS: dict[str, Callable[[], Any]] = {
+    "text_encoder": lambda: components.text_encoder(_tokenizer(), 2),
+    "text_encoder_2": lambda: components.text_encoder(_tokenizer(), 2, CLIPTextModelWithProjection),
+    "t5": lambda: components.t5_encoder(_tokenizer()),
+    "t5 with images": lambda: components.t5_encoder(_tokenizer(), editing.TextEncoder),
+    "vae": components.autoencoder,
+    "vae of SD3": lambda: components.autoencoder(latent_channels=CHANNELS, shift_factor=0.1),
+    "vae of Chroma": lambda: components.autoencoder(shift_factor=0.1),
+    "vae of Sana": components.deep_autoencoder,
+    "vae of Qwen": components.packed_autoencoder,
+    "vae of Flux2Klein": components.flux2_autoencoder,
+    "vae of LTX": components.ltx_autoencoder,
+    "vae of Wan": components.video_autoencoder,
+    "vae of Wan, from images": lambda: components.video_autoencoder(
+        temperal_downsample=[True], scale_factor_temporal=2
+    ),
+}
+
+
 @cache
 def _part(name: str) -> Any:
     """A component that pipelines share."""
-    tokenizer = _tokenizer()
-    if name == "text_encoder":
-        return components.text_encoder(tokenizer, 2)
-    if name == "text_encoder_2":
-        return components.text_encoder(tokenizer, 2, CLIPTextModelWithProjection)
-    if name == "vae":
-        return components.autoencoder()
-    if name == "vae of Chroma":
-        return components.autoencoder(shift_factor=0.1)
-    if name == "vae of Sana":
-        return components.deep_autoencoder()
-    if name == "vae of Qwen":
-        return components.packed_autoencoder()
-    if name == "vae of Flux2Klein":
-        return components.flux2_autoencoder()
-    if name == "vae of LTX":
-        return components.ltx_autoencoder()
-    if name == "vae of Wan, from images":
-        return components.video_autoencoder(temperal_downsample=[True], scale_factor_temporal=2)
-    if name == "vae of Wan":
-        return components.video_autoencoder()
-    if name == "vae of SD3":
-        config = {k: v for k, v in components.autoencoder().config.items() if k[0] != "_"}
-        torch.manual_seed(2)
-        config |= {"latent_channels": CHANNELS, "shift_factor": 0.1}
-        return AutoencoderKL(**config).eval()
-    width = components.WIDTH
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2
-    )
-    if name == "t5 with images":
-        return editing.text_encoder(config)
-    assert name == "t5"
-    torch.manual_seed(3)
-    return T5EncoderModel(config).eval()
+    return _MAKERS[name]()
 
 
 def shared(name: str, alone: bool = False) -> dict[str, Any]:
     """What a pipeline is made of, beside its denoiser and scheduler; made anew, if it is to stand
     alone."""
     spec = PIPELINES[name]
-    part = _part.__wrapped__ if alone else _part
-    made: dict[str, Any] = {"vae": part("vae"), "tokenizer": _tokenizer()}
-    if spec.family in ("ZImage", "Flux2Klein"):
+    family, part = spec.family, _part.__wrapped__ if alone else _part
+    vae = f"vae of {family}"
+    made: dict[str, Any] = {
+        "vae": part(vae if vae in _MAKERS else "vae"), "tokenizer": _tokenizer(),
+    }  # fmt: skip
+    if family in ("ZImage", "Flux2Klein"):
         made["tokenizer"] = copy.deepcopy(_tokenizer())
         made["tokenizer"].chat_template = "{{ messages[0]['content'] }}"
-    if spec.family in OTHERS:
-        own = f"vae of {spec.family}"
-        with_own = ("Chroma", "Sana", "Flux2Klein", "LTX", "Wan", "Qwen")
-        vae = {"vae": part(own)} if spec.family in with_own else {}
-        made |= {"text_encoder": part("t5")} | vae
-        if "Edit" in spec.pipeline:
-            processor = editing.Processor(made["tokenizer"])
-            made |= {"text_encoder": part("t5 with images"), "processor": processor}
-        if "ImageToVideo" in spec.pipeline:
-            encoder, processor = components.image_encoder(SIDE)
-            made |= {"vae": part("vae of Wan, from images"), "image_encoder": encoder,
-                     "image_processor": processor}  # fmt: skip
-        return made | (copy.deepcopy(_helper(name)) if alone else _helper(name))
-    made["text_encoder"] = part("text_encoder_2" if spec.family == "SD3" else "text_encoder")
-    if spec.family != "SD":
+    encoder = {"SD": "text_encoder", "SDXL": "text_encoder", "SD3": "text_encoder_2"}
+    made["text_encoder"] = part(encoder.get(family, "t5"))
+    if family in ("SDXL", "SD3"):
         made |= {"tokenizer_2": _tokenizer(), "text_encoder_2": part("text_encoder_2")}
-    if spec.family == "SD3":
-        made |= {"vae": part("vae of SD3"), "text_encoder_3": None, "tokenizer_3": None}
-    elif spec.family == "SD":
+    if family == "SD3":
+        made |= {"text_encoder_3": None, "tokenizer_3": None}
+    if family == "SD":
         made |= {"feature_extractor": None}
         if "Depth" in spec.pipeline:
             made |= {"depth_estimator": None}
         else:
             made |= {"safety_checker": None, "requires_safety_checker": False}
+    if "Edit" in spec.pipeline:
+        processor = editing.Processor(made["tokenizer"])
+        made |= {"text_encoder": part("t5 with images"), "processor": processor}
+    if "ImageToVideo" in spec.pipeline:
+        image_encoder, processor = components.image_encoder(SIDE)
+        made |= {
+            "vae": part("vae of Wan, from images"), "image_encoder": image_encoder,
+            "image_processor": processor,
+        }  # fmt: skip
     return made | (copy.deepcopy(_helper(name)) if alone else _helper(name))
 
 
 @cache
 def _denoiser(name: str, seed: int = 0) -> Any:
     spec = PIPELINES[name]
-    if spec.family == "SD3":
-        return components.sd3_transformer(
-            **({"in_channels": CHANNELS, "out_channels": CHANNELS} | spec.denoiser)
-        )
-    if spec.family in OTHERS:
+    if spec.component == "transformer":
         known = {"ZImage": "z_image", "AuraFlow": "aura_flow", "Flux2Klein": "flux2"}
         kind = known.get(spec.family, spec.family.lower())
-        make: Any = getattr(components, f"{kind}_transformer")
-        return make(seed, **spec.denoiser)
+        return getattr(components, f"{kind}_transformer")(seed, **spec.denoiser)
     xl = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 6 * 8 + components.WIDTH,
         "cross_attention_dim": 2 * components.WIDTH,  # of two text encoders side by side
-        "use_linear_projection": True,
-        "transformer_layers_per_block": [1, 2],
-    }
+        "use_linear_projection": True, "transformer_layers_per_block": [1, 2],
+    }  # fmt: skip
     plain = {"addition_embed_type": None}
     return components.unet(**(xl if spec.family == "SDXL" else plain) | spec.denoiser)
 
@@ -495,21 +434,19 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
         parts: others of its components.
     """
     spec = PIPELINES[name]
-    component = "transformer" if spec.family in ("SD3", *OTHERS) else "unet"
     others = components.own_tokenizers(shared(name, alone)) if alone else shared(name)
     own: dict[str, Any] = {"scheduler": scheduler(name)}
-    if component not in parts:
-        own[component] = components.clone(_denoiser(name))
+    if spec.component not in parts:
+        own[spec.component] = components.clone(_denoiser(name))
     if spec.boundary_ratio is not None:
         own |= {"transformer_2": components.clone(_denoiser(name, 1)),
                 "boundary_ratio": spec.boundary_ratio}  # fmt: skip
     pipe = getattr(diffusers, pipeline or spec.pipeline)(**(others | own | parts))
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(9)
-    sizes = {"mask_image": (1, SIDE, SIDE), "control_mask": (1, SIDE, SIDE),
-             "depth_map": (SIDE, SIDE)}  # fmt: skip
+    channels = {"mask_image": (1,), "control_mask": (1,), "depth_map": ()}
     images: dict[str, Any] = {
-        what: torch.rand(len(PROMPTS), *sizes.get(what, (3, SIDE, SIDE)), generator=generator)
+        what: torch.rand(len(PROMPTS), *channels.get(what, (3,)), SIDE, SIDE, generator=generator)
         for what in spec.images
     }
     if "Edit" in spec.pipeline or "ImageToVideo" in spec.pipeline:
@@ -529,17 +466,16 @@ def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
         small = {"use_resolution_binning": False}
     if pipeline is diffusers.SanaPipeline:
         small |= {"height": 2 * SIDE, "width": 2 * SIDE}
-    text = {"max_sequence_length": components.TOKENS}
     sized: dict[type, tuple[type[Backbone], tuple[int, ...], dict[str, Any]]] = {
         diffusers.ZImagePipeline: (ZImageDiTBackbone, (4, 8, 8), {}),
-        diffusers.AuraFlowPipeline: (AuraFlowDiTBackbone, (4, 8, 8), text),
+        diffusers.AuraFlowPipeline: (AuraFlowDiTBackbone, (4, 8, 8), TEXT),
         diffusers.Flux2KleinPipeline: (Flux2DiTBackbone, (16, 4, 4), KLEIN_TEXT),
         diffusers.QwenImagePipeline: (QwenDiTBackbone, (16, 4, 4), {}),
-        diffusers.ChromaPipeline: (ChromaDiTBackbone, (16, 4, 4), text),
+        diffusers.ChromaPipeline: (ChromaDiTBackbone, (16, 4, 4), TEXT),
     }
     if pipeline in sized:
         family, shape, text = sized[pipeline]
-        small, encoding = {"height": SIDE, "width": SIDE, **text}, family.encoding
+        small, encoding = SQUARE | text, family.encoding
         monkeypatch.setattr(family, "latent_shape", lambda self: shape)
         monkeypatch.setattr(family, "encoding", lambda self, texts: encoding(self, texts) | text)
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from diffusers import CogView4Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
+from torch import nn
 
 from pilotfish.backbones.context import GuidedPass
 from pilotfish.backbones.extrapolation import split_heads, text_heads
@@ -32,6 +35,9 @@ from pilotfish.interface import GuideError, TextConditions
 
 PIXELS = 8
 """Of one latent, each way, in the released model."""
+_USERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""How many guides and running calls may need processors that mask, for each denoiser."""
+_LOCK = Lock()
 
 
 class CogView4DiTBackbone(JoinedTransformerBackbone):
@@ -53,8 +59,10 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
     # -- hooks ------------------------------------------------------------------------------
 
     def place(self, hooks: Hooks) -> None:
+        # beyond the end of a call: gradient checkpointing runs blocks again in the backward pass
+        self._begin_use()
+        hooks.on_removal(self._end_use)
         super().place(hooks)
-        hooks.on_removal(self._restore_processors)
 
     def place_text(self, hooks: Hooks, first: str | None) -> None:
         super().place_text(hooks, first)
@@ -138,11 +146,20 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
                     f"{type(processor).__name__} cannot take in one batch: use refresh=0"
                 )
 
-    def _restore_processors(self) -> None:
-        """Give every attention layer the processor back that it had before."""
-        for block in self.denoiser.transformer_blocks:
-            if isinstance(block.attn1.processor, MaskedProcessor):
-                block.attn1.set_processor(block.attn1.processor.own)
+    def _begin_use(self) -> None:
+        """A guide or a call may need processors that mask."""
+        with _LOCK:
+            _USERS[self.denoiser] = _USERS.get(self.denoiser, 0) + 1
+
+    def _end_use(self) -> None:
+        """After the last use, which may be another thread's, give every attention layer the
+        processor back that it had before."""
+        with _LOCK:
+            _USERS[self.denoiser] -= 1
+            if not _USERS[self.denoiser]:
+                for block in self.denoiser.transformer_blocks:
+                    if isinstance(block.attn1.processor, MaskedProcessor):
+                        block.attn1.set_processor(block.attn1.processor.own)
 
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
@@ -153,11 +170,15 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
         original, crop, target = (
             sizes.to(latents.device, text.dtype).expand(len(latents), -1).chunk(3, 1)
         )
-        made: torch.Tensor = self.denoiser(
-            hidden_states=latents, timestep=self.timestep(time), original_size=original,
-            target_size=target, crop_coords=crop, return_dict=False,
-            **self.text_arguments(text, {}),
-        )[0]  # fmt: skip
+        self._begin_use()
+        try:
+            made: torch.Tensor = self.denoiser(
+                hidden_states=latents, timestep=self.timestep(time), original_size=original,
+                target_size=target, crop_coords=crop, return_dict=False,
+                **self.text_arguments(text, {}),
+            )[0]  # fmt: skip
+        finally:
+            self._end_use()
         return made
 
     # -- the pipeline -----------------------------------------------------------------------

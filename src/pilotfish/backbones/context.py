@@ -103,7 +103,7 @@ class GuidedPass:
         check_batch: Callable[[int], None] = lambda n: None,
         hooks: object | None = None,
     ) -> None:
-        self.guide, self.guidance_scale, self._negative = guide, guidance_scale, negative
+        self.guide, self.guidance_scale, self.negative_prompts = guide, guidance_scale, negative
         self.guidance = guide.guidance  # read here: a compiled call cannot read a configuration
         self.timesteps, self.check_batch, self.hooks = timesteps, check_batch, hooks
         self.refresh_at, self.step = refresh_at, step
@@ -182,7 +182,7 @@ class GuidedPass:
         # in training a guide may be finer than the denoiser that it is trained on
         same = self.guide.dtype == call.latents.dtype
         self._denoiser_dtype = None if same else call.latents.dtype
-        negative = self._negative()
+        negative = self.negative_prompts()
         self.check_batch(n)
         if negative is not self._given_negative:
             self.cache.clear()
@@ -210,10 +210,6 @@ class GuidedPass:
             self._weights = dict(zip(gains, torch._foreach_neg(tuple(gains.values())), strict=True))
         self._due = {*self.output.residuals, *gains}
 
-    def negative_prompts(self) -> TextConditions:
-        """N negative prompts, or one that serves all."""
-        return self._negative()
-
     def will_double(self, timestep: Any, times: Times) -> bool:
         """Whether the next denoiser call, at this timestep, runs both passes."""
         scale = self.guidance_scale()
@@ -228,14 +224,18 @@ class GuidedPass:
             steps = 0
             if schedule is not None and len(schedule):
                 timestep = torch.as_tensor(timestep, device=schedule.device).reshape(-1)[:1]
-                first = step_of(timestep, schedule)
-                first = self.step() if first is None else first
+                first = self._step_in(timestep, schedule)
                 if first is None:  # not the timestep itself: the nearest one of the schedule
                     there = times.schedule_time(schedule)
                     first = int((there - times.time(timestep)).abs().argmin())
                 steps = number + len(schedule) - first
             self._places = self.refresh_at(steps)
         return self._places
+
+    def _step_in(self, timestep: torch.Tensor, schedule: torch.Tensor) -> int | None:
+        """Which step of a schedule a timestep is; None where it is not known."""
+        found = step_of(timestep, schedule)
+        return self.step() if found is None else found
 
     def corrected(
         self, name: str, entered: torch.Tensor, made: torch.Tensor,
@@ -392,7 +392,7 @@ class GuidedPass:
         return self.to_denoiser(torch.addcmul(output, gain, output - negative))
 
     def to_guide(self, x: Any) -> Any:
-        """A tensor in the guide's precision."""
+        """A tensor or texts in the guide's precision."""
         return x if self._denoiser_dtype is None else x.to(self.guide.dtype)
 
     def to_denoiser(self, x: torch.Tensor) -> torch.Tensor:
@@ -408,8 +408,7 @@ class GuidedPass:
         timestep = torch.as_tensor(call.timestep, device=device)
         plain = not isinstance(scale, torch.Tensor) and not torch.is_grad_enabled()
         schedule = self.timesteps() if plain else None
-        place = None if schedule is None else step_of(timestep, schedule)
-        place = self.step() if schedule is not None and place is None else place
+        place = None if schedule is None else self._step_in(timestep, schedule)
         table = self.cache.find_table(
             schedule, place, scale, call.text, n, times.schedule_time, device
         )  # fmt: skip
@@ -438,13 +437,10 @@ class GuidedPass:
 
     def _inputs(self, call: DenoiserCall, time: torch.Tensor, w: torch.Tensor) -> GuideInputs:
         return GuideInputs(
-            self.to_guide(call.latents), time, w, self._text_to_guide(call.text),
-            self._text_to_guide(self.negative),
+            self.to_guide(call.latents), time, w, self.to_guide(call.text),
+            self.to_guide(self.negative),
             {k: self.to_guide(v) for k, v in call.added_cond_kwargs.items()}, self.refresh,
         )  # fmt: skip
-
-    def _text_to_guide(self, text: TextConditions) -> TextConditions:
-        return text if self._denoiser_dtype is None else text.to(self.guide.dtype)
 
 
 @contextmanager

@@ -86,16 +86,10 @@ def cross_attention(
         changed = guided.extrapolate(name, output, negative.transpose(1, 2), by_head=True)
         return (changed.flatten(2), *args[1:]), kwargs
 
-    def keep(part: str) -> Any:
-        def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            guided.scratch[name, part] = split_heads(output, layer.heads)
-
-        return after
-
     images = reads_images and layer.add_k_proj is not None
     if images:
-        hooks.after(layer.norm_added_k, keep("k"))
-        hooks.after(layer.add_v_proj, keep("v"))
+        for part, module in (("k", layer.norm_added_k), ("v", layer.add_v_proj)):
+            hooks.keep(module, (name, part), lambda output: split_heads(output, layer.heads))
     hooks.after(query_layer, query)
     hooks.before(layer.to_out[0], extrapolated)
 
@@ -122,14 +116,9 @@ def joined_attention(
     """
     fused = getattr(layer, "to_qkv_mlp_proj", None)
 
-    def keep(part: str) -> Any:
-        def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            by_head = part == "v" or output.ndim == 4  # a norm is given heads
-            guided.scratch[name, part] = (
-                output if by_head else output.unflatten(-1, (layer.heads, -1))
-            )
-
-        return after
+    def by_head(output: torch.Tensor) -> torch.Tensor:
+        """A norm is given heads."""
+        return output if output.ndim == 4 else output.unflatten(-1, (layer.heads, -1))
 
     def before(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
         stream = guided.scratch.get(("stream", name))
@@ -146,9 +135,9 @@ def joined_attention(
         made = before(guided, module, (output,), {})
         return None if made is None else made[0][0]
 
-    hooks.after(layer.to_q if layer.norm_q is None else layer.norm_q, keep("q"))
-    hooks.after(layer.to_k if layer.norm_k is None else layer.norm_k, keep("k"))
-    hooks.after(layer.to_v if fused is None else fused, keep("v"))
+    hooks.keep(layer.to_q if layer.norm_q is None else layer.norm_q, (name, "q"), by_head)
+    hooks.keep(layer.to_k if layer.norm_k is None else layer.norm_k, (name, "k"), by_head)
+    hooks.keep(layer.to_v if fused is None else fused, (name, "v"))
     if getattr(layer, "pre_only", False):  # the last projection is part of a later layer
         hooks.after(layer, after)
     else:
@@ -211,29 +200,25 @@ class JointBlock:
         self.out: nn.Module = self.layer.to_out[0]
         self.text_ends: bool = block.context_pre_only
 
-    def keep(self, hooks: Hooks, name: str, *, of_text: bool) -> None:
-        """Keep the pass's queries, keys and values of the image, (N, heads, tokens, width), as
-        ``scratch[name, "q"]`` and so on, and with ``of_text`` the text's keys and values as
-        ``scratch[name, "text k"]`` and ``scratch[name, "text v"]``."""
+    def capture_qkv(self, hooks: Hooks, name: str, *, of_text: bool) -> None:
+        """Place hooks that keep the pass's queries, keys and values of the image, (N, heads,
+        tokens, width), as ``scratch[name, "q"]`` and so on, and with ``of_text`` the text's keys
+        and values as ``scratch[name, "text k"]`` and ``scratch[name, "text v"]``."""
         layer = self.layer
-        kept = [
+        captured = [
             ("q", layer.to_q, layer.norm_q), ("k", layer.to_k, layer.norm_k),
             ("v", layer.to_v, None),
         ]  # fmt: skip
         if of_text:
-            kept += [
+            captured += [
                 ("text k", layer.add_k_proj, layer.norm_added_k),
                 ("text v", layer.add_v_proj, None),
             ]
-
-        def keep(part: str, split: bool) -> Any:
-            def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-                guided.scratch[name, part] = split_heads(output, self.heads) if split else output
-
-            return after
-
-        for part, projection, norm in kept:  # a norm is given heads
-            hooks.after(projection if norm is None else norm, keep(part, norm is None))
+        for part, projection, norm in captured:
+            if norm is None:
+                hooks.keep(projection, (name, part), lambda output: split_heads(output, self.heads))
+            else:  # a norm is given heads
+                hooks.keep(norm, (name, part))
 
     def read(
         self, stream: torch.Tensor, embedding: torch.Tensor
@@ -332,5 +317,5 @@ class JointAttention:
             _copy(output, changed)
             return None
 
-        block.keep(hooks, name, of_text=self.text_alone)
+        block.capture_qkv(hooks, name, of_text=self.text_alone)
         hooks.before(block.out, extrapolated)

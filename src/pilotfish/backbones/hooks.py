@@ -79,7 +79,7 @@ class Hooks:
         self.handles.append(module.register_forward_hook(_Hook(self, function, opens=doubled)))
 
     def keep(
-        self, module: nn.Module, key: str, change: Callable[[Any], Any] = lambda output: output
+        self, module: nn.Module, key: Any, change: Callable[[Any], Any] = lambda output: output
     ) -> None:
         """Keep what ``change`` makes of a module's output as ``scratch[key]`` of the pass."""
 
