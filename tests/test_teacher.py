@@ -123,14 +123,13 @@ def test_processors_that_mask_are_replaced_when_nothing_needs_them() -> None:
     with pytest.raises(RuntimeError):
         teacher(latents[:, :1], *rest)
     assert processors(denoiser) == before
-    one, other = (Student(TinyGuide.for_denoiser(denoiser, "flow"), denoiser) for _ in range(2))
-    one(latents, TIME, prompts(PROMPT), prompts.null, SCALE)
+    student = Student(TinyGuide.for_denoiser(denoiser, "flow"), denoiser)
+    student(latents, TIME, prompts(PROMPT), prompts.null, SCALE)
     masking = processors(denoiser)
     assert not {*masking} & {*before}
     teacher(latents, *rest)
-    other.hooks.remove()
     assert processors(denoiser) == masking  # a backward pass may run blocks again
-    one.hooks.remove()
+    student.hooks.remove()
     assert processors(denoiser) == before
 
 

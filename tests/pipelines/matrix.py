@@ -260,8 +260,8 @@ passes.
 - *Chroma.* `ChromaInpaintPipeline` of diffusers 0.42.1 fails without a guide, too. An IP-Adapter \
 is refused in the call.
 - *CogView4* masks no text. For a refresh with a prompt and a negative prompt of two lengths its \
-attention layers get a processor that masks; it stays until the guide is detached, and does what \
-that of diffusers does where there is no mask.
+attention layers have a processor that masks while a guide is attached; where there is no mask it \
+does what that of diffusers does.
 - *PixArt-Alpha at 1024 pixels* gives its denoiser resolution and aspect ratio, and is refused \
 (`use_additional_conditions`).
 - *Wan.* One guide works on both denoisers of Wan 2.2, which are of one shape: at the steps of \

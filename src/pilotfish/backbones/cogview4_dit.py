@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,6 @@ from diffusers import CogView4Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
-from torch import nn
 
 from pilotfish.backbones.context import GuidedPass
 from pilotfish.backbones.extrapolation import split_heads, text_heads
@@ -35,9 +32,6 @@ from pilotfish.interface import GuideError, TextConditions
 
 PIXELS = 8
 """Of one latent, each way, in the released model."""
-_USERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""How many guides and running calls may need processors that mask, for each denoiser."""
-_LOCK = Lock()
 
 
 class CogView4DiTBackbone(JoinedTransformerBackbone):
@@ -59,9 +53,9 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
     # -- hooks ------------------------------------------------------------------------------
 
     def place(self, hooks: Hooks) -> None:
-        # beyond the end of a call: gradient checkpointing runs blocks again in the backward pass
-        self._begin_use()
-        hooks.on_removal(self._end_use)
+        # until the removal: gradient checkpointing runs blocks again in the backward pass
+        self._use_masks()
+        hooks.on_removal(self._restore_processors)
         super().place(hooks)
 
     def place_text(self, hooks: Hooks, first: str | None) -> None:
@@ -132,34 +126,30 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:
         if text.mask is not None:
             self._use_masks()
+            for processor in self._processors():
+                if not isinstance(processor, MaskedProcessor):
+                    raise GuideError(
+                        "prompt and negative prompt are of two lengths, which the attention "
+                        f"processor {type(processor).__name__} cannot take in one batch: use "
+                        "refresh=0"
+                    )
         return super().text_arguments(text, given)
 
+    def _processors(self) -> list[Any]:
+        return [block.attn1.processor for block in self.denoiser.transformer_blocks]
+
     def _use_masks(self) -> None:
-        """Give every attention layer a processor that masks; without a mask it is diffusers'."""
+        """Give every attention layer with diffusers' own processor one that masks, which does the
+        same where there is no mask."""
         for block in self.denoiser.transformer_blocks:
-            processor = block.attn1.processor
-            if type(processor) is CogView4AttnProcessor:
-                block.attn1.set_processor(MaskedProcessor(processor))
-            elif not isinstance(processor, MaskedProcessor):
-                raise GuideError(
-                    "prompt and negative prompt are of two lengths, which the attention processor "
-                    f"{type(processor).__name__} cannot take in one batch: use refresh=0"
-                )
+            if type(block.attn1.processor) is CogView4AttnProcessor:
+                block.attn1.set_processor(MaskedProcessor(block.attn1.processor))
 
-    def _begin_use(self) -> None:
-        """A guide or a call may need processors that mask."""
-        with _LOCK:
-            _USERS[self.denoiser] = _USERS.get(self.denoiser, 0) + 1
-
-    def _end_use(self) -> None:
-        """After the last use, which may be another thread's, give every attention layer the
-        processor back that it had before."""
-        with _LOCK:
-            _USERS[self.denoiser] -= 1
-            if not _USERS[self.denoiser]:
-                for block in self.denoiser.transformer_blocks:
-                    if isinstance(block.attn1.processor, MaskedProcessor):
-                        block.attn1.set_processor(block.attn1.processor.own)
+    def _restore_processors(self) -> None:
+        """Give every attention layer the processor back that it had before."""
+        for block in self.denoiser.transformer_blocks:
+            if isinstance(block.attn1.processor, MaskedProcessor):
+                block.attn1.set_processor(block.attn1.processor.own)
 
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
@@ -170,7 +160,7 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
         original, crop, target = (
             sizes.to(latents.device, text.dtype).expand(len(latents), -1).chunk(3, 1)
         )
-        self._begin_use()
+        guided = any(isinstance(p, MaskedProcessor) for p in self._processors())
         try:
             made: torch.Tensor = self.denoiser(
                 hidden_states=latents, timestep=self.timestep(time), original_size=original,
@@ -178,7 +168,8 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
                 **self.text_arguments(text, {}),
             )[0]  # fmt: skip
         finally:
-            self._end_use()
+            if not guided:
+                self._restore_processors()
         return made
 
     # -- the pipeline -----------------------------------------------------------------------
