@@ -193,7 +193,7 @@ def ltx_transformer(seed: int = 0, **config: Any) -> LTXVideoTransformer3DModel:
     return randomise(LTXVideoTransformer3DModel(**small | config))
 
 
-def ltx_autoencoder() -> AutoencoderKLLTXVideo:
+def ltx_autoencoder(**config: Any) -> AutoencoderKLLTXVideo:
     """LTX's, four pixels for one latent, and four frames."""
     torch.manual_seed(2)
     sides: dict[str, Any] = {
@@ -206,7 +206,7 @@ def ltx_autoencoder() -> AutoencoderKLLTXVideo:
     }  # fmt: skip
     return AutoencoderKLLTXVideo(
         latent_channels=4, patch_size=1, patch_size_t=1, encoder_causal=True, decoder_causal=False,
-        **sides,
+        **sides | config,
     ).eval()  # fmt: skip
 
 

@@ -33,7 +33,9 @@ from pilotfish.backbones import (
     Backbone,
     ChromaDiTBackbone,
     Flux2DiTBackbone,
+    LTXBackbone,
     QwenDiTBackbone,
+    VideoDiTBackbone,
     ZImageDiTBackbone,
 )
 from tests import components, editing
@@ -536,10 +538,14 @@ def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
         diffusers.Flux2KleinPipeline: (Flux2DiTBackbone, (16, 4, 4), KLEIN_TEXT),
         diffusers.QwenImagePipeline: (QwenDiTBackbone, (16, 4, 4), {}),
         diffusers.ChromaPipeline: (ChromaDiTBackbone, (16, 4, 4), text),
+        diffusers.WanPipeline: (VideoDiTBackbone, (4, 2, 8, 8), text),
+        diffusers.LTXPipeline: (LTXBackbone, (4, 2, 8, 8), text),
     }
+    videos = {diffusers.WanPipeline: "Wan", diffusers.LTXPipeline: "LTX"}
     if pipeline in sized:
         family, shape, text = sized[pipeline]
         small, encoding = {"height": SIDE, "width": SIDE, **text}, family.encoding
+        small |= PIPELINES[videos[pipeline]].call if pipeline in videos else {}
         monkeypatch.setattr(family, "latent_shape", lambda self: shape)
         monkeypatch.setattr(family, "encoding", lambda self, texts: encoding(self, texts) | text)
 

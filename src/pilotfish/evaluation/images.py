@@ -24,7 +24,7 @@ from pilotfish.evaluation.processes import (
 from pilotfish.evaluation.results import Scores
 from pilotfish.evaluation.speed import counted_rows
 from pilotfish.guidance import GuidanceMode
-from pilotfish.pipelines.sampling import Attachable, Sample, image_size, sample
+from pilotfish.pipelines.sampling import Attachable, Sample, image_size, middle_frame, sample
 
 T = TypeVar("T")
 TITLES = {"none": "no guidance", "cfg": "CFG", "guided": "guided"}
@@ -68,7 +68,7 @@ class ImageBatch:
     Attributes:
         prompts: N texts.
         latents: (N, C, h, w) final latents.
-        images: (N, 3, H, W) in [-1, 1].
+        images: (N, 3, H, W) in [-1, 1]; of videos their middle frames.
     """
 
     prompts: list[str]
@@ -81,7 +81,7 @@ class ImageBatch:
         return cls(
             [s.prompt for s in samples],
             torch.stack([s.latents for s in samples]),
-            torch.stack([s.image for s in samples]),
+            torch.stack([middle_frame(s.image) for s in samples]),
         )
 
 
