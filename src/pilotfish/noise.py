@@ -217,6 +217,8 @@ class NoisePath:
             return torch.cat([whole / self.num_train_timesteps, torch.zeros(1)])
         scheduler = deepcopy(self.scheduler)
         if self.alphas_cumprod is None:
+            if steps == 1 and scheduler.config.get("shift_terminal"):
+                return torch.tensor([1.0, 0.0])  # the scheduler would divide zero by zero
             # the scheduler's own grid applies the shift twice and is not nested
             scheduler.set_timesteps(
                 sigmas=torch.linspace(1, 1 / steps, steps).tolist(),
