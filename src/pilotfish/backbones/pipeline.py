@@ -236,10 +236,8 @@ class FamilyPipeline(ABC):
         """
         if latents.ndim > 3:
             return latents
-        token, (*frames, height, width) = (
-            self.packing * self.vae_factor(pipe),
-            self.latent_shape()[1:],
-        )
+        token = self.packing * self.vae_factor(pipe)
+        _, *frames, height, width = self.latent_shape()
         if call.get("num_frames"):
             frames = [self.latent_frames_of(pipe, call["num_frames"])]
         sides = {"height": height, "width": width}

@@ -110,7 +110,9 @@ def _drawn(
                 **given,
             )[0]
         latents = backbone.final_latents(latents, pipe, call)
-        images = decode(pipe, latents)
+        # videos one by one: those of a batch may take gigabytes
+        videos = (decode(pipe, z[None])[0] for z in latents)
+        images = videos if latents.ndim == 5 else decode(pipe, latents)
         for text, seed, z, x in zip(texts, some, latents.float(), images, strict=True):
             yield Sample(text, seed, z, x)
 
@@ -157,7 +159,8 @@ def encode(pipe: Any, images: torch.Tensor) -> torch.Tensor:
 def middle_frame(image: torch.Tensor) -> torch.Tensor:
     """(3, H, W) of a video (3, T, H, W), which stands for it in grids, previews and scores; an
     image (3, H, W) as it is."""
-    return image if image.ndim == 3 else image[:, image.shape[1] // 2]
+    # a copy: the memory of the video is free
+    return image if image.ndim == 3 else image[:, image.shape[1] // 2].clone()
 
 
 def to_pil(pipe: Any, image: torch.Tensor) -> list[Image.Image]:

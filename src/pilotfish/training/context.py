@@ -164,9 +164,8 @@ class TrainingContext:
                 "--training_samples noised takes images, and the base makes videos: train with "
                 "trajectory, on_policy or tracking"
             )
-        made.use_resolutions(
-            config.resolutions, config.num_frames
-        )  # refuses before texts are encoded
+        # refuses before texts are encoded
+        made.use_resolutions(config.resolutions, config.num_frames)
         if config.cache_embeddings is not None:
             made.cast(BASE_DTYPES[config.base_dtype])
             on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
