@@ -83,6 +83,7 @@ def test_a_pipeline_that_needs_an_image_is_not_sampled(
 ) -> None:
     made: Any = build("Wan 2.1 image-to-video").pipe
     monkeypatch.setattr("pilotfish.cli.sample.open_model", lambda *_: made)
-    code, error = say("sample", "-p", "cat", "--models", "x", "--output", str(tmp_path))
+    call = ("sample", "-p", "cat", "--models", "x", "--mode", "cfg", "--output", str(tmp_path))
+    code, error = say(*call)
     assert code == 1
     assert "a WanImageToVideoPipeline needs an image as input: attach the guide and" in error

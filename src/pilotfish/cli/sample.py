@@ -104,7 +104,10 @@ def sample_model(
     pipe: Any, prompts: Sequence[str], folder: Path, config: SampleConfig, guide: str
 ) -> None:
     """Sample every prompt with one pipeline; save the images and their grid in ``folder``."""
-    mode, backbone = GuidanceMode(config.mode), Backbone.of_pipeline(pipe)
+    mode = GuidanceMode(config.mode)
+    network = open_guide(guide) if mode == GuidanceMode.GUIDED else None
+    steps = sampling_steps(pipe, network, config.num_inference_steps)  # refuses a guide
+    backbone = Backbone.of_pipeline(pipe)
     if backbone.needs_image(pipe):
         raise ValueError(
             f"a {type(pipe).__name__} needs an image as input: attach the guide and call the "
@@ -112,12 +115,11 @@ def sample_model(
         )
     call = {} if config.num_frames is None else {"num_frames": config.num_frames}
     texts = [text for text in prompts for _ in range(config.num_images_per_prompt)]
-    network = open_guide(guide) if mode == GuidanceMode.GUIDED else None
     method = Reference(config.teacher)
     samples = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if mode == GuidanceMode.NONE else config.guidance_scale,
-        num_inference_steps=sampling_steps(pipe, network, config.num_inference_steps),
+        num_inference_steps=steps,
         batch_size=config.batch_size,
         guide=Refreshed(network, config.refresh_at or config.refresh) if network else method,
         negative_prompts=(
