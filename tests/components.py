@@ -239,17 +239,17 @@ def packed_autoencoder() -> AutoencoderKLQwenImage:
     return _autoencoder(AutoencoderKLQwenImage, **CAUSAL)
 
 
-def ltx_autoencoder() -> AutoencoderKLLTXVideo:
+def ltx_autoencoder(**config: Any) -> AutoencoderKLLTXVideo:
     """LTX's, four pixels for one latent, and four frames."""
     blocks: dict[str, Any] = {
         "block_out_channels": (4,) * 4, "layers_per_block": (1,) * 5,
         "spatio_temporal_scaling": (True, True, False, False),
     }  # fmt: skip
-    return _autoencoder(
-        AutoencoderKLLTXVideo, latent_channels=4, patch_size=1, patch_size_t=1,
-        encoder_causal=True, decoder_causal=False, **blocks,
-        **{f"decoder_{name}": value for name, value in blocks.items()},
-    )  # fmt: skip
+    small = {
+        "latent_channels": 4, "patch_size": 1, "patch_size_t": 1, "encoder_causal": True,
+        "decoder_causal": False, **blocks, **{f"decoder_{k}": v for k, v in blocks.items()},
+    }  # fmt: skip
+    return _autoencoder(AutoencoderKLLTXVideo, **small | config)
 
 
 def deep_autoencoder() -> AutoencoderDC:

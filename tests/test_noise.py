@@ -240,6 +240,14 @@ def test_a_schedule_by_the_size_of_images_is_refused_where_its_rule_is_not_known
     assert NoisePath.of(scheduler, shift=2.0).grid(2)[1] == 0.5
 
 
+def test_a_single_step_goes_from_noise_to_the_image() -> None:
+    """Also where the times are stretched to a last one, as with Qwen-Image and LTX-Video."""
+    assert NoisePath.of(flow_scheduler()).grid(1).tolist() == [1, 0]
+    stretched = NoisePath.of(flow_scheduler(shift_terminal=0.1))
+    assert stretched.grid(1).tolist() == [1, 0]
+    assert stretched.grid(4)[-2:].tolist() == pytest.approx([0.1, 0])
+
+
 def test_a_scheduler_without_a_known_path_is_refused() -> None:
     with pytest.raises(ValueError, match="'sample'"):
         NoisePath.of(DDIMScheduler(prediction_type="sample"))

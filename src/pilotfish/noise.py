@@ -40,14 +40,33 @@ def prediction_type(scheduler: Any) -> str:
     return "flow" if stated == "flow_prediction" else str(stated)
 
 
-def deterministic_scheduler(scheduler: Any) -> Any:
+class FlowMatchEulerEvenScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    """Euler for flow matching whose own times are those of :meth:`NoisePath.grid`, for pipelines
+    whose call takes none."""
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None,
+        mu: float | None = None, timesteps: Any = None,
+    ) -> None:  # fmt: skip
+        """As in diffusers, but on the even grid where no times are given."""
+        if num_inference_steps and sigmas is None and timesteps is None:
+            sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+
+
+def deterministic_scheduler(scheduler: Any, even: bool = False) -> Any:
     """A scheduler of the same noise path that takes the steps of this module: DDIM on an even
-    grid that ends at the clean image ("trailing"), or Euler for flow matching."""
+    grid that ends at the clean image ("trailing"), or Euler for flow matching.
+
+    Args:
+        even: whether Euler's times are those of :meth:`NoisePath.grid` where a call gives none.
+    """
     if prediction_type(scheduler) == "flow":
         config = scheduler.config
         shift = config.get("shift", config.get("flow_shift") or 1.0)  # solvers have another name
         changed = {f"use_{name}_sigmas": False for name in ("beta", "exponential", "karras")}
-        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift, **changed)
+        kind = FlowMatchEulerEvenScheduler if even else FlowMatchEulerDiscreteScheduler
+        return kind.from_config(config, shift=shift, **changed)
     # DDIM clips by default, which is meant for pixels
     given = {"clip_sample": False, **scheduler.config}
     return DDIMScheduler.from_config(given, timestep_spacing="trailing")
@@ -198,6 +217,8 @@ class NoisePath:
             return torch.cat([whole / self.num_train_timesteps, torch.zeros(1)])
         scheduler = deepcopy(self.scheduler)
         if self.alphas_cumprod is None:
+            if steps == 1 and scheduler.config.get("shift_terminal"):
+                return torch.tensor([1.0, 0.0])  # the scheduler would divide zero by zero
             # the scheduler's own grid applies the shift twice and is not nested
             scheduler.set_timesteps(
                 sigmas=torch.linspace(1, 1 / steps, steps).tolist(),

@@ -31,6 +31,8 @@ from tests.pipelines.pipelines import PIPELINES, build, without_bins
         "CogView4",
         "Qwen-Image",
         "Z-Image",
+        "Wan",
+        "LTX",
     ]
 )
 def measured(

@@ -32,7 +32,9 @@ from pilotfish.backbones import (
     Backbone,
     ChromaDiTBackbone,
     Flux2DiTBackbone,
+    LTXBackbone,
     QwenDiTBackbone,
+    VideoDiTBackbone,
     ZImageDiTBackbone,
 )
 from tests import components, editing
@@ -472,10 +474,14 @@ def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
         diffusers.Flux2KleinPipeline: (Flux2DiTBackbone, (16, 4, 4), KLEIN_TEXT),
         diffusers.QwenImagePipeline: (QwenDiTBackbone, (16, 4, 4), {}),
         diffusers.ChromaPipeline: (ChromaDiTBackbone, (16, 4, 4), TEXT),
+        diffusers.WanPipeline: (VideoDiTBackbone, (4, 2, 8, 8), TEXT),
+        diffusers.LTXPipeline: (LTXBackbone, (4, 2, 8, 8), TEXT),
     }
+    videos = {diffusers.WanPipeline: "Wan", diffusers.LTXPipeline: "LTX"}
     if pipeline in sized:
         family, shape, text = sized[pipeline]
         small, encoding = SQUARE | text, family.encoding
+        small |= PIPELINES[videos[pipeline]].call if pipeline in videos else {}
         monkeypatch.setattr(family, "latent_shape", lambda self: shape)
         monkeypatch.setattr(family, "encoding", lambda self, texts: encoding(self, texts) | text)
 

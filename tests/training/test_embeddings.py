@@ -99,7 +99,8 @@ def test_a_bundled_base_is_named_as_a_folder_is(config: DistillConfig, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "name", ["SD", "SDXL", "SD3", "Sana", "Lumina2", "Qwen-Image", "Z-Image", "CogView4"]
+    "name",
+    ["SD", "SDXL", "SD3", "Sana", "Lumina2", "Qwen-Image", "Z-Image", "CogView4", "Wan", "LTX"],
 )
 def test_every_family_reads_what_it_would_encode(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

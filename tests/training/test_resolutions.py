@@ -23,7 +23,9 @@ def context(name: str) -> TrainingContext:
     return TrainingContext(build(name, alone=True).pipe, PROMPTS, VALIDATION)
 
 
-@pytest.mark.parametrize("name", ["SD", "SDXL", "SD3", "CogView4", "Qwen-Image", "Z-Image"])
+@pytest.mark.parametrize(
+    "name", ["SD", "SDXL", "SD3", "CogView4", "Qwen-Image", "Z-Image", "Wan", "LTX"]
+)
 def test_every_batch_draws_a_size_and_a_resumed_run_the_same(
     name: str, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,11 +39,11 @@ def test_every_batch_draws_a_size_and_a_resumed_run_the_same(
     monkeypatch.setattr(Trainer, "predict", noted)
     config = replace(
         config, resolutions=SIZES, gradient_accumulation_steps=4, train_batch_size=2,
-        guidance_scale_max=6.0,
+        guidance_scale_max=6.0, num_frames=5 if name in ("Wan", "LTX") else None,
     )  # fmt: skip
     given = context(name)
     whole = train(config, given)
-    token = given.backbone.packing * int(given.pipe.vae_scale_factor)
+    token = given.backbone.packing * given.backbone.vae_factor(given.pipe)
     first = drawn.copy()
     assert set(first) == {
         (height // token, width // token) for width, height in ((16, 16), (24, 16), (16, 32))

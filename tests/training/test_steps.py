@@ -81,6 +81,8 @@ def test_it_learns_resumes_and_leaves_teacher_and_base_as_they_were(
         "CogView4",
         "Qwen-Image",
         "Z-Image",
+        "Wan",
+        "LTX",
     ],
 )
 def test_both_stages_train_every_family(

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from PIL.Image import Image
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError
 from pydantic.dataclasses import dataclass as validated
@@ -23,7 +22,7 @@ from pilotfish.interface import GuideError
 from pilotfish.pipelines import Reference, Refreshed
 from pilotfish.pipelines.attach import check
 from pilotfish.pipelines.loading import use_deterministic_scheduler
-from pilotfish.pipelines.sampling import Attachable, sample
+from pilotfish.pipelines.sampling import Attachable, middle_frame, sample, to_pil
 from pilotfish.refresh import places
 
 IMAGES = 4
@@ -192,9 +191,9 @@ def _draw(request: Request, mode: GuidanceMode, pipe: Any, guide: Guide) -> Batc
         guide=methods.get(mode),
         negative_prompts=[request.negative_prompt] * IMAGES if request.negative_prompt else None,
     )  # fmt: skip
-    pixels = torch.stack([s.image for s in samples]).cpu()  # waits for an accelerator
+    frames = [middle_frame(s.image).cpu() for s in samples]  # waits for an accelerator
     seconds = time.perf_counter() - start
-    return Batch(pipe.image_processor.postprocess(pixels, output_type="pil"), seconds)
+    return Batch([image for frame in frames for image in to_pil(pipe, frame)], seconds)
 
 
 def _refusal(guide: Guide, pipe: Any) -> str:

@@ -7,7 +7,7 @@ guide, as maps (N, channels, F h, w).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -16,12 +16,13 @@ from diffusers import LTXVideoTransformer3DModel
 
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.cross_attention_dit import CrossAttentionDiTBackbone
+from pilotfish.backbones.pipeline import per_channel, shift_by_size
 from pilotfish.backbones.tokens import to_map, to_tokens
 from pilotfish.interface import TextConditions
 
 STRIDES = (8 / 25, 32, 32)
 """Seconds of a latent frame at the pipeline's default rate, and pixels of a latent: the denoiser
-takes positions in these."""
+takes positions in these. Of LTX-Video's own VAE."""
 
 
 class LTXBackbone(CrossAttentionDiTBackbone):
@@ -34,7 +35,9 @@ class LTXBackbone(CrossAttentionDiTBackbone):
         "num_frames", "height", "width", "rope_interpolation_scale",
     )  # fmt: skip
     norm_across_heads = True
-    decodable = False
+    spatial_factor = "vae_spatial_compression_ratio"
+    temporal_factor = "vae_temporal_compression_ratio"
+    frame_rate = 25
 
     @property
     def patch(self) -> int:
@@ -67,10 +70,11 @@ class LTXBackbone(CrossAttentionDiTBackbone):
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
     ) -> torch.Tensor:
         frames, height, width = latents.shape[2:]
+        strides = STRIDES if sizes is None else sizes[0].tolist()
         made = self.denoiser(
             hidden_states=to_tokens(latents), encoder_hidden_states=text.embeds,
             timestep=self.timestep(time), encoder_attention_mask=text.mask, num_frames=frames,
-            height=height, width=width, rope_interpolation_scale=STRIDES, return_dict=False,
+            height=height, width=width, rope_interpolation_scale=strides, return_dict=False,
         )[0]  # fmt: skip
         prediction: torch.Tensor = made.transpose(1, 2).unflatten(2, (frames, height, width))
         return prediction
@@ -87,6 +91,27 @@ class LTXBackbone(CrossAttentionDiTBackbone):
 
     def encoding(self, texts: Sequence[str]) -> dict[str, Any]:
         return {"prompt": list(texts), "num_videos_per_prompt": 1}
+
+    def sizes(self, pipe: Any) -> torch.Tensor:
+        """(1, 3) the :data:`STRIDES` of the pipeline's VAE."""
+        side = self.vae_factor(pipe)
+        seconds = pipe.vae_temporal_compression_ratio / self.frame_rate
+        return torch.tensor([[seconds, side, side]])
+
+    def dynamic_shift(self, scheduler: Any) -> Callable[[int], float]:
+        mu = shift_by_size(scheduler, self.latent_shape())
+        return lambda steps: mu
+
+    def even_grid(self, steps: int) -> dict[str, Any]:
+        return {"num_inference_steps": steps}  # the pipeline takes it by itself
+
+    def decoding(self, vae: Any, latents: torch.Tensor) -> dict[str, Any]:
+        # at time 0 and without noise, as the pipeline does where it is given no decode_timestep
+        return {"temb": latents.new_zeros(len(latents))} if vae.config.timestep_conditioning else {}
+
+    def vae_statistics(self, vae: Any, like: torch.Tensor) -> tuple[Any, Any]:
+        mean, std = (per_channel(x, like) for x in (vae.latents_mean, vae.latents_std))
+        return mean, vae.config.scaling_factor / std
 
     def default_latent_shape(self) -> tuple[int, ...]:
         """(C, F, h, w) of the pipeline's default: 161 frames of 704 x 512 pixels."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from inspect import signature
+from math import prod
 from typing import Any, ClassVar, Self
 
 import torch
@@ -32,8 +33,9 @@ class FamilyPipeline(ABC):
         return None
 
     def needs_image(self, pipe: Any) -> bool:
-        """Whether the pipeline's call starts from an image."""
-        return bool({"image", "control_image"} & {*signature(type(pipe).__call__).parameters})
+        """Whether the pipeline's call starts from an image or a video."""
+        inputs = {"image", "control_image", "video"}
+        return bool(inputs & {*signature(type(pipe).__call__).parameters})
 
     control_from_prompt: ClassVar[bool] = False
     """Whether the pipeline runs its ControlNet once a step, on the prompt, for both passes."""
@@ -134,33 +136,64 @@ class FamilyPipeline(ABC):
         scheduler = pipe.scheduler
         return NoisePath.of(scheduler, self.dynamic_shift(scheduler), self.time_shift(pipe))
 
-    def even_grid(self, steps: int) -> dict[str, list[float]]:
+    def even_grid(self, steps: int) -> dict[str, Any]:
         """The arguments of a pipeline's call with which flow matching takes the grid of
         :meth:`~pilotfish.noise.NoisePath.grid`; the scheduler's own is another."""
         return {"sigmas": torch.linspace(1, 1 / steps, steps).tolist()}
 
     # -- latents and images ---------------------------------------------------------------
 
-    decodable: ClassVar[bool] = True
-    """Whether the latents of a pipeline's call are images that its VAE decodes."""
     packing: ClassVar[int] = 1
     """How many of the VAE's latents are one of the denoiser's, each way; they are its channels."""
     video_vae: ClassVar[bool] = False
     """Whether an image is a video of one frame to the VAE."""
+    spatial_factor: ClassVar[str] = "vae_scale_factor"
+    """The attribute of the pipeline that is how many pixels are one of the VAE's latents, each
+    way."""
+    temporal_factor: ClassVar[str | None] = None
+    """That which is how many frames are one, but for the first frame, which is one alone. None
+    where the pipeline makes images."""
+    frame_rate: ClassVar[int] = 16
+    """Frames a second of a video."""
 
     latent_size: tuple[int, int] | None = None
     """(h, w) of the latents, if it is not the default; see :meth:`at`."""
+    latent_frames: int | None = None
+    """F of a video's, if it is not the default."""
 
-    def at(self, latent_size: tuple[int, int]) -> Self:
-        """The same for images whose latents are (h, w)."""
+    def at(self, latent_size: tuple[int, int] | None, latent_frames: int | None = None) -> Self:
+        """The same for images whose latents are (h, w), or videos whose latents are (F, h, w);
+        None is the default."""
         other = copy(self)
-        other.latent_size = latent_size
+        other.latent_size, other.latent_frames = latent_size, latent_frames
         return other
 
     def latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of the latents; of a video (C, F, h, w)."""
-        *first, height, width = self.default_latent_shape()
-        return *first, *(self.latent_size or (height, width))
+        channels, *frames, height, width = self.default_latent_shape()
+        frames = [self.latent_frames] if self.latent_frames else frames
+        return channels, *frames, *(self.latent_size or (height, width))
+
+    def vae_factor(self, pipe: Any) -> int:
+        """How many pixels are one of the VAE's latents, each way."""
+        return int(getattr(pipe, self.spatial_factor))
+
+    def latent_frames_of(self, pipe: Any, num_frames: int) -> int:
+        """F of the latents of a video of so many frames.
+
+        Raises:
+            ValueError: the VAE does not take so many; or the pipeline makes images.
+        """
+        if self.temporal_factor is None:
+            raise ValueError(f"num_frames is for videos, and a {type(pipe).__name__} makes images")
+        factor = int(getattr(pipe, self.temporal_factor))
+        if num_frames < 1 or (num_frames - 1) % factor:
+            raise ValueError(
+                f"num_frames of a {type(pipe).__name__} must be 1 more than a multiple of "
+                f"{factor}, such as {max(num_frames - 1, factor) // factor * factor + 1}, not "
+                f"{num_frames}"
+            )
+        return (num_frames - 1) // factor + 1
 
     def latent_size_of(self, pipe: Any, height: int, width: int) -> tuple[int, int]:
         """(h, w) of the latents of images of so many pixels.
@@ -168,7 +201,7 @@ class FamilyPipeline(ABC):
         Raises:
             ValueError: the sides are no multiples of what the denoiser takes.
         """
-        config, pixels = self.denoiser.config, self.packing * int(pipe.vae_scale_factor)
+        config, pixels = self.denoiser.config, self.packing * self.vae_factor(pipe)
         patch = config.get("patch_size") or next(iter(config.get("all_patch_size") or [1]))
         patch = patch if isinstance(patch, int) else int(patch[-1])
         # Qwen-Image's patches are those that the latents are packed by
@@ -195,18 +228,21 @@ class FamilyPipeline(ABC):
     def final_latents(
         self, latents: torch.Tensor, pipe: Any, call: Mapping[str, Any]
     ) -> torch.Tensor:  # fmt: skip
-        """The denoiser's latents, (N, C, h, w), of what a pipeline's call returned: these, or their
-        tokens (N, h w, C).
+        """The denoiser's latents, (N, C, h, w), or (N, C, F, h, w), of what a pipeline's call
+        returned: these, or their tokens (N, h w, C), or (N, F h w, C).
 
         Args:
             call: the arguments of the call.
         """
         if latents.ndim > 3:
             return latents
-        token, grid = self.packing * int(pipe.vae_scale_factor), list(self.latent_shape()[1:])
-        for i, side in enumerate(("height", "width")):
-            grid[i] = (call.get(side) or grid[i] * token) // token
-        return to_map(latents, torch.Size(grid))
+        token = self.packing * self.vae_factor(pipe)
+        _, *frames, height, width = self.latent_shape()
+        if call.get("num_frames"):
+            frames = [self.latent_frames_of(pipe, call["num_frames"])]
+        sides = {"height": height, "width": width}
+        grid = [(call.get(name) or side * token) // token for name, side in sides.items()]
+        return to_map(latents, torch.Size([*frames, *grid]))
 
     def from_vae(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """The denoiser's latents (N, C, h, w) of the VAE's."""
@@ -218,27 +254,36 @@ class FamilyPipeline(ABC):
         mean, factor = self.vae_statistics(vae, latents)
         return F.pixel_shuffle(latents / factor + mean, self.packing)
 
+    def decoding(self, vae: Any, latents: torch.Tensor) -> dict[str, Any]:
+        """Further arguments of the VAE's ``decode`` for latents (N, ...)."""
+        return {}
+
     def vae_statistics(self, vae: Any, like: torch.Tensor) -> tuple[Any, Any]:
         """What is subtracted from the VAE's latents, packed, and by what they are multiplied then:
-        numbers, or (1, C, 1, 1)."""
+        numbers, or (1, C, 1, 1), or (1, C, 1, 1, 1) of videos."""
         config = vae.config
         mean, std = (config.get(f"latents_{name}") for name in ("mean", "std"))
         factor = config.get("scaling_factor", 1.0)
         if mean is None or std is None:
             return config.get("shift_factor") or 0, factor
         means, stds = (
-            torch.tensor(x).to(like).repeat_interleave(self.packing**2).view(1, -1, 1, 1)
+            per_channel(torch.tensor(x).to(like).repeat_interleave(self.packing**2), like)
             for x in (mean, std)
         )
         return means, factor / stds
 
 
+def per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(C,) shaped to multiply latents (N, C, ...)."""
+    return values.to(like).view(1, -1, *[1] * (like.ndim - 2))
+
+
 def shift_by_size(scheduler: Any, shape: tuple[int, ...]) -> float:
-    """``mu`` of latents (C, h, w) that are one token each, by the rule of FLUX.1, which others have
+    """``mu`` of latents (C, ...) that are one token each, by the rule of FLUX.1, which others have
     taken over."""
-    config, (_, height, width) = scheduler.config, shape
+    config, (_, *grid) = scheduler.config, shape
     mu: float = calculate_shift(
-        height * width, config.get("base_image_seq_len", 256),
+        prod(grid), config.get("base_image_seq_len", 256),
         config.get("max_image_seq_len", 4096), config.get("base_shift", 0.5),
         config.get("max_shift", 1.15),
     )  # fmt: skip

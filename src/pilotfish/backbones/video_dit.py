@@ -37,7 +37,8 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
     further_components = ("transformer_2",)
     further_scales = ("guidance_scale_2",)
     negative_from_callback = True
-    decodable = False
+    spatial_factor = "vae_scale_factor_spatial"
+    temporal_factor = "vae_scale_factor_temporal"
 
     @property
     def patch(self) -> int:
@@ -79,6 +80,12 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
         prompt, negative = encoded
         return TextConditions(prompt), None if negative is None else TextConditions(negative)
 
+    def even_grid(self, steps: int) -> dict[str, Any]:
+        # its call takes no times: the scheduler has them, see use_deterministic_scheduler
+        return {"num_inference_steps": steps}
+
     def default_latent_shape(self) -> tuple[int, ...]:
         """(C, F, h, w) of the pipeline's default: 81 frames of 832 x 480 pixels."""
-        return self.channels, 21, 60, 104
+        # of 16 pixels by the VAE of Wan 2.2 with 5 billion parameters
+        height, width = (30, 52) if self.channels == 48 else (60, 104)
+        return self.channels, 21, height, width

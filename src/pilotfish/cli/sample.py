@@ -15,18 +15,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from pilotfish import bundled
+from pilotfish.backbones import Backbone
 from pilotfish.cli.names import Dtype, open_guide, open_model, sampling_steps, usable_device
 from pilotfish.data.prompts import load_prompts
 from pilotfish.guidance import GuidanceMode
 from pilotfish.guidances import CFG, Guidance
 from pilotfish.pipelines import Reference, Refreshed
-from pilotfish.pipelines.sampling import sample
+from pilotfish.pipelines.sampling import middle_frame, sample, to_pil
 from pilotfish.refresh import check_refresh
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sample images and save each as a PNG file, and all together as grid.png."""
+    """Sample images and save each as a PNG file, and all together as grid.png. Videos are saved
+    as GIF files; in grid.png are their middle frames."""
 
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ()
     """One or more prompts."""
@@ -54,6 +56,9 @@ class SampleConfig:
     """In place of --refresh: which steps do, counted from 0."""
     num_inference_steps: int | None = None
     """Left out: 25, or those that the guide was distilled for."""
+    num_frames: int | None = None
+    """Frames of a video: 1 more than a multiple of what the pipeline takes for one latent, such as
+    49. Left out: the pipeline's own number."""
     num_images_per_prompt: int = 1
     seed: int = 0
     """Of the first image; each further image has the next seed."""
@@ -100,31 +105,53 @@ def sample_model(
 ) -> None:
     """Sample every prompt with one pipeline; save the images and their grid in ``folder``."""
     mode = GuidanceMode(config.mode)
-    texts = [text for text in prompts for _ in range(config.num_images_per_prompt)]
     network = open_guide(guide) if mode == GuidanceMode.GUIDED else None
+    steps = sampling_steps(pipe, network, config.num_inference_steps)  # refuses a guide
+    backbone = Backbone.of_pipeline(pipe)
+    if backbone.needs_image(pipe):
+        raise ValueError(
+            f"a {type(pipe).__name__} needs an image as input: attach the guide and call the "
+            "pipeline itself"
+        )
+    call = {} if config.num_frames is None else {"num_frames": config.num_frames}
+    texts = [text for text in prompts for _ in range(config.num_images_per_prompt)]
     method = Reference(config.teacher)
     samples = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if mode == GuidanceMode.NONE else config.guidance_scale,
-        num_inference_steps=sampling_steps(pipe, network, config.num_inference_steps),
+        num_inference_steps=steps,
         batch_size=config.batch_size,
         guide=Refreshed(network, config.refresh_at or config.refresh) if network else method,
         negative_prompts=(
             None if config.negative_prompt is None else [config.negative_prompt] * len(texts)
         ),
+        **call,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     for one in tqdm(samples, total=len(texts), desc="sample"):
-        (image,) = pipe.image_processor.postprocess(one.image[None], output_type="pil")
+        (image,) = to_pil(pipe, middle_frame(one.image))
         name = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower()).strip("-")[:60] or "image"
-        image.save(folder / f"{name}-{one.seed}.png")
+        if one.image.ndim == 3:
+            image.save(folder / f"{name}-{one.seed}.png")
+        else:
+            save_gif(
+                to_pil(pipe, one.image), folder / f"{name}-{one.seed}.gif", backbone.frame_rate
+            )
         images.append(image)
     columns = config.num_images_per_prompt
     image_grid(images, columns if columns > 1 else math.ceil(math.sqrt(len(images)))).save(
         folder / "grid.png"
     )
-    print(f"{len(images)} images and grid.png in {folder}")
+    kind = "images" if backbone.temporal_factor is None else "videos"
+    print(f"{len(images)} {kind} and grid.png in {folder}")
+
+
+def save_gif(frames: Sequence[Image.Image], file: Path, frame_rate: int) -> None:
+    """Write frames as a GIF that repeats; ``frame_rate`` is a second's."""
+    frames[0].save(
+        file, save_all=True, append_images=frames[1:], duration=round(1000 / frame_rate), loop=0
+    )
 
 
 def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -24,7 +24,7 @@ from pilotfish.evaluation.processes import (
 from pilotfish.evaluation.results import Scores
 from pilotfish.evaluation.speed import counted_rows
 from pilotfish.guidance import GuidanceMode
-from pilotfish.pipelines.sampling import Attachable, Sample, image_size, sample
+from pilotfish.pipelines.sampling import Attachable, Sample, image_size, middle_frame, sample
 
 T = TypeVar("T")
 TITLES = {"none": "no guidance", "cfg": "CFG", "guided": "guided"}
@@ -68,7 +68,7 @@ class ImageBatch:
     Attributes:
         prompts: N texts.
         latents: (N, C, h, w) final latents.
-        images: (N, 3, H, W) in [-1, 1].
+        images: (N, 3, H, W) in [-1, 1]; of videos their middle frames.
     """
 
     prompts: list[str]
@@ -76,13 +76,11 @@ class ImageBatch:
     images: torch.Tensor
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> ImageBatch:
+    def of(cls, samples: Iterable[Sample]) -> ImageBatch:
         """The samples as one batch."""
-        return cls(
-            [s.prompt for s in samples],
-            torch.stack([s.latents for s in samples]),
-            torch.stack([s.image for s in samples]),
-        )
+        rows = [(s.prompt, s.latents, middle_frame(s.image)) for s in samples]
+        prompts, latents, images = zip(*rows, strict=True)
+        return cls(list(prompts), torch.stack(latents), torch.stack(images))
 
 
 def spread_prompts(prompts: Sequence[T], samples: int, seed: int) -> tuple[list[T], list[int]]:
@@ -107,13 +105,11 @@ def draw(
     """One batch in one mode; every process samples its share of it."""
     mine = share(len(prompts))
     batch = ImageBatch.of(
-        list(
-            sample(
-                pipe, [prompts[i] for i in mine], seeds=[seeds[i] for i in mine],
-                guidance_scale=guidance_scale, guide=guide,
-                num_inference_steps=num_inference_steps, batch_size=len(mine),
-                negative_prompts=negative_prompts and [negative_prompts[i] for i in mine],
-            )
+        sample(
+            pipe, [prompts[i] for i in mine], seeds=[seeds[i] for i in mine],
+            guidance_scale=guidance_scale, guide=guide,
+            num_inference_steps=num_inference_steps, batch_size=len(mine),
+            negative_prompts=negative_prompts and [negative_prompts[i] for i in mine],
         )
     )  # fmt: skip
     return ImageBatch(list(prompts), *gather_shares(len(prompts), batch.latents, batch.images))

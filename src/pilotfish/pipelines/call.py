@@ -202,11 +202,13 @@ class RunningCall:
         )
         if same and name.startswith(("DDIM", "Euler", "FlowMatchEuler")):
             return
-        how = (
-            f"{next(iter(self.backbone.even_grid(1)))} that lie on an even grid"
-            if name.startswith("FlowMatch")
-            else 'a DDIMScheduler with timestep_spacing="trailing"'
-        )  # fmt: skip
+        (argument,) = self.backbone.even_grid(1)
+        if argument == "num_inference_steps":
+            how = "the scheduler of pilotfish.pipelines.loading.use_deterministic_scheduler(pipe)"
+        elif name.startswith("FlowMatch"):
+            how = f"{argument} that lie on an even grid"
+        else:
+            how = 'a DDIMScheduler with timestep_spacing="trailing"'
         warnings.warn(
             f"this guide was distilled for {len(known)} steps at the times {_listed(known)}, but "
             f"{name} takes {len(taken)} at {_listed(taken)}; use num_inference_steps={len(known)} "

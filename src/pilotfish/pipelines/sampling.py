@@ -1,8 +1,8 @@
 """Sampling as an iterable that everything else consumes.
 
 :func:`sample` calls a pipeline as its user would and yields one :class:`Sample` for each
-image; grids, metrics and the command line all read from it. :func:`cfg_trajectories` gives the
-teacher's own sampling step by step, for the guidance error.
+image or video; grids, metrics and the command line all read from it. :func:`cfg_trajectories` gives
+the teacher's own sampling step by step, for the guidance error.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
 from pilotfish.backbones import Backbone
 from pilotfish.noise import NoisePath
@@ -30,14 +32,15 @@ class Attachable(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image.
+    """One image or video.
 
     Attributes:
         prompt: its text.
         seed: the seed of its first latents; the same seed starts from the same noise
             in every guidance mode.
-        latents: (C, h, w) final latents, as the sampler left them; packed ones as a map.
-        image: (3, H, W) decoded image in [-1, 1].
+        latents: (C, h, w) final latents, as the sampler left them; packed ones as a map. Of a
+            video (C, F, h, w).
+        image: (3, H, W) decoded image in [-1, 1]; (3, T, H, W) of a video.
     """
 
     prompt: str
@@ -61,7 +64,7 @@ def sample(
     """Images of ``prompts``, one seed each, in order.
 
     Args:
-        pipe: a text-to-image pipeline.
+        pipe: a pipeline of text to image or video.
         seeds: as many as prompts.
         guidance_scale: w; 1 is no guidance.
         guide: attached while a batch is sampled, if given; else the pipeline runs as it is.
@@ -69,15 +72,11 @@ def sample(
         call: further arguments of the pipeline's call.
 
     Raises:
-        ValueError: the pipeline makes videos; prompts, seeds or negative prompts
-            differ in number; no step, or an empty batch. Raised before sampling.
+        ValueError: prompts, seeds or negative prompts differ in number; no step, or an empty batch;
+            ``num_frames`` that the pipeline does not take. Raised before sampling.
     """
-    backbone = Backbone.of_pipeline(pipe)
-    if not backbone.decodable:
-        raise ValueError(
-            f"the latents of a {type(pipe).__name__} cannot be decoded here yet: attach the guide "
-            "and call the pipeline itself"
-        )
+    if call.get("num_frames") is not None:
+        Backbone.of_pipeline(pipe).latent_frames_of(pipe, call["num_frames"])
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     if negative_prompts is not None and len(negative_prompts) != len(prompts):
@@ -111,24 +110,30 @@ def _drawn(
                 **given,
             )[0]
         latents = backbone.final_latents(latents, pipe, call)
-        images = decode(pipe, latents)
+        # videos one by one: those of a batch may take gigabytes
+        videos = (decode(pipe, z[None])[0] for z in latents)
+        images = videos if latents.ndim == 5 else decode(pipe, latents)
         for text, seed, z, x in zip(texts, some, latents.float(), images, strict=True):
             yield Sample(text, seed, z, x)
 
 
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
-    """(N, C, h, w) latents to (N, 3, H, W) images in [-1, 1], as the pipeline decodes them."""
+    """(N, C, h, w) latents to (N, 3, H, W) images in [-1, 1], as the pipeline decodes them; those
+    of videos, (N, C, F, h, w), to (N, 3, T, H, W)."""
     vae, backbone = pipe.vae, Backbone.of_pipeline(pipe)
     overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if overflows:
         vae.to(torch.float32)
     latents = backbone.to_vae(vae, latents.to(vae.device, vae.dtype))
-    height, width = (side * int(pipe.vae_scale_factor) for side in latents.shape[2:])
+    *frames, height, width = latents.shape[2:]
+    scale = backbone.vae_factor(pipe)
+    count = at_once(prod(frames) * height * scale, width * scale)
     latents = latents[:, :, None] if backbone.video_vae else latents
     try:
         parts = [
-            vae.decode(part, return_dict=False)[0] for part in latents.split(at_once(height, width))
+            vae.decode(part, **backbone.decoding(vae, part), return_dict=False)[0]
+            for part in latents.split(count)
         ]
     finally:
         if overflows:
@@ -151,10 +156,26 @@ def encode(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     return backbone.from_vae(vae, latents[:, :, 0] if backbone.video_vae else latents)
 
 
+def middle_frame(image: torch.Tensor) -> torch.Tensor:
+    """(3, H, W) of a video (3, T, H, W), which stands for it in grids, previews and scores; an
+    image (3, H, W) as it is."""
+    # a copy: the memory of the video is free
+    return image if image.ndim == 3 else image[:, image.shape[1] // 2].clone()
+
+
+def to_pil(pipe: Any, image: torch.Tensor) -> list[Image.Image]:
+    """The frames of a video (3, T, H, W) in [-1, 1], or an image (3, H, W) as the only one."""
+    processor = getattr(pipe, "video_processor", None) or pipe.image_processor
+    frames = image[None] if image.ndim == 3 else image.transpose(0, 1)
+    made: list[Image.Image] = processor.postprocess(frames, output_type="pil")
+    return made
+
+
 def image_size(pipe: Any) -> int:
-    """Pixels of an image of the denoiser's own size, each way."""
+    """Pixels of an image of the denoiser's own size, each way; of one that is not square, and of
+    a frame of a video, its height."""
     backbone = Backbone.of_pipeline(pipe)
-    return backbone.latent_shape()[1] * backbone.packing * int(pipe.vae_scale_factor)
+    return backbone.latent_shape()[-2] * backbone.packing * backbone.vae_factor(pipe)
 
 
 def at_once(height: int, width: int) -> int:

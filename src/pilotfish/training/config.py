@@ -73,6 +73,10 @@ class TrainingConfig:
     """Sizes of images in pixels, such as ``1024x1024 832x1216``, width first. Every micro-batch
     draws one; validation measures at the first and writes images of all. Default: the size of the
     pipeline alone."""
+    num_frames: PositiveInt | None = None
+    """Frames of a video, for pipelines of videos: 1 more than a multiple of the frames of a
+    latent, which are 4 for Wan and 8 for LTX-Video. Memory and time grow with it. Default: the
+    number of the pipeline."""
     offload_text_encoders: bool = False
     """With ``--cache_embeddings``: keep the text encoders in the memory of the CPU and move them to
     the accelerator layer by layer, by diffusers' group offloading."""

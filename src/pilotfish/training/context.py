@@ -46,7 +46,7 @@ class ImageSize:
     """A size of images.
 
     Attributes:
-        shape: (C, h, w) of the latents.
+        shape: (C, h, w) of the latents; (C, F, h, w) of a video.
         path: the noise path, which depends on the size where a scheduler shifts by it.
         conditions: (1, k) what the denoiser is told of the size, if anything.
     """
@@ -69,10 +69,11 @@ class TrainingContext:
         path: the noise path of the pipeline's scheduler, for images of the first size.
         backbone: the family's view of the denoiser, at the first size.
         resolutions: sizes of images, ``WIDTHxHEIGHT``; none is the pipeline's own.
+        num_frames: of a video; None is the pipeline's own.
 
     Raises:
-        ConfigError: the base is not one of text to image, or its scheduler counts other timesteps
-            than its denoiser.
+        ConfigError: the base is not one of text to image or video, has two denoisers, or its
+            scheduler counts other timesteps than its denoiser.
     """
 
     pipe: Any
@@ -83,6 +84,7 @@ class TrainingContext:
     path: NoisePath = field(init=False)
     backbone: Backbone = field(init=False)
     resolutions: tuple[str, ...] = field(init=False, default=())
+    num_frames: int | None = field(init=False, default=None)
     _sha256: str | None = field(init=False, default=None)  # of a base that is quantised now
 
     def __post_init__(self) -> None:
@@ -92,12 +94,13 @@ class TrainingContext:
         if self.backbone.needs_image(self.pipe):
             raise ConfigError(
                 f"the base is a {type(self.pipe).__name__}, which needs an image as input; train a "
-                "guide on a text-to-image pipeline"
+                "guide on a pipeline of text to image or video"
             )
-        if not self.backbone.decodable:
+        if len(Backbone.all_of_pipeline(self.pipe)) > 1:
             raise ConfigError(
-                f"the commands train no guide for a {type(self.pipe).__name__} yet: they would not "
-                "decode its latents"
+                f"the base is a {type(self.pipe).__name__} with two denoisers, and a guide is "
+                "trained on one: train it on a model of the same shape that has one, such as Wan "
+                "2.1, and attach it to this one"
             )
         predicted = (shape.get("out_channels") or shape.in_channels) * self.backbone.packing**2
         if shape.in_channels > predicted:
@@ -156,6 +159,13 @@ class TrainingContext:
                 vae_dtype=torch.float32, denoiser=config.cache_embeddings is None,
             )  # fmt: skip
         made = cls(pipe, prompts, validation, images and Path(images), held_out)
+        if noised and made.backbone.temporal_factor is not None:
+            raise ConfigError(
+                "--training_samples noised takes images, and the base makes videos: train with "
+                "trajectory, on_policy or tracking"
+            )
+        # refuses before texts are encoded
+        made.use_resolutions(config.resolutions, config.num_frames)
         if config.cache_embeddings is not None:
             made.cast(BASE_DTYPES[config.base_dtype])
             on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -222,23 +232,28 @@ class TrainingContext:
         finally:
             vae.to(before)
 
-    def use_resolutions(self, resolutions: tuple[str, ...]) -> None:
-        """Take images of these sizes, each ``WIDTHxHEIGHT``; none is the pipeline's own.
+    def use_resolutions(
+        self, resolutions: tuple[str, ...], num_frames: int | None = None
+    ) -> None:  # fmt: skip
+        """Take images of these sizes, each ``WIDTHxHEIGHT``, or videos of so many frames; none is
+        the pipeline's own.
 
         Raises:
             ConfigError: the base does not take a size.
+            ValueError: it does not take so many frames.
         """
-        self.resolutions = resolutions
+        self.resolutions, self.num_frames = resolutions, num_frames
         self.backbone = self._backbones()[0]
         self.path = self.backbone.noise_path(self.pipe)
 
     def _backbones(self) -> list[Backbone]:
-        plain = Backbone.of_pipeline(self.pipe)
+        plain, count = Backbone.of_pipeline(self.pipe), self.num_frames
+        frames = None if count is None else plain.latent_frames_of(self.pipe, count)
         try:
             return [
-                plain.at(plain.latent_size_of(self.pipe, height, width))
+                plain.at(plain.latent_size_of(self.pipe, height, width), frames)
                 for width, height in map(sides, self.resolutions)
-            ] or [plain]
+            ] or [plain.at(None, frames)]
         except ValueError as error:
             raise ConfigError(f"resolutions: {error}") from error
 
@@ -262,7 +277,7 @@ class TrainingContext:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(C, h, w) of the latents of the first size."""
+        """(C, h, w) of the latents of the first size; (C, F, h, w) of videos."""
         return self.backbone.latent_shape()
 
     @cached_property

@@ -117,7 +117,7 @@ class StepTrainer(Trainer):
         log: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         context.use_deterministic_scheduler()
-        context.use_resolutions(config.resolutions)
+        context.use_resolutions(config.resolutions, config.num_frames)
         path = context.path
         initial.check(context.backbone.signature(path.prediction_type))
         teaches = config.teacher == "guide"

@@ -74,7 +74,7 @@ class Trainer:
     measure: ClassVar[str]
     """Name of the stage's relative error, 1 for an untrained student."""
     fixed_settings: ClassVar[tuple[str, ...]] = (
-        "base_dtype", "base_quantization", "resolutions", "train_finetunes",
+        "base_dtype", "base_quantization", "resolutions", "num_frames", "train_finetunes",
         "negative_prompt_prob", "refresh_prob", "first_step_refresh_prob",
     )  # fmt: skip
     """Settings that a resumed run must share."""
@@ -108,7 +108,7 @@ class Trainer:
         self.folder = Path(config.output)
         self.stream_batch = config.train_batch_size
         self.accelerator = make_accelerator(config, log)
-        context.use_resolutions(config.resolutions)
+        context.use_resolutions(config.resolutions, config.num_frames)
         self.sizes = context.sizes
         self.base_sha256 = context.place(config, self.accelerator.device)
         self.finetunes = FineTunes(

@@ -20,7 +20,7 @@ from pilotfish.conditioning import NULL, some_or_one
 from pilotfish.data.images import to_pixels
 from pilotfish.guidance_error import SCALES, Trajectories, guidance_error
 from pilotfish.guides import Guide
-from pilotfish.pipelines.sampling import decode, final_latents
+from pilotfish.pipelines.sampling import decode, final_latents, middle_frame
 from pilotfish.teacher import Student, Teacher
 from pilotfish.training.config import TrainingConfig
 from pilotfish.training.context import ImageSize, TrainingContext
@@ -125,9 +125,10 @@ class _Validation:
         return torch.cat(made)
 
     def images(self, latents: torch.Tensor) -> list[torch.Tensor]:
-        """The decoded images (3, H, W) of (n, C, h, w), on the CPU."""
+        """The decoded images (3, H, W) of (n, C, h, w), on the CPU; of videos their middle
+        frames."""
         with self.context.vae_placed():
-            return [decode(self.context.pipe, one[None])[0].cpu() for one in latents]
+            return [middle_frame(decode(self.context.pipe, x[None])[0]).cpu() for x in latents]
 
     def previews(self, predict: Predict, steps: int) -> list[torch.Tensor]:
         """Images of the first prompts, (3, H, W) each, in turn of every size."""
