@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from recipe.finetunes import (
 )
 from recipe.guides import StepGuidesStage, make_guide, make_sizes, make_step_guides
 from recipe.images import TEST_STYLES, TRAIN_STYLES, make_images
-from recipe.pages import draw_readme_grid, write_pages
+from recipe.pages import draw_grid, write_pages
 from recipe.scorer import ScorerStage, make_scorer
 from recipe.sd3 import make_sd3
 from recipe.transformer import compose
@@ -34,11 +35,12 @@ from recipe.vocabulary import write_prompts
 @dataclass(frozen=True)
 class Recipe:
     """Make the bundled models. ``all`` runs prompts, images, autoencoder, base, finetunes,
-    train_finetunes, test_finetunes, scorer, guides, step_guides and cards, in this order. The
-    other stages are not part of the models: ablations compares forms of the guide; sizes trains
-    guides of other sizes in --work/sizes; sd3 trains a Stable Diffusion 3;
-    transformer puts the results of its guide into one file; pages writes results into README and
-    documents; screenshots shows the app in docs/images."""
+    train_finetunes, test_finetunes, scorer, guides and step_guides, in this order; then sd3, a
+    Stable Diffusion 3, and with --model sd3 the four stages of its fine-tunes and guides; then
+    cards. The other stages are not part of the models: ablations compares forms of the guide;
+    sizes trains guides of other sizes in --work/sizes; transformer puts the results of the Stable
+    Diffusion 3's guide into one file; pages writes results into README and documents; screenshots
+    shows the app in docs/images."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -52,10 +54,10 @@ class Recipe:
             "scorer",
             "guides",
             "step_guides",
+            "sd3",
             "cards",
             "ablations",
             "sizes",
-            "sd3",
             "transformer",
             "pages",
             "screenshots",
@@ -149,10 +151,11 @@ def _screenshots(r: Recipe) -> None:
 def _pages(r: Recipe) -> None:
     write_pages(Path())
     if Path("results/frontier.json").is_file():  # or the README shows other columns
-        draw_readme_grid(Path("docs/images/grid.png"))
+        for base, name in (("base", "grid"), ("sd3", "grid-sd3")):
+            draw_grid(Path("docs/images") / f"{name}.png", base)
 
 
-MODELS: dict[str, Callable[[Recipe], None]] = {
+STAGES: dict[str, Callable[[Recipe], None]] = {
     "prompts": lambda r: write_prompts(r.target / "prompts"),
     "images": lambda r: make_images(r.images),
     "autoencoder": lambda r: make_autoencoder(r.images, r.work, r.vae, r.autoencoder),
@@ -167,23 +170,26 @@ MODELS: dict[str, Callable[[Recipe], None]] = {
     "step_guides": lambda r: make_step_guides(
         r.work, r.target, r.step_guides, bf16=r.mixed, base=r.model
     ),
+    "sd3": lambda r: make_sd3(r.target / "base", r.images, r.work, r.target / "sd3", bf16=r.mixed),
     "cards": lambda r: write_cards(r.target),
-}  # fmt: skip
-"""The stages of ``all``, in order."""
-OTHERS: dict[str, Callable[[Recipe], None]] = {
     "ablations": lambda r: run_ablations(r.work, r.ablations, bf16=r.mixed),
     "sizes": lambda r: make_sizes(r.work / "sizes", r.target, bf16=r.mixed),
-    "sd3": lambda r: make_sd3(r.target / "base", r.images, r.work, r.target / "sd3", bf16=r.mixed),
     "transformer": lambda r: compose(Path("results/sd3")).save("results/transformer.json"),
     "pages": _pages,
     "screenshots": _screenshots,
-}
+}  # fmt: skip
+ALL: list[tuple[str, BaseName]] = [
+    *((name, "base") for name in itertools.takewhile(lambda name: name != "sd3", STAGES)),
+    ("sd3", "sd3"), ("finetunes", "sd3"), ("train_finetunes", "sd3"), ("guides", "sd3"),
+    ("step_guides", "sd3"), ("cards", "base"),
+]  # fmt: skip
+"""The stages of ``all``, in order, and the base of each."""
 
 
 def main(recipe: Recipe) -> None:
     """Run one stage, or all."""
-    for name in MODELS if recipe.stage == "all" else (recipe.stage,):
-        (MODELS | OTHERS)[name](recipe)
+    for name, model in ALL if recipe.stage == "all" else [(recipe.stage, recipe.model)]:
+        STAGES[name](replace(recipe, model=model))
 
 
 if __name__ == "__main__":

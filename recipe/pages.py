@@ -104,15 +104,16 @@ def readme_text(found: FrontierResult, *others: FrontierResult) -> str:
     )
 
 
-def draw_readme_grid(file: Path) -> None:
-    """The README's picture: no guidance, guided without and with refreshes, CFG."""
-    guide = bundled.load_guide()
+def draw_grid(file: Path, base: str) -> None:
+    """Images of a bundled base and its fine-tunes: no guidance, guided without and with refreshes,
+    CFG. That of ``base`` is the README's picture."""
+    guide = bundled.load_guide(bundled.guide_of(base))
     columns: dict[str, tuple[float, Attachable | None]] = {
         "no guidance": (1.0, None), "guided": (4.0, Refreshed(guide, 0)),
         f"refresh={REFRESH}": (4.0, Refreshed(guide, REFRESH)), "CFG": (4.0, None),
     }  # fmt: skip
     prompts = bundled.GRID_PROMPTS
-    sheet(prompts, draw_models(bundled_models(), columns, prompts)).save(file)
+    sheet(prompts, draw_models(bundled_models(base), columns, prompts)).save(file)
 
 
 def refresh_page(found: FrontierResult, docs: Path) -> str:

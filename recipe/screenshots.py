@@ -48,7 +48,7 @@ def chromium() -> Iterator[Browser]:
 def take_screenshots(folder: Path) -> None:
     """``app.png``, the page with its first prompt drawn."""
     guides = {name: bundled.load_guide(name) for name in bundled.guide_names()}
-    page = app.build(Session({name: bundled.load_model(name) for name in bundled.MODELS}, guides))
+    page = app.build(Session({name: bundled.load_model(name) for name in bundled.STYLES}, guides))
     url = app.serve(page, wait=False)
     try:
         with chromium() as browser:

@@ -128,12 +128,24 @@ def test_every_page_is_in_the_menu() -> None:
     assert all(f": {page.name}\n" in menu for page in PAGES[1:])
 
 
+def run_bundled(page: str) -> dict[str, Any]:
+    """The names that the page's example on a bundled model leaves."""
+    (block,) = (b for b in blocks(ROOT / "docs" / page, "python") if "bundled" in b)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    return names
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_a_transformer_runs() -> None:
+    assert run_bundled("transformers.md")["owl"].size == (64, 64)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_example_of_a_service_runs() -> None:
-    (block,) = (b for b in blocks(ROOT / "docs" / "serve.md", "python") if "bundled" in b)
-    names: dict[str, Any] = {}
-    exec(block, names)
+    names = run_bundled("serve.md")
     assert len(names["owls"]) == 4
     assert names["owl"].size == names["crowned"].size == names["panda"].size == (64, 64)
     assert type(names["fluent"]).__mro__[1].__name__ != "Guided"

@@ -16,7 +16,7 @@ class AppConfig:
     """A page that samples without guidance, with CFG and with a guide, side by side. It stays on
     this machine and calls nothing outside it."""
 
-    models: tuple[str, ...] = tuple(bundled.MODELS)
+    models: tuple[str, ...] = tuple(bundled.STYLES)
     """Pipelines to choose from: base, fluent, twemoji, emojione, high-contrast, monotone,
     streamline; sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids."""
     guide: tuple[str, ...] = ()

@@ -29,7 +29,7 @@ class InspectConfig:
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ("owl",)
     """One or more prompts, prompt i from seed ``seed + i``. Maps are the mean over them."""
     guide: str | None = None
-    """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id.
+    """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; sd3-tiny; or a folder or hub id.
     Left out: that of the bundled base."""
     models: tuple[str, ...] = ("base",)
     """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline; sd3,

@@ -39,7 +39,7 @@ class SampleConfig:
     sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids. With more than one, each has a
     folder of its own in --output."""
     guide: str | None = None
-    """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; or a folder or hub id.
+    """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; sd3-tiny; or a folder or hub id.
     Left out: that of the bundled base."""
     mode: Literal["none", "cfg", "guided"] = "guided"
     """guided: the guide, with both passes in the steps of --refresh. cfg: two passes. none: one

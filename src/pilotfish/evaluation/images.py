@@ -53,11 +53,11 @@ class ModelSource:
             metadata_file(self.reference_images)
 
 
-def bundled_models() -> dict[str, ModelSource]:
-    """The bundled base and its fine-tunes."""
+def bundled_models(base: str = "base") -> dict[str, ModelSource]:
+    """A bundled base and its fine-tunes."""
     return {
         name: ModelSource(partial(bundled.load_model, name), bundled.images(name))
-        for name in bundled.MODELS
+        for name in bundled.BASES[base]
     }
 
 
