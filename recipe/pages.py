@@ -155,11 +155,11 @@ def transformer_text(found: TransformerResult) -> str:
     first, speeds = models[0], found.cost.cfg_over_guided.items()
     kept = "kept, {} passes", lambda m, n: with_interval(m.gain_kept[n], *astuple(m.interval[n]))
     near = "latent MSE, {} passes", lambda m, n: f"{m.latent_mse_ratio[n]:.3f}"
-    told = "negative ratio, {} passes", lambda m, n: f"{m.negative_ratio[n]:.2f}"
+    negative = "negative ratio, {} passes", lambda m, n: f"{m.negative_ratio[n]:.2f}"
     rows = [
         (title.format(n), *(cell(model, n) for model in models))
         for (title, cell), passes in (
-            (kept, first.gain_kept), (near, first.gain_kept), (told, first.negative_ratio)
+            (kept, first.gain_kept), (near, first.gain_kept), (negative, first.negative_ratio)
         )
         for n in passes
     ]  # fmt: skip
