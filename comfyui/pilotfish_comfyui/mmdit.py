@@ -65,20 +65,23 @@ class ComfyMMDiTBackbone(ComfyBackbone, JointDiTBackbone):
     def joint_block(self, name: str) -> JointBlock:
         return ComfyJointBlock(self.module(name))
 
+    def embed(self, timestep: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        net = self.denoiser
+        made: torch.Tensor = net.t_embedder.forward(timestep, dtype=pooled.dtype)
+        return made + net.y_embedder.forward(pooled)
+
     def after_embedding(
         self, hooks: Hooks, begin: Callable[[GuidedPass, torch.Tensor], None]
     ) -> None:
         net = self.denoiser
 
         def timed(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            guided.scratch["time"] = output
+            guided.scratch["timestep"] = args[0]
 
         def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            pooled = guided.negative.pooled
-            if pooled is None:
+            if guided.negative.pooled is None:
                 raise GuideError("the negative conditioning has no pooled text")
-            pooled = pooled.to(args[0]).expand(len(output), -1)
-            begin(guided, guided.scratch["time"] + module.forward(pooled))
+            begin(guided, guided.scratch["timestep"])
 
         hooks.after(net.t_embedder, timed)
         hooks.after(net.y_embedder, embedded)

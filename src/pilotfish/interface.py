@@ -267,6 +267,9 @@ class GuideProtocol(Protocol):
     @property
     def joint_attention(self) -> str: ...
 
+    @property
+    def negative_stream(self) -> str: ...
+
     def modulations(
         self, time: torch.Tensor, guidance_scale: torch.Tensor, text: TextConditions,
         negative: TextConditions, refresh: Refresh | None = None,

@@ -22,9 +22,10 @@ class FixedGuide:
     guidance = CFG
 
     def __init__(
-        self, output: GuideOutput | None = None, joint_attention: str = "whole"
+        self, output: GuideOutput | None = None, joint_attention: str = "whole",
+        negative_stream: str = "joint",
     ) -> None:  # fmt: skip
-        self.joint_attention = joint_attention
+        self.joint_attention, self.negative_stream = joint_attention, negative_stream
         self.output = output or GuideOutput()
         self.inputs: list[GuideInputs] = []
 

@@ -170,6 +170,78 @@ def test_joint_attention_may_be_extrapolated_by_the_text_alone(config: dict[str,
     torch.testing.assert_close(seen["a"], expected, atol=1e-5, rtol=1e-4)
 
 
+class TextReadsItself(JointAttnProcessor2_0):
+    """Attention in which the image's tokens attend to all, the text's to each other alone."""
+
+    def __call__(  # type: ignore[override]
+        self, attn: Any, hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        made = super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
+        if encoder_hidden_states is None:
+            return made
+        q, k, v = (
+            split_heads(projection(encoder_hidden_states), attn.heads)
+            for projection in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        )
+        if attn.norm_added_q is not None:
+            q, k = attn.norm_added_q(q), attn.norm_added_k(k)
+        own = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return made[0], made[1] if attn.context_pre_only else attn.to_add_out(own)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("negatives", [1, 2])
+@pytest.mark.parametrize("config", SD3_SHAPES)
+def test_a_gain_of_minus_1_holds_with_a_cached_stream_where_text_reads_itself(
+    config: dict[str, Any], negatives: int
+) -> None:
+    """In a single call, and where the stream is made for a whole schedule at its first step."""
+    family = components.FAMILIES["sd3"]
+    denoiser, text = family.denoiser(**config), family.text(2)
+    for block in denoiser.transformer_blocks:
+        block.attn.set_processor(TextReadsItself())
+    negative, latents = family.text(negatives, 5, seed=3), family.latents(2)
+    guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, -1.0)), negative_stream="cached")
+    both = negative.expand(2)
+    expected = plain(denoiser, latents, both)
+    made = guided(denoiser, guide, latents, text, negative)
+    torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
+    timesteps = torch.tensor([900.0, 500, 100])
+
+    def call(t: torch.Tensor, given: TextConditions) -> torch.Tensor:
+        found: torch.Tensor = denoiser(
+            latents, given.embeds, given.pooled, t.expand(2), return_dict=False
+        )[0]
+        return found
+
+    expected = torch.stack([call(t, both) for t in timesteps])
+    hooks = Backbone.of(denoiser).install(guide)
+    guided_pass = GuidedPass(guide, lambda: 4.0, lambda: negative, timesteps=lambda: timesteps)
+    with guided_pass.open():
+        made = torch.stack([call(t, text) for t in timesteps])
+    hooks.remove()
+    torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_cached_stream_is_made_once_for_all_steps(
+    monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    read, rows = JointBlock.read, list[int]()
+
+    def counted(block: JointBlock, stream: torch.Tensor, embedding: torch.Tensor) -> Any:
+        rows.append(len(stream))
+        return read(block, stream, embedding)
+
+    monkeypatch.setattr(JointBlock, "read", counted)
+    family = components.FAMILIES["sd3"]
+    pipe = family.pipeline()
+    guide = FixedGuide(
+        GuideOutput(gains=equal_gains(pipe.transformer, 1.0, n=4)),
+        negative_stream="cached" if cached else "joint",
+    )
 def test_the_text_alone_is_refused_where_it_is_not_implemented() -> None:
     guide = FixedGuide(joint_attention="text")
     denoiser = components.FAMILIES["qwen"].denoiser()

@@ -61,9 +61,11 @@ class Backbone(FamilyPipeline):
     scheduler's timestep; 1 - sigma where :attr:`sign` is -1."""
     has_variance: bool = False
     """Whether the second half of the prediction's channels is a variance."""
-    joint_attention: ClassVar[tuple[str, ...]] = ("whole", "text")
+    joint_attention_forms: ClassVar[tuple[str, ...]] = ("whole", "text")
     """The forms of :attr:`pilotfish.guides.Guide.joint_attention` that it knows; without joint
     attention they are the same."""
+    negative_stream_forms: ClassVar[tuple[str, ...]] = ("joint", "cached")
+    """Those of :attr:`pilotfish.guides.Guide.negative_stream`, likewise."""
     registry: ClassVar[list[type[Backbone]]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -206,12 +208,13 @@ class Backbone(FamilyPipeline):
                 be extrapolated; or the guide's joint attention is not implemented for it. No hook
                 is left behind.
         """
-        if guide.joint_attention not in self.joint_attention:
-            raise GuideError(
-                "this guide extrapolates joint attention by the text alone, which is not "
-                f"implemented for {type(self.denoiser).__name__}: train with --joint_attention "
-                "whole"
-            )
+        for name in ("joint_attention", "negative_stream"):
+            form, known = getattr(guide, name), getattr(self, f"{name}_forms")
+            if form not in known:
+                raise GuideError(
+                    f"this guide has {name}={form!r}, which is not implemented for "
+                    f"{type(self.denoiser).__name__}: train with --{name} {known[0]}"
+                )
         hooks = Hooks(guide, self.denoiser)
         named = (*guide.target_modules, *guide.extrapolated)
         hooks.modules = self.find_modules(named, hooks.modules)

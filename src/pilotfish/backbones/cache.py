@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,6 +13,9 @@ from torch import nn
 from pilotfish.interface import Refresh, TextConditions
 
 T = TypeVar("T")
+TABLE_BYTES = 2**28
+"""Largest table of values at every step; a larger one is not made, and they are computed at each
+step."""
 TABLES = 2
 """Tables of a whole schedule that one call makes. A callback at every step makes each useless
 after one step; from then on modulations are computed at the step."""
@@ -30,8 +33,8 @@ class ScheduleTable:
         times: (T, 1) normalised times.
         w: (N,) the scale.
         place: the present step.
-        values: what the denoiser's own layers make of time and negative prompt, by its key: one
-            tensor for each step.
+        values: what the denoiser's own layers make of time and negative prompt, by its key: at
+            each step one tuple of tensors; None where that may not be kept.
         modulations: the guide's, from step ``first`` on; None where they are computed at each step.
         refresh: the one that they were made with.
     """
@@ -106,25 +109,36 @@ class CallCache:
         return made
 
     def at_step(
-        self, key: Any, make: Callable[[torch.Tensor], torch.Tensor],
-        parts: Iterable[nn.Module] = (),
-    ) -> torch.Tensor | None:  # fmt: skip
-        """A value made of time and the negative prompt by ``parts`` of the denoiser, at this step;
-        made for the whole schedule at its first step. None where the schedule is not known or
-        :meth:`made_by` would not cache.
+        self, key: Any, make: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+        parts: Callable[[], Iterable[nn.Module]], size: Callable[[], int] = lambda: 0,
+    ) -> tuple[torch.Tensor, ...] | None:  # fmt: skip
+        """Values made of time and the negative prompt by ``parts`` of the denoiser, at this step;
+        made for the whole schedule at its first step. None where the schedule is not known,
+        :meth:`made_by` would not cache or they are too many.
 
         Args:
-            make: (T,) timesteps -> (T, ...).
+            make: (T,) timesteps -> (T, ...) each.
+            size: their bytes at one step.
         """
-        if not _lasting(parts):  # first: a graph that reads the step is compiled for it alone
+        # first: a graph that reads the step is compiled for it alone
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return None
         table = self._table
         if table is None or not self._in_schedule:
             return None
         if key not in table.values:
-            table.values[key] = make(table.schedule.to(table.times.device)).unbind()
-        made: torch.Tensor = table.values[key][table.place]
-        return made
+            table.values[key] = None
+            if _lasting(parts()) and size() * len(table.times) <= TABLE_BYTES:
+                made = make(table.schedule.to(table.times.device))
+                table.values[key] = list(zip(*(x.unbind() for x in made), strict=True))
+        steps = table.values[key]
+        found: tuple[torch.Tensor, ...] | None = None if steps is None else steps[table.place]
+        return found
+
+    @property
+    def one_time(self) -> bool:
+        """Whether all samples of the running denoiser call are known to be at one time."""
+        return self._in_schedule
 
     def find_table(
         self, schedule: torch.Tensor | None, place: int | None, scale: float | torch.Tensor,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pilotfish.backbones.cache import CallCache, step_of
+from pilotfish.backbones.cache import TABLE_BYTES, CallCache, step_of
 from pilotfish.interface import (
     GuideError,
     GuideInputs,
@@ -25,8 +25,6 @@ from pilotfish.interface import (
 )
 from pilotfish.refresh import new_refresh
 
-TABLE_BYTES = 2**28
-"""Largest table of modulations; above it they are computed at each step."""
 LARGEST = 1e4
 """Of a prediction, whose values are of the order of 1: sampler and decoder square them."""
 

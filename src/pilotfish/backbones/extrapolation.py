@@ -9,12 +9,12 @@ UNet is left out.
 - Modulation: layers that take scale and shift from an embedding of time and pooled text.
 - Joint attention: the text is a stream of its own that changes from block to block. The negative
   text's stream runs beside the pass, on the denoiser's own weights, against the pass's own
-  image keys and values.
+  image keys and values; or against itself alone, once a call for all steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -240,6 +240,17 @@ class JointBlock:
         k = k if layer.norm_added_k is None else layer.norm_added_k.forward(k)
         return (q, k, v), rest
 
+    def text_modules(self) -> Iterator[nn.Module]:
+        """All modules that :meth:`read` and :meth:`follow` use, and those that hold them."""
+        block, layer = self.block, self.layer
+        yield from (block, layer)
+        for module in (
+            block.norm1_context, layer.add_q_proj, layer.add_k_proj, layer.add_v_proj,
+            layer.norm_added_q, layer.norm_added_k, getattr(layer, "to_add_out", None),
+            block.norm2_context, block.ff_context,
+        ):  # fmt: skip
+            yield from () if module is None else module.modules()
+
     def follow(self, stream: torch.Tensor, answer: torch.Tensor, rest: Any) -> torch.Tensor:
         """The stream as it enters the next block, from the attention's answer to its tokens
         (N, L, d)."""
@@ -259,59 +270,72 @@ class JointAttention:
     checkpointing runs blocks again.
 
     Args:
-        names: of the attention layers of all blocks up to the last that is extrapolated, in the
-            order in which they run.
+        blocks: by the names of their attention layers, all up to the last that is extrapolated, in
+            the order in which they run.
         text_alone: extrapolate an answer by what the image reads from the two texts alone,
             ``a + g (o - o_n)`` with o the answer of attention to the text's tokens. To first order
             in the difference of the texts that is the whole, but for the text's share in the
             softmax, which the gain takes in; it needs no second attention among the pixels.
+        cached: the stream's tokens attend to each other alone, so that it is one for all images
+            and can be made for all steps at once (:meth:`at_all_times`). Otherwise they attend to
+            the image's, as the unconditional pass does.
     """
 
-    def __init__(self, names: list[str], *, text_alone: bool = False) -> None:
-        self.names, self.text_alone = names, text_alone
+    def __init__(
+        self, blocks: Mapping[str, JointBlock], *, text_alone: bool = False, cached: bool = False
+    ) -> None:  # fmt: skip
+        self.blocks, self.text_alone, self.cached = blocks, text_alone, cached
+        names = list(blocks)
+        self.following = dict(zip(names, [*names[1:], None], strict=False))
+
+    def at_all_times(self, stream: torch.Tensor, embedding: torch.Tensor) -> list[torch.Tensor]:
+        """Keys and values, (N, heads, L, width), of a stream in all blocks, in their order.
+
+        Args:
+            stream: (N, L, d) embedded tokens.
+            embedding: (N, d) the embeddings of time and pooled text.
+        """
+        made = []
+        for name, block in self.blocks.items():
+            (q, k, v), rest = block.read(stream, embedding)
+            made += [k, v]
+            if self.following[name] is not None and not block.text_ends:
+                own = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+                stream = block.follow(stream, own.flatten(2), rest)
+        return made
 
     def begin(self, guided: GuidedPass, stream: torch.Tensor, embedding: torch.Tensor) -> None:
-        """A denoiser call starts.
+        """A denoiser call starts, in which the stream is not known beforehand.
 
         Args:
             stream: (N, L, d) the negative prompt's embedded tokens.
             embedding: (N, d) the embedding of time and the negative prompt's pooled text.
         """
         guided.scratch["negative embedding"] = embedding
-        guided.scratch["stream", self.names[0]] = stream
+        guided.scratch["stream", next(iter(self.blocks))] = stream
 
-    def place(self, hooks: Hooks, name: str, block: JointBlock) -> None:
+    def begin_known(self, guided: GuidedPass, made: Sequence[torch.Tensor]) -> None:
+        """A denoiser call starts, with what :meth:`at_all_times` made for its time."""
+        for name, known in zip(self.blocks, zip(made[::2], made[1::2], strict=True), strict=True):
+            guided.scratch["keys and values", name] = known
+
+    def place(self, hooks: Hooks, name: str) -> None:
         """Extrapolate the attention of one block, where it has a gain (N, heads), and take the
         negative text's stream to the next block."""
-        number = self.names.index(name)
-        following = self.names[number + 1] if number + 1 < len(self.names) else None
+        block = self.blocks[name]
 
         def extrapolated(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
-            stream = guided.scratch.get(("stream", name))
-            q, k, v = (guided.scratch.pop((name, part), None) for part in "qkv")
+            image = [guided.scratch.pop((name, part), None) for part in "qkv"]
             of_text = [guided.scratch.pop((name, f"text {part}"), None) for part in "kv"]
-            if stream is None or q is None or k is None or v is None:
+            if any(part is None for part in image):
                 return None  # the projections are fused; the end of the call reports it
-            (q_n, k_n, v_n), rest = block.read(stream, guided.scratch["negative embedding"])
-            queries = q_n if self.text_alone else torch.cat([q, q_n], 2)
-            joined = F.scaled_dot_product_attention(
-                queries, torch.cat([k, k_n], 2), torch.cat([v, v_n], 2)
-            ).transpose(1, 2)
-            image = 0 if self.text_alone else args[0].shape[1]
-            if following is not None and not block.text_ends:
-                followed = block.follow(stream, joined[:, image:].flatten(2), rest)
-                guided.scratch["stream", following] = followed
-            if not guided.extrapolates(name):
+            found = self._negative(guided, name, image)
+            if found is None or not guided.extrapolates(name):
                 return None
             output = args[0].unflatten(-1, (block.heads, -1))
-            negative = joined[:, :image]
-            if self.text_alone:
-                answers = [
-                    F.scaled_dot_product_attention(q, *keys_and_values).transpose(1, 2)
-                    for keys_and_values in (of_text, (k_n, v_n))
-                ]
-                negative = output + (answers[1] - answers[0])
-            changed = guided.extrapolate(name, output, negative, by_head=True)
+            changed = guided.extrapolate(
+                name, output, self._answer(image, of_text, found, output), by_head=True
+            )
             if torch.is_grad_enabled() or args[0].is_contiguous():
                 return (changed.flatten(2), *args[1:]), kwargs
             _copy(output, changed)
@@ -319,3 +343,53 @@ class JointAttention:
 
         block.capture_qkv(hooks, name, of_text=self.text_alone)
         hooks.before(block.out, extrapolated)
+
+    def _negative(
+        self, guided: GuidedPass, name: str, image: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """Keys and values of the negative prompt's tokens, (1 or N, heads, L, width), and where it
+        was made on the way the answer to the image's tokens, (N, heads, I, width)."""
+        known = guided.scratch.get(("keys and values", name))
+        if known is not None:
+            return (*known, None)
+        stream = guided.scratch.get(("stream", name))
+        if stream is None:
+            return None
+        block, answer = self.blocks[name], None
+        (q_n, k_n, v_n), rest = block.read(stream, guided.scratch["negative embedding"])
+        if self.cached:
+            own = F.scaled_dot_product_attention(q_n, k_n, v_n)
+        else:
+            q, k, v = image
+            queries = q_n if self.text_alone else torch.cat([q, q_n], 2)
+            own = F.scaled_dot_product_attention(
+                queries, torch.cat([k, k_n], 2), torch.cat([v, v_n], 2)
+            )
+            if not self.text_alone:
+                answer, own = own.split([q.shape[2], q_n.shape[2]], 2)
+        following = self.following[name]
+        if following is not None and not block.text_ends:
+            followed = block.follow(stream, own.transpose(1, 2).flatten(2), rest)
+            guided.scratch["stream", following] = followed
+        return k_n, v_n, answer
+
+    def _answer(
+        self, image: Sequence[torch.Tensor], of_text: Sequence[torch.Tensor],
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], output: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """The answer to the image's tokens with the negative prompt, (N, I, heads, width), to go
+        with the pass's own."""
+        q, k, v = image
+        k_n, v_n, answer = found
+        if answer is None:
+            k_n, v_n = (x.expand(len(q), -1, -1, -1) for x in (k_n, v_n))
+            if self.text_alone:
+                own, other = (
+                    F.scaled_dot_product_attention(q, key, value).transpose(1, 2)
+                    for key, value in (of_text, (k_n, v_n))
+                )
+                return output + (other - own)
+            answer = F.scaled_dot_product_attention(
+                q, torch.cat([k, k_n], 2), torch.cat([v, v_n], 2)
+            )
+        return answer.transpose(1, 2)

@@ -6,12 +6,13 @@ enters the modulation. Flow matching; timesteps are 1000 sigma.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
+from torch import nn
 
 from pilotfish.backbones.base import plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
@@ -41,45 +42,97 @@ class JointDiTBackbone(TransformerBackbone):
     # -- hooks ------------------------------------------------------------------------------
 
     def place(self, hooks: Hooks) -> None:
-        names = hooks.guide.extrapolated
+        names, guide = hooks.guide.extrapolated, hooks.guide
         attention = up_to_last([name for name, _ in self.sites()["attention"]], names)
-        joint = JointAttention(attention, text_alone=hooks.guide.joint_attention == "text")
+        blocks = {name: self.joint_block(name.removesuffix(".attn")) for name in attention}
+        cached = guide.negative_stream == "cached"
+        joint = JointAttention(blocks, text_alone=guide.joint_attention == "text", cached=cached)
+        modulation = {name: hooks.modules[name] for name in names if name not in attention}
+        stream = blocks if cached else {}
 
-        def begin(guided: GuidedPass, embedding: torch.Tensor) -> None:
-            """Time is embedded with the negative prompt's pooled text: begin that prompt's
-            stream."""
-            guided.scratch["negative temb"] = F.silu(embedding)
+        def at_all_times(timesteps: torch.Tensor) -> list[torch.Tensor]:
+            """(T, N, ...) each: the embedding of time and the negative prompt's pooled text, what
+            each modulation layer makes of it, keys and values of the stream."""
+            negative = hooks.current().negative  # type: ignore[union-attr]
+            n, steps = len(negative), len(timesteps)
+            times = self.timestep(self.schedule_time(timesteps)).repeat_interleave(n)
+            embedding = self.embed(times, negative.pooled.repeat(steps, 1))  # type: ignore[union-attr]
+            temb = F.silu(embedding)
+            made = [embedding, *(layer.forward(temb) for layer in modulation.values())]
+            if stream:
+                tokens = self.denoiser.context_embedder.forward(negative.embeds)
+                made += joint.at_all_times(tokens.repeat(steps, 1, 1), embedding)
+            return [x.unflatten(0, (steps, n)) for x in made]
+
+        def size() -> int:
+            negative = hooks.current().negative  # type: ignore[union-attr]
+            width = self.denoiser.inner_dim
+            tokens = 2 * len(stream) * negative.embeds.shape[1]
+            values = width * (1 + tokens) + sum(x.out_features for x in modulation.values())
+            return len(negative) * values * negative.embeds.element_size()
+
+        def parts() -> Iterator[nn.Module]:
+            yield from self.embedders()
+            for layer in modulation.values():
+                yield from layer.modules()
+            for block in stream.values():
+                yield from block.text_modules()
+
+        def begin(guided: GuidedPass, timestep: torch.Tensor) -> None:
+            """Time is embedded: begin the negative prompt's stream."""
+            negative, n = guided.negative, len(timestep)
+            known = guided.cache.at_step(self, at_all_times, parts, size)
+            if known is None:
+                rows = len(negative) if guided.cache.one_time else n
+                pooled = negative.pooled
+                assert pooled is not None
+                embedding = self.embed(timestep[:rows], pooled.expand(rows, -1))
+                guided.scratch["negative temb"] = F.silu(embedding)
+            else:
+                embedding = known[0]
+                made = known[1 : 1 + len(modulation)]
+                guided.scratch |= zip(modulation, made, strict=True)
+                if stream:
+                    joint.begin_known(guided, known[1 + len(modulation) :])
+                    return
             if attention:
                 embedder = self.denoiser.context_embedder
-                stream = guided.cache.made_by(
-                    embedder, lambda: embedder.forward(guided.negative.embeds), [embedder]
+                tokens = guided.cache.made_by(
+                    embedder, lambda: embedder.forward(negative.embeds), [embedder]
                 )
-                joint.begin(guided, stream.expand(len(embedding), -1, -1), embedding)
+                rows = max(len(embedding), len(tokens)) if cached else n
+                joint.begin(guided, tokens.expand(rows, -1, -1), embedding)
 
         if names:
             self.after_embedding(hooks, begin)
         for name in attention:
-            joint.place(hooks, name, self.joint_block(name.removesuffix(".attn")))
-        for name in names:
-            if name not in attention:
-                hooks.after(hooks.modules[name], _modulation(name))
+            joint.place(hooks, name)
+        for name, layer in modulation.items():
+            hooks.after(layer, _modulation(name))
         self.place_residuals(hooks)
 
     def joint_block(self, name: str) -> JointBlock:
         """The block of that name."""
         return JointBlock(self.denoiser.get_submodule(name))
 
+    def embedders(self) -> Iterator[nn.Module]:
+        """All modules that embed time and text."""
+        yield from self.denoiser.time_text_embed.modules()
+        yield from self.denoiser.context_embedder.modules()
+
+    def embed(self, timestep: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        """The embedding (N, d) of timesteps (N,) and pooled text (N, D)."""
+        made: torch.Tensor = self.denoiser.time_text_embed.forward(timestep, pooled)
+        return made
+
     def after_embedding(
         self, hooks: Hooks, begin: Callable[[GuidedPass, torch.Tensor], None]
     ) -> None:
-        """Call ``begin(guided, embedding)`` in each guided pass, when time and the prompt's pooled
-        text are embedded, with the embedding (N, d) that the negative prompt's text leads to."""
+        """Call ``begin(guided, timestep)`` in each guided pass when time and the prompt's pooled
+        text are embedded, with the timesteps (N,)."""
 
         def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            timestep, given = args
-            pooled = guided.negative.pooled
-            assert pooled is not None
-            begin(guided, module.forward(timestep, pooled.to(given.dtype).expand(len(output), -1)))
+            begin(guided, args[0])
 
         hooks.after(self.denoiser.time_text_embed, embedded)
 
@@ -125,7 +178,9 @@ def _modulation(name: str) -> Callable[..., Any]:
     def after(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> Any:
         if not guided.extrapolates(name):
             return None
-        negative = module.forward(guided.scratch["negative temb"])
+        negative = guided.scratch.get(name)
+        if negative is None:
+            negative = module.forward(guided.scratch["negative temb"])
         return guided.extrapolate(name, output, negative)
 
     return after

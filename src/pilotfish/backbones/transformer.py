@@ -148,7 +148,8 @@ class JoinedTransformerBackbone(TransformerBackbone):
     image.
     """
 
-    joint_attention = ("whole",)
+    joint_attention_forms = ("whole",)
+    negative_stream_forms = ("joint",)
 
     def place(self, hooks: Hooks) -> None:
         attention = up_to_last(

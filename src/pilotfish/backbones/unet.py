@@ -152,14 +152,13 @@ class UNetBackbone(Backbone):
         plain_time = net.class_embedding is None and net.time_embed_act is None
         parts = [*_within(net.add_embedding), *_within(net.time_embedding), layer.time_emb_proj]
 
-        def negatives(timesteps: torch.Tensor) -> torch.Tensor:
+        def negatives(timesteps: torch.Tensor) -> tuple[torch.Tensor]:
             """(T, N, channels) the layer's projection for the negative prompt, at all times."""
             pooled = hooks.current().scratch["pool"]()  # type: ignore[union-attr]
             time = net.time_embedding(net.time_proj(timesteps).to(pooled.dtype))
             temb = time[:, None] + pooled
             temb = temb if layer.skip_time_act else layer.nonlinearity(temb)
-            projected: torch.Tensor = layer.time_emb_proj.forward(temb)
-            return projected
+            return (layer.time_emb_proj.forward(temb),)
 
         def embedding(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> None:
             guided.scratch["temb"] = args[1]  # all residual layers are given the same
@@ -169,8 +168,10 @@ class UNetBackbone(Backbone):
         ) -> torch.Tensor | None:
             if not guided.extrapolates(name):
                 return None
-            negative = guided.cache.at_step(layer, negatives, parts) if plain_time else None
-            if negative is None:
+            known = guided.cache.at_step(layer, negatives, lambda: parts) if plain_time else None
+            if known is not None:
+                (negative,) = known
+            else:
                 scratch = guided.scratch
                 # all residual layers are given one embedding and apply one function to it; with
                 # gradients each applies it anew, since checkpointing runs single layers again

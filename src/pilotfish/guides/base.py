@@ -174,6 +174,12 @@ class Guide(ModelMixin, ConfigMixin):
         image reads from the text alone."""
         return "whole"
 
+    @property
+    def negative_stream(self) -> str:
+        """What the negative prompt's tokens attend to in joint attention: ``joint``, also to the
+        image's, or ``cached``, to each other alone."""
+        return "joint"
+
     def check(self, signature: Mapping[str, Any], used_on: Origin | None = None) -> None:
         """Refuse a denoiser whose signature differs from the guide's. A denoiser of the same
         signature under another name, such as a fine-tune, is noted in the log.

@@ -83,6 +83,10 @@ class TinySettings:
     """Where text and image attend to each other in one layer: extrapolate its whole answer, which
     takes a second attention among all pixels, or only what they read from the text, which costs
     little. Stable Diffusion 3 alone knows the second; cross-attention is always of the text."""
+    negative_stream: Literal["joint", "cached"] = "joint"
+    """What the negative prompt's tokens attend to there: also to the image's, as in the
+    unconditional pass, or to each other alone. The second is made once a call, for all images and
+    steps. Stable Diffusion 3 alone knows it."""
     modulation: bool = True
     """Whether the layers that take pooled text from the embedding of the timestep are."""
     condition_on_negative: bool = False
@@ -133,6 +137,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         text: bool = True,
         attention: bool = True,
         joint_attention: Literal["whole", "text"] = "whole",
+        negative_stream: Literal["joint", "cached"] = "joint",
         modulation: bool = True,
         condition_on_negative: bool = False,
         rank: int = 16,
@@ -240,6 +245,11 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
     def joint_attention(self) -> str:
         """See :class:`TinySettings`."""
         return str(self.config.get("joint_attention", "whole"))
+
+    @property
+    def negative_stream(self) -> str:
+        """See :class:`TinySettings`."""
+        return str(self.config.get("negative_stream", "joint"))
 
     @torch.no_grad()
     def _reset(self, modulate: nn.Linear) -> None:

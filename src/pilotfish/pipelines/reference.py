@@ -48,7 +48,7 @@ class _NoGuide:
     refresh_ratio = 1.0
     corrects_refresh = False
     target_modules = extrapolated = ()
-    joint_attention = "whole"
+    joint_attention, negative_stream = "whole", "joint"
 
     def __init__(self, guidance: Guidance, weak: nn.Module | None, predicted: str) -> None:
         self.guidance, self.weak_denoiser = guidance, weak
