@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from pilotfish.training.state import TrainState
 
 PREFIX, STREAM = "checkpoint-", "stream-"
-ADDED_SETTINGS: dict[str, Any] = {"base_quantization": "no", "resolutions": []}
+ADDED_SETTINGS: dict[str, Any] = {
+    "base_quantization": "no", "resolutions": [], "negative_stream": "joint"
+}  # fmt: skip
 """What held for checkpoints from before there were these settings."""
 
 
