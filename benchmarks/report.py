@@ -10,6 +10,10 @@ from benchmarks.shapes import SHAPES
 
 REFRESH, STEPS = 3, 25
 """Steps with both passes, of so many."""
+FORMS = {
+    "tiny-cached": ", cached stream", "tiny-text": ", cached stream, text alone"
+}  # fmt: skip
+"""Forms of a guide after the name of a denoiser."""
 APART = {"text encoders": "text encoders", "vae": "VAE, float32"}
 """Parts that need not be on the device with the denoiser."""
 
@@ -37,7 +41,7 @@ def _costs(shapes: dict[str, ShapeResult]) -> str:
         for kind, guide in shape.guides.items():
             share, operators = shape.flops[kind] / shape.flops["none"], shape.operators.get(kind)
             rows.append((
-                name + ", text alone" * (kind == "tiny-text"),
+                name + FORMS.get(kind, ""),
                 f"{shape.parameters / 1e9:.2f} B", str(SHAPES[name].tokens),
                 f"{guide.parameters / 1e6:.1f} M, {guide.share:.2%}", f"{share:.3f}",
                 f"{2 / share:.2f}", f"{call_speedup(2 / share, REFRESH, STEPS):.2f}",

@@ -52,7 +52,8 @@ class Shape:
         """The types of guide that fit."""
         if self.denoiser is UNet2DConditionModel:
             return "tiny", "full"
-        return ("tiny", "tiny-text") if self.denoiser is SD3Transformer2DModel else ("tiny",)
+        forms = ("tiny-cached", "tiny-text") if self.denoiser is SD3Transformer2DModel else ()
+        return "tiny", *forms
 
 
 _SD: dict[str, Any] = {

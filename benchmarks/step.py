@@ -25,10 +25,12 @@ from pilotfish.teacher import Denoiser, Student
 
 GUIDES: dict[str, Callable[..., Guide]] = {
     "tiny": TinyGuide.for_denoiser,
-    "tiny-text": partial(TinyGuide.for_denoiser, joint_attention="text"),
+    "tiny-cached": partial(TinyGuide.for_denoiser, negative_stream="cached"),
+    "tiny-text": partial(TinyGuide.for_denoiser, joint_attention="text", negative_stream="cached"),
     "full": FullGuide.for_denoiser,
 }
-"""Makers of fresh guides; the second extrapolates joint attention by the text alone."""
+"""Makers of fresh guides. The second and third cache the negative prompt's stream of joint
+attention, and the third extrapolates by the text alone."""
 REFRESHED = ", refreshed"
 """After the name of a guide: its step after one with both passes, what that found being given."""
 

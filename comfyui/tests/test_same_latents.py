@@ -18,14 +18,16 @@ KINDS = (*unets.KINDS, *mmdits.KINDS)
 PARTS: dict[str, dict[str, Any]] = {
     "text": {"text": True}, "attention": {"attention": True},
     "text attention": {"attention": True, "joint_attention": "text"},
+    "cached attention": {"attention": True, "negative_stream": "cached"},
     "modulation": {"modulation": True}, "layers": {"rank": 4}, "head": {"head": 12},
 }  # fmt: skip
-"""Settings of a guide's parts. Joint attention has two forms."""
+"""Settings of a guide's parts. Joint attention has several forms."""
 
 
 def has(kind: Kind, part: str) -> bool:
     """Whether a guide of a denoiser has a part."""
-    needed = {"modulation": kind.takes_pooled, "text attention": kind.joint_attention}
+    needed = {"modulation": kind.takes_pooled}
+    needed |= dict.fromkeys(("text attention", "cached attention"), kind.joint_attention)
     return needed.get(part, True)
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 
 from pilotfish.backbones import Backbone, GuidedPass
-from pilotfish.backbones.extrapolation import split_heads
+from pilotfish.backbones.extrapolation import JointBlock, split_heads
 from pilotfish.interface import GuideError, GuideOutput, TextConditions
 from pilotfish.teacher import checkpoint_in_pass
 from tests import components
@@ -237,11 +238,18 @@ def test_a_cached_stream_is_made_once_for_all_steps(
 
     monkeypatch.setattr(JointBlock, "read", counted)
     family = components.FAMILIES["sd3"]
-    pipe = family.pipeline()
-    guide = FixedGuide(
-        GuideOutput(gains=equal_gains(pipe.transformer, 1.0, n=4)),
-        negative_stream="cached" if cached else "joint",
-    )
+    denoiser, text, negative = family.denoiser(), family.text(2), family.text(1, 5, seed=3)
+    gains = equal_gains(denoiser, 1.0)
+    guide = FixedGuide(GuideOutput(gains=gains), negative_stream="cached" if cached else "joint")
+    timesteps = torch.tensor([900.0, 500, 100])
+    Backbone.of(denoiser).install(guide)
+    with GuidedPass(guide, lambda: 4.0, lambda: negative, timesteps=lambda: timesteps).open():
+        for t in timesteps:
+            denoiser(family.latents(2), text.embeds, text.pooled, t.expand(2))
+    blocks = len(denoiser.transformer_blocks)
+    assert rows == ([len(timesteps)] * blocks if cached else [2] * len(timesteps) * blocks)
+
+
 def test_the_text_alone_is_refused_where_it_is_not_implemented() -> None:
     guide = FixedGuide(joint_attention="text")
     denoiser = components.FAMILIES["qwen"].denoiser()

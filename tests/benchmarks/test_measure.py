@@ -94,7 +94,11 @@ def test_images_of_another_size_are_timed(tmp_path: Path) -> None:
     found = measure_shape(SMALL_SD3, command="timed", rounds=1, side=64)
     assert found.side == 64
     assert set(found.speedup["1"]) == {
-        "none", *(name + more for name in ("tiny", "tiny-text") for more in ("", ", refreshed"))
+        "none",
+        *(
+            name + more for name in ("tiny", "tiny-cached", "tiny-text")
+            for more in ("", ", refreshed")
+        ),
     }  # fmt: skip
     assert "timed at 64 pixels" in shown_after_saving(found, tmp_path)
     step = SamplingStep(SMALL_SD3, torch.device("cpu"), torch.float32, side=64)

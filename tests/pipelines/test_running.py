@@ -179,11 +179,14 @@ def test_freeu(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", covered("torch.compile"))
-def test_a_compiled_denoiser(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, {}) for name in covered("torch.compile")), ("SD3", {"negative_stream": "cached"})],
+)
+def test_a_compiled_denoiser(name: str, settings: dict[str, Any]) -> None:
     first = "compiled" if name == "SDXL" else "attached"
     torch.compiler.reset()
-    one, used = build(name), guide(name)
+    one, used = build(name), guide(name, **settings)
     calls: list[dict[str, Any]] = [
         {}, {"guidance_scale": 2.5}, {"num_inference_steps": 3},
         {"negative_prompt": ["a cat"] * len(PROMPTS)}, {"negative_prompt": ["a cat", "red"]},

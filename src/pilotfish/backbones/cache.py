@@ -120,7 +120,7 @@ class CallCache:
             make: (T,) timesteps -> (T, ...) each.
             size: their bytes at one step.
         """
-        # first: a graph that reads the step is compiled for it alone
+        # a graph that reads the step is compiled for it alone
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return None
         table = self._table

@@ -304,14 +304,13 @@ class JointAttention:
                 stream = block.follow(stream, own.flatten(2), rest)
         return made
 
-    def begin(self, guided: GuidedPass, stream: torch.Tensor, embedding: torch.Tensor) -> None:
-        """A denoiser call starts, in which the stream is not known beforehand.
+    def begin(self, guided: GuidedPass, stream: torch.Tensor) -> None:
+        """A denoiser call starts, in which the stream is not known beforehand. The embedding of
+        time and the negative prompt's pooled text is ``scratch["negative embedding"]``, (N, d).
 
         Args:
             stream: (N, L, d) the negative prompt's embedded tokens.
-            embedding: (N, d) the embedding of time and the negative prompt's pooled text.
         """
-        guided.scratch["negative embedding"] = embedding
         guided.scratch["stream", next(iter(self.blocks))] = stream
 
     def begin_known(self, guided: GuidedPass, made: Sequence[torch.Tensor]) -> None:

@@ -98,6 +98,16 @@ class Hooks:
             denoiser.register_forward_hook(_OutsideHook(self, end, opens=True)),
         ]
 
+    def before_graph(self, denoiser: nn.Module, function: Callable[..., None]) -> None:
+        """``function(guided)`` before every guided call of the denoiser, after the guide has run
+        and outside of any graph."""
+
+        def prepare(guided: GuidedPass, *given: Any) -> None:
+            function(guided)
+
+        hook = _OutsideHook(self, prepare)
+        self.handles.append(denoiser.register_forward_pre_hook(hook, with_kwargs=True))
+
     def on_removal(self, restore: Callable[[], None]) -> None:
         """Call a function at :meth:`remove`, to undo what else was done to the denoiser."""
         self._restores.append(restore)

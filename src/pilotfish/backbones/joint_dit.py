@@ -48,62 +48,30 @@ class JointDiTBackbone(TransformerBackbone):
         cached = guide.negative_stream == "cached"
         joint = JointAttention(blocks, text_alone=guide.joint_attention == "text", cached=cached)
         modulation = {name: hooks.modules[name] for name in names if name not in attention}
-        stream = blocks if cached else {}
-
-        def at_all_times(timesteps: torch.Tensor) -> list[torch.Tensor]:
-            """(T, N, ...) each: the embedding of time and the negative prompt's pooled text, what
-            each modulation layer makes of it, keys and values of the stream."""
-            negative = hooks.current().negative  # type: ignore[union-attr]
-            n, steps = len(negative), len(timesteps)
-            times = self.timestep(self.schedule_time(timesteps)).repeat_interleave(n)
-            embedding = self.embed(times, negative.pooled.repeat(steps, 1))  # type: ignore[union-attr]
-            temb = F.silu(embedding)
-            made = [embedding, *(layer.forward(temb) for layer in modulation.values())]
-            if stream:
-                tokens = self.denoiser.context_embedder.forward(negative.embeds)
-                made += joint.at_all_times(tokens.repeat(steps, 1, 1), embedding)
-            return [x.unflatten(0, (steps, n)) for x in made]
-
-        def size() -> int:
-            negative = hooks.current().negative  # type: ignore[union-attr]
-            width = self.denoiser.inner_dim
-            tokens = 2 * len(stream) * negative.embeds.shape[1]
-            values = width * (1 + tokens) + sum(x.out_features for x in modulation.values())
-            return len(negative) * values * negative.embeds.element_size()
-
-        def parts() -> Iterator[nn.Module]:
-            yield from self.embedders()
-            for layer in modulation.values():
-                yield from layer.modules()
-            for block in stream.values():
-                yield from block.text_modules()
+        known = _Known(self, modulation, joint if cached and attention else None)
 
         def begin(guided: GuidedPass, timestep: torch.Tensor) -> None:
             """Time is embedded: begin the negative prompt's stream."""
             negative, n = guided.negative, len(timestep)
-            known = guided.cache.at_step(self, at_all_times, parts, size)
-            if known is None:
+            embedding = guided.scratch.get("negative embedding")
+            if embedding is not None and cached:
+                return  # the stream is known as well
+            if embedding is None:
                 rows = len(negative) if guided.cache.one_time else n
-                pooled = negative.pooled
-                assert pooled is not None
-                embedding = self.embed(timestep[:rows], pooled.expand(rows, -1))
+                assert negative.pooled is not None
+                embedding = self.embed(timestep[:rows], negative.pooled.expand(rows, -1))
+                guided.scratch["negative embedding"] = embedding
                 guided.scratch["negative temb"] = F.silu(embedding)
-            else:
-                embedding = known[0]
-                made = known[1 : 1 + len(modulation)]
-                guided.scratch |= zip(modulation, made, strict=True)
-                if stream:
-                    joint.begin_known(guided, known[1 + len(modulation) :])
-                    return
             if attention:
                 embedder = self.denoiser.context_embedder
                 tokens = guided.cache.made_by(
                     embedder, lambda: embedder.forward(negative.embeds), [embedder]
                 )
                 rows = max(len(embedding), len(tokens)) if cached else n
-                joint.begin(guided, tokens.expand(rows, -1, -1), embedding)
+                joint.begin(guided, tokens.expand(rows, -1, -1))
 
         if names:
+            hooks.before_graph(self.denoiser, known.take)
             self.after_embedding(hooks, begin)
         for name in attention:
             joint.place(hooks, name)
@@ -170,6 +138,64 @@ class JointDiTBackbone(TransformerBackbone):
         prompt, negative, pooled, negative_pooled = encoded
         kept = None if negative is None else TextConditions(negative, negative_pooled)
         return TextConditions(prompt, pooled), kept
+
+
+class _Known:
+    """What the denoiser's own layers make of time and the negative prompt alone, made for all steps
+    of a schedule at its first one.
+
+    Args:
+        modulation: the modulation layers that are extrapolated, by name.
+        joint: the attention whose stream is cached, where it is.
+    """
+
+    def __init__(
+        self, backbone: JointDiTBackbone, modulation: Mapping[str, Any],
+        joint: JointAttention | None,
+    ) -> None:  # fmt: skip
+        self.backbone, self.modulation, self.joint = backbone, modulation, joint
+
+    def take(self, guided: GuidedPass) -> None:
+        """Keep what is known for the time of the running call."""
+        negative = guided.negative
+        known = guided.cache.at_step(
+            self, lambda timesteps: self._make(negative, timesteps), self._modules,
+            lambda: self._size(negative),
+        )  # fmt: skip
+        if known is not None:
+            embedding, *made = known
+            guided.scratch["negative embedding"] = embedding
+            guided.scratch |= zip(self.modulation, made, strict=False)
+            if self.joint is not None:
+                self.joint.begin_known(guided, made[len(self.modulation) :])
+
+    def _make(self, negative: TextConditions, timesteps: torch.Tensor) -> list[torch.Tensor]:
+        """(T, N, ...) each: the embedding of time and the negative prompt's pooled text, what each
+        modulation layer makes of it, keys and values of the stream."""
+        backbone, n, steps = self.backbone, len(negative), len(timesteps)
+        assert negative.pooled is not None
+        times = backbone.timestep(backbone.schedule_time(timesteps)).repeat_interleave(n)
+        embedding = backbone.embed(times, negative.pooled.repeat(steps, 1))
+        temb = F.silu(embedding)
+        made = [embedding, *(layer.forward(temb) for layer in self.modulation.values())]
+        if self.joint is not None:
+            tokens = backbone.denoiser.context_embedder.forward(negative.embeds)
+            made += self.joint.at_all_times(tokens.repeat(steps, 1, 1), embedding)
+        return [x.unflatten(0, (steps, n)) for x in made]
+
+    def _size(self, negative: TextConditions) -> int:
+        width, values = self.backbone.denoiser.inner_dim, 1
+        if self.joint is not None:
+            values += 2 * len(self.joint.blocks) * negative.embeds.shape[1]
+        made = width * values + sum(layer.out_features for layer in self.modulation.values())
+        return int(len(negative) * made * negative.embeds.element_size())
+
+    def _modules(self) -> Iterator[nn.Module]:
+        yield from self.backbone.embedders()
+        for layer in self.modulation.values():
+            yield from layer.modules()
+        for block in self.joint.blocks.values() if self.joint is not None else ():
+            yield from block.text_modules()
 
 
 def _modulation(name: str) -> Callable[..., Any]:
