@@ -37,6 +37,7 @@ class LTXBackbone(CrossAttentionDiTBackbone):
     norm_across_heads = True
     spatial_factor = "vae_spatial_compression_ratio"
     temporal_factor = "vae_temporal_compression_ratio"
+    takes_times = False  # it makes the even grid by itself
     frame_rate = 25
 
     @property
@@ -101,9 +102,6 @@ class LTXBackbone(CrossAttentionDiTBackbone):
     def dynamic_shift(self, scheduler: Any) -> Callable[[int], float]:
         mu = shift_by_size(scheduler, self.latent_shape())
         return lambda steps: mu
-
-    def even_grid(self, steps: int) -> dict[str, Any]:
-        return {"num_inference_steps": steps}  # the pipeline takes it by itself
 
     def decoding(self, vae: Any, latents: torch.Tensor) -> dict[str, Any]:
         # at time 0 and without noise, as the pipeline does where it is given no decode_timestep

@@ -136,9 +136,15 @@ class FamilyPipeline(ABC):
         scheduler = pipe.scheduler
         return NoisePath.of(scheduler, self.dynamic_shift(scheduler), self.time_shift(pipe))
 
+    takes_times: ClassVar[bool] = True
+    """Whether the pipeline's call takes the times of a schedule. Where it does not, the scheduler
+    needs them: see :func:`pilotfish.pipelines.loading.use_deterministic_scheduler`."""
+
     def even_grid(self, steps: int) -> dict[str, Any]:
         """The arguments of a pipeline's call with which flow matching takes the grid of
         :meth:`~pilotfish.noise.NoisePath.grid`; the scheduler's own is another."""
+        if not self.takes_times:
+            return {"num_inference_steps": steps}
         return {"sigmas": torch.linspace(1, 1 / steps, steps).tolist()}
 
     # -- latents and images ---------------------------------------------------------------

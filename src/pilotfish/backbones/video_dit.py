@@ -39,6 +39,7 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
     negative_from_callback = True
     spatial_factor = "vae_scale_factor_spatial"
     temporal_factor = "vae_scale_factor_temporal"
+    takes_times = False
 
     @property
     def patch(self) -> int:
@@ -79,10 +80,6 @@ class VideoDiTBackbone(CrossAttentionDiTBackbone):
     def split_encoded(self, encoded: Any) -> tuple[TextConditions, TextConditions | None]:
         prompt, negative = encoded
         return TextConditions(prompt), None if negative is None else TextConditions(negative)
-
-    def even_grid(self, steps: int) -> dict[str, Any]:
-        # its call takes no times: the scheduler has them, see use_deterministic_scheduler
-        return {"num_inference_steps": steps}
 
     def default_latent_shape(self) -> tuple[int, ...]:
         """(C, F, h, w) of the pipeline's default: 81 frames of 832 x 480 pixels."""

@@ -202,10 +202,10 @@ class RunningCall:
         )
         if same and name.startswith(("DDIM", "Euler", "FlowMatchEuler")):
             return
-        (argument,) = self.backbone.even_grid(1)
-        if argument == "num_inference_steps":
+        if not self.backbone.takes_times:
             how = "the scheduler of pilotfish.pipelines.loading.use_deterministic_scheduler(pipe)"
         elif name.startswith("FlowMatch"):
+            (argument,) = self.backbone.even_grid(1)
             how = f"{argument} that lie on an even grid"
         else:
             how = 'a DDIMScheduler with timestep_spacing="trailing"'

@@ -133,7 +133,7 @@ def _variants(folder: Path) -> list[str]:
 def use_deterministic_scheduler(pipe: Any) -> None:
     """Replace a pipeline's scheduler with the deterministic one of its noise path, whose steps
     guides for few steps are distilled to: see :func:`pilotfish.noise.deterministic_scheduler`."""
-    even = "num_inference_steps" in Backbone.of_pipeline(pipe).even_grid(1)
+    even = not Backbone.of_pipeline(pipe).takes_times
     pipe.scheduler = deterministic_scheduler(pipe.scheduler, even)
 
 
