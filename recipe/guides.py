@@ -32,7 +32,8 @@ TRACKING = ALL | {
 """The student's own trajectories."""
 _NEGATIVE = {"condition_on_negative": True, "uncond_templates": 16}
 TINY: dict[BaseName, dict[str, Any]] = {
-    "base": {"guide": _NEGATIVE | {"rank": 15, "head": 45}}, "sd3": {"guide": _NEGATIVE},
+    "base": {"guide": _NEGATIVE | {"rank": 15, "head": 45, "normalize_text": False}},
+    "sd3": {"guide": _NEGATIVE | {"normalize_text": False}},
 }  # fmt: skip
 """Of a guide for each base. Conditioning on the negative prompt has the parameters of three ranks,
 the templates those of six."""
@@ -46,9 +47,6 @@ TRAININGS: dict[str, tuple[dict[str, Any], ...]] = {
 all."""
 REFRESH_RATIO = {"tiny": 0.12}
 """Of each guide. Chosen before the frontier was measured."""
-FORM_AFTER_FIRST: dict[str, dict[str, Any]] = {"sd3-tiny": {"negative_stream": "cached"}}
-"""Settings of a guide from its second training on. The first learns on the negative prompt's stream
-as the unconditional pass has it, the next ones on the form that sampling uses."""
 SIZES: dict[str, dict[str, Any]] = {
     "share-0.1": {"share": 0.001, "condition_dim": 8},
     "share-0.3": {"share": 0.003, "condition_dim": 16},
@@ -106,7 +104,6 @@ def make_guide(name: str, work: Path, target: Path, *, bf16: bool, base: BaseNam
     for i, settings in enumerate(TRAININGS[name]):
         folder, begin = work / f"guide-{saved}-{i}", None
         if guides:
-            guides[0].register_to_config(**FORM_AFTER_FIRST.get(saved, {}))
             begin = folder.with_name(f"{folder.name}-begin")
             average_guides(guides).save_pretrained(begin)
         settings = settings | trained_on(target, base) | form

@@ -25,7 +25,6 @@ from recipe.finetunes import (
 )
 from recipe.guides import (
     FIRST,
-    FORM_AFTER_FIRST,
     REFRESH_RATIO,
     SIZES,
     TINY,
@@ -74,7 +73,6 @@ def test_a_bundled_guide_has_the_form_that_the_recipe_gives_it(name: str) -> Non
     base: BaseName = "sd3" if name in bundled.guide_names("sd3") else "base"
     ratio = REFRESH_RATIO.get(name.removeprefix("sd3-"), 0)
     form = TINY[base]["guide"] | {"refresh": True, "refresh_ratio": ratio}
-    form |= FORM_AFTER_FIRST.get(name, {})
     assert {key: guide.config[key] for key in form} == form
 
 
@@ -97,20 +95,15 @@ def test_each_training_begins_with_the_mean_of_those_before(
     started: list[Guide | None] = []
 
     def distil(settings: Any, folder: Path, *, bf16: bool, init_from: Path | None = None) -> Guide:
-        begun = None if init_from is None else Guide.from_pretrained(init_from)
-        started.append(begun)
+        started.append(None if init_from is None else Guide.from_pretrained(init_from))
         made.append(components.randomise(small_guide(unet), seed=len(made)))
-        if begun is not None:
-            made[-1].register_to_config(negative_stream=begun.negative_stream)
         return made[-1]
 
     monkeypatch.setattr("recipe.guides.distil", distil)
     monkeypatch.setitem(TRAININGS, "tiny", ({}, {}, {}))
-    monkeypatch.setitem(FORM_AFTER_FIRST, "tiny", {"negative_stream": "cached"})
     make_guide("tiny", tmp_path, tmp_path, bf16=False)
     saved = Guide.from_pretrained(tmp_path / "guides" / "tiny")
     assert saved.refresh_ratio == REFRESH_RATIO["tiny"] > 0
-    assert saved.negative_stream == "cached"
 
     def mean(guides: list[Guide], name: str) -> torch.Tensor:
         return torch.stack([guide.state_dict()[name] for guide in guides]).mean(0)
@@ -121,7 +114,6 @@ def test_each_training_begins_with_the_mean_of_those_before(
         torch.testing.assert_close(tensor, mean(made, name).half().float())
         for i, begun in enumerate(later, 1):
             assert begun is not None
-            assert begun.negative_stream == "cached"
             torch.testing.assert_close(begun.state_dict()[name], mean(made[:i], name))
 
 

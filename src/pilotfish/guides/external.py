@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ class ExternalSettings:
     """Channels inside the guide."""
     condition_dim: int = 32
     """Width of the embedding of time, w and text."""
+    normalize_text: bool = True
+    """Whether what it reads of the text's embeddings is divided by their root mean square, which
+    differs between text encoders."""
     rounds: int = 1
     """How often the levels mix."""
 
@@ -57,6 +60,7 @@ class ExternalGuide(Guide, guide_type="external", settings=ExternalSettings):
         signature: dict[str, Any],
         rank: int = 40,
         condition_dim: int = 32,
+        normalize_text: bool = False,
         rounds: int = 1,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         times: Sequence[float] | None = None,
@@ -76,12 +80,21 @@ class ExternalGuide(Guide, guide_type="external", settings=ExternalSettings):
         self.depth = skips[-1][1] + 1
         widths = [sum(c for c, l in self.features if l == level) for level in range(self.depth)]
         channels = signature["head"]["channels"]
-        self.condition = Condition(signature["text_dim"], condition_dim)
+        self.condition = Condition(signature["text_dim"], condition_dim, normalize=normalize_text)
         self.inputs = nn.ModuleList([nn.Conv2d(channels, rank, 1) for _ in widths])
         self.mixers = nn.ModuleList(
             [Mixer(rank, condition_dim) for _ in range(rounds * len(widths))]
         )
         self.outputs = nn.ModuleList([zero_module(nn.Conv2d(rank, c, 1)) for c in widths])
+
+    @classmethod
+    def for_denoiser(
+        cls, denoiser: Any, prediction_type: str, *,
+        normalize_text: bool = ExternalSettings.normalize_text, **config: Any,
+    ) -> Self:  # fmt: skip
+        return super().for_denoiser(
+            denoiser, prediction_type, normalize_text=normalize_text, **config
+        )  # fmt: skip
 
     def forward(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
         z, w = inputs.latents, inputs.guidance_scale

@@ -30,10 +30,16 @@ class Condition(nn.Module):
         width: of the vector.
         negative: whether it is conditioned on the negative prompt itself as well. The difference
             gives the direction; its effect also depends on the negative prompt.
+        normalize: divide the embeddings' means by their root mean square. Encoders differ in the
+            size of what they make by a factor of 20 and more, and the activations of this network
+            saturate where it is large.
     """
 
-    def __init__(self, text_dim: int, width: int, negative: bool = False) -> None:
+    def __init__(
+        self, text_dim: int, width: int, negative: bool = False, normalize: bool = True
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.normalize = normalize
         self.embed = nn.Sequential(
             nn.Linear(2 * FEATURES, width), nn.SiLU(), nn.Linear(width, width)
         )
@@ -51,9 +57,10 @@ class Condition(nn.Module):
         """
         time, scale = torch.broadcast_tensors(time.float() / 4, guidance_scale.float() / 32)
         embedded = fourier_features(torch.stack([time, scale], -1), FEATURES, longest=1.0)
-        seen = self.embed(embedded.flatten(-2).to(text.dtype)) + self.text(
-            _difference(text, negative)
-        )
+        difference = _difference(text, negative)
+        if self.normalize:
+            difference = _over_size(difference, text.mean())
+        seen = self.embed(embedded.flatten(-2).to(text.dtype)) + self.text(difference)
         seen = seen if age is None else seen + age.to(seen.dtype)
         of_negative = self.of_negative(negative)
         return F.silu(seen if of_negative is None else seen + of_negative)
@@ -62,8 +69,16 @@ class Condition(nn.Module):
         """(N or 1, width) the projected mean of the negative prompt, if the guide has one."""
         if self.negative is None:
             return None
-        seen: torch.Tensor = self.negative(negative.mean())
+        mean = negative.mean()
+        seen: torch.Tensor = self.negative(_over_size(mean, mean) if self.normalize else mean)
         return seen
+
+
+def _over_size(x: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    """X (N, D) divided by the root mean square of each row of another; some pipelines have zeros
+    for an empty prompt."""
+    size = of.float().square().mean(-1, keepdim=True).sqrt()
+    return (x.float() / (size + 1e-6)).to(x.dtype)
 
 
 def _difference(text: TextConditions, negative: TextConditions) -> torch.Tensor:

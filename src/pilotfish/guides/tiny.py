@@ -107,6 +107,9 @@ class TinySettings:
     ``condition_on_negative`` and a head."""
     condition_dim: int = 32
     """Width of the embedding of time, w and text."""
+    normalize_text: bool = True
+    """Whether what it reads of the text's embeddings is divided by their root mean square, which
+    differs between text encoders."""
     refresh: bool = True
     """Whether it takes in what a refresh found."""
 
@@ -123,6 +126,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         teacher: see :class:`Guide`.
 
     The others are those of :class:`TinySettings`, whose ``share`` :meth:`for_denoiser` takes.
+    Guides from before there was ``normalize_text`` are made without.
 
     Raises:
         GuideError: no part is left, or the templates lack what they need.
@@ -145,6 +149,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         head: int = 48,
         uncond_templates: int = 0,
         condition_dim: int = 32,
+        normalize_text: bool = False,
         refresh: bool = True,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         times: Sequence[float] | None = None,
@@ -163,7 +168,9 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
             )
         if uncond_templates and not (condition_on_negative and head):
             raise GuideError("uncond_templates needs condition_on_negative and a head")
-        self.condition = Condition(signature["text_dim"], condition_dim, condition_on_negative)
+        self.condition = Condition(
+            signature["text_dim"], condition_dim, condition_on_negative, normalize_text
+        )
         self.text_gain = zero_module(nn.Linear(condition_dim, 1)) if text else None
         self.sites = sites
         gains = sum(sites.values())
@@ -197,7 +204,8 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
     @classmethod
     def for_denoiser(
         cls, denoiser: Any, prediction_type: str, *, share: float = TinySettings.share,
-        rank: int | None = None, head: int | None = None, **config: Any,
+        rank: int | None = None, head: int | None = None,
+        normalize_text: bool = TinySettings.normalize_text, **config: Any,
     ) -> Self:  # fmt: skip
         """A fresh guide for a denoiser.
 
@@ -211,7 +219,7 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
 
         def make(rank: int) -> Any:
             width = HEAD * (rank or WITHOUT_LAYERS) if head is None else head
-            return cls(signature, rank=rank, head=width, **config)
+            return cls(signature, rank=rank, head=width, normalize_text=normalize_text, **config)
 
         def size(rank: int) -> int:
             with torch.device("meta"):

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 PREFIX, STREAM = "checkpoint-", "stream-"
 ADDED_SETTINGS: dict[str, Any] = {
-    "base_quantization": "no", "resolutions": [], "negative_stream": "joint"
+    "base_quantization": "no", "resolutions": [], "negative_stream": "joint",
+    "normalize_text": False,
 }  # fmt: skip
 """What held for checkpoints from before there were these settings."""
 
