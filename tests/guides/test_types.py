@@ -59,10 +59,10 @@ def tensors(
     return found
 
 
-def differ(guide: Guide, inputs: GuideInputs, **changed: Any) -> bool:
+def differ(guide: Guide, inputs: GuideInputs, atol: float = 1e-6, **changed: Any) -> bool:
     with torch.no_grad():
         one, other = added(guide, inputs), added(guide, replace(inputs, **changed))
-    return any(not torch.allclose(one[k], other[k], atol=1e-6) for k in one)
+    return any(not torch.allclose(one[k], other[k], atol=atol) for k in one)
 
 
 # -- every type --------------------------------------------------------------------------------
@@ -110,6 +110,30 @@ def test_the_negative_prompt_counts_but_for_the_full_guide(
     """The paper's full guide is a copy of the encoder, without an input for it."""
     other = inputs.negative[torch.tensor([1, 2, 0])]
     assert differ(trained, inputs, negative=other) is not isinstance(trained, FullGuide)
+
+
+@pytest.mark.parametrize("kind", [TinyGuide, ExternalGuide])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_size_of_the_embeddings_does_not_count(
+    kind: type[Guide], dtype: torch.dtype, unet: UNet2DConditionModel, inputs: GuideInputs
+) -> None:
+    """Text encoders differ in it by far; a guide from before was made without."""
+
+    def larger(text: TextConditions) -> TextConditions:
+        return TextConditions(300 * text.embeds)
+
+    large = {"text": larger(inputs.text), "negative": larger(inputs.negative)}
+    more = {"condition_on_negative": True} if kind is TinyGuide else {}
+    for normalize in (True, False):
+        guide = kind.for_denoiser(unet, "epsilon", normalize_text=normalize, **more)
+        components.randomise(guide, seed=3)
+        assert differ(guide, inputs, 1e-3, **large) is not normalize
+        assert differ(guide, inputs, time=inputs.time.flip(0))
+    zeros = TextConditions(torch.zeros_like(inputs.negative.embeds)).to(dtype)  # as SDXL has them
+    condition = kind.for_denoiser(unet, "epsilon", **more).to(dtype).condition
+    made = condition(inputs.time, inputs.guidance_scale, large["text"].to(dtype), zeros)
+    assert made.isfinite().all()
+    assert made.std(1).min() > 0.01  # not saturated
 
 
 def test_samples_do_not_mix(trained: Guide, inputs: GuideInputs) -> None:
@@ -248,7 +272,9 @@ def test_only_on_request_a_tiny_guide_is_conditioned_on_the_negative_prompt_itse
     unet: UNet2DConditionModel, inputs: GuideInputs, condition_on_negative: bool
 ) -> None:
     """Otherwise only its difference to the prompt counts, which a common shift leaves alone."""
-    guide = TinyGuide.for_denoiser(unet, "epsilon", condition_on_negative=condition_on_negative)
+    guide = TinyGuide.for_denoiser(
+        unet, "epsilon", condition_on_negative=condition_on_negative, normalize_text=False
+    )  # the size of the prompt counts otherwise
 
     def condition(shift: float) -> torch.Tensor:
         texts = (TextConditions(t.embeds + shift) for t in (inputs.text, inputs.negative))
