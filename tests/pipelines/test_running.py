@@ -179,11 +179,18 @@ def test_freeu(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [*((name, {}) for name in covered("torch.compile")), ("SD3", {"negative_stream": "cached"})],
-)
-def test_a_compiled_denoiser(name: str, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", covered("torch.compile"))
+def test_a_compiled_denoiser(name: str) -> None:
+    a_compiled_denoiser_is_guided_as_before(name)
+
+
+@pytest.mark.slow
+def test_a_compiled_denoiser_with_a_cached_stream() -> None:
+    a_compiled_denoiser_is_guided_as_before("SD3", negative_stream="cached")
+
+
+def a_compiled_denoiser_is_guided_as_before(name: str, **settings: Any) -> None:
+    """And compiled once for all calls."""
     first = "compiled" if name == "SDXL" else "attached"
     torch.compiler.reset()
     one, used = build(name), guide(name, **settings)
