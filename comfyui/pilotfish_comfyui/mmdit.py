@@ -3,13 +3,12 @@ of the family ``joint-dit``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, modulate, split_qkv
-from torch import nn
 
 from pilotfish.backbones import DenoiserCall, GuidedPass, Hooks
 from pilotfish.backbones.extrapolation import JointBlock
@@ -65,11 +64,6 @@ class ComfyMMDiTBackbone(ComfyBackbone, JointDiTBackbone):
 
     def joint_block(self, name: str) -> JointBlock:
         return ComfyJointBlock(self.module(name))
-
-    def embedders(self) -> Iterator[nn.Module]:
-        net = self.denoiser
-        for module in (net.t_embedder, net.y_embedder, net.context_embedder):
-            yield from module.modules()
 
     def embed(self, timestep: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         net = self.denoiser

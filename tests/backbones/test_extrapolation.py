@@ -13,6 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 
 from pilotfish.backbones import Backbone, GuidedPass
+from pilotfish.backbones.cache import TABLE_BYTES
 from pilotfish.backbones.extrapolation import JointBlock, split_heads
 from pilotfish.interface import GuideError, GuideOutput, TextConditions
 from pilotfish.teacher import checkpoint_in_pass
@@ -192,12 +193,15 @@ class TextReadsItself(JointAttnProcessor2_0):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("largest", [TABLE_BYTES, 0])
 @pytest.mark.parametrize("negatives", [1, 2])
 @pytest.mark.parametrize("config", SD3_SHAPES)
 def test_a_gain_of_minus_1_holds_with_a_cached_stream_where_text_reads_itself(
-    config: dict[str, Any], negatives: int
+    config: dict[str, Any], negatives: int, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a single call, and where the stream is made for a whole schedule at its first step."""
+    """In a single call, and where the stream is made for a whole schedule at its first step, or
+    would be too large and is made for each step."""
+    monkeypatch.setattr("pilotfish.backbones.cache.TABLE_BYTES", largest)
     family = components.FAMILIES["sd3"]
     denoiser, text = family.denoiser(**config), family.text(2)
     for block in denoiser.transformer_blocks:
@@ -250,8 +254,9 @@ def test_a_cached_stream_is_made_once_for_all_steps(
     assert rows == ([len(timesteps)] * blocks if cached else [2] * len(timesteps) * blocks)
 
 
-def test_the_text_alone_is_refused_where_it_is_not_implemented() -> None:
-    guide = FixedGuide(joint_attention="text")
+@pytest.mark.parametrize("form", [{"joint_attention": "text"}, {"negative_stream": "cached"}])
+def test_a_form_is_refused_where_it_is_not_implemented(form: dict[str, str]) -> None:
+    guide = FixedGuide(**form)
     denoiser = components.FAMILIES["qwen"].denoiser()
     with pytest.raises(GuideError, match="not implemented for QwenImageTransformer2DModel"):
         Backbone.of(denoiser).install(guide)

@@ -30,9 +30,8 @@ class Condition(nn.Module):
         width: of the vector.
         negative: whether it is conditioned on the negative prompt itself as well. The difference
             gives the direction; its effect also depends on the negative prompt.
-        normalize: divide the embeddings' means by their root mean square. Encoders differ in the
-            size of what they make by a factor of 20 and more, and the activations of this network
-            saturate where it is large.
+        normalize: divide the embeddings' means by their root mean square. Encoders differ
+            much in it, and the activations of this network saturate where it is large.
     """
 
     def __init__(
@@ -75,8 +74,8 @@ class Condition(nn.Module):
 
 
 def _over_size(x: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-    """X (N, D) divided by the root mean square of each row of another; some pipelines have zeros
-    for an empty prompt."""
+    """Each row of ``x`` divided by the root mean square of that of ``of``, (N, D) both. Some
+    pipelines have zeros for an empty prompt."""
     size = of.float().square().mean(-1, keepdim=True).sqrt()
     return (x.float() / (size + 1e-6)).to(x.dtype)
 

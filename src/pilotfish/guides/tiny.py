@@ -252,12 +252,12 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
     @property
     def joint_attention(self) -> str:
         """See :class:`TinySettings`."""
-        return str(self.config.get("joint_attention", "whole"))
+        return str(self.config.joint_attention)
 
     @property
     def negative_stream(self) -> str:
         """See :class:`TinySettings`."""
-        return str(self.config.get("negative_stream", "joint"))
+        return str(self.config.negative_stream)
 
     @torch.no_grad()
     def _reset(self, modulate: nn.Linear) -> None:
