@@ -11,7 +11,7 @@ from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, modulate, split_qkv
 
 from pilotfish.backbones import DenoiserCall, GuidedPass, Hooks
-from pilotfish.backbones.extrapolation import JointBlock
+from pilotfish.backbones.joint_attention import JointBlock
 from pilotfish.backbones.joint_dit import JointDiTBackbone
 from pilotfish.backbones.tokens import patchify, to_map, to_tokens
 from pilotfish.interface import GuideError, TextConditions

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
 from torch import nn
 
 from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.guidances import CFG
 from pilotfish.interface import GuideInputs, GuideOutput, TextConditions
+from tests import components
 
 TIME = torch.tensor([0.9, 0.1])
 
@@ -81,3 +83,18 @@ def plain(
 
 def count_hooks(module: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def assert_negative_is_recovered(
+    denoiser: Any, text: TextConditions, negative: TextConditions, sizes: Any = None
+) -> None:
+    """A gain of -1 in every layer gives the prediction for the negative prompt."""
+    video = isinstance(denoiser, WanTransformer3DModel | LTXVideoTransformer3DModel)
+    kind = "wan" if video else "unet"
+    latents = components.FAMILIES[kind].latents(2)
+    unconditional = plain(denoiser, latents, negative[torch.tensor([0, 0])], sizes=sizes)
+    conditional = plain(denoiser, latents, text, sizes=sizes)
+    guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, -1.0)))
+    made = guided(denoiser, guide, latents, text, negative, sizes=sizes)
+    torch.testing.assert_close(made, unconditional, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(made, conditional, atol=1e-4)

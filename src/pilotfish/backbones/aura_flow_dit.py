@@ -13,8 +13,8 @@ import torch
 from diffusers import AuraFlowTransformer2DModel
 
 from pilotfish.backbones.context import GuidedPass
-from pilotfish.backbones.extrapolation import attention, text_heads
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joint_attention import attention, text_heads
 from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.interface import TextConditions
 

@@ -25,8 +25,9 @@ from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProce
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 
 from pilotfish.backbones.context import GuidedPass
-from pilotfish.backbones.extrapolation import split_heads, text_heads
+from pilotfish.backbones.extrapolation import split_heads
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joint_attention import text_heads
 from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.interface import GuideError, TextConditions
 

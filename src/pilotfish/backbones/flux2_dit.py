@@ -22,8 +22,8 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
-from pilotfish.backbones.extrapolation import attention, clipped, text_heads
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joint_attention import attention, clipped, text_heads
 from pilotfish.backbones.tokens import to_map, to_tokens
 from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.interface import TextConditions

@@ -16,8 +16,9 @@ from torch import nn
 
 from pilotfish.backbones.base import plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
-from pilotfish.backbones.extrapolation import JointAttention, JointBlock, up_to_last
+from pilotfish.backbones.extrapolation import up_to_last
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joint_attention import JointAttention, JointBlock
 from pilotfish.backbones.transformer import TransformerBackbone
 from pilotfish.interface import TextConditions
 

@@ -18,8 +18,8 @@ from diffusers import Lumina2Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 
 from pilotfish.backbones.context import GuidedPass
-from pilotfish.backbones.extrapolation import attention, text_heads
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joint_attention import attention, text_heads
 from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.guidance import renormalised_guidance
 from pilotfish.interface import TextConditions

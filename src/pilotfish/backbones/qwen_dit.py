@@ -21,8 +21,8 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
-from pilotfish.backbones.extrapolation import attention, clipped, text_heads
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joint_attention import attention, clipped, text_heads
 from pilotfish.backbones.pipeline import shift_by_size
 from pilotfish.backbones.tokens import to_map, to_tokens
 from pilotfish.backbones.transformer import JoinedTransformerBackbone

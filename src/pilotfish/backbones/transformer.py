@@ -16,8 +16,9 @@ import torch
 from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.doubling import without_mask
-from pilotfish.backbones.extrapolation import joined_attention, up_to_last
+from pilotfish.backbones.extrapolation import up_to_last
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joint_attention import joined_attention
 from pilotfish.backbones.tokens import patchify, to_map, to_tokens
 from pilotfish.interface import TextConditions
 

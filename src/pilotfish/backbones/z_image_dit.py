@@ -17,8 +17,8 @@ from diffusers import ZImageTransformer2DModel
 from torch.nn.utils.rnn import pad_sequence
 
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
-from pilotfish.backbones.extrapolation import attention, text_heads
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joint_attention import attention, text_heads
 from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.interface import TextConditions
 
