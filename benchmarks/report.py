@@ -11,7 +11,7 @@ from benchmarks.shapes import SHAPES
 REFRESH, STEPS = 3, 25
 """Steps with both passes, of so many."""
 FORMS = {
-    "tiny-cached": ", cached stream", "tiny-text": ", cached stream, text alone"
+    "tiny-cached": ", cached stream", "tiny-sampled": ", cached stream, sampled"
 }  # fmt: skip
 """Forms of a guide after the name of a denoiser."""
 APART = {"text encoders": "text encoders", "vae": "VAE, float32"}

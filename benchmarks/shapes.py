@@ -52,7 +52,7 @@ class Shape:
         """The types of guide that fit."""
         if self.denoiser is UNet2DConditionModel:
             return "tiny", "full"
-        forms = ("tiny-cached", "tiny-text") if self.denoiser is SD3Transformer2DModel else ()
+        forms = ("tiny-cached", "tiny-sampled") if self.denoiser is SD3Transformer2DModel else ()
         return "tiny", *forms
 
 

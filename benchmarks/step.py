@@ -26,7 +26,9 @@ from pilotfish.teacher import Denoiser, Student
 GUIDES: dict[str, Callable[..., Guide]] = {
     "tiny": TinyGuide.for_denoiser,
     "tiny-cached": partial(TinyGuide.for_denoiser, negative_stream="cached"),
-    "tiny-text": partial(TinyGuide.for_denoiser, joint_attention="text", negative_stream="cached"),
+    "tiny-sampled": partial(
+        TinyGuide.for_denoiser, joint_attention="sampled", negative_stream="cached"
+    ),
     "full": FullGuide.for_denoiser,
 }
 """Makers of fresh guides. The second and third cache the negative prompt's stream of joint

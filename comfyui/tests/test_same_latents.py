@@ -17,7 +17,7 @@ from unets import SD15, SDXL
 KINDS = (*unets.KINDS, *mmdits.KINDS)
 PARTS: dict[str, dict[str, Any]] = {
     "text": {"text": True}, "attention": {"attention": True},
-    "text attention": {"attention": True, "joint_attention": "text"},
+    "sampled attention": {"attention": True, "joint_attention": "sampled", "image_tokens": 8},
     "cached attention": {"attention": True, "negative_stream": "cached"},
     "modulation": {"modulation": True}, "layers": {"rank": 4}, "head": {"head": 12},
 }  # fmt: skip
@@ -27,7 +27,7 @@ PARTS: dict[str, dict[str, Any]] = {
 def has(kind: Kind, part: str) -> bool:
     """Whether a guide of a denoiser has a part."""
     needed = {"modulation": kind.takes_pooled}
-    needed |= dict.fromkeys(("text attention", "cached attention"), kind.joint_attention)
+    needed |= dict.fromkeys(("sampled attention", "cached attention"), kind.joint_attention)
     return needed.get(part, True)
 
 

@@ -73,7 +73,7 @@ def test_refreshed_in_all_steps_it_is_cfg_bit_for_bit(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "joint_attention"), [(SD15, "whole"), (SD35, "whole"), (SD35, "text")]
+    ("kind", "joint_attention"), [(SD15, "whole"), (SD35, "whole"), (SD35, "sampled")]
 )
 def test_a_fresh_guide_is_conditional_bit_for_bit_in_half_precision(
     kind: Kind, joint_attention: str

@@ -100,7 +100,7 @@ def test_prompts_of_two_lengths() -> None:
     prompts = SD35.prompt(5, tokens=12).conditioning(), SD35.prompt(2).conditioning()
     expected = draw_comfyui(SD35.model(), *prompts, W)
     assert torch.equal(draw_comfyui(SD35.guided(refresh=STEPS), *prompts, W), expected)
-    for joint_attention in ("whole", "text"):
+    for joint_attention in ("whole", "sampled"):
         made = draw_comfyui(SD35.guided(refresh=1, joint_attention=joint_attention), *prompts, W)
         assert torch.isfinite(made).all()
         assert not torch.allclose(made, expected, atol=20 * SD35.bound)

@@ -268,6 +268,9 @@ class GuideProtocol(Protocol):
     def joint_attention(self) -> str: ...
 
     @property
+    def image_tokens(self) -> int: ...
+
+    @property
     def negative_stream(self) -> str: ...
 
     def modulations(

@@ -25,9 +25,10 @@ class FixedGuide:
 
     def __init__(
         self, output: GuideOutput | None = None, joint_attention: str = "whole",
-        negative_stream: str = "joint",
+        negative_stream: str = "joint", image_tokens: int = 16,
     ) -> None:  # fmt: skip
         self.joint_attention, self.negative_stream = joint_attention, negative_stream
+        self.image_tokens = image_tokens
         self.output = output or GuideOutput()
         self.inputs: list[GuideInputs] = []
 

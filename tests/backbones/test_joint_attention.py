@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.backbones.cache import TABLE_BYTES
 from pilotfish.backbones.extrapolation import split_heads
-from pilotfish.backbones.joint_attention import JointBlock
+from pilotfish.backbones.joint_attention import JointBlock, exchange_text
 from pilotfish.interface import GuideError, GuideOutput, TextConditions
 from tests import components
 from tests.backbones.stubs import (
@@ -47,49 +47,48 @@ def test_a_gain_of_minus_1_gives_the_negative_prompts_prediction_of_sd3(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", SD3_SHAPES)
-def test_joint_attention_may_be_extrapolated_by_the_text_alone(config: dict[str, Any]) -> None:
-    """Two equal texts change nothing; a layer adds g times the difference of the two answers."""
-    family = components.FAMILIES["sd3"]
-    denoiser, text = family.denoiser(**config), family.text(2)
-    gains = {k: v for k, v in equal_gains(denoiser, 2.0).items() if k.endswith(".attn")}
-    alone = FixedGuide(GuideOutput(gains=gains), "text")
-    same, latents = family.text(1, seed=6), family.latents(2)
-    both = same[torch.tensor([0, 0])]
-    torch.testing.assert_close(
-        guided(denoiser, alone, latents, both, same), plain(denoiser, latents, both)
+def test_exchanging_the_text_of_an_answer_is_exact_with_all_tokens_and_near_with_some() -> None:
+    """A second attention among the image's tokens gives the same."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 256, 16, generator=generator) for _ in range(3))
+    text, negative = (
+        [torch.randn(2, 3, length, 16, generator=generator) for _ in range(2)] for length in (7, 5)
     )
-    # by hand for one layer, whose text is that of the prompt alone
-    first = {"transformer_blocks.0.attn": gains["transformer_blocks.0.attn"]}
-    negative, seen = family.text(1, 5, seed=3), {}
-    layer = denoiser.transformer_blocks[0].attn
 
-    def note(name: str) -> Any:
-        return lambda module, args, output: seen.setdefault(name, output)
+    def attention(text: list[torch.Tensor]) -> torch.Tensor:
+        keys, values = (torch.cat(pair, 2) for pair in zip((k, v), text, strict=True))
+        return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2)
 
-    parts = {
-        "q": layer.norm_q or layer.to_q, "k": layer.norm_added_k or layer.add_k_proj,
-        "v": layer.add_v_proj,
-    }  # fmt: skip
-    handles = [module.register_forward_hook(note(name)) for name, module in parts.items()]
-    out = layer.to_out[0].register_forward_pre_hook(lambda m, args: seen.setdefault("a", args[0]))
-    plain(denoiser, latents, text)
-    one, seen = dict(seen), {}
-    plain(denoiser, latents, negative[torch.tensor([0, 0])])
-    other, seen = dict(seen), {}
-    guided(denoiser, FixedGuide(GuideOutput(gains=first), "text"), latents, text, negative)
-    for handle in (*handles, out):
-        handle.remove()
+    answer, expected = attention(text), attention(negative)
 
-    def answer(found: dict[str, torch.Tensor]) -> torch.Tensor:
-        q, k, v = (
-            x if x.ndim == 4 else split_heads(x, layer.heads)
-            for x in (one["q"], found["k"], found["v"])
-        )
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    def error(image_tokens: int) -> float:
+        made = exchange_text(answer, q, k, text, negative, image_tokens)
+        return float((made - expected).norm() / (answer - expected).norm())
 
-    expected = one["a"] + 2.0 * (answer(one) - answer(other))
-    torch.testing.assert_close(seen["a"], expected, atol=1e-5, rtol=1e-4)
+    assert error(256) < 1e-5
+    assert error(64) < 0.25
+    same = exchange_text(answer, q, k, text, text, 16)
+    torch.testing.assert_close(same, answer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", SD3_SHAPES)
+def test_joint_attention_from_a_part_of_the_image_is_near_the_whole(config: dict[str, Any]) -> None:
+    """The stream attends to all of the image, so that only the answer to the image is estimated;
+    and an image of no more tokens is not sampled."""
+    family = components.FAMILIES["sd3"]
+    denoiser, text, negative = family.denoiser(**config), family.text(2), family.text(1, 5, seed=3)
+    latents, gains = family.latents(2), equal_gains(denoiser, -1.0)
+    tokens = latents[0, 0].numel() // denoiser.config.patch_size**2
+
+    def make(joint_attention: str, image_tokens: int = 0) -> torch.Tensor:
+        guide = FixedGuide(GuideOutput(gains=gains), joint_attention, image_tokens=image_tokens)
+        return guided(denoiser, guide, latents, text, negative)
+
+    whole = make("whole")
+    assert torch.equal(make("sampled", tokens), whole)
+    error = make("sampled", tokens // 2) - whole
+    assert 0 < error.norm() < 0.2 * (plain(denoiser, latents, text) - whole).norm()
 
 
 class TextReadsItself(JointAttnProcessor2_0):
@@ -174,7 +173,7 @@ def test_a_cached_stream_is_made_once_for_all_steps(
     assert rows == ([len(timesteps)] * blocks if cached else [2] * len(timesteps) * blocks)
 
 
-@pytest.mark.parametrize("form", [{"joint_attention": "text"}, {"negative_stream": "cached"}])
+@pytest.mark.parametrize("form", [{"joint_attention": "sampled"}, {"negative_stream": "cached"}])
 def test_a_form_is_refused_where_it_is_not_implemented(form: dict[str, str]) -> None:
     guide = FixedGuide(**form)
     denoiser = components.FAMILIES["qwen"].denoiser()

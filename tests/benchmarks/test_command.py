@@ -99,7 +99,7 @@ def test_another_precision_and_compilation_are_kept_apart(
         (("--shape", "sd15", "--train", "--operators"), "--operators cannot be combined"),
         (
             ("--shape", "sd15", "--guide_type", "agd"),
-            "agd is unknown here; available: tiny, tiny-cached, tiny-text",
+            "agd is unknown here; available: tiny, tiny-cached, tiny-sampled",
         ),
         (("--shape", "sana", "--guide_type", "full"), "no full guide fits sana"),
         (("--shape", "sana", "--train", "--weights", "fp8"), "--weights needs --train and"),

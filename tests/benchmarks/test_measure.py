@@ -96,7 +96,7 @@ def test_images_of_another_size_are_timed(tmp_path: Path) -> None:
     assert set(found.speedup["1"]) == {
         "none",
         *(
-            name + more for name in ("tiny", "tiny-cached", "tiny-text")
+            name + more for name in ("tiny", "tiny-cached", "tiny-sampled")
             for more in ("", ", refreshed")
         ),
     }  # fmt: skip

@@ -97,7 +97,7 @@ class Extrapolating:
     """A guide that extrapolates one attention layer with the same gain for all heads."""
 
     target_modules = ()
-    joint_attention, negative_stream = "whole", "joint"
+    joint_attention, image_tokens, negative_stream = "whole", 0, "joint"
     dtype = torch.float32
     guidance_scale_range = (1.0, 8.0)
     guidance = CFG

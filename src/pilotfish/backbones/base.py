@@ -61,7 +61,7 @@ class Backbone(FamilyPipeline):
     scheduler's timestep; 1 - sigma where :attr:`sign` is -1."""
     has_variance: bool = False
     """Whether the second half of the prediction's channels is a variance."""
-    joint_attention_forms: ClassVar[tuple[str, ...]] = ("whole", "text")
+    joint_attention_forms: ClassVar[tuple[str, ...]] = ("whole", "sampled")
     """The forms of :attr:`pilotfish.guides.Guide.joint_attention` that it knows; without joint
     attention they are the same."""
     negative_stream_forms: ClassVar[tuple[str, ...]] = ("joint", "cached")

@@ -7,6 +7,7 @@ values; or against itself alone, once a call for all steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,55 @@ def _copy(output: torch.Tensor, changed: torch.Tensor) -> None:
     output.copy_(changed)
 
 
+def exchange_text(
+    answer: torch.Tensor, q: torch.Tensor, k: torch.Tensor, text: Sequence[torch.Tensor],
+    negative: Sequence[torch.Tensor], image_tokens: int,
+) -> torch.Tensor:  # fmt: skip
+    """Attention's answer with another text in place of the one it had, without a second attention
+    among the image's tokens.
+
+    With Z the sum of exp(q k) over the keys of image (i), text (t) and negative text (n), and o the
+    answer of attention to the tokens of one text alone, ::
+
+        a_n = a + ((Z_t - Z_n) a - Z_t o_t + Z_n o_n) / (Z_i + Z_n)
+
+    is exact. Z_i alone runs over many keys; it is estimated from some of them.
+
+    Args:
+        answer: a, (N, I, heads, width).
+        q: the queries of the image, (N, heads, I, width).
+        k: its keys, (N, heads, I, width).
+        text: keys and values of the text, (N, heads, L, width) each.
+        negative: those of the negative text; L may differ.
+        image_tokens: how many of the image's keys stand for all, spread evenly over them.
+    """
+    step, n = _coprime_step(k.shape[2]), min(image_tokens, k.shape[2])
+    some = k[:, :, torch.arange(n, device=k.device) * step % k.shape[2]]
+    (k_t, v_t), (k_n, v_n) = text, negative
+    keys = torch.cat([some, k_t, k_n], 2)
+    values = torch.cat([torch.zeros_like(some), -v_t, v_n], 2)
+    # the shares of both texts in the softmax, as the first two channels of a second answer
+    of_text = torch.zeros_like(values[:1, :1])
+    of_text[..., n : n + k_t.shape[2], 0] = 1
+    of_text[..., n + k_t.shape[2] :, 1] = 1
+    change, shares = (
+        F.scaled_dot_product_attention(q, keys, x.expand(keys.shape)).transpose(1, 2)
+        for x in (values, of_text)
+    )
+    z_t, z_n = shares[..., :1], shares[..., 1:2]
+    z_i = (1 - z_t - z_n) * (k.shape[2] / n)
+    return answer + ((z_t - z_n) * answer + change) / (z_i + z_n)
+
+
+def _coprime_step(tokens: int) -> int:
+    """A step that leads through all tokens of a grid and spreads the first of them evenly over its
+    rows and columns (the golden section's lattice)."""
+    step = round(tokens * 0.618)
+    while math.gcd(step, tokens) != 1:
+        step += 1
+    return step
+
+
 class JointBlock:
     """A block of diffusers' ``JointTransformerBlock`` class (Stable Diffusion 3), as
     :class:`JointAttention` reads it. A subclass reads another implementation.
@@ -191,19 +241,18 @@ class JointAttention:
     Args:
         blocks: by the names of their attention layers, all up to the last that is extrapolated, in
             the order in which they run.
-        text_alone: extrapolate an answer by what the image reads from the two texts alone,
-            ``a + g (o - o_n)`` with o the answer of attention to the text's tokens. To first order
-            in the difference of the texts that is the whole, but for the text's share in the
-            softmax, which the gain takes in; it needs no second attention among the pixels.
+        image_tokens: take ``a_n`` from ``a`` by :func:`exchange_text`, with so many of the image's
+            tokens. None, or where there are no more, a second attention among them all.
         cached: the stream's tokens attend to each other alone, so that it is one for all images
             and can be made for all steps at once (:meth:`at_all_times`). Otherwise they attend to
             the image's, as the unconditional pass does.
     """
 
     def __init__(
-        self, blocks: Mapping[str, JointBlock], *, text_alone: bool = False, cached: bool = False
+        self, blocks: Mapping[str, JointBlock], *, image_tokens: int | None = None,
+        cached: bool = False,
     ) -> None:  # fmt: skip
-        self.blocks, self.text_alone, self.cached = blocks, text_alone, cached
+        self.blocks, self.image_tokens, self.cached = blocks, image_tokens, cached
         names = list(blocks)
         self.following = dict(zip(names, [*names[1:], None], strict=False))
 
@@ -259,7 +308,7 @@ class JointAttention:
             _copy(output, changed)
             return None
 
-        block.capture_qkv(hooks, name, of_text=self.text_alone)
+        block.capture_qkv(hooks, name, of_text=self.image_tokens is not None)
         hooks.before(block.out, extrapolated)
 
     def _negative(
@@ -279,11 +328,12 @@ class JointAttention:
             own = F.scaled_dot_product_attention(q_n, k_n, v_n)
         else:
             q, k, v = image
-            queries = q_n if self.text_alone else torch.cat([q, q_n], 2)
+            sampled = self._sampled(k)
+            queries = q_n if sampled else torch.cat([q, q_n], 2)
             own = F.scaled_dot_product_attention(
                 queries, torch.cat([k, k_n], 2), torch.cat([v, v_n], 2)
             )
-            if not self.text_alone:
+            if not sampled:
                 answer, own = own.split([q.shape[2], q_n.shape[2]], 2)
         following = self.following[name]
         if following is not None and not block.text_ends:
@@ -301,13 +351,13 @@ class JointAttention:
         k_n, v_n, answer = found
         if answer is None:
             k_n, v_n = (x.expand(len(q), -1, -1, -1) for x in (k_n, v_n))
-            if self.text_alone:
-                own, other = (
-                    F.scaled_dot_product_attention(q, key, value).transpose(1, 2)
-                    for key, value in (of_text, (k_n, v_n))
-                )
-                return output + (other - own)
+            if self._sampled(k):
+                assert self.image_tokens is not None
+                return exchange_text(output, q, k, of_text, (k_n, v_n), self.image_tokens)
             answer = F.scaled_dot_product_attention(
                 q, torch.cat([k, k_n], 2), torch.cat([v, v_n], 2)
             )
         return answer.transpose(1, 2)
+
+    def _sampled(self, k: torch.Tensor) -> bool:
+        return self.image_tokens is not None and k.shape[2] > self.image_tokens

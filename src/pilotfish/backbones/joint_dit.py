@@ -47,7 +47,8 @@ class JointDiTBackbone(TransformerBackbone):
         attention = up_to_last([name for name, _ in self.sites()["attention"]], names)
         blocks = {name: self.joint_block(name.removesuffix(".attn")) for name in attention}
         cached = guide.negative_stream == "cached"
-        joint = JointAttention(blocks, text_alone=guide.joint_attention == "text", cached=cached)
+        image_tokens = guide.image_tokens if guide.joint_attention == "sampled" else None
+        joint = JointAttention(blocks, image_tokens=image_tokens, cached=cached)
         modulation = {name: hooks.modules[name] for name in names if name not in attention}
         known = _Known(self, modulation, joint if cached and attention else None)
 

@@ -170,9 +170,14 @@ class Guide(ModelMixin, ConfigMixin):
 
     @property
     def joint_attention(self) -> str:
-        """How attention among text and image is extrapolated: ``whole``, or ``text``, by what the
-        image reads from the text alone."""
+        """How the answer to the negative prompt is found in attention among text and image:
+        ``whole``, by a second attention, or ``sampled``, from :attr:`image_tokens` of the image."""
         return "whole"
+
+    @property
+    def image_tokens(self) -> int:
+        """With ``sampled`` joint attention, how many of the image's tokens stand for all."""
+        return 256
 
     @property
     def negative_stream(self) -> str:

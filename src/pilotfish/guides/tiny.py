@@ -79,10 +79,13 @@ class TinySettings:
     """Whether the text is extrapolated."""
     attention: bool = True
     """Whether the attention layers that take in the text are."""
-    joint_attention: Literal["whole", "text"] = "whole"
-    """Where text and image attend to each other in one layer: extrapolate its whole answer, which
-    takes a second attention among all pixels, or only what they read from the text, which costs
-    little. Stable Diffusion 3 alone knows the second; cross-attention is always of the text."""
+    joint_attention: Literal["whole", "sampled"] = "whole"
+    """Where text and image attend to each other in one layer, the answer to the negative prompt
+    takes a second attention among all of the image's tokens, or the pass's own answer in which the
+    text is exchanged, with the image's share of the softmax from ``image_tokens`` of them. Stable
+    Diffusion 3 alone knows the second."""
+    image_tokens: int = 256
+    """Of ``sampled`` joint attention. The second attention is taken where an image has no more."""
     negative_stream: Literal["joint", "cached"] = "joint"
     """What the negative prompt's tokens attend to there: also to the image's, as in the
     unconditional pass, or to each other alone. The second is made once a call, for all images and
@@ -140,7 +143,8 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
         signature: dict[str, Any],
         text: bool = True,
         attention: bool = True,
-        joint_attention: Literal["whole", "text"] = "whole",
+        joint_attention: Literal["whole", "sampled"] = "whole",
+        image_tokens: int = 256,
         negative_stream: Literal["joint", "cached"] = "joint",
         modulation: bool = True,
         condition_on_negative: bool = False,
@@ -253,6 +257,11 @@ class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):
     def joint_attention(self) -> str:
         """See :class:`TinySettings`."""
         return str(self.config.joint_attention)
+
+    @property
+    def image_tokens(self) -> int:
+        """See :class:`TinySettings`."""
+        return int(self.config.image_tokens)
 
     @property
     def negative_stream(self) -> str:

@@ -48,7 +48,7 @@ class _NoGuide:
     refresh_ratio = 1.0
     corrects_refresh = False
     target_modules = extrapolated = ()
-    joint_attention, negative_stream = "whole", "joint"
+    joint_attention, image_tokens, negative_stream = "whole", 0, "joint"
 
     def __init__(self, guidance: Guidance, weak: nn.Module | None, predicted: str) -> None:
         self.guidance, self.weak_denoiser = guidance, weak

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PREFIX, STREAM = "checkpoint-", "stream-"
 ADDED_SETTINGS: dict[str, Any] = {
     "base_quantization": "no", "resolutions": [], "negative_stream": "joint",
-    "normalize_text": False,
+    "normalize_text": False, "image_tokens": 256,
 }  # fmt: skip
 """What held for checkpoints from before there were these settings."""
 
