@@ -61,7 +61,7 @@ class BenchmarkConfig:
     guide_type: tuple[str, ...] = ()
     """A fresh guide of this type, one that ``distill`` knows, in place of --guide: the cost does
     not depend on the weights. With --shape one or more of tiny, tiny-cached and tiny-sampled (SD3
-    only: tiny with --negative_stream cached, and with --joint_attention text as well) and full
+    only: tiny with --negative_stream cached, and with --joint_attention sampled as well) and full
     (UNets only); all that fit if left out."""
     batch_sizes: tuple[int, ...] = (1, 8)
     num_inference_steps: int = 25

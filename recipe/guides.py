@@ -33,7 +33,7 @@ TRACKING = ALL | {
 _NEGATIVE = {"condition_on_negative": True, "uncond_templates": 16}
 TINY: dict[BaseName, dict[str, Any]] = {
     "base": {"guide": _NEGATIVE | {"rank": 15, "head": 45, "normalize_text": False}},
-    "sd3": {"guide": _NEGATIVE | {"normalize_text": False}},
+    "sd3": {"guide": _NEGATIVE | {"negative_stream": "cached"}},
 }  # fmt: skip
 """Of a guide for each base. Conditioning on the negative prompt has the parameters of three ranks,
 the templates those of six."""
