@@ -146,11 +146,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _own_guide(config: EvaluateConfig) -> tuple[str, ...]:
-    """The guide of the first model's base; none where curves are measured on a base without."""
-    first = config.models[0]
-    name, curve = bundled.guide_of(first), config.steps or config.guidance_scales
-    there = first in bundled.model_names() and name in bundled.guide_names()
-    return () if curve and not there else (name,)
+    """That of the first model's base; none where curves of a model of the user's are measured."""
+    curve, first = config.steps or config.guidance_scales, config.models[0]
+    return () if curve and first not in bundled.model_names() else (bundled.guide_of(first),)
 
 
 def _check(config: EvaluateConfig) -> None:
