@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.backbones.cache import TABLE_BYTES
@@ -18,6 +17,7 @@ from tests import components
 from tests.backbones.stubs import (
     TIME,
     FixedGuide,
+    TextReadsItself,
     assert_negative_is_recovered,
     count_hooks,
     equal_gains,
@@ -90,26 +90,6 @@ def test_joint_attention_may_be_extrapolated_by_the_text_alone(config: dict[str,
 
     expected = one["a"] + 2.0 * (answer(one) - answer(other))
     torch.testing.assert_close(seen["a"], expected, atol=1e-5, rtol=1e-4)
-
-
-class TextReadsItself(JointAttnProcessor2_0):
-    """Attention in which the image's tokens attend to all, the text's to each other alone."""
-
-    def __call__(  # type: ignore[override]
-        self, attn: Any, hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        made = super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
-        if encoder_hidden_states is None:
-            return made
-        q, k, v = (
-            split_heads(projection(encoder_hidden_states), attn.heads)
-            for projection in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        )
-        if attn.norm_added_q is not None:
-            q, k = attn.norm_added_q(q), attn.norm_added_k(k)
-        own = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return made[0], made[1] if attn.context_pre_only else attn.to_add_out(own)
 
 
 @torch.no_grad()

@@ -482,7 +482,7 @@ def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
         family, shape, text = sized[pipeline]
         small, encoding = SQUARE | text, family.encoding
         small |= PIPELINES[videos[pipeline]].call if pipeline in videos else {}
-        monkeypatch.setattr(family, "latent_shape", lambda self: shape)
+        monkeypatch.setattr(family, "default_latent_shape", lambda self: shape)
         monkeypatch.setattr(family, "encoding", lambda self, texts: encoding(self, texts) | text)
 
     @wraps(call)

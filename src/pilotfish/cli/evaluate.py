@@ -83,6 +83,9 @@ class EvaluateConfig:
     seed: int = 0
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
+    num_frames: int | None = None
+    """Frames of a video: 1 more than a multiple of what the pipeline takes for one latent, such as
+    49. Left out: the pipeline's own number."""
     refresh: int | None = None
     """How many steps of a guide run both passes. Left out: its own ratio of the steps."""
     batch_size: int = 32
@@ -120,7 +123,8 @@ def main(arguments: Sequence[str]) -> None:
         found = _measure(
             config, models=models, scorer=open_scorer(config.scorer, config.models),
             command=shlex.join(["pilotfish", "evaluate", *arguments]), seed=config.seed,
-            batch_size=config.batch_size, unfinished=unfinished, progress=progress,
+            num_frames=config.num_frames, batch_size=config.batch_size, unfinished=unfinished,
+            progress=progress,
         )  # fmt: skip
     if is_main():
         found.save(config.output)
@@ -137,7 +141,7 @@ def main(arguments: Sequence[str]) -> None:
             drawn = draw_models(
                 models, {TITLES[mode]: how for mode, how in modes.items()}, prompts,
                 progress=progress, seed=config.seed,
-                num_inference_steps=config.num_inference_steps,
+                num_inference_steps=config.num_inference_steps, num_frames=config.num_frames,
             )  # fmt: skip
         if is_main():
             Path(config.grid).parent.mkdir(parents=True, exist_ok=True)

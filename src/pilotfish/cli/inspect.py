@@ -45,6 +45,9 @@ class InspectConfig:
     """Factor by which the images of --scales are enlarged."""
     num_inference_steps: int | None = None
     """Left out: 25, or those that the guide was distilled to."""
+    num_frames: int | None = None
+    """Frames of a video: 1 more than a multiple of what the pipeline takes for one latent, such as
+    49. Left out: the pipeline's own number."""
     seed: int = 0
     variant: str | None = None
     """Variant of the weight files, such as fp16, of models that come in no other."""
@@ -69,6 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     found = inspect(
         pipe, guide, config.prompt, seed=config.seed, guidance_scales=config.guidance_scales,
         num_inference_steps=sampling_steps(pipe, guide, config.num_inference_steps),
+        num_frames=config.num_frames,
     )  # fmt: skip
     sites = list(dict.fromkeys(a.site for a in found if a.map is not None))
     if not sites:
@@ -96,6 +100,7 @@ def _draw_scales(config: InspectConfig, guide: Guide, file: Path) -> None:
             drawn[name] = draw_scales(
                 pipe, guide, config.prompt, config.guidance_scales, seed=config.seed,
                 num_inference_steps=sampling_steps(pipe, guide, config.num_inference_steps),
+                num_frames=config.num_frames,
             )  # fmt: skip
             progress("models", i + 1, len(config.models))
     file.parent.mkdir(parents=True, exist_ok=True)

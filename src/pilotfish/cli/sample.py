@@ -113,19 +113,16 @@ def sample_model(
             f"a {type(pipe).__name__} needs an image as input: attach the guide and call the "
             "pipeline itself"
         )
-    call = {} if config.num_frames is None else {"num_frames": config.num_frames}
     texts = [text for text in prompts for _ in range(config.num_images_per_prompt)]
     method = Reference(config.teacher)
     samples = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if mode == GuidanceMode.NONE else config.guidance_scale,
-        num_inference_steps=steps,
-        batch_size=config.batch_size,
+        num_inference_steps=steps, num_frames=config.num_frames, batch_size=config.batch_size,
         guide=Refreshed(network, config.refresh_at or config.refresh) if network else method,
         negative_prompts=(
             None if config.negative_prompt is None else [config.negative_prompt] * len(texts)
         ),
-        **call,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     images = []
