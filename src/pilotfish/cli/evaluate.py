@@ -44,14 +44,16 @@ Measured = Result | CurveResult | NegativeResult
 class EvaluateConfig:
     """Measure a guide against each model's own CFG: guidance error, scores, agreement, cost. Or,
     with --steps, --guidance_scales or --negative_prompts, one of these alone. Without any option
-    the bundled guide is measured on the bundled models. The same command resumes an evaluation
-    that was stopped. With --protocol (coco2017, drawbench, parti or negative-prompts) it runs a
-    public benchmark on weights of your own; see --protocol coco2017 --help."""
+    the bundled guide tiny is measured on its base and three fine-tunes. The same command resumes
+    an evaluation that was stopped. With --protocol (coco2017, drawbench, parti or
+    negative-prompts) it runs a public benchmark on weights of your own; see --protocol coco2017
+    --help."""
 
     guide: tuple[str, ...] = ()
     """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), sd3-tiny, or a folder or hub
     id. Left out: that of the bundled base. With --steps and --guidance_scales several, also
-    guidance-interval and adaptive-guidance in a clone. NAME=GUIDE gives it a name in the result;
+    guidance-interval and adaptive-guidance in a clone; or none, where a model of your own comes
+    first and it is left out. NAME=GUIDE gives it a name in the result;
     guides for different numbers of steps that have one name make one line."""
     models: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, high-contrast, monotone,
@@ -81,6 +83,7 @@ class EvaluateConfig:
     samples: int = 1000
     """Images for each model and guidance mode."""
     seed: int = 0
+    """Seed of the first image; each further image has the next one."""
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
     num_frames: int | None = None
@@ -89,12 +92,14 @@ class EvaluateConfig:
     refresh: int | None = None
     """How many steps of a guide run both passes. Left out: its own ratio of the steps."""
     batch_size: int = 32
+    """Images in one call, in each process."""
     dtype: Dtype = "float32"
     """Precision of the models."""
     variant: str | None = None
     """Variant of the weight files, such as fp16, of models that come in no other."""
     rounds: int = 15
-    """Rounds of the side-by-side timing."""
+    """Rounds of the side-by-side timing. No effect with --guidance_scales and
+    --negative_prompts."""
     inception_weights: str | None = None
     """File of Inception weights: adds FID."""
     clip: str | None = None

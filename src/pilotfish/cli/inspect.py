@@ -39,12 +39,13 @@ class InspectConfig:
     """Site of the maps: the name of a module. Left out: the last site before the prediction
     that has a map."""
     guidance_scales: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
+    """Each w that is drawn."""
     scales: str | None = None
     """PNG or JPEG file: the images at each guidance scale, CFG above guided."""
     enlarge: int = 2
     """Factor by which the images of --scales are enlarged."""
     num_inference_steps: int | None = None
-    """Left out: 25, or those that the guide was distilled to."""
+    """Left out: 25, or those that the guide was distilled for."""
     num_frames: int | None = None
     """Frames of a video: 1 more than a multiple of what the pipeline takes for one latent, such as
     49. Left out: the pipeline's own number."""
@@ -52,6 +53,7 @@ class InspectConfig:
     variant: str | None = None
     """Variant of the weight files, such as fp16, of models that come in no other."""
     output: str = "runs/inspect"
+    """Folder of maps.png and strength.png. No effect with --scales."""
 
 
 def main(arguments: Sequence[str]) -> None:
