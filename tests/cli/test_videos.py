@@ -83,7 +83,6 @@ def test_what_cannot_be_trained_is_refused_before_texts_are_encoded(
 
 
 MEASURED: dict[str, tuple[str, ...]] = {
-    "evaluate": ("--samples", "2", "--rounds", "1", "--num_inference_steps", "2"),
     "evaluate --grid": ("--samples", "2", "--rounds", "1", "--num_inference_steps", "2"),
     "evaluate --steps": ("--steps", "2", "--samples", "2", "--rounds", "1"),
     "evaluate --guidance_scales":
