@@ -40,8 +40,8 @@ class CompareConfig(ComparisonConfig):
     further training, on every fine-tune. The same command resumes a comparison."""
 
     models: tuple[str, ...] = tuple(bundled.MODELS)
-    """Pipelines, first the base to train on: base, fluent, twemoji, emojione, or folders or hub
-    ids."""
+    """Pipelines, first the base to train on: base, fluent, twemoji, emojione; sd3, sd3-fluent,
+    sd3-twemoji, sd3-emojione; or folders or hub ids."""
     reference_images: tuple[str, ...] = ()
     """Folders of real images (metadata.jsonl), one for each model that is not bundled."""
     train_prompts: str | None = None

@@ -64,6 +64,7 @@ class BenchmarkConfig:
     only: tiny with --negative_stream cached, and with --joint_attention sampled as well) and full
     (UNets only); all that fit if left out."""
     batch_sizes: tuple[int, ...] = (1, 8)
+    """Images in one call."""
     num_inference_steps: int = 25
     guidance_scale: float = 4.0
     refresh: int = 0
@@ -95,7 +96,7 @@ class BenchmarkConfig:
     """Time the denoiser compiled (torch.compile), in all modes. On a CPU,
     ``TORCHINDUCTOR_FREEZING=1`` before the command packs the weights beforehand."""
     device: str = "cpu"
-    """Such as cuda."""
+    """Device to time on, such as cuda."""
     output: str | None = None
     """With --shape and --presets: JSON file. Results of other shapes, precisions and compilations
     stay in it; those of other presets do not."""

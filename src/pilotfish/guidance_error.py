@@ -101,9 +101,10 @@ class Trajectories:
     @classmethod
     def of_pipeline(
         cls, pipe: Any, prompts: Sequence[str], *, negative_prompts: Sequence[str] | None = None,
-        seed: int = 0, process: tuple[int, int] = (0, 1), guidance: Guidance = CFG, **settings: Any,
+        seed: int = 0, process: tuple[int, int] = (0, 1), guidance: Guidance = CFG,
+        num_frames: int | None = None, **settings: Any,
     ) -> Self:  # fmt: skip
-        """Those of a text-to-image pipeline; its denoiser is frozen.
+        """Those of a pipeline of text to image or video; its denoiser is frozen.
 
         Args:
             prompts: held out of the guide's training.
@@ -111,10 +112,12 @@ class Trajectories:
             seed: of the noise.
             process: (index, count), where several processes share the prompts.
             guidance: of the teacher.
+            num_frames: of a video; left out, the pipeline's own number.
             settings: as of the class.
 
         Raises:
-            ValueError: no prompt, another number of negative prompts, or a w of at most 1.
+            ValueError: no prompt, another number of negative prompts, a w of at most 1, or
+                ``num_frames`` that the pipeline does not take.
         """
         if not prompts:
             raise ValueError("the guidance error needs at least one prompt")
@@ -122,6 +125,8 @@ class Trajectories:
         if others and len(others) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(others)} negative prompts")
         backbone = Backbone.of_pipeline(pipe)
+        if num_frames is not None:
+            backbone = backbone.at(None, backbone.latent_frames_of(pipe, num_frames))
         denoiser = backbone.denoiser
         weak = weaker_denoiser(guidance, backbone)
         texts, sizes = encoded(pipe, [*prompts, *others]), backbone.sizes(pipe)

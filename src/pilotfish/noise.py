@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,36 +41,36 @@ def prediction_type(scheduler: Any) -> str:
     return "flow" if stated == "flow_prediction" else str(stated)
 
 
-class FlowMatchEulerEvenScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
-    """Euler for flow matching whose own times are those of :meth:`NoisePath.grid`, for pipelines
-    whose call takes none."""
-
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None,
-        mu: float | None = None, timesteps: Any = None,
-    ) -> None:  # fmt: skip
-        """As in diffusers, but on the even grid where no times are given."""
-        if num_inference_steps and sigmas is None and timesteps is None:
-            sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-
-
 def deterministic_scheduler(scheduler: Any, even: bool = False) -> Any:
     """A scheduler of the same noise path that takes the steps of this module: DDIM on an even
     grid that ends at the clean image ("trailing"), or Euler for flow matching.
 
     Args:
         even: whether Euler's times are those of :meth:`NoisePath.grid` where a call gives none.
+            It holds for this scheduler alone; saved and loaded again it has diffusers' own times.
     """
     if prediction_type(scheduler) == "flow":
         config = scheduler.config
         shift = config.get("shift", config.get("flow_shift") or 1.0)  # solvers have another name
         changed = {f"use_{name}_sigmas": False for name in ("beta", "exponential", "karras")}
-        kind = FlowMatchEulerEvenScheduler if even else FlowMatchEulerDiscreteScheduler
-        return kind.from_config(config, shift=shift, **changed)
+        euler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift, **changed)
+        if even:
+            # no class of its own: a pipeline that is saved names one that diffusers can load
+            euler.set_timesteps = partial(_set_even_timesteps, euler)
+        return euler
     # DDIM clips by default, which is meant for pixels
     given = {"clip_sample": False, **scheduler.config}
     return DDIMScheduler.from_config(given, timestep_spacing="trailing")
+
+
+def _set_even_timesteps(
+    scheduler: Any, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None,
+    mu: float | None = None, timesteps: Any = None,
+) -> None:  # fmt: skip
+    """``set_timesteps`` of diffusers, but on the even grid where no times are given."""
+    if num_inference_steps and sigmas is None and timesteps is None:
+        sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+    type(scheduler).set_timesteps(scheduler, num_inference_steps, device, sigmas, mu, timesteps)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
-"""Guides with a fixed answer, and one guided call of a denoiser."""
+"""Guides with a fixed answer, an attention in which text reads itself, one guided call."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import nn
 
 from pilotfish.backbones import Backbone, GuidedPass
+from pilotfish.backbones.extrapolation import split_heads
 from pilotfish.guidances import CFG
 from pilotfish.interface import GuideInputs, GuideOutput, TextConditions
 from tests import components
@@ -49,6 +52,26 @@ class FixedGuide:
     def __call__(self, inputs: GuideInputs, modulations: Any = None) -> GuideOutput:
         self.inputs.append(inputs)
         return self.output
+
+
+class TextReadsItself(JointAttnProcessor2_0):
+    """Attention in which the image's tokens attend to all, the text's to each other alone."""
+
+    def __call__(  # type: ignore[override]
+        self, attn: Any, hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        made = super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
+        if encoder_hidden_states is None:
+            return made
+        q, k, v = (
+            split_heads(projection(encoder_hidden_states), attn.heads)
+            for projection in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        )
+        if attn.norm_added_q is not None:
+            q, k = attn.norm_added_q(q), attn.norm_added_k(k)
+        own = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return made[0], made[1] if attn.context_pre_only else attn.to_add_out(own)
 
 
 def equal_gains(denoiser: nn.Module, gain: float, n: int = 2) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -18,9 +18,10 @@ from pilotfish import TinyGuide
 from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.backbones.cache import CallCache
 from pilotfish.guides import Guide
-from pilotfish.interface import TextConditions
+from pilotfish.interface import GuideOutput, TextConditions
 from tests import components
-from tests.backbones.stubs import TIME
+from tests.backbones.stubs import TIME, FixedGuide, TextReadsItself, equal_gains
+from tests.pipelines import pipelines
 
 STEPS = 4
 PROJECTIONS = {
@@ -149,6 +150,76 @@ def test_nothing_is_cached_while_gradients_are_computed(family: components.Famil
         call(family, denoiser)
         call(family, denoiser)
     assert calls == [4]
+
+
+# -- a stream that is made for all steps, with a LoRA ------------------------------------------
+
+
+@torch.no_grad()
+def test_a_gain_of_minus_1_holds_with_a_cached_stream_and_a_lora_on_every_layer() -> None:
+    """Over a schedule, and over the next one at another scale of the LoRA."""
+    family = components.FAMILIES["sd3"]
+    denoiser, text, negative = family.denoiser(), family.text(2), family.text(1, 5, seed=3)
+    for block in denoiser.transformer_blocks:
+        block.attn.set_processor(TextReadsItself())
+    linear = [n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, target_modules=linear, init_lora_weights=False)
+    inject_adapter_in_model(config, denoiser)
+    timesteps, latents = torch.tensor([900.0, 500, 100]), family.latents(2)
+
+    def schedule(given: TextConditions) -> torch.Tensor:
+        made = [
+            denoiser(latents, given.embeds, given.pooled, t.expand(2), return_dict=False)[0]
+            for t in timesteps
+        ]
+        return torch.stack(made)
+
+    guide = FixedGuide(GuideOutput(gains=equal_gains(denoiser, -1.0)), negative_stream="cached")
+    Backbone.of(denoiser).install(guide)
+    guided = GuidedPass(guide, lambda: 4.0, lambda: negative, timesteps=lambda: timesteps)
+    found = []
+    for scale in (1.0, 0.25):
+        for module in denoiser.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_scale("default", scale)
+        found.append(schedule(negative.expand(2)))
+        with guided.open():
+            made = schedule(text)
+        # float32 rounds more where random LoRAs enlarge every layer's output
+        torch.testing.assert_close(made, found[-1], atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(*found, atol=1e-2)
+
+
+def test_a_cached_stream_is_of_the_lora_as_it_is_in_each_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that is loaded, scaled and deleted between two calls of a pipeline."""
+    one = pipelines.build("SD3")
+    guide = pipelines.guide("SD3", condition_on_negative=True, negative_stream="cached")
+    config = LoraConfig(
+        r=2, target_modules=["add_k_proj", "add_v_proj"], lora_alpha=16, init_lora_weights=False
+    )
+
+    def turned() -> list[torch.Tensor]:
+        made = [one.latents()]
+        torch.manual_seed(3)
+        one.denoiser.add_adapter(config, "drawn")
+        made.append(one.latents())
+        one.denoiser.set_adapters("drawn", 0.25)
+        made.append(one.latents())
+        one.denoiser.delete_adapters("drawn")
+        return [*made, one.latents()]
+
+    with guide.attached(one.pipe, refresh=0):
+        made = turned()
+        monkeypatch.setattr(CallCache, "at_step", lambda *_: None)
+        for found, expected in zip(made, turned(), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    first, loaded, scaled, last = made
+    torch.testing.assert_close(first, last, atol=1e-5, rtol=1e-4)
+    for a, b in ((first, loaded), (loaded, scaled), (first, scaled)):
+        assert not torch.allclose(a, b, atol=1e-3)
 
 
 # -- in a pipeline -----------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.backbones.cache import TABLE_BYTES
@@ -18,6 +17,7 @@ from tests import components
 from tests.backbones.stubs import (
     TIME,
     FixedGuide,
+    TextReadsItself,
     assert_negative_is_recovered,
     count_hooks,
     equal_gains,
@@ -89,26 +89,6 @@ def test_joint_attention_from_a_part_of_the_image_is_near_the_whole(config: dict
     assert torch.equal(make("sampled", tokens), whole)
     error = make("sampled", tokens // 2) - whole
     assert 0 < error.norm() < 0.2 * (plain(denoiser, latents, text) - whole).norm()
-
-
-class TextReadsItself(JointAttnProcessor2_0):
-    """Attention in which the image's tokens attend to all, the text's to each other alone."""
-
-    def __call__(  # type: ignore[override]
-        self, attn: Any, hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        made = super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
-        if encoder_hidden_states is None:
-            return made
-        q, k, v = (
-            split_heads(projection(encoder_hidden_states), attn.heads)
-            for projection in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        )
-        if attn.norm_added_q is not None:
-            q, k = attn.norm_added_q(q), attn.norm_added_k(k)
-        own = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return made[0], made[1] if attn.context_pre_only else attn.to_add_out(own)
 
 
 @torch.no_grad()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 
 from pilotfish.training import context as training_context
 from pilotfish.training import validation
 from tests.cli.conftest import SHORT, Say
+from tests.pipelines import pipelines
 from tests.pipelines.pipelines import build, without_bins
 
 
@@ -19,6 +23,14 @@ def video(tmp_path: Path) -> str:
     """A pipeline's folder."""
     build("LTX").pipe.save_pretrained(tmp_path / "video")
     return str(tmp_path / "video")
+
+
+@pytest.fixture
+def wan(tmp_path: Path) -> tuple[str, str]:
+    """A pipeline's folder, whose own videos are small, and that of a guide."""
+    build("Wan", alone=True).pipe.save_pretrained(tmp_path / "wan")
+    pipelines.guide("Wan").save_pretrained(tmp_path / "guide")
+    return str(tmp_path / "wan"), str(tmp_path / "guide")
 
 
 def test_a_guide_is_trained_and_draws_videos(
@@ -70,11 +82,51 @@ def test_what_cannot_be_trained_is_refused_before_texts_are_encoded(
     assert words in error
 
 
-def test_frames_of_an_image_are_refused(say: Say, base: str, guide: str) -> None:
-    sampled = ("sample", "-p", "cat", "--models", base, "--guide", guide, "--num_frames", "5")
-    assert say(*sampled) == (
-        1,
-        "pilotfish sample: num_frames is for videos, and a StableDiffusionPipeline makes images\n",
+MEASURED: dict[str, tuple[str, ...]] = {
+    "evaluate --grid": ("--samples", "2", "--rounds", "1", "--num_inference_steps", "2"),
+    "evaluate --steps": ("--steps", "2", "--samples", "2", "--rounds", "1"),
+    "evaluate --guidance_scales":
+        ("--guidance_scales", "2", "--samples", "2", "--num_inference_steps", "2"),
+    "evaluate --negative_prompts": ("--negative_prompts", "--num_inference_steps", "2"),
+    "inspect": ("-p", "cat", "--num_inference_steps", "2"),
+    "inspect --scales": ("-p", "cat", "--num_inference_steps", "2", "--guidance_scales", "2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", MEASURED)
+def test_every_measurement_takes_videos_of_so_many_frames(
+    say: Say, wan: tuple[str, str], prompts: str, tmp_path: Path, command: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In every denoiser call, those of the guidance error and of the timing among them."""
+    model, guide = wan
+    frames, forward = set[int](), WanTransformer3DModel.forward
+
+    def seen(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        frames.add(hidden_states.shape[2])
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(WanTransformer3DModel, "forward", wraps(forward)(seen))
+    without_bins(WanPipeline, monkeypatch)
+    name, *option = command.split()
+    flags = [*MEASURED[command], "--models", model, "--guide", guide, "--num_frames", "9"]
+    if name == "evaluate":
+        flags += ["--prompts", prompts, "--validation_prompts", prompts]
+    if option in (["--grid"], ["--scales"]):
+        flags += [*option, str(tmp_path / "grid.png")]
+    code, error = say(name, *flags, "--output", str(tmp_path / "out"))
+    assert code == 0, error
+    assert frames == {3}
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "inspect"])
+def test_frames_of_an_image_are_refused(say: Say, base: str, guide: str, command: str) -> None:
+    prompt = () if command == "evaluate" else ("-p", "cat")
+    given = (command, *prompt, "--models", base, "--guide", guide, "--num_frames", "5")
+    code, error = say(*given)
+    assert code == 1
+    assert error.splitlines()[-1] == (
+        f"pilotfish {command}: num_frames is for videos, and a StableDiffusionPipeline makes images"
     )
 
 

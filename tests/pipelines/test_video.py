@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from pilotfish.backbones import Backbone
 from pilotfish.backbones.tokens import to_tokens
@@ -143,6 +149,28 @@ def test_the_steps_of_wans_euler_are_those_that_a_guide_is_distilled_to() -> Non
     with used.attached(one.pipe, refresh=0), warnings.catch_warnings():
         warnings.filterwarnings("error", "this guide was distilled")
         one.latents()
+
+
+def test_a_pipeline_with_wans_euler_can_be_saved(tmp_path: Path) -> None:
+    """With diffusers' scheduler, which is given the times again; a copy has times of its own."""
+    one, call = wan(), {"num_inference_steps": 3}
+    stock = one.latents(**call)
+    use_deterministic_scheduler(one.pipe)
+    made = one.latents(**call)
+    grid = Backbone.of_pipeline(one.pipe).noise_path(one.pipe).grid(3)
+    for scheduler in (deepcopy(one.pipe.scheduler), one.pipe.scheduler):
+        scheduler.set_timesteps(3)
+        torch.testing.assert_close(scheduler.sigmas, grid)
+        scheduler.set_timesteps(5)
+    assert len(one.pipe.scheduler.sigmas) == 6
+    one.pipe.save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    loaded = Pipeline(pipe, call=one.call)
+    assert torch.equal(loaded.latents(**call), stock)
+    assert not torch.allclose(stock, made)
+    use_deterministic_scheduler(pipe)
+    assert torch.equal(loaded.latents(**call), made)
 
 
 @pytest.mark.parametrize(

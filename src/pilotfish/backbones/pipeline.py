@@ -99,15 +99,23 @@ class FamilyPipeline(ABC):
         return guidance_scale
 
     def call_arguments(
-        self, pipe: Any, guidance_scale: float, n: int, negatives: Sequence[str] | None = None
-    ) -> dict[str, Any]:
+        self, pipe: Any, guidance_scale: float, n: int, negatives: Sequence[str] | None = None,
+        num_frames: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """The arguments of the pipeline's call for n prompts at a scale w.
 
         Args:
             negatives: n negative prompts; left out, the null prompt.
+            num_frames: of a video; left out, the pipeline's own number.
+
+        Raises:
+            ValueError: as :meth:`latent_frames_of`.
         """
         given: dict[str, Any] = {self.scale_argument: guidance_scale - self.scale_offset}
         given |= self.text_length(pipe)
+        if num_frames is not None:
+            self.latent_frames_of(pipe, num_frames)
+            given["num_frames"] = num_frames
         if negatives:  # left out where there is none: to PixArt's pipeline None is no text
             return given | self.negative_arguments(pipe, negatives)
         needs_text = self.separate_negative and self.default_negative is None

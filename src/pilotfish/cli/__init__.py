@@ -19,7 +19,7 @@ COMMANDS = {
     "sample": ("training", "pilotfish.cli.sample", "sample images guided, with CFG or without"),
     "app": ("app", "pilotfish.cli.app", "compare the guidance modes in a browser"),
     "distill": ("training", "pilotfish.cli.distill", "train a guide for a base model"),
-    "distill-steps": ("training", "pilotfish.cli.distill_steps", "halve the steps of a guide"),
+    "distill-steps": ("training", "pilotfish.cli.distill_steps", "train guides for fewer steps"),
     "average": ("training", "pilotfish.cli.average", "average the weights of several guides"),
     "evaluate": ("evaluation", "pilotfish.cli.evaluate", "measure a guide on base and fine-tunes"),
     "inspect": ("evaluation", "pilotfish.cli.inspect", "show what a guide adds, step by step"),

@@ -23,8 +23,9 @@ class AppConfig:
     """Guides to choose from: bundled ones, or folders or hub ids. Left out: those of the bundled
     bases among the models."""
     variant: str | None = None
-    """Of the weight files, such as fp16."""
+    """Variant of the weight files, such as fp16, of models that come in no other."""
     dtype: Dtype = "float32"
+    """Precision of the models."""
     host: str = "127.0.0.1"
     """Address to listen at. 0.0.0.0 admits everyone who can reach this machine."""
     port: int | None = None

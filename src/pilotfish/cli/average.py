@@ -23,7 +23,7 @@ class AverageConfig:
     output: str
     """Folder for the mean."""
     half: bool = False
-    """Save it in half precision."""
+    """Save it in float16."""
 
 
 def main(arguments: Sequence[str]) -> None:

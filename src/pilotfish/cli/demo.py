@@ -44,6 +44,7 @@ class DemoConfig:
     and write a page that shows it beside the bundled guides."""
 
     max_train_steps: int = 60
+    """Optimizer steps of the short guide."""
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
     refresh: int | None = None

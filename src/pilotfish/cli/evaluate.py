@@ -44,14 +44,16 @@ Measured = Result | CurveResult | NegativeResult
 class EvaluateConfig:
     """Measure a guide against each model's own CFG: guidance error, scores, agreement, cost. Or,
     with --steps, --guidance_scales or --negative_prompts, one of these alone. Without any option
-    the bundled guide is measured on the bundled models. The same command resumes an evaluation
-    that was stopped. With --protocol (coco2017, drawbench, parti or negative-prompts) it runs a
-    public benchmark on weights of your own; see --protocol coco2017 --help."""
+    the bundled guide tiny is measured on its base and three fine-tunes. The same command resumes
+    an evaluation that was stopped. With --protocol (coco2017, drawbench, parti or
+    negative-prompts) it runs a public benchmark on weights of your own; see --protocol coco2017
+    --help."""
 
     guide: tuple[str, ...] = ()
     """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), sd3-tiny, or a folder or hub
     id. Left out: that of the bundled base. With --steps and --guidance_scales several, also
-    guidance-interval and adaptive-guidance in a clone. NAME=GUIDE gives it a name in the result;
+    guidance-interval and adaptive-guidance in a clone; or none, where a model of your own comes
+    first and it is left out. NAME=GUIDE gives it a name in the result;
     guides for different numbers of steps that have one name make one line."""
     models: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, high-contrast, monotone,
@@ -81,17 +83,23 @@ class EvaluateConfig:
     samples: int = 1000
     """Images for each model and guidance mode."""
     seed: int = 0
+    """Seed of the first image; each further image has the next one."""
     guidance_scale: float = 4.0
     num_inference_steps: int = 25
+    num_frames: int | None = None
+    """Frames of a video: 1 more than a multiple of what the pipeline takes for one latent, such as
+    49. Left out: the pipeline's own number."""
     refresh: int | None = None
     """How many steps of a guide run both passes. Left out: its own ratio of the steps."""
     batch_size: int = 32
+    """Images in one call, in each process."""
     dtype: Dtype = "float32"
     """Precision of the models."""
     variant: str | None = None
     """Variant of the weight files, such as fp16, of models that come in no other."""
     rounds: int = 15
-    """Rounds of the side-by-side timing."""
+    """Rounds of the side-by-side timing. No effect with --guidance_scales and
+    --negative_prompts."""
     inception_weights: str | None = None
     """File of Inception weights: adds FID."""
     clip: str | None = None
@@ -120,7 +128,8 @@ def main(arguments: Sequence[str]) -> None:
         found = _measure(
             config, models=models, scorer=open_scorer(config.scorer, config.models),
             command=shlex.join(["pilotfish", "evaluate", *arguments]), seed=config.seed,
-            batch_size=config.batch_size, unfinished=unfinished, progress=progress,
+            num_frames=config.num_frames, batch_size=config.batch_size, unfinished=unfinished,
+            progress=progress,
         )  # fmt: skip
     if is_main():
         found.save(config.output)
@@ -137,7 +146,7 @@ def main(arguments: Sequence[str]) -> None:
             drawn = draw_models(
                 models, {TITLES[mode]: how for mode, how in modes.items()}, prompts,
                 progress=progress, seed=config.seed,
-                num_inference_steps=config.num_inference_steps,
+                num_inference_steps=config.num_inference_steps, num_frames=config.num_frames,
             )  # fmt: skip
         if is_main():
             Path(config.grid).parent.mkdir(parents=True, exist_ok=True)
@@ -146,11 +155,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _own_guide(config: EvaluateConfig) -> tuple[str, ...]:
-    """The guide of the first model's base; none where curves are measured on a base without."""
-    first = config.models[0]
-    name, curve = bundled.guide_of(first), config.steps or config.guidance_scales
-    there = first in bundled.model_names() and name in bundled.guide_names()
-    return () if curve and not there else (name,)
+    """That of the first model's base; none where curves of a model of the user's are measured."""
+    curve, first = config.steps or config.guidance_scales, config.models[0]
+    return () if curve and first not in bundled.model_names() else (bundled.guide_of(first),)
 
 
 def _check(config: EvaluateConfig) -> None:

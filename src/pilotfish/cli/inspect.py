@@ -39,16 +39,21 @@ class InspectConfig:
     """Site of the maps: the name of a module. Left out: the last site before the prediction
     that has a map."""
     guidance_scales: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
+    """Each w that is drawn."""
     scales: str | None = None
     """PNG or JPEG file: the images at each guidance scale, CFG above guided."""
     enlarge: int = 2
     """Factor by which the images of --scales are enlarged."""
     num_inference_steps: int | None = None
-    """Left out: 25, or those that the guide was distilled to."""
+    """Left out: 25, or those that the guide was distilled for."""
+    num_frames: int | None = None
+    """Frames of a video: 1 more than a multiple of what the pipeline takes for one latent, such as
+    49. Left out: the pipeline's own number."""
     seed: int = 0
     variant: str | None = None
     """Variant of the weight files, such as fp16, of models that come in no other."""
     output: str = "runs/inspect"
+    """Folder of maps.png and strength.png. No effect with --scales."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -69,6 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     found = inspect(
         pipe, guide, config.prompt, seed=config.seed, guidance_scales=config.guidance_scales,
         num_inference_steps=sampling_steps(pipe, guide, config.num_inference_steps),
+        num_frames=config.num_frames,
     )  # fmt: skip
     sites = list(dict.fromkeys(a.site for a in found if a.map is not None))
     if not sites:
@@ -96,6 +102,7 @@ def _draw_scales(config: InspectConfig, guide: Guide, file: Path) -> None:
             drawn[name] = draw_scales(
                 pipe, guide, config.prompt, config.guidance_scales, seed=config.seed,
                 num_inference_steps=sampling_steps(pipe, guide, config.num_inference_steps),
+                num_frames=config.num_frames,
             )  # fmt: skip
             progress("models", i + 1, len(config.models))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -48,12 +48,12 @@ class SampleConfig:
     """What takes CFG's place in --mode cfg."""
     negative_prompt: str | None = None
     guidance_scale: float = 4.0
+    """w; 1 is no guidance."""
     refresh: int | None = None
-    """How many steps run both passes, inside the call and denser at high noise;
-    after each the guide is given the difference between the two predictions. Left out: the guide's
-    own ratio of the steps."""
+    """How many steps run both passes, denser at high noise; after each the guide is given the
+    difference between the two predictions. Left out: the guide's own ratio of the steps."""
     refresh_at: tuple[int, ...] = ()
-    """In place of --refresh: which steps do, counted from 0."""
+    """In place of --refresh: the steps that run both passes, counted from 0."""
     num_inference_steps: int | None = None
     """Left out: 25, or those that the guide was distilled for."""
     num_frames: int | None = None
@@ -61,11 +61,13 @@ class SampleConfig:
     49. Left out: the pipeline's own number."""
     num_images_per_prompt: int = 1
     seed: int = 0
-    """Of the first image; each further image has the next seed."""
+    """Seed of the first image; each further image has the next one."""
     batch_size: int = 16
+    """Images in one call."""
     variant: str | None = None
-    """Of the weight files, such as fp16."""
+    """Variant of the weight files, such as fp16, of models that come in no other."""
     dtype: Dtype = "float32"
+    """Precision of the models."""
     device: str | None = None
     """Left out: an accelerator if there is one."""
     output: str = "runs/samples"
@@ -113,19 +115,16 @@ def sample_model(
             f"a {type(pipe).__name__} needs an image as input: attach the guide and call the "
             "pipeline itself"
         )
-    call = {} if config.num_frames is None else {"num_frames": config.num_frames}
     texts = [text for text in prompts for _ in range(config.num_images_per_prompt)]
     method = Reference(config.teacher)
     samples = sample(
         pipe, texts, seeds=range(config.seed, config.seed + len(texts)),
         guidance_scale=1.0 if mode == GuidanceMode.NONE else config.guidance_scale,
-        num_inference_steps=steps,
-        batch_size=config.batch_size,
+        num_inference_steps=steps, num_frames=config.num_frames, batch_size=config.batch_size,
         guide=Refreshed(network, config.refresh_at or config.refresh) if network else method,
         negative_prompts=(
             None if config.negative_prompt is None else [config.negative_prompt] * len(texts)
         ),
-        **call,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     images = []

@@ -27,7 +27,7 @@ from pilotfish.evaluation.results import (
     modules,
     versions,
 )
-from pilotfish.evaluation.run import as_json, dtype_name
+from pilotfish.evaluation.run import as_json, dtype_name, frames_setting
 from pilotfish.evaluation.speed import take_turns, timed_call
 from pilotfish.guides import Guide
 from pilotfish.pipelines import Refreshed
@@ -149,6 +149,7 @@ def _score(
     samples: int = 1000,
     seed: int = 0,
     refresh: RefreshSteps | None = None,
+    num_frames: int | None = None,
     batch_size: int = 32,
     scorer: Scorer | None = None,
     unfinished: str | Path | None = None,
@@ -162,6 +163,7 @@ def _score(
         samples: images for each point.
         refresh: steps of the guides that run both passes: how many, what ratio, or which. Left
             out: the ratio that each guide names.
+        num_frames: of a video; left out, the pipeline's own number.
         unfinished: file of the points that are finished; the same call resumes from it. To be
             deleted when the result is saved.
         progress: called after every batch.
@@ -174,6 +176,7 @@ def _score(
     all_methods |= {name: Method.of(guides, refresh) for name, guides in methods.items()}
     facts: dict[str, Any] = {
         "names": list(names), "samples": samples, "seed": seed, "refresh": refresh,
+        **frames_setting(num_frames),
     }  # fmt: skip
     guides = [guide for method in all_methods.values() for guide in method.guides.values()]
     # before a model changes the precision of a guide
@@ -183,7 +186,7 @@ def _score(
         pipe = _load(source, setting)
         images = ModelScorer(
             pipe, scorer, prompts=names, names=names, reference_images=source.reference_images,
-            samples=samples, seed=seed, batch_size=batch_size,
+            samples=samples, seed=seed, batch_size=batch_size, num_frames=num_frames,
         )  # fmt: skip
         served = {
             id(method.guide(one.num_inference_steps)): method.attachable(one.num_inference_steps)
@@ -217,7 +220,7 @@ def _score(
         command, seed, samples, last.guidance_scale, last.num_inference_steps, machine(),
         versions(), dtype_name(base), refresh if refresh is None else as_json(refresh),
     )  # fmt: skip
-    times = on_main(partial(_wall_clock, base, all_methods, settings, rounds, names[0]))
+    times = on_main(partial(_wall_clock, base, all_methods, settings, rounds, names[0], num_frames))
     return CurveResult(setting, by_model, times, sizes, run)
 
 
@@ -252,8 +255,9 @@ def _describe(guide: Attachable | None) -> str:
 
 @torch.no_grad()
 def _wall_clock(
-    pipe: Any, methods: Mapping[str, Method], settings: Sequence[Setting], rounds: int, prompt: str
-) -> dict[str, dict[str, float]]:
+    pipe: Any, methods: Mapping[str, Method], settings: Sequence[Setting], rounds: int,
+    prompt: str, num_frames: int | None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """All methods take turns, so that other load on the machine affects all alike."""
     if not rounds:
         return {}
@@ -261,7 +265,7 @@ def _wall_clock(
         (name, one.value): partial(
             timed_call, pipe, method.attachable(one.num_inference_steps),
             1.0 if method.unguided else one.guidance_scale, one.num_inference_steps,
-            TIMED_BATCH, prompt,
+            TIMED_BATCH, prompt, num_frames=num_frames,
         )
         for name, method in methods.items()
         for one in settings

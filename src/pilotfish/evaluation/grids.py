@@ -25,6 +25,7 @@ def draw_models(
     *,
     seed: int = 0,
     num_inference_steps: int = 25,
+    num_frames: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Images of every prompt by model and column, prompt i from seed ``seed + i``; what
@@ -32,6 +33,8 @@ def draw_models(
 
     Args:
         columns: title -> w of the call, and what is attached for it.
+        num_frames: of a video, which its middle frame stands for; left out, the pipeline's own
+            number.
     """
     drawn, seeds = {}, [seed + i for i in range(len(prompts))]
     report = progress or (lambda what, done, total: None)
@@ -41,7 +44,7 @@ def draw_models(
         drawn[name] = {
             title: draw(
                 pipe, prompts, seeds, guidance_scale=w, guide=method,
-                num_inference_steps=num_inference_steps,
+                num_inference_steps=num_inference_steps, num_frames=num_frames,
             ).images
             for title, (w, method) in columns.items()
         }  # fmt: skip
@@ -51,9 +54,12 @@ def draw_models(
 
 def draw_scales(
     pipe: Any, guide: Guide, prompts: Sequence[str], guidance_scales: Sequence[float], *,
-    seed: int = 0, num_inference_steps: int = 25,
+    seed: int = 0, num_inference_steps: int = 25, num_frames: int | None = None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Images of every prompt by CFG and guided, at several w from the same noise.
+
+    Args:
+        num_frames: as of :func:`draw_models`.
 
     Returns:
         "<prompt>, CFG" and "<prompt>, guided" -> (N, 3, H, W) in [-1, 1], one a w.
@@ -69,7 +75,7 @@ def draw_scales(
         for mode, method in methods.items():
             made = draw(
                 pipe, prompts, seeds, guidance_scale=w, guide=method,
-                num_inference_steps=num_inference_steps,
+                num_inference_steps=num_inference_steps, num_frames=num_frames,
             )  # fmt: skip
             for prompt, image in zip(prompts, made.images, strict=True):
                 rows[f"{prompt}, {TITLES[mode]}"].append(image)

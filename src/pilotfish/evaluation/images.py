@@ -100,14 +100,14 @@ def spread_prompts(prompts: Sequence[T], samples: int, seed: int) -> tuple[list[
 def draw(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, guidance_scale: float,
     num_inference_steps: int, guide: Attachable | None = None,
-    negative_prompts: Sequence[str] | None = None,
+    negative_prompts: Sequence[str] | None = None, num_frames: int | None = None,
 ) -> ImageBatch:  # fmt: skip
     """One batch in one mode; every process samples its share of it."""
     mine = share(len(prompts))
     batch = ImageBatch.of(
         sample(
             pipe, [prompts[i] for i in mine], seeds=[seeds[i] for i in mine],
-            guidance_scale=guidance_scale, guide=guide,
+            guidance_scale=guidance_scale, guide=guide, num_frames=num_frames,
             num_inference_steps=num_inference_steps, batch_size=len(mine),
             negative_prompts=negative_prompts and [negative_prompts[i] for i in mine],
         )
@@ -145,7 +145,7 @@ def check_methods(pipe: Any, methods: Iterable[Attachable | None]) -> None:
 def draw_modes(
     pipe: Any, guide: Attachable, prompts: Sequence[str], seeds: Sequence[int], *,
     guidance_scale: float, num_inference_steps: int, batch_size: int,
-    reference: Attachable | None = None,
+    reference: Attachable | None = None, num_frames: int | None = None,
 ) -> Iterator[dict[str, ImageBatch]]:  # fmt: skip
     """Batch after batch, each in every guidance mode. The guide is attached during its own mode
     alone. ``batch_size`` is that of each process, ``reference`` as of :func:`guidance_modes`."""
@@ -156,7 +156,7 @@ def draw_modes(
         yield {
             mode: draw(
                 pipe, prompts[part], seeds[part], guidance_scale=w, guide=with_guide,
-                num_inference_steps=num_inference_steps,
+                num_inference_steps=num_inference_steps, num_frames=num_frames,
             )
             for mode, (w, with_guide) in modes.items()
         }  # fmt: skip
@@ -197,6 +197,7 @@ class ModelScorer:
         samples: images in each mode.
         seed: of the first image; the others follow.
         batch_size: of each process.
+        num_frames: of a video; left out, the pipeline's own number.
 
     Raises:
         ValueError: a prompt that is no name, or fewer than two samples.
@@ -205,11 +206,13 @@ class ModelScorer:
     def __init__(
         self, pipe: Any, scorer: Scorer, *, prompts: Sequence[str], names: Sequence[str],
         reference_images: str | Path | None, samples: int, seed: int, batch_size: int = 32,
+        num_frames: int | None = None,
     ) -> None:  # fmt: skip
         if samples < 2:
             raise ValueError(f"at least two samples are needed, not {samples}")
         self.pipe, self.scorer, self.batch_size = pipe, scorer, total_batch_size(batch_size)
         self.texts, self.seeds = spread_prompts(prompts, samples, seed)
+        self.num_frames = num_frames
         self.prompt = indices(self.texts, names)
         self.names = scorer.texts(list(names))
         self.reference = load_reference(pipe, reference_images)
@@ -232,6 +235,7 @@ class ModelScorer:
                 batch = draw(
                     self.pipe, self.texts[part], self.seeds[part], guidance_scale=guidance_scale,
                     num_inference_steps=num_inference_steps, guide=method,
+                    num_frames=self.num_frames,
                 )  # fmt: skip
                 drawn += len(share(len(batch.prompts)))
                 meter.update(batch.images, self.scorer.images(batch.images), self.prompt[part])

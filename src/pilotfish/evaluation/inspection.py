@@ -49,15 +49,20 @@ def inspect(
     seed: int = 0,
     guidance_scales: Sequence[float] = (2.0, 4.0, 6.0, 8.0),
     num_inference_steps: int = 25,
+    num_frames: int | None = None,
 ) -> list[Added]:
-    """Sample the prompts at every scale, from the same noise, and record all that is added."""
+    """Sample the prompts at every scale, from the same noise, and record all that is added.
+
+    Args:
+        num_frames: of a video; left out, the pipeline's own number.
+    """
     found: list[Added] = []
     for w in guidance_scales:
         with _recording(guide, w, found):
             for _ in sample(
                 pipe, prompts, seeds=range(seed, seed + len(prompts)), guidance_scale=w,
-                num_inference_steps=num_inference_steps, batch_size=len(prompts),
-                guide=Refreshed(guide, 0),
+                num_inference_steps=num_inference_steps, num_frames=num_frames,
+                batch_size=len(prompts), guide=Refreshed(guide, 0),
             ):  # fmt: skip
                 pass
     return found

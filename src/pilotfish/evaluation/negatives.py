@@ -27,7 +27,7 @@ from pilotfish.evaluation.results import (
     modules,
     versions,
 )
-from pilotfish.evaluation.run import as_json, dtype_name
+from pilotfish.evaluation.run import as_json, dtype_name, frames_setting
 from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
 from pilotfish.pipelines import Reference, Refreshed
@@ -53,7 +53,8 @@ def pairs(prompts: Sequence[str]) -> list[str]:
 def evaluate_negatives_of_model(
     pipe: Any, guide: Guide, prompts: Sequence[str], negative_prompts: Sequence[str],
     scorer: Scorer, *, seed: int = 0, guidance_scale: float = 4.0, num_inference_steps: int = 25,
-    refresh: RefreshSteps = 0, batch_size: int = 32, progress: Progress | None = None,
+    refresh: RefreshSteps = 0, num_frames: int | None = None, batch_size: int = 32,
+    progress: Progress | None = None,
 ) -> NegativeModel:  # fmt: skip
     """Measure one pipeline.
 
@@ -62,6 +63,7 @@ def evaluate_negatives_of_model(
         negative_prompts: one for each.
         seed: of the first image; the others follow.
         refresh: steps of the guide that run both passes: how many, what ratio, or which.
+        num_frames: of a video; left out, the pipeline's own number.
         batch_size: of each process.
         progress: called after every batch.
 
@@ -73,6 +75,7 @@ def evaluate_negatives_of_model(
     trajectories = partial(
         Trajectories.of_pipeline, pipe, prompts, seed=seed, batch_size=batch_size,
         num_inference_steps=num_inference_steps, process=process(), guidance=guide.guidance,
+        num_frames=num_frames,
     )  # fmt: skip
     report("guidance error", 0, 1)
     error = partial(pipeline_guidance_error, pipe, guide, refresh=refresh, gather=gather_objects)
@@ -90,6 +93,7 @@ def evaluate_negatives_of_model(
         sampled = partial(
             draw, pipe, texts, range(seed + i, seed + i + len(texts)),
             guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
+            num_frames=num_frames,
         )  # fmt: skip
         cfg = sampled(guide=reference, negative_prompts=negative)
         plain_cfg = sampled(guide=reference)
@@ -115,13 +119,14 @@ def evaluate_negatives_of_model(
 def evaluate_negatives(
     models: Mapping[str, ModelSource], guide: Guide, prompts: Sequence[str], *, guide_name: str,
     command: str, scorer: Scorer | None = None, seed: int = 0, guidance_scale: float = 4.0,
-    num_inference_steps: int = 25, refresh: RefreshSteps = 0, batch_size: int = 32,
-    unfinished: str | Path | None = None, progress: Progress | None = None,
+    num_inference_steps: int = 25, refresh: RefreshSteps = 0, num_frames: int | None = None,
+    batch_size: int = 32, unfinished: str | Path | None = None, progress: Progress | None = None,
 ) -> NegativeResult:  # fmt: skip
     """Measure a guide on every model, each prompt with the negative prompt of :func:`pairs`.
 
     Args:
         refresh: see :func:`evaluate_negatives_of_model`.
+        num_frames: likewise.
         unfinished: file of the models that are finished; the same call resumes from it. To be
             deleted when the result is saved.
 
@@ -147,10 +152,12 @@ def evaluate_negatives(
         size, dtype = size or GuideSize.of(guide, pipe, guide_name), dtype_name(pipe)
         measure = partial(
             evaluate_negatives_of_model, pipe, guide, prompts, negative_prompts, scorer,
-            batch_size=batch_size, progress=named_progress(progress, name), **same,
+            num_frames=num_frames, batch_size=batch_size,
+            progress=named_progress(progress, name), **same,
         )  # fmt: skip
         networks = parts.checksums({**modules(pipe), "scorer": scorer.model})
         facts = same | {"prompts": list(prompts), "weights": weights | networks}
+        facts |= frames_setting(num_frames)
         results[name] = parts.get(NegativeModel, facts, measure)
     assert size is not None
     run = Run(command, samples=len(prompts), machine=machine(), versions=versions(),

@@ -66,6 +66,7 @@ def evaluate_model(
     guidance_scale: float = 4.0,
     num_inference_steps: int = 25,
     refresh: RefreshSteps = 0,
+    num_frames: int | None = None,
     batch_size: int = 32,
     scorer: Scorer | None = None,
     guidance_scales: Sequence[float] = SCALES,
@@ -84,6 +85,7 @@ def evaluate_model(
         samples: images in each mode; the prompts are repeated, each time with new seeds.
         seed: of the first image; the others follow.
         refresh: steps of the guide that run both passes: how many, what ratio, or which.
+        num_frames: of a video; left out, the pipeline's own number.
         batch_size: of each process.
         scorer: left out: the bundled one.
         guidance_scales: each w of the guidance error.
@@ -98,7 +100,7 @@ def evaluate_model(
     _check(samples, guidance_scale)
     model = ModelScorer(
         pipe, scorer or Scorer.bundled(), prompts=prompts, names=names, samples=samples,
-        reference_images=reference_images, seed=seed, batch_size=batch_size,
+        reference_images=reference_images, seed=seed, batch_size=batch_size, num_frames=num_frames,
     )  # fmt: skip
     modes = [mode.value for mode in GuidanceMode]
     scores = {mode: model.meter() for mode in modes}
@@ -110,7 +112,7 @@ def evaluate_model(
     trajectories = Trajectories.of_pipeline(
         pipe, validation_prompts, guidance_scales=guidance_scales, seed=seed,
         num_inference_steps=num_inference_steps, batch_size=batch_size, process=process(),
-        guidance=guide.guidance,
+        guidance=guide.guidance, num_frames=num_frames,
     )  # fmt: skip
     error = pipeline_guidance_error(
         pipe, guide, trajectories, refresh=refresh, gather=gather_objects
@@ -121,7 +123,7 @@ def evaluate_model(
     for batches in draw_modes(
         pipe, Refreshed(guide, refresh), model.texts, model.seeds, guidance_scale=guidance_scale,
         num_inference_steps=num_inference_steps, batch_size=batch_size,
-        reference=Reference(guide.guidance),
+        reference=Reference(guide.guidance), num_frames=num_frames,
     ):  # fmt: skip
         features = {mode: model.scorer.images(batch.images) for mode, batch in batches.items()}
         for mode, batch in batches.items():
@@ -160,6 +162,7 @@ def evaluate(
     guidance_scale: float = 4.0,
     num_inference_steps: int = 25,
     refresh: RefreshSteps = 0,
+    num_frames: int | None = None,
     batch_sizes: Sequence[int] = (1, 8),
     rounds: int = 15,
     scorer: Scorer | None = None,
@@ -174,6 +177,7 @@ def evaluate(
         guide_name: its name in the result.
         command: the command line that repeats the run.
         refresh: see :func:`evaluate_model`.
+        num_frames: likewise.
         batch_sizes: of the wall clock.
         rounds: of the wall clock.
         unfinished: file of the models that are finished; the same call resumes from it. To be
@@ -202,19 +206,21 @@ def evaluate(
         "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps,
         "refresh": as_json(refresh),
     }  # fmt: skip
+    frames = frames_setting(num_frames)
     for name, source in models.items():
         pipe = source.load()
         check(guide, pipe)
         networks = parts.checksums({**modules(pipe), "scorer": scorer.model})
-        facts = same | settings | {
+        facts = same | settings | frames | {
             "samples": samples, "seed": seed, "reference_images": source.reference_images,
             "weights": weights | networks,
         }  # fmt: skip
         if cost is None or size is None:
             size = GuideSize.of(guide, pipe, guide_name)
             measure = partial(
-                measure_cost, pipe, guide, batch_sizes=batch_sizes, rounds=rounds, **same
-            )
+                measure_cost, pipe, guide, batch_sizes=batch_sizes, rounds=rounds,
+                num_frames=num_frames, **same,
+            )  # fmt: skip
             timing = {"rounds": rounds, "batch_sizes": list(batch_sizes)}
             cost = parts.get(Cost, facts | timing, partial(on_main, measure))
             run = Run(
@@ -224,7 +230,7 @@ def evaluate(
         model = partial(
             evaluate_model, pipe, guide, reference_images=source.reference_images,
             samples=samples, seed=seed, scorer=scorer, progress=named_progress(progress, name),
-            **same, **settings,
+            num_frames=num_frames, **same, **settings,
         )  # fmt: skip
         results[name] = parts.get(ModelResult, facts, model)
     assert cost is not None and size is not None
@@ -234,6 +240,11 @@ def evaluate(
 def as_json(refresh: RefreshSteps) -> int | float | list[int]:
     """As a result holds it."""
     return refresh if isinstance(refresh, int | float) else list(refresh)
+
+
+def frames_setting(num_frames: int | None) -> dict[str, int]:
+    """As unfinished results hold it; those of images, and those that are there, have none."""
+    return {} if num_frames is None else {"num_frames": num_frames}
 
 
 def dtype_name(pipe: Any) -> str:

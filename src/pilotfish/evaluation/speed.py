@@ -35,6 +35,7 @@ def measure_cost(
     refresh: RefreshSteps = 0,
     batch_sizes: Sequence[int] = (1, 8),
     rounds: int = 5,
+    num_frames: int | None = None,
     compiled: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
@@ -49,12 +50,14 @@ def measure_cost(
         refresh: steps of the guided mode that run both passes: how many, what ratio, or which.
         batch_sizes: images in one call.
         rounds: timed rounds, after a first one that is not timed.
+        num_frames: of a video; left out, the pipeline's own number.
         compiled: compile the denoiser with ``torch.compile`` before the timing, in all modes; it
             stays compiled.
         clock: seconds, rising.
 
     Raises:
-        ValueError: w of at most 1, where CFG takes one pass too; no round, no step, no image.
+        ValueError: w of at most 1, where CFG takes one pass too; no round, no step, no image;
+            ``num_frames`` that the pipeline does not take.
     """
     if guidance_scale <= 1:
         raise ValueError(f"CFG costs a second pass only for w above 1, not {guidance_scale}")
@@ -70,7 +73,7 @@ def measure_cost(
 
     def call(mode: str, batch: int, steps: int) -> float:
         w = scales[GuidanceMode(mode)]
-        return timed_call(pipe, methods.get(mode), w, steps, batch, prompt, clock)
+        return timed_call(pipe, methods.get(mode), w, steps, batch, prompt, clock, num_frames)
 
     denoiser = Backbone.of_pipeline(pipe).denoiser
     passes = {}
@@ -123,10 +126,12 @@ def counted_rows(denoiser: torch.nn.Module) -> Iterator[list[int]]:
 def timed_call(
     pipe: Any, method: Attachable | None, guidance_scale: float, steps: int, batch: int,
     prompt: str = "", clock: Callable[[], float] = time.perf_counter,
+    num_frames: int | None = None,
 ) -> float:  # fmt: skip
     """Seconds of one call of the pipeline, up to the final latents."""
     pipe.set_progress_bar_config(disable=True)
-    call = Backbone.of_pipeline(pipe).call_arguments(pipe, guidance_scale, batch)
+    backbone = Backbone.of_pipeline(pipe)
+    call = backbone.call_arguments(pipe, guidance_scale, batch, num_frames=num_frames)
     with method.attached(pipe) if method else nullcontext():
         start = clock()
         pipe(

@@ -76,33 +76,35 @@ class TinySettings:
     """What can be chosen of a tiny guide."""
 
     text: bool = True
-    """Whether the text is extrapolated."""
+    """Whether the embeddings of the text are extrapolated."""
     attention: bool = True
-    """Whether the attention layers that take in the text are."""
+    """Whether the attention layers that read the text are extrapolated."""
     joint_attention: Literal["whole", "sampled"] = "whole"
-    """Where text and image attend to each other in one layer, the answer to the negative prompt
-    takes a second attention among all of the image's tokens, or the pass's own answer in which the
-    text is exchanged, with the image's share of the softmax from ``image_tokens`` of them. Stable
-    Diffusion 3 alone knows the second."""
+    """Where text and image attend to each other in one layer: the answer to the negative prompt by
+    a second attention among all tokens, or from the pass's own answer, in which the text is
+    exchanged, with the image's share of the softmax from ``image_tokens`` of its tokens. The
+    second is for Stable Diffusion 3 alone."""
     image_tokens: int = 256
     """Of ``sampled`` joint attention. The second attention is taken where an image has no more."""
     negative_stream: Literal["joint", "cached"] = "joint"
-    """What the negative prompt's tokens attend to there: also to the image's, as in the
-    unconditional pass, or to each other alone. The second is made once a call, for all images and
-    steps. Stable Diffusion 3 alone knows it."""
+    """What the negative prompt's tokens attend to in such layers: also to the image's, as in the
+    unconditional pass, or to each other alone. The second is computed once a call, for all images
+    and steps, and is for Stable Diffusion 3 alone."""
     modulation: bool = True
-    """Whether the layers that take pooled text from the embedding of the timestep are."""
+    """Whether the layers that read the pooled text, with the embedding of the timestep, are
+    extrapolated."""
     condition_on_negative: bool = False
     """Whether the guide is conditioned on the negative prompt itself, and not only on its
     difference to the prompt. Worth its few parameters where ``--negative_prompt_prob`` is
     large."""
     share: float = 0.01
-    """Its parameters as a share of the denoiser's: where ``rank`` is left out, it and ``head`` are
-    chosen as large as that allows, but the rank is at least 1."""
+    """The guide's parameters as a share of the denoiser's: where ``rank`` is left out, it and
+    ``head`` are chosen as large as that allows, but the rank is at least 1."""
     rank: int | None = None
     """Channels of the addition to a decoder layer, at most half of that layer's; 0 for none."""
     layers: int = 4
-    """How many of the decoder's layers get one: evenly spaced, the last among them."""
+    """How many of the decoder's layers get such an addition: evenly spaced, the last among
+    them."""
     head: int | None = None
     """Channels of the head at the prediction; 0 for none. Left out: three times the rank."""
     uncond_templates: int = 0
@@ -111,10 +113,10 @@ class TinySettings:
     condition_dim: int = 32
     """Width of the embedding of time, w and text."""
     normalize_text: bool = True
-    """Whether what it reads of the text's embeddings is divided by their root mean square, which
-    differs between text encoders."""
+    """Whether what the guide reads of the text's embeddings is divided by their root mean square,
+    which differs between text encoders."""
     refresh: bool = True
-    """Whether it takes in what a refresh found."""
+    """Whether the guide uses what a step with both passes found, in the steps after it."""
 
 
 class TinyGuide(Guide, guide_type="tiny", settings=TinySettings):

@@ -132,7 +132,11 @@ def _variants(folder: Path) -> list[str]:
 
 def use_deterministic_scheduler(pipe: Any) -> None:
     """Replace a pipeline's scheduler with the deterministic one of its noise path, whose steps
-    guides for few steps are distilled to: see :func:`pilotfish.noise.deterministic_scheduler`."""
+    guides for few steps are distilled to: see :func:`pilotfish.noise.deterministic_scheduler`.
+
+    Where the pipeline's call takes no times (Wan), the scheduler has them; a pipeline that was
+    saved and loaded needs this function again.
+    """
     even = not Backbone.of_pipeline(pipe).takes_times
     pipe.scheduler = deterministic_scheduler(pipe.scheduler, even)
 

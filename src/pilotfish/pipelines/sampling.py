@@ -58,6 +58,7 @@ def sample(
     num_inference_steps: int = 25,
     guide: Attachable | None = None,
     negative_prompts: Sequence[str] | None = None,
+    num_frames: int | None = None,
     batch_size: int = 32,
     **call: Any,
 ) -> Iterator[Sample]:
@@ -69,14 +70,15 @@ def sample(
         guidance_scale: w; 1 is no guidance.
         guide: attached while a batch is sampled, if given; else the pipeline runs as it is.
         negative_prompts: as many as prompts; left out, the null prompt.
+        num_frames: of a video; left out, the pipeline's own number.
         call: further arguments of the pipeline's call.
 
     Raises:
         ValueError: prompts, seeds or negative prompts differ in number; no step, or an empty batch;
             ``num_frames`` that the pipeline does not take. Raised before sampling.
     """
-    if call.get("num_frames") is not None:
-        Backbone.of_pipeline(pipe).latent_frames_of(pipe, call["num_frames"])
+    if num_frames is not None:
+        Backbone.of_pipeline(pipe).latent_frames_of(pipe, num_frames)
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     if negative_prompts is not None and len(negative_prompts) != len(prompts):
@@ -86,21 +88,24 @@ def sample(
             raise ValueError(f"{name} must be at least 1, not {value}")
     call["num_inference_steps"] = num_inference_steps
     batches = (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size))
-    return _drawn(pipe, prompts, seeds, guidance_scale, guide, negative_prompts, batches, call)
+    return _drawn(
+        pipe, prompts, seeds, guidance_scale, guide, negative_prompts, num_frames, batches, call
+    )
 
 
 @torch.no_grad()
 def _drawn(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float,
-    guide: Attachable | None, negative_prompts: Sequence[str] | None, batches: Iterable[slice],
-    call: dict[str, Any],
+    guide: Attachable | None, negative_prompts: Sequence[str] | None, num_frames: int | None,
+    batches: Iterable[slice], call: dict[str, Any],
 ) -> Iterator[Sample]:  # fmt: skip
     backbone = Backbone.of_pipeline(pipe)
     pipe.set_progress_bar_config(disable=True)
     for batch in batches:
         texts, some = list(prompts[batch]), seeds[batch]
         negatives = negative_prompts and negative_prompts[batch]
-        given = backbone.call_arguments(pipe, guidance_scale, len(texts), negatives) | call
+        given = backbone.call_arguments(pipe, guidance_scale, len(texts), negatives, num_frames)
+        given |= call
         # attached for one batch only: between two of them the pipeline is its owner's
         with guide.attached(pipe) if guide is not None else nullcontext():
             latents = pipe(
@@ -109,7 +114,7 @@ def _drawn(
                 output_type="latent",
                 **given,
             )[0]
-        latents = backbone.final_latents(latents, pipe, call)
+        latents = backbone.final_latents(latents, pipe, given)
         # videos one by one: those of a batch may take gigabytes
         videos = (decode(pipe, z[None])[0] for z in latents)
         images = videos if latents.ndim == 5 else decode(pipe, latents)

@@ -96,9 +96,12 @@ class TrainingConfig:
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
         "constant_with_warmup",
     ] = "cosine"  # fmt: skip
+    """Schedule of the learning rate, as in diffusers."""
     lr_warmup_steps: NonNegativeInt = 100
+    """Optimizer steps in which the learning rate rises to its peak."""
     adam_weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
+    """Gradients of a larger norm are clipped to it."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches in an optimizer step."""
     gradient_checkpointing: bool = False
@@ -114,6 +117,7 @@ class TrainingConfig:
     use_8bit_adam: bool = False
     """Adam's moments in eight bits, by bitsandbytes (the extra ``8bit``)."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of autocast, by accelerate."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
     """Decay of the exponential moving average of the guide's weights. The average is saved."""
     guidance_scale_min: Annotated[float, Field(ge=1)] = 1.0
@@ -158,6 +162,7 @@ class TrainingConfig:
     """Validation prompts, at most 16, whose images are written at every validation, in columns:
     without guidance, with CFG, with the guide; in stage 2 of the teacher and of the guide."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "tensorboard"
+    """Where losses and validations are logged."""
     seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 0
 
     def __post_init__(self) -> None:
@@ -309,7 +314,7 @@ class StepsConfig(TrainingConfig):
 
     guide: Text | None = None
     """The guide to begin with, from stage 1: a folder, hub id or the name of a bundled one.
-    Default: tiny."""
+    Default: that of the bundled base."""
     teacher: Literal["guide", "cfg"] = "guide"
     """guide: the teacher is the guide that the round begins with, one pass a step, as in the paper.
     cfg: the teacher is CFG, or what the guide was taught in its place, with all passes in each
