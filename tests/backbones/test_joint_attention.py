@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.backbones.cache import TABLE_BYTES
-from pilotfish.backbones.extrapolation import split_heads
 from pilotfish.backbones.joint_attention import JointBlock, exchange_text
 from pilotfish.interface import GuideError, GuideOutput, TextConditions
 from tests import components
