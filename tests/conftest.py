@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# threads of a tokenizer take longer to wake than a prompt takes to encode
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, one core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +45,12 @@ ALL_PARTS: dict[type[Guide], dict[str, Any]] = {
     TinyGuide: {"condition_on_negative": True, "uncond_templates": 3}
 }
 """The settings with which a guide has all of its parts."""
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
