@@ -29,6 +29,8 @@ from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 from pilotfish.noise import NoisePath
 from tests import components
 
+gc.disable()  # what is imported stays; see pytest_collection_finish
+
 # a process that a test starts imports this tree too, wherever the environment was made
 _ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -48,9 +50,10 @@ ALL_PARTS: dict[type[Guide], dict[str, Any]] = {
 
 
 def pytest_collection_finish() -> None:
-    """Leave what has been imported out of every later collection of garbage."""
+    """Leave what has been imported out of every collection of garbage."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
