@@ -428,6 +428,7 @@ def guide(
     """One for the pipeline's denoiser; trained, every parameter of it has moved."""
     if settings:
         return _new_guide(name, trained, kind, seed, **settings)
+    torch.manual_seed(seed)  # for what a test draws after it
     return components.clone(_guide(name, trained, kind, seed))
 
 
