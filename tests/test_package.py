@@ -189,7 +189,7 @@ def test_core_dependencies_suffice_to_load_attach_and_sample(pipe: Any, tmp_path
 
 # Processes with the same packages each, forked where the core dependencies have been imported
 COMMANDS = """
-import contextlib, importlib, io, json, os
+import contextlib, importlib, io, json, os, traceback
 import diffusers, peft, torch, transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from pilotfish import cli
@@ -211,6 +211,8 @@ def forked(call):
         try:
             with open(writes, "w") as file:
                 file.write(json.dumps(call()))
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(writes)
