@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# threads of a tokenizer take longer to wake than a prompt takes to encode
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, one core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,11 +29,19 @@ from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
 from pilotfish.noise import NoisePath
 from tests import components
 
+gc.disable()  # what is imported stays; see pytest_collection_finish
+
 # a process that a test starts imports this tree too, wherever the environment was made
 _ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [*(str(_ROOT / name) for name in ("src", ".", "assets")), os.environ.get("PYTHONPATH", "")]
 ).rstrip(os.pathsep)
+
+# a seed for a device that is missing would be kept, with the stack of who set it
+for _name in ("cuda", "xpu", "mtia"):
+    _device = getattr(torch, _name, None)
+    if _device is not None and not _device.is_available():
+        _device.manual_seed_all = lambda seed: None
 
 settings.register_profile("pilotfish", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("pilotfish")
@@ -42,6 +53,13 @@ ALL_PARTS: dict[type[Guide], dict[str, Any]] = {
     TinyGuide: {"condition_on_negative": True, "uncond_templates": 3}
 }
 """The settings with which a guide has all of its parts."""
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported out of every collection of garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -187,54 +187,83 @@ def test_core_dependencies_suffice_to_load_attach_and_sample(pipe: Any, tmp_path
     )
 
 
-# A process for each command, forked where the core dependencies have been imported
+# Processes with the same packages each, forked where the core dependencies have been imported
 COMMANDS = """
-import contextlib, io, json, os
+import contextlib, importlib, io, json, os, traceback
 import diffusers, peft, torch, transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from pilotfish import cli
 
-def end(command, packages):
+def end(command):
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            code = cli.main([command, "--help"])
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException as error:
+        code = repr(error)
+    return code, said.getvalue()
+
+def forked(call):
     reads, writes = os.pipe()
     if not os.fork():
-        hidden.clear()
-        hidden.update(packages)
-        said = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-                code = cli.main([command, "--help"])
-        except SystemExit as ended:
-            code = ended.code
-        except BaseException as error:
-            code = repr(error)
-        with open(writes, "w") as file:
-            file.write(json.dumps([code, said.getvalue()]))
-        os._exit(0)
+            with open(writes, "w") as file:
+                file.write(json.dumps(call()))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
     os.close(writes)
     with open(reads) as file:
-        return file.read()
+        return json.load(file)
 
-for command, packages in json.loads(sys.argv[2]):
-    print(end(command, packages), flush=True)
+def among(packages, commands):
+    hidden.clear()
+    hidden.update(packages)
+    return [end(command) for command in commands]
+
+def loaded(packages, modules):
+    hidden.clear()
+    hidden.update(packages)
+    for module in modules:
+        importlib.import_module(module)
+    return sorted(sys.modules)
+
+groups, modules = json.loads(sys.argv[2])
+ended = [forked(lambda: among(*group)) for group in groups]
+print(json.dumps([ended, forked(lambda: loaded(*modules))]))
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_command_needs_its_extra_and_no_other() -> None:
-    core = hidden_without(None)
-    cases = [(name, extra, hidden) for name, (extra, *_) in cli.COMMANDS.items()
-             for hidden in (core, hidden_without(extra))]  # fmt: skip
-    tried = json.dumps([(name, sorted(hidden)) for name, _, hidden in cases])
-    done = run(HIDE + COMMANDS, ",".join(core), tried)
+    """And ``sample`` and ``app`` nothing of training and evaluation."""
+    extras = {name: extra for name, (extra, *_) in cli.COMMANDS.items()}
+    groups = {None: [*extras]} | {
+        extra: [name for name in extras if extras[name] == extra] for extra in extras.values()
+    }
+    hidden = {extra: hidden_without(extra) for extra in groups}
+    drawing = ("pilotfish.cli.sample", "pilotfish.cli.app", "pilotfish.app.session")
+    tried = [
+        [(sorted(hidden[extra]), names) for extra, names in groups.items()],
+        (sorted(hidden["training"] & hidden["app"]), drawing),
+    ]
+    done = run(HIDE + COMMANDS, ",".join(hidden[None]), json.dumps(tried))
     assert done.returncode == 0, done.stderr
+    ended, loaded = json.loads(done.stdout)
     wrong = []
-    for (name, extra, hidden), line in zip(cases, done.stdout.splitlines(), strict=True):
-        code, said = json.loads(line)
-        how = f"is not installed: run pip install 'pilotfish[{extra}]'"
-        if hidden is core:
-            fits = code == 1 and len(said.splitlines()) == 1 and how in said
-        else:
-            fits = code == 0
-        if not fits:
-            wrong.append((name, "with its extra" if hidden is not core else "", code, said))
+    for (extra, names), results in zip(groups.items(), ended, strict=True):
+        for name, (code, said) in zip(names, results, strict=True):
+            how = f"is not installed: run pip install 'pilotfish[{extras[name]}]'"
+            if extra is None:
+                fits = code == 1 and len(said.splitlines()) == 1 and how in said
+            else:
+                fits = code == 0
+            if not fits:
+                wrong.append((name, extra, code, said))
     assert not wrong
+    assert set(loaded) >= {*drawing}
+    others = ("pilotfish.training", "pilotfish.evaluation", "torchmetrics", "tensorboard")
+    assert [name for name in loaded if name.startswith(others)] == []

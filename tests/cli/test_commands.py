@@ -372,16 +372,6 @@ def test_another_package_called_baselines_counts_as_none(
     sys.modules.pop("baselines", None)  # the other one
 
 
-def test_sample_and_app_need_nothing_of_training_and_evaluation() -> None:
-    script = (
-        "import sys, pilotfish.cli.sample, pilotfish.cli.app, pilotfish.app.session\n"
-        "rooms = ('pilotfish.training', 'pilotfish.evaluation', 'torchmetrics', 'tensorboard')\n"
-        "print(*(name for name in sys.modules if name.startswith(rooms)))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
-
-
 def test_a_missing_module_of_the_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cli.COMMANDS, "demo", ("all", "pilotfish.cli.none", ""))
     with pytest.raises(ModuleNotFoundError, match=r"pilotfish\.cli\.none"):

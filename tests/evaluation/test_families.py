@@ -16,7 +16,8 @@ from pilotfish.evaluation.inspection import inspect
 from pilotfish.evaluation.negatives import evaluate_negatives
 from pilotfish.evaluation.run import evaluate
 from pilotfish.guides import Guide, TinyGuide
-from tests.pipelines.pipelines import PIPELINES, build, without_bins
+from tests.pipelines.pipelines import build, without_bins
+from tests.pipelines.specs import PIPELINES
 
 
 @pytest.fixture(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -28,6 +25,7 @@ from pilotfish.evaluation.processes import (
     total_batch_size,
 )
 from pilotfish.guides import Guide
+from tests import forked
 
 SEVEN = ("--samples", "7", "--num_inference_steps", "3", "--seed", "2")
 PROMPTS = ("--prompts", "names.txt", "--validation_prompts", "names.txt", "--scorer", "scorer")
@@ -77,23 +75,24 @@ def folder(
     return tmp_path
 
 
+@forked.NEEDED
 @pytest.mark.slow
 def test_two_processes_measure_what_one_measures(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "runner.py").write_text(RUNNER)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "runner.py", json.dumps(evaluations("two"))],
-        cwd=folder, check=False, capture_output=True, text=True,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    log = folder / "log"
+    run = forked.Forked(
+        json.dumps(evaluations("two")), log=log, script=folder / "runner.py", folder=folder,
+        processes=2,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, shown = run.wait(), log.read_text()
+    assert code == 0, shown[-3000:]
     monkeypatch.chdir(folder)
     for arguments in evaluations("one"):
         assert cli.main(arguments) == 0
     for key in COMMANDS:
-        assert done.stdout.count(f"saved two/{key}.json") == 1
+        assert shown.count(f"saved two/{key}.json") == 1
         one, two = (flat(json.loads(Path(f"{n}/{key}.json").read_text())) for n in ("one", "two"))
         assert one.keys() == two.keys()
         figures = [place for place, figure in one.items() if isinstance(figure, float)]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import diffusers
 
 from pilotfish.pipelines.attach import GUIDER
-from tests.pipelines.pipelines import OTHERS, PIPELINES
 from tests.pipelines.refused import ATTACHED, CONFIG, PAG, WHY
+from tests.pipelines.specs import OTHERS, PIPELINES
 
 EVERY = tuple(PIPELINES)
 

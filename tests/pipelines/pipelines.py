@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from inspect import signature
@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.wan import pipeline_wan_i2v
 from diffusers.utils import is_ftfy_available
 from PIL import Image
@@ -32,11 +33,7 @@ from pilotfish.backbones import (
     ZImageDiTBackbone,
 )
 from tests import components, editing
-from tests.pipelines.specs import CHANNELS, KLEIN_TEXT, SQUARE, TEXT
-from tests.pipelines.specs import MASKED as MASKED
-from tests.pipelines.specs import OTHERS as OTHERS
-from tests.pipelines.specs import PIPELINES as PIPELINES
-from tests.pipelines.specs import SIDE as SIDE
+from tests.pipelines.specs import CHANNELS, KLEIN_TEXT, PIPELINES, SIDE, SQUARE, TEXT
 
 if not is_ftfy_available():  # which Wan's other pipelines ask
     pipeline_wan_i2v.prompt_clean = str.strip
@@ -190,11 +187,17 @@ def shared(name: str, alone: bool = False) -> dict[str, Any]:
 
 @cache
 def _denoiser(name: str, seed: int = 0) -> Any:
+    return new_denoiser(name, seed)
+
+
+def new_denoiser(name: str, seed: int = 0, **config: Any) -> Any:
+    """One for the pipeline, with changes to its configuration."""
     spec = PIPELINES[name]
+    config = spec.denoiser | config
     if spec.component == "transformer":
         known = {"ZImage": "z_image", "AuraFlow": "aura_flow", "Flux2Klein": "flux2"}
         kind = known.get(spec.family, spec.family.lower())
-        return getattr(components, f"{kind}_transformer")(seed, **spec.denoiser)
+        return getattr(components, f"{kind}_transformer")(seed, **config)
     xl = {
         "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 6 * 8 + components.WIDTH,
@@ -202,7 +205,7 @@ def _denoiser(name: str, seed: int = 0) -> Any:
         "use_linear_projection": True, "transformer_layers_per_block": [1, 2],
     }  # fmt: skip
     plain = {"addition_embed_type": None}
-    return components.unet(**(xl if spec.family == "SDXL" else plain) | spec.denoiser)
+    return components.unet(**(xl if spec.family == "SDXL" else plain) | config)
 
 
 @cache
@@ -223,9 +226,21 @@ def guide(
     name: str, trained: bool = True, kind: type[Guide] = TinyGuide, seed: int = 3, **settings: Any
 ) -> Guide:
     """One for the pipeline's denoiser; trained, every parameter of it has moved."""
+    if settings:
+        return _new_guide(name, trained, kind, seed, **settings)
+    torch.manual_seed(seed)  # for what a test draws after it
+    return components.clone(_guide(name, trained, kind, seed))
+
+
+@cache
+def _guide(name: str, trained: bool, kind: type[Guide], seed: int) -> Guide:
+    """One with all of its parts, to be cloned: that takes a fraction of the time."""
+    parts = {"condition_on_negative": True, "uncond_templates": 2} if kind is TinyGuide else {}
+    return _new_guide(name, trained, kind, seed, **parts)
+
+
+def _new_guide(name: str, trained: bool, kind: type[Guide], seed: int, **settings: Any) -> Guide:
     torch.manual_seed(seed)
-    if kind is TinyGuide and not settings:
-        settings = {"condition_on_negative": True, "uncond_templates": 2}
     spec = PIPELINES[name]
     made = kind.for_denoiser(_denoiser(name), spec.prediction_type, **settings)
     return components.randomise(made, seed, 0.05) if trained else made.eval()
@@ -263,6 +278,25 @@ def build(name: str, pipeline: str | None = None, alone: bool = False, **parts: 
     return Pipeline(pipe, images, spec.call)
 
 
+def small(name: str, **settings: Any) -> tuple[Pipeline, Guide]:
+    """A pipeline to be compiled, which takes a second for every few layers, and a trained guide:
+    a UNet has one level."""
+    spec = PIPELINES[name]
+    config: dict[str, Any] = {}
+    if spec.component == "unet":
+        config = {
+            "block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",),
+        }  # fmt: skip
+    if spec.family == "SDXL":
+        config["transformer_layers_per_block"] = [1]
+    denoiser = new_denoiser(name, **config)
+    settings = {"condition_on_negative": True} | settings
+    torch.manual_seed(3)
+    made = TinyGuide.for_denoiser(denoiser, spec.prediction_type, **settings)
+    return build(name, **{spec.component: denoiser}), components.randomise(made, 3, 0.05)
+
+
 def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls of a pipeline class without what is that of full-size models: bins of sizes, and
     default sizes."""
@@ -296,18 +330,24 @@ def without_bins(pipeline: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "__call__", any_size)
 
 
-@cache
 def plain(name: str, guidance_scale: float = 4.0) -> torch.Tensor:
     """The latents of the pipeline without a guide: 4 is CFG, 1 the conditional model."""
-    return build(name).latents(guidance_scale=guidance_scale)
+    return _latents(name, guidance_scale, False, DiagonalGaussianDistribution.sample)
+
+
+def guided(name: str) -> torch.Tensor:
+    """The latents of the pipeline with the trained :func:`guide`."""
+    return _latents(name, 4.0, True, DiagonalGaussianDistribution.sample)
 
 
 @cache
-def guided(name: str) -> torch.Tensor:
-    """The latents of the pipeline with the trained :func:`guide`."""
+def _latents(
+    name: str, guidance_scale: float, with_guide: bool, encoding: Callable[..., Any]
+) -> torch.Tensor:
+    """Drawn once for each way in which images are encoded, which a test may replace."""
     one = build(name)
-    with guide(name).attached(one.pipe):
-        return one.latents()
+    with guide(name).attached(one.pipe) if with_guide else nullcontext():
+        return one.latents(guidance_scale=guidance_scale)
 
 
 def twin(one: Pipeline, **parts: Any) -> Pipeline:

@@ -11,7 +11,8 @@ from diffusers import StableDiffusionImg2ImgPipeline
 
 import pilotfish
 from pilotfish import Guide, GuideError
-from tests.pipelines.pipelines import SIDE, Pipeline, build, guide, guided, plain
+from tests.pipelines.pipelines import Pipeline, build, guide, guided, plain
+from tests.pipelines.specs import SIDE
 
 
 @pytest.fixture

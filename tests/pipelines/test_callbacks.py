@@ -18,7 +18,8 @@ from diffusers.callbacks import (
 from pilotfish.backbones.cache import CallCache
 from pilotfish.interface import GuideError
 from tests.pipelines.matrix import covered
-from tests.pipelines.pipelines import PIPELINES, Pipeline, build, guide, guided, plain
+from tests.pipelines.pipelines import Pipeline, build, guide, guided, plain
+from tests.pipelines.specs import PIPELINES
 from tests.pipelines.test_conditions import load_lora
 from tests.pipelines.test_core import NEGATIVE, encode, parts
 

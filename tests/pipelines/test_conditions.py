@@ -26,7 +26,8 @@ from pilotfish.guidances import CFG
 from pilotfish.interface import GuideOutput, TextConditions
 from tests.pipelines import pipelines
 from tests.pipelines.matrix import covered
-from tests.pipelines.pipelines import PIPELINES, SIDE, Pipeline, build, guide, guided, plain
+from tests.pipelines.pipelines import Pipeline, build, guide, guided, plain
+from tests.pipelines.specs import PIPELINES, SIDE
 
 WIDTH = 16
 

@@ -21,16 +21,8 @@ from pilotfish.pipelines.attach import Guided
 from pilotfish.pipelines.loading import share_weights
 from tests import components
 from tests.pipelines.matrix import covered
-from tests.pipelines.pipelines import (
-    PIPELINES,
-    SIDE,
-    Pipeline,
-    build,
-    guide,
-    guided,
-    plain,
-    twin,
-)
+from tests.pipelines.pipelines import Pipeline, build, guide, guided, plain, twin
+from tests.pipelines.specs import PIPELINES, SIDE
 
 
 def again(thing: Any) -> Any:

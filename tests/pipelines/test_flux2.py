@@ -19,7 +19,8 @@ from pilotfish.training.config import ConfigError
 from pilotfish.training.context import TrainingContext
 from tests import components
 from tests.backbones.stubs import FixedGuide, equal_gains
-from tests.pipelines.pipelines import PROMPTS, SIDE, Pipeline, build, guide, plain, without_bins
+from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, plain, without_bins
+from tests.pipelines.specs import SIDE
 from tests.pipelines.test_core import negatives
 
 NAME = "FLUX.2 klein"

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from tests.pipelines.pipelines import SIDE, build, guide
+from tests.pipelines.pipelines import build, guide
+from tests.pipelines.specs import SIDE
 
 NAME = "LTX"
 

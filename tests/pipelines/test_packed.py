@@ -13,7 +13,8 @@ from pilotfish.backbones.tokens import to_tokens
 from pilotfish.conditioning import NULL, encoded
 from pilotfish.pipelines.sampling import cfg_trajectories, decode, encode, image_size, sample
 from pilotfish.teacher import Teacher
-from tests.pipelines.pipelines import PROMPTS, SIDE, Pipeline, build, without_bins
+from tests.pipelines.pipelines import PROMPTS, Pipeline, build, without_bins
+from tests.pipelines.specs import SIDE
 
 
 @pytest.fixture(params=["Qwen-Image", "Chroma", "FLUX.2 klein"])

@@ -12,7 +12,8 @@ from PIL import Image
 
 from pilotfish import GuideError
 from tests import components, editing
-from tests.pipelines.pipelines import SIDE, Pipeline, build, guide
+from tests.pipelines.pipelines import Pipeline, build, guide
+from tests.pipelines.specs import SIDE
 from tests.pipelines.test_refresh import ALL
 
 CHANNELS = {"in_channels": 16, "out_channels": 4}

@@ -20,15 +20,8 @@ from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProce
 from pilotfish.backbones import Backbone
 from pilotfish.interface import GuideError, GuideInputs
 from tests.pipelines.matrix import covered
-from tests.pipelines.pipelines import (
-    MASKED,
-    PIPELINES,
-    SIDE,
-    Pipeline,
-    build,
-    guide,
-    plain,
-)
+from tests.pipelines.pipelines import Pipeline, build, guide, plain
+from tests.pipelines.specs import MASKED, PIPELINES, SIDE
 from tests.pipelines.test_callbacks import Tensors, once, stop
 from tests.pipelines.test_conditions import WIDTH, load_ip_adapter, load_lora
 from tests.pipelines.test_core import NEGATIVE, encode, given_embeddings

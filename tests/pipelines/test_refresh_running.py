@@ -18,17 +18,8 @@ from pilotfish import ExternalGuide, FullGuide, Guide, GuideError, TinyGuide
 from pilotfish.pipelines.loading import share_weights
 from pilotfish.refresh import refresh_steps
 from tests.pipelines.matrix import covered
-from tests.pipelines.pipelines import (
-    MASKED,
-    PIPELINES,
-    PROMPTS,
-    Pipeline,
-    build,
-    guide,
-    guided,
-    plain,
-    twin,
-)
+from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, plain, small, twin
+from tests.pipelines.specs import MASKED, PIPELINES
 from tests.pipelines.test_copies import again, another
 from tests.pipelines.test_core import NEGATIVE, encode
 from tests.pipelines.test_refresh import ALL, BOTH, drawn
@@ -123,8 +114,8 @@ def test_a_compiled_denoiser(name: str, times: list[float] | None) -> None:
     """Nothing is compiled anew after a first call with steps of either kind. A guide for few steps
     adds to those with both passes, too."""
     torch.compiler.reset()
-    one = build(name)
-    used = guide(name, times=times, condition_on_negative=True)
+    one, used = small(name, times=times)
+    cfg = one.latents()
     close = {"rtol": 1e-4, "atol": 1e-4}
     steps: dict[str, Any] = {"num_inference_steps": 4}
     calls: list[dict[str, Any]] = [
@@ -145,7 +136,7 @@ def test_a_compiled_denoiser(name: str, times: list[float] | None) -> None:
     with used.attached(one.pipe, refresh=3):
         torch.testing.assert_close(one.latents(**steps), more, **close)
         assert graphs() == made
-    torch.testing.assert_close(one.latents(), plain(name))
+    torch.testing.assert_close(one.latents(), cfg)
 
 
 @pytest.mark.parametrize("copied", [copy, deepcopy, share_weights])

@@ -13,16 +13,8 @@ from pilotfish import ExternalGuide, FullGuide, Guide, GuideError, TinyGuide
 from pilotfish.backbones import GuidedPass
 from tests import components
 from tests.pipelines.matrix import FEATURES, ONE, covered
-from tests.pipelines.pipelines import (
-    PIPELINES,
-    PROMPTS,
-    Pipeline,
-    build,
-    guide,
-    guided,
-    plain,
-    scheduler,
-)
+from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, scheduler, small
+from tests.pipelines.specs import PIPELINES
 
 SCHEDULERS = [
     pytest.param(name, feature, id=f"{name}-{feature}")
@@ -193,7 +185,8 @@ def a_compiled_denoiser_is_guided_as_before(name: str, **settings: Any) -> None:
     """And compiled once for all calls."""
     first = "compiled" if name == "SDXL" else "attached"
     torch.compiler.reset()
-    one, used = build(name), guide(name, **settings)
+    one, used = small(name, **{"uncond_templates": 2} | settings)
+    cfg = one.latents()
     calls: list[dict[str, Any]] = [
         {}, {"guidance_scale": 2.5}, {"num_inference_steps": 3},
         {"negative_prompt": ["a cat"] * len(PROMPTS)}, {"negative_prompt": ["a cat", "red"]},
@@ -203,7 +196,7 @@ def a_compiled_denoiser_is_guided_as_before(name: str, **settings: Any) -> None:
         expected = [one.latents(**call) for call in calls]
     if first == "compiled":
         one.denoiser = torch.compile(one.denoiser, backend="eager", fullgraph=True)
-        torch.testing.assert_close(one.latents(), plain(name))
+        torch.testing.assert_close(one.latents(), cfg)
     with used.attached(one.pipe):
         if first == "attached":
             one.denoiser.compile(backend="eager", fullgraph=True)  # in place
@@ -212,7 +205,7 @@ def a_compiled_denoiser_is_guided_as_before(name: str, **settings: Any) -> None:
         for call, other in zip(calls, expected, strict=True):
             torch.testing.assert_close(one.latents(**call), other)
         assert graphs() == made
-    torch.testing.assert_close(one.latents(), plain(name))
+    torch.testing.assert_close(one.latents(), cfg)
 
 
 @pytest.mark.slow
@@ -220,18 +213,11 @@ def a_compiled_denoiser_is_guided_as_before(name: str, **settings: Any) -> None:
 def test_a_denoiser_compiled_block_by_block(name: str) -> None:
     """Its blocks are one piece of code, and each is extrapolated in its own way."""
     torch.compiler.reset()
-    unet = components.unet(
-        addition_embed_type=None, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-    )  # fmt: skip
-    torch.manual_seed(3)
-    used = components.randomise(TinyGuide.for_denoiser(unet, "epsilon"), by=0.05)
-    one = build(name, unet=unet)
+    one, used = small(name)
     cfg = one.latents()
     with used.attached(one.pipe):
         expected = one.latents()
-        unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+        one.denoiser.compile_repeated_blocks(backend="eager", fullgraph=True)
         torch.testing.assert_close(one.latents(), expected)
         for prompts in (["red"], ["a", "cat", "dog"]):
             one.latents(prompt=prompts)

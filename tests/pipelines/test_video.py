@@ -25,7 +25,8 @@ from pilotfish.pipelines.sampling import cfg_trajectories, middle_frame, sample,
 from pilotfish.teacher import Teacher
 from tests import components
 from tests.components import TOKENS
-from tests.pipelines.pipelines import PROMPTS, SIDE, Pipeline, build, guide
+from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide
+from tests.pipelines.specs import SIDE
 
 CALL: dict[str, Any] = {"num_inference_steps": 2, "num_frames": 5}
 

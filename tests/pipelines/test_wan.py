@@ -11,7 +11,8 @@ from pilotfish import GuideError
 from pilotfish.guidance_error import pipeline_guidance_error
 from pilotfish.pipelines.loading import share_weights
 from tests import components
-from tests.pipelines.pipelines import PIPELINES, Pipeline, build, guide, guided, plain
+from tests.pipelines.pipelines import Pipeline, build, guide, guided, plain
+from tests.pipelines.specs import PIPELINES
 from tests.pipelines.test_refresh import ALL
 
 STEPS = {"num_inference_steps": 4}

@@ -19,6 +19,7 @@ import torch
 from pilotfish import bundled
 from pilotfish.training.checkpoint import PREFIX, list_checkpoints, load_checkpoint
 from pilotfish.training.config import DistillConfig
+from tests import forked
 from tests.stress.page import LONG
 
 MOMENTS = ("starting", "training", "writing")
@@ -38,9 +39,12 @@ class Training:
         replace(config, resume="latest").save(self.settings)
         self.log = self.folder.with_suffix(".log")
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> subprocess.Popen[bytes] | forked.Forked:
         """The command; the same begins the training and resumes it."""
-        command = [sys.executable, "-m", "pilotfish", "distill", "--config", str(self.settings)]
+        arguments = ("distill", "--config", str(self.settings))
+        if not LONG:
+            return forked.Forked(*arguments, log=self.log)
+        command = [sys.executable, "-m", "pilotfish", *arguments]
         with self.log.open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ.copy())
 
@@ -103,6 +107,7 @@ class Training:
             process.wait()
 
 
+@forked.NEEDED
 @pytest.mark.slow
 def test_kills_change_nothing(
     make_pipe: Callable[[str], Any], tmp_path: Path,

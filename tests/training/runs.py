@@ -15,6 +15,7 @@ from pilotfish.guides import Guide, TinyGuide
 from pilotfish.training.config import DistillConfig, StepsConfig, TrainingConfig
 from pilotfish.training.context import TrainingContext
 from pilotfish.training.stages import GuidanceTrainer, StepTrainer, new_guide
+from tests.forked import Forked
 
 PROMPTS = ["a cat", "cat", "dog", "red cat", "a", "tac"]
 VALIDATION = ["tca", "act"]
@@ -56,13 +57,21 @@ def close(one: Path, two: Path) -> bool:
 
 def on_two_processes(
     config: TrainingConfig, command: str = "distill", script: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+) -> None:
     """A command, or a script that runs it, on two processes."""
+    file, log = (Path(config.output).with_suffix(end) for end in (".json", ".log"))
+    config.save(file)
+    run = Forked(command, "--config", str(file), log=log, script=script, processes=2)
+    assert run.wait() == 0, log.read_text(errors="replace")[-3000:]
+
+
+def launched(config: TrainingConfig) -> None:
+    """The same by torch's own launcher."""
     file = Path(config.output).with_suffix(".json")
     config.save(file)
-    program = [str(script)] if script else ["-m", "pilotfish"]
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         *program, command, "--config", str(file)], capture_output=True, text=True,
+         "-m", "pilotfish", "distill", "--config", str(file)], capture_output=True, text=True,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]

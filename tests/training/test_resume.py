@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +22,7 @@ from pilotfish.training.config import ConfigError, DistillConfig
 from pilotfish.training.context import TrainingContext
 from pilotfish.training.trainer import Interrupted
 from pilotfish.training.validation import GuidanceValidation
+from tests import forked
 from tests.training.runs import PROMPTS, WEIGHTS, same, train
 
 Context = Callable[..., TrainingContext]
@@ -177,15 +176,16 @@ def test_signals_save_and_stop(
         assert same(train(config, context()), resumed)
 
 
+@forked.NEEDED
 @pytest.mark.slow
 def test_kill_9_then_resume_gives_the_same_guide(saved_base: DistillConfig, tmp_path: Path) -> None:
     config = replace(saved_base, max_train_steps=40, checkpointing_steps=5, validation_steps=40)
 
-    def start(folder: str, *more: str) -> subprocess.Popen[bytes]:
+    def start(folder: str, *more: str) -> forked.Forked:
         path = tmp_path / f"{folder}.json"
         replace(config, output=str(tmp_path / folder)).save(path)
-        command = [sys.executable, "-m", "pilotfish", "distill", "--config", str(path), *more]
-        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        log = tmp_path / f"{folder}.log"
+        return forked.Forked("distill", "--config", str(path), *more, log=log)
 
     assert start("whole").wait() == 0
     killed = start("killed")
@@ -193,7 +193,7 @@ def test_kill_9_then_resume_gives_the_same_guide(saved_base: DistillConfig, tmp_
     while not list_checkpoints(tmp_path / "killed") and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.kill()
-    killed.wait()
+    assert killed.wait() == -signal.SIGKILL
     assert list_checkpoints(tmp_path / "killed")
     assert not (tmp_path / "killed" / "guide").exists()
     assert start("killed", "--resume", "latest").wait() == 0
