@@ -14,12 +14,12 @@ from diffusers import AuraFlowTransformer2DModel
 
 from pilotfish.backbones.context import GuidedPass
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import attention, text_heads
-from pilotfish.backbones.transformer import (
+from pilotfish.backbones.joined_transformer import (
     JoinedTransformerBackbone,
     NegativeStream,
     NegativeText,
 )
+from pilotfish.backbones.joint_attention import attention, text_heads
 from pilotfish.interface import TextConditions
 
 

@@ -25,14 +25,14 @@ from diffusers.models.embeddings import apply_rotary_emb
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.doubling import TWO_LENGTHS
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import clipped, text_heads
-from pilotfish.backbones.pipeline import shift_by_size
-from pilotfish.backbones.tokens import to_map, to_tokens
-from pilotfish.backbones.transformer import (
+from pilotfish.backbones.joined_transformer import (
     JoinedTransformerBackbone,
     NegativeStream,
     NegativeText,
 )
+from pilotfish.backbones.joint_attention import clipped, text_heads
+from pilotfish.backbones.pipeline import shift_by_size
+from pilotfish.backbones.tokens import to_map, to_tokens
 from pilotfish.interface import GuideError, TextConditions
 
 IMAGES = "ip_adapter_image_embeds"

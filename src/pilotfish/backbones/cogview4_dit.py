@@ -27,13 +27,13 @@ from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from pilotfish.backbones.context import GuidedPass
 from pilotfish.backbones.extrapolation import split_heads
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import text_heads
-from pilotfish.backbones.transformer import (
+from pilotfish.backbones.joined_transformer import (
     JoinedTransformerBackbone,
     NegativeStream,
     NegativeText,
     over_rows,
 )
+from pilotfish.backbones.joint_attention import text_heads
 from pilotfish.interface import GuideError, TextConditions
 
 PIXELS = 8

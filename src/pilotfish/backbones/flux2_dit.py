@@ -23,13 +23,13 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import clipped, head_width, text_heads
-from pilotfish.backbones.tokens import to_map, to_tokens
-from pilotfish.backbones.transformer import (
+from pilotfish.backbones.joined_transformer import (
     JoinedTransformerBackbone,
     NegativeStream,
     NegativeText,
 )
+from pilotfish.backbones.joint_attention import clipped, head_width, text_heads
+from pilotfish.backbones.tokens import to_map, to_tokens
 from pilotfish.interface import TextConditions
 
 
@@ -67,10 +67,7 @@ class Flux2DiTBackbone(JoinedTransformerBackbone):
     def negative_text(self, guided: GuidedPass) -> NegativeText:
         stream, net = self.embedded_negative(guided), self.denoiser
         ids = torch.cat([text_ids(stream.shape[1], stream.device), guided.scratch["image ids"]])
-        positions = guided.cache.made_by(
-            net.pos_embed, lambda: net.pos_embed.forward(ids), [net.pos_embed]
-        )
-        return NegativeText(stream, positions)
+        return NegativeText(stream, net.pos_embed.forward(ids))
 
     def embedding_at(
         self, guided: GuidedPass, times: torch.Tensor, stream: torch.Tensor

@@ -18,13 +18,13 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from pilotfish.backbones.context import GuidedPass
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import attention, text_heads
-from pilotfish.backbones.transformer import (
+from pilotfish.backbones.joined_transformer import (
     JoinedTransformerBackbone,
     NegativeStream,
     NegativeText,
     over_rows,
 )
+from pilotfish.backbones.joint_attention import attention, text_heads
 from pilotfish.guidance import renormalised_guidance
 from pilotfish.interface import TextConditions
 

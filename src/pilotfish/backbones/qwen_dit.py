@@ -21,14 +21,14 @@ from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb
 
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import clipped, text_heads
-from pilotfish.backbones.pipeline import shift_by_size
-from pilotfish.backbones.tokens import to_map, to_tokens
-from pilotfish.backbones.transformer import (
+from pilotfish.backbones.joined_transformer import (
     JoinedTransformerBackbone,
     NegativeStream,
     NegativeText,
 )
+from pilotfish.backbones.joint_attention import clipped, text_heads
+from pilotfish.backbones.pipeline import shift_by_size
+from pilotfish.backbones.tokens import to_map, to_tokens
 from pilotfish.guidance import renormalised_guidance
 from pilotfish.interface import TextConditions
 

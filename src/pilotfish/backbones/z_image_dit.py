@@ -18,13 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import text_heads
-from pilotfish.backbones.transformer import (
+from pilotfish.backbones.joined_transformer import (
     JoinedTransformerBackbone,
     NegativeStream,
     NegativeText,
     over_rows,
 )
+from pilotfish.backbones.joint_attention import text_heads
 from pilotfish.interface import TextConditions
 
 MULTIPLE = 32
@@ -192,8 +192,10 @@ class ZImageDiTBackbone(JoinedTransformerBackbone):
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
     ) -> torch.Tensor:
+        given = [x for x in (text.embeds, text.mask) if x is not None]
+        texts = self.made_of("list", given, lambda: as_list(text))  # the same at every step
         made = self.denoiser(
-            list(latents[:, :, None].unbind()), self.timestep(time), as_list(text),
+            list(latents[:, :, None].unbind()), self.timestep(time), texts,
             patch_size=self.patch, return_dict=False,
         )[0]  # fmt: skip
         return self.sign * torch.stack(list(made)).squeeze(2)

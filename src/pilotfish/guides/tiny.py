@@ -86,7 +86,7 @@ class TinySettings:
     negative_stream: Literal["joint", "cached"] = "joint"
     """What the negative prompt's tokens attend to there: also to the image's, as in the
     unconditional pass, or to each other alone. The second is made once a call, for all images and
-    steps. Stable Diffusion 3 alone knows it."""
+    steps."""
     modulation: bool = True
     """Whether the layers that take pooled text from the embedding of the timestep are."""
     condition_on_negative: bool = False
