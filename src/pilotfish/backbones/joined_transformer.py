@@ -215,7 +215,7 @@ class NegativeStream(KnownValues):
         for name in self.blocks:
             assert stream is not None
             k, v, stream = self._alone(name, stream, embedding, text)
-            made += [k, v]
+            made += [k.contiguous(), v.contiguous()]  # not parts of one larger projection
         return made
 
     def keep(self, guided: GuidedPass, known: Sequence[torch.Tensor]) -> None:
