@@ -60,9 +60,9 @@ class BenchmarkConfig:
     """A bundled guide, a folder or a hub id. Left out: that of the bundled base."""
     guide_type: tuple[str, ...] = ()
     """A fresh guide of this type, one that ``distill`` knows, in place of --guide: the cost does
-    not depend on the weights. With --shape one or more of tiny, tiny-cached and tiny-sampled (SD3
-    only: tiny with --negative_stream cached, and with --joint_attention sampled as well) and full
-    (UNets only); all that fit if left out."""
+    not depend on the weights. With --shape one or more of tiny, tiny-cached and tiny-sampled (tiny
+    with --negative_stream cached, for joint attention, and SD3 only, with --joint_attention sampled
+    as well) and full (UNets only); all that fit if left out."""
     batch_sizes: tuple[int, ...] = (1, 8)
     """Images in one call."""
     num_inference_steps: int = 25

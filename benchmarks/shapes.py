@@ -21,6 +21,8 @@ from diffusers import (
 from torch import nn
 
 POOLED = 1280
+JOINED = QwenImageTransformer2DModel, ZImageTransformer2DModel, Lumina2Transformer2DModel
+"""Those with joint attention, beside Stable Diffusion 3."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class Shape:
         """The types of guide that fit."""
         if self.denoiser is UNet2DConditionModel:
             return "tiny", "full"
-        forms = ("tiny-cached", "tiny-sampled") if self.denoiser is SD3Transformer2DModel else ()
-        return "tiny", *forms
+        if self.denoiser is SD3Transformer2DModel:
+            return "tiny", "tiny-cached", "tiny-sampled"
+        return ("tiny", "tiny-cached") if self.denoiser in JOINED else ("tiny",)
 
 
 _SD: dict[str, Any] = {

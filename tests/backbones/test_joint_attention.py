@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pilotfish.backbones import Backbone, GuidedPass
 from pilotfish.backbones.cache import TABLE_BYTES
 from pilotfish.backbones.joint_attention import JointBlock, exchange_text
+from pilotfish.backbones.qwen_dit import QwenDiTBackbone
 from pilotfish.interface import GuideError, GuideOutput, TextConditions
 from tests import components
 from tests.backbones.stubs import (
@@ -153,7 +154,10 @@ def test_a_cached_stream_is_made_once_for_all_steps(
 
 
 @pytest.mark.parametrize("form", [{"joint_attention": "sampled"}, {"negative_stream": "cached"}])
-def test_a_form_is_refused_where_it_is_not_implemented(form: dict[str, str]) -> None:
+def test_a_form_is_refused_where_it_is_not_implemented(
+    form: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QwenDiTBackbone, "negative_stream_forms", ("joint",))
     guide = FixedGuide(**form)
     denoiser = components.FAMILIES["qwen"].denoiser()
     with pytest.raises(GuideError, match="not implemented for QwenImageTransformer2DModel"):

@@ -14,8 +14,12 @@ from diffusers import AuraFlowTransformer2DModel
 
 from pilotfish.backbones.context import GuidedPass
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joined_transformer import (
+    JoinedTransformerBackbone,
+    NegativeStream,
+    NegativeText,
+)
 from pilotfish.backbones.joint_attention import attention, text_heads
-from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.interface import TextConditions
 
 
@@ -28,31 +32,40 @@ class AuraFlowDiTBackbone(JoinedTransformerBackbone):
     cfg_by_argument = True
     takes_sigma = True
     stacks = ("joint_transformer_blocks", "single_transformer_blocks")
+    embedders = ("context_embedder", "time_step_embed", "time_step_proj")
 
     # -- hooks ------------------------------------------------------------------------------
 
-    def place_text(self, hooks: Hooks, first: str | None) -> None:
-        super().place_text(hooks, first)
-        if first is not None:
+    def place_text(self, hooks: Hooks, stream: NegativeStream) -> None:
+        super().place_text(hooks, stream)
+        if stream.blocks:
             hooks.keep(self.denoiser.time_step_proj, "embedding")
 
-    def stream(self, text: torch.Tensor) -> torch.Tensor:
+    def negative_text(self, guided: GuidedPass) -> NegativeText:
+        text = self.embedded_negative(guided)
         registers = self.denoiser.register_tokens.to(text).expand(len(text), -1, -1)
-        return torch.cat([registers, text], 1)
+        return NegativeText(torch.cat([registers, text], 1))
 
-    def attend(
-        self, guided: GuidedPass, name: str, block: Any, stream: torch.Tensor, q: torch.Tensor,
-        k: torch.Tensor, v: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
+    def embedding_at(
+        self, guided: GuidedPass, times: torch.Tensor, stream: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        net = self.denoiser
+        embedded = net.time_step_embed.forward(times).to(stream.dtype)
+        made: torch.Tensor = net.time_step_proj.forward(embedded)
+        return made
+
+    def read(
+        self, name: str, block: Any, stream: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Any]:
         norm = block.norm1_context if name.startswith("joint") else block.norm1
-        x, *rest = norm.forward(stream, emb=guided.scratch["embedding"])
-        length, size = stream.shape[1], q.shape[-1]
-        q_n, k_n, v_n = text_heads(block.attn, x, size)
-        made = attention(
-            torch.cat([q_n, q], 1), torch.cat([k_n, k], 1),
-            torch.cat([v_n, v.unflatten(-1, (-1, size))], 1), scale=block.attn.scale,
-        )  # fmt: skip
-        return made[:, :length], made[:, length:], rest
+        x, *rest = norm.forward(stream, emb=embedding)
+        return text_heads(block.attn, x), rest
+
+    def attention(
+        self, block: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        return attention(q, k, v, mask, block.attn.scale)
 
     def follow(
         self, block: Any, stream: torch.Tensor, text: torch.Tensor, rest: Any

@@ -25,10 +25,14 @@ from diffusers.models.embeddings import apply_rotary_emb
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.doubling import TWO_LENGTHS
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import attention, clipped, text_heads
+from pilotfish.backbones.joined_transformer import (
+    JoinedTransformerBackbone,
+    NegativeStream,
+    NegativeText,
+)
+from pilotfish.backbones.joint_attention import clipped, text_heads
 from pilotfish.backbones.pipeline import shift_by_size
 from pilotfish.backbones.tokens import to_map, to_tokens
-from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.interface import GuideError, TextConditions
 
 IMAGES = "ip_adapter_image_embeds"
@@ -46,6 +50,7 @@ class ChromaDiTBackbone(JoinedTransformerBackbone):
     packing = 2
     takes_sigma = True
     stacks = ("transformer_blocks", "single_transformer_blocks")
+    embedders = ("context_embedder", "time_text_embed", "distilled_guidance_layer")
 
     # -- hooks ------------------------------------------------------------------------------
 
@@ -54,24 +59,29 @@ class ChromaDiTBackbone(JoinedTransformerBackbone):
         for block in self.denoiser.single_transformer_blocks:
             hooks.before(block, _masked, doubled=True)
 
-    def place_text(self, hooks: Hooks, first: str | None) -> None:
-        super().place_text(hooks, first)
-        net = self.denoiser
+    def place_text(self, hooks: Hooks, stream: NegativeStream) -> None:
+        super().place_text(hooks, stream)
+        if stream.blocks:
+            hooks.keep(self.denoiser.distilled_guidance_layer, "embedding")
 
-        def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            guided.scratch["positions"] = guided.cache.made_by(
-                net.pos_embed, lambda: self._positions(guided), [net.pos_embed]
-            )
-
-        if first is not None:
-            hooks.keep(net.distilled_guidance_layer, "modulations")
-            hooks.after(net.context_embedder, embedded)
-
-    def _positions(self, guided: GuidedPass) -> Any:
-        """The rotations of the negative prompt's tokens and of the image's."""
+    def negative_text(self, guided: GuidedPass) -> NegativeText:
+        stream, net, mask = self.embedded_negative(guided), self.denoiser, guided.negative.mask
         image = guided.scratch["image positions"]
-        text = image.new_zeros(guided.negative.embeds.shape[1], image.shape[1])
-        return self.denoiser.pos_embed.forward(torch.cat([text, image]))
+        text = image.new_zeros(stream.shape[1], image.shape[1])
+        positions = guided.cache.made_by(
+            net.pos_embed, lambda: net.pos_embed.forward(torch.cat([text, image])), [net.pos_embed]
+        )
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(stream.dtype)
+        return NegativeText(stream, positions, mask)
+
+    def embedding_at(
+        self, guided: GuidedPass, times: torch.Tensor, stream: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        net = self.denoiser
+        embedded = net.time_text_embed.forward(times.to(stream.dtype) * 1000)
+        made: torch.Tensor = net.distilled_guidance_layer.forward(embedded)
+        return made
 
     def _modulation(self, name: str) -> slice:
         """The rows of the denoiser's modulations that are those of a block's text."""
@@ -81,26 +91,19 @@ class ChromaDiTBackbone(JoinedTransformerBackbone):
         first = 3 * len(net.single_transformer_blocks) + 6 * len(net.transformer_blocks)
         return slice(first + 6 * int(number), first + 6 * int(number) + 6)
 
-    def attend(
-        self, guided: GuidedPass, name: str, block: Any, stream: torch.Tensor, q: torch.Tensor,
-        k: torch.Tensor, v: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
-        layer, modulation = block.attn, guided.scratch["modulations"][:, self._modulation(name)]
-        norm = block.norm if layer.pre_only else block.norm1_context
-        x, *rest = norm.forward(stream, emb=modulation)
-        length, size = stream.shape[1], q.shape[-1]
+    def read(
+        self, name: str, block: Any, stream: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Any]:
+        norm = block.norm if block.attn.pre_only else block.norm1_context
+        x, *rest = norm.forward(stream, emb=embedding[:, self._modulation(name)])
+        return text_heads(block.attn, x), (x, *rest)
 
-        def turned(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-            both, positions = torch.cat([text, image], 1), guided.scratch["positions"]
-            made: torch.Tensor = apply_rotary_emb(both, positions, sequence_dim=1)
-            return made
+    def rotated(self, x: torch.Tensor, positions: Any) -> torch.Tensor:
+        made: torch.Tensor = apply_rotary_emb(x, positions, sequence_dim=1)
+        return made
 
-        q_n, k_n, v_n = text_heads(layer, x, size)
-        made = attention(
-            turned(q_n, q), turned(k_n, k), torch.cat([v_n, v.unflatten(-1, (-1, size))], 1),
-            self._pairs(guided, v),
-        )  # fmt: skip
-        return made[:, :length], made[:, length:], (x, *rest)
+    def pairs(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return queries[:, None, :, None] * keys[:, None, None]
 
     def follow(
         self, block: Any, stream: torch.Tensor, text: torch.Tensor, rest: Any
@@ -114,14 +117,6 @@ class ChromaDiTBackbone(JoinedTransformerBackbone):
         stream = stream + gate * block.attn.to_add_out.forward(text)
         hidden = block.norm2_context.forward(stream) * (1 + scale) + shift
         return clipped(stream + gate_ff * block.ff_context.forward(hidden))
-
-    @staticmethod
-    def _pairs(guided: GuidedPass, image: torch.Tensor) -> torch.Tensor | None:
-        """(N, 1, L + I, L + I) the mask of pairs of tokens, of negative prompt and image."""
-        if guided.negative.mask is None:
-            return None
-        mask = _with_image(guided.negative.mask, image.shape[1], image.dtype)
-        return (mask[:, None, None] * mask[:, None, :, None]).expand(len(image), -1, -1, -1)
 
     # -- calls ------------------------------------------------------------------------------
 

@@ -27,8 +27,13 @@ from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from pilotfish.backbones.context import GuidedPass
 from pilotfish.backbones.extrapolation import split_heads
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joined_transformer import (
+    JoinedTransformerBackbone,
+    NegativeStream,
+    NegativeText,
+    over_rows,
+)
 from pilotfish.backbones.joint_attention import text_heads
-from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.interface import GuideError, TextConditions
 
 PIXELS = 8
@@ -50,6 +55,7 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
     text_layer = "patch_embed.text_proj"
     mask_argument = "attention_mask"
     image_output = 0
+    embedders = ("patch_embed", "time_condition_embed")
 
     # -- hooks ------------------------------------------------------------------------------
 
@@ -59,18 +65,13 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
         hooks.on_removal(self._restore_processors)
         super().place(hooks)
 
-    def place_text(self, hooks: Hooks, first: str | None) -> None:
-        super().place_text(hooks, first)
-
-        def turned(guided: GuidedPass, module: Any, args: Any, output: Any) -> None:
-            guided.scratch["positions"] = [part.to(args[0].device) for part in output]
-
-        if first is not None:
-            hooks.after(self.denoiser.rope, turned)
+    def place_text(self, hooks: Hooks, stream: NegativeStream) -> None:
+        super().place_text(hooks, stream)
+        if stream.blocks:
             hooks.keep(self.denoiser.time_condition_embed, "embedding", F.silu)
 
-    def place_attention(self, hooks: Hooks, name: str, following: str | None) -> None:
-        super().place_attention(hooks, name, following)
+    def place_attention(self, hooks: Hooks, name: str, stream: NegativeStream) -> None:
+        super().place_attention(hooks, name, stream)
 
         def copied(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> Any:
             return output.clone()  # the processor rotates it in place
@@ -82,24 +83,44 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
         # queries and keys come by heads, (N, heads, S, width)
         return super().image_of(guided, tokens.transpose(1, 2) if tokens.ndim == 4 else tokens)
 
-    def attend(
-        self, guided: GuidedPass, name: str, block: Any, stream: torch.Tensor, q: torch.Tensor,
-        k: torch.Tensor, v: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
-        modulation = block.norm1.linear.forward(guided.scratch["embedding"])[:, None]
+    def negative_text(self, guided: GuidedPass) -> NegativeText:
+        assert guided.call is not None
+        stream, rope, mask = (
+            self.embedded_negative(guided), self.denoiser.rope, guided.negative.mask
+        )  # fmt: skip
+        sides = (self.patch * side for side in guided.call.latents.shape[-2:])
+        latents = stream.new_empty(1, 1, *sides)  # its shape alone counts
+
+        def positions() -> Any:
+            cos, sin = (part.to(stream.device) for part in rope.forward(latents))
+            length = stream.shape[1]  # the text is not rotated
+            return F.pad(cos, (0, 0, length, 0), value=1), F.pad(sin, (0, 0, length, 0))
+
+        made = guided.cache.made_by(rope, positions, [rope])
+        return NegativeText(stream, made, None if mask is None else mask.bool())
+
+    def stream_rows(self, guided: GuidedPass) -> int:
+        assert guided.call is not None
+        return len(guided.call.latents)  # sizes are embedded as well, and may differ
+
+    def embedding_at(
+        self, guided: GuidedPass, times: torch.Tensor, stream: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        sizes = (over_rows(size, len(times)) for size in guided.scratch["sizes"])
+        made = self.denoiser.time_condition_embed.forward(times, *sizes, stream.dtype)
+        return F.silu(made)
+
+    def read(
+        self, name: str, block: Any, stream: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Any]:
+        modulation = block.norm1.linear.forward(embedding)[:, None]
         shift, scale, *rest = modulation.chunk(12, -1)[1::2]  # every second one is the text's
         x = block.norm1.norm_context.forward(stream) * (1 + scale) + shift
-        length, size, mask = stream.shape[1], q.shape[-1], guided.negative.mask
+        return text_heads(block.attn1, x), rest
 
-        def joined(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-            return torch.cat([text.transpose(1, 2), image.transpose(1, 2)], 2)
-
-        q_n, k_n, v_n = text_heads(block.attn1, x, size)
-        made = attention_of_image_and_text(
-            joined(q_n, q), joined(k_n, k), joined(v_n, v.unflatten(-1, (-1, size))),
-            guided.scratch["positions"], None if mask is None else mask.expand(len(x), -1),
-        ).unflatten(-1, (-1, size))  # fmt: skip
-        return made[:, :length], made[:, length:], rest
+    def rotated(self, x: torch.Tensor, positions: Any) -> torch.Tensor:
+        made: torch.Tensor = apply_rotary_emb(x, positions, use_real_unbind_dim=-2, sequence_dim=1)
+        return made
 
     def follow(
         self, block: Any, stream: torch.Tensor, text: torch.Tensor, rest: Any
@@ -122,6 +143,8 @@ class CogView4DiTBackbone(JoinedTransformerBackbone):
         if mask is None:  # texts are padded on the left, so tokens do not correspond
             mask = torch.ones(text.shape[:2], device=text.device)
         text = guided.extrapolated_text(text, mask=mask)
+        names = ("original_size", "target_size", "crop_coords")
+        guided.scratch["sizes"] = [given[name] for name in names]
         return {"encoder_hidden_states": guided.added_text(text)}
 
     def text_arguments(self, text: TextConditions, given: Mapping[str, Any]) -> dict[str, Any]:

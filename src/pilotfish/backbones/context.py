@@ -168,6 +168,8 @@ class GuidedPass:
         """A denoiser call starts: run the guide, unless the scale is at most 1 or the call runs
         both passes."""
         self.active = self.doubled = self.refreshing = False
+        if self.call is not None and self.call.latents.shape[-2:] != call.latents.shape[-2:]:
+            self.cache.clear()  # positions of tokens depend on it
         self.output, self.call = GuideOutput(), call
         number, self._calls = self._calls, self._calls + 1
         self.scratch, self._due, self._weights, self._untrained = {}, set(), {}, None

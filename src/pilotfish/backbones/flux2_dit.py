@@ -23,9 +23,13 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import attention, clipped, text_heads
+from pilotfish.backbones.joined_transformer import (
+    JoinedTransformerBackbone,
+    NegativeStream,
+    NegativeText,
+)
+from pilotfish.backbones.joint_attention import clipped, head_width, text_heads
 from pilotfish.backbones.tokens import to_map, to_tokens
-from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.interface import TextConditions
 
 
@@ -42,45 +46,57 @@ class Flux2DiTBackbone(JoinedTransformerBackbone):
     packing = 2
     takes_sigma = True
     stacks = ("transformer_blocks", "single_transformer_blocks")
+    embedders = (
+        "context_embedder", "time_guidance_embed", "double_stream_modulation_txt",
+        "single_stream_modulation",
+    )  # fmt: skip
 
     # -- hooks ------------------------------------------------------------------------------
 
-    def place_text(self, hooks: Hooks, first: str | None) -> None:
-        super().place_text(hooks, first)
-        if first is not None:
+    def place_text(self, hooks: Hooks, stream: NegativeStream) -> None:
+        super().place_text(hooks, stream)
+
+        def modulated(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
+            of_two = guided.scratch["of two streams"]
+            guided.scratch["embedding"] = torch.cat([of_two, output], -1)
+
+        if stream.blocks:
             hooks.keep(self.denoiser.double_stream_modulation_txt, "of two streams")
-            hooks.keep(self.denoiser.single_stream_modulation, "of one stream")
+            hooks.after(self.denoiser.single_stream_modulation, modulated)
 
-    def attend(
-        self, guided: GuidedPass, name: str, block: Any, stream: torch.Tensor, q: torch.Tensor,
-        k: torch.Tensor, v: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
-        layer, length, size = block.attn, stream.shape[1], q.shape[-1]
-        if name.startswith("single"):
-            ((shift, scale, *rest),) = Flux2Modulation.split(guided.scratch["of one stream"], 1)
-            x, width = block.norm.forward(stream) * (1 + scale) + shift, layer.inner_dim
-            *parts, of_ff = layer.to_qkv_mlp_proj.forward(x).tensor_split(
-                [width, 2 * width, 3 * width], -1
-            )
-            q_n, k_n, v_n = (part.unflatten(-1, (-1, size)) for part in parts)
-            q_n, k_n = layer.norm_q.forward(q_n), layer.norm_k.forward(k_n)
-            rest, v = [*rest, of_ff], v[..., 2 * width : 3 * width]
-        else:
-            (shift, scale, *rest), of_ff = Flux2Modulation.split(
-                guided.scratch["of two streams"], 2
-            )
+    def negative_text(self, guided: GuidedPass) -> NegativeText:
+        stream, net = self.embedded_negative(guided), self.denoiser
+        ids = torch.cat([text_ids(stream.shape[1], stream.device), guided.scratch["image ids"]])
+        return NegativeText(stream, net.pos_embed.forward(ids))
+
+    def embedding_at(
+        self, guided: GuidedPass, times: torch.Tensor, stream: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        net = self.denoiser
+        embedding = net.time_guidance_embed.forward(times.to(stream.dtype) * 1000, None)
+        modulations = net.double_stream_modulation_txt, net.single_stream_modulation
+        return torch.cat([module.forward(embedding) for module in modulations], -1)
+
+    def read(
+        self, name: str, block: Any, stream: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Any]:
+        layer, width = block.attn, stream.shape[-1]
+        of_two, of_one = embedding.tensor_split([6 * width], -1)
+        if not name.startswith("single"):
+            (shift, scale, *rest), of_ff = Flux2Modulation.split(of_two, 2)
             x = block.norm1_context.forward(stream) * (1 + scale) + shift
-            q_n, k_n, v_n = text_heads(layer, x, size)
-            rest = [*rest, *of_ff]
+            return text_heads(layer, x), [*rest, *of_ff]
+        ((shift, scale, *rest),) = Flux2Modulation.split(of_one, 1)
+        x, width = block.norm.forward(stream) * (1 + scale) + shift, layer.inner_dim
+        *parts, ff = layer.to_qkv_mlp_proj.forward(x).tensor_split(
+            [width, 2 * width, 3 * width], -1
+        )
+        q, k, v = (part.unflatten(-1, (-1, head_width(layer))) for part in parts)
+        return (layer.norm_q.forward(q), layer.norm_k.forward(k), v), [*rest, ff]
 
-        def turned(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-            both, rotations = torch.cat([text, image], 1), guided.scratch["rotations"]
-            made: torch.Tensor = apply_rotary_emb(both, rotations, sequence_dim=1)
-            return made
-
-        values = torch.cat([v_n, v.unflatten(-1, (-1, size))], 1)
-        made = attention(turned(q_n, q), turned(k_n, k), values)
-        return made[:, :length], made[:, length:], rest
+    def rotated(self, x: torch.Tensor, positions: Any) -> torch.Tensor:
+        made: torch.Tensor = apply_rotary_emb(x, positions, sequence_dim=1)
+        return made
 
     def follow(
         self, block: Any, stream: torch.Tensor, text: torch.Tensor, rest: Any
@@ -114,12 +130,8 @@ class Flux2DiTBackbone(JoinedTransformerBackbone):
         )
 
     def changed(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:
-        ids = _ids(given)
+        ids = guided.scratch["image ids"] = _ids(given)
         guided.scratch["tokens"] = len(ids)
-        if guided.output.gains:
-            negative = text_ids(guided.negative.embeds.shape[1], ids.device)
-            both = torch.cat([negative, ids])
-            guided.scratch["rotations"] = self.denoiser.pos_embed.forward(both)
         return super().changed(guided, given)
 
     def doubled(self, guided: GuidedPass, given: Mapping[str, Any]) -> dict[str, Any]:

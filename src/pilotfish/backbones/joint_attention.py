@@ -23,29 +23,29 @@ from pilotfish.backbones.hooks import Hooks
 def joined_attention(
     hooks: Hooks, name: str, layer: Any, attend: Callable[..., torch.Tensor | None]
 ) -> None:  # fmt: skip
-    """Extrapolate a layer in which the tokens of text and image attend to each other, by a negative
-    stream that runs along with the pass.
+    """Extrapolate a layer in which the tokens of text and image attend to each other.
 
     Args:
-        attend: ``attend(guided, stream, q, k, v, output)`` with the negative prompt's stream as it
-            enters the block, (N, L, d), the pass's own queries and keys, (N, tokens, heads, width),
-            and values, (N, tokens, d), before they are rotated, and what enters the layer's last
-            projection, (N, tokens, d), or comes out of a layer without one. It takes the stream
-            to the next block, and returns the changed output, or None to leave it as it is. Where
-            one projection serves queries, keys, values and more, v is its whole output.
+        attend: ``attend(guided, q, k, v, output)`` with the pass's own queries and keys, (N,
+            tokens, heads, width), and values, (N, tokens, d), before they are rotated, and what
+            enters the layer's last projection, (N, tokens, d), or comes out of a layer without
+            one. It returns the changed output, or None to leave it as it is.
     """
-    fused = getattr(layer, "to_qkv_mlp_proj", None)
+    fused = getattr(layer, "to_qkv_mlp_proj", None)  # serves the feed-forward layer as well
 
     def by_head(output: torch.Tensor) -> torch.Tensor:
         """A norm is given heads."""
         return output if output.ndim == 4 else output.unflatten(-1, (layer.heads, -1))
 
+    def values(output: torch.Tensor) -> torch.Tensor:
+        width = layer.inner_dim
+        return output if fused is None else output[..., 2 * width : 3 * width]
+
     def before(guided: GuidedPass, module: Any, args: Any, kwargs: Any) -> Any:
-        stream = guided.scratch.get(("stream", name))
         q, k, v = (guided.scratch.pop((name, part), None) for part in "qkv")
-        if stream is None or q is None or k is None or v is None:
+        if q is None or k is None or v is None:
             return None  # the projections are fused; the end of the call reports it
-        changed = attend(guided, stream, q, k, v, args[0])
+        changed = attend(guided, q, k, v, args[0])
         if changed is None or torch.is_grad_enabled() or args[0].is_contiguous():
             return None if changed is None else ((changed, *args[1:]), kwargs)
         _copy(args[0], changed)
@@ -57,24 +57,28 @@ def joined_attention(
 
     hooks.keep(layer.to_q if layer.norm_q is None else layer.norm_q, (name, "q"), by_head)
     hooks.keep(layer.to_k if layer.norm_k is None else layer.norm_k, (name, "k"), by_head)
-    hooks.keep(layer.to_v if fused is None else fused, (name, "v"))
+    hooks.keep(layer.to_v if fused is None else fused, (name, "v"), values)
     if getattr(layer, "pre_only", False):  # the last projection is part of a later layer
         hooks.after(layer, after)
     else:
         hooks.before(layer.to_out[0] if fused is None else layer.to_out, before)
 
 
-def text_heads(
-    layer: Any, x: torch.Tensor, size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values, (N, L, heads, size), that a layer of :func:`joined_attention` makes
-    of the text's tokens (N, L, d), by projections of their own where it has them."""
+def head_width(layer: Any) -> int:
+    """Channels of a head of a layer of :func:`joined_attention`."""
+    return int(layer.inner_dim) // int(layer.heads)
+
+
+def text_heads(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values, (N, L, heads, width), that a layer of :func:`joined_attention`
+    makes of the text's tokens (N, L, d), by projections of their own where it has them."""
     if getattr(layer, "add_q_proj", None) is None:
         projections, norms = (layer.to_q, layer.to_k, layer.to_v), (layer.norm_q, layer.norm_k)
     else:
         projections = layer.add_q_proj, layer.add_k_proj, layer.add_v_proj
         norms = layer.norm_added_q, layer.norm_added_k
-    q, k, v = (projection.forward(x).unflatten(-1, (-1, size)) for projection in projections)
+    width = head_width(layer)
+    q, k, v = (projection.forward(x).unflatten(-1, (-1, width)) for projection in projections)
     q, k = (y if norm is None else norm.forward(y) for y, norm in zip((q, k), norms, strict=True))
     return q, k, v
 

@@ -19,7 +19,7 @@ from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.extrapolation import up_to_last
 from pilotfish.backbones.hooks import Hooks
 from pilotfish.backbones.joint_attention import JointAttention, JointBlock
-from pilotfish.backbones.transformer import TransformerBackbone
+from pilotfish.backbones.transformer import KnownValues, TransformerBackbone
 from pilotfish.interface import TextConditions
 
 
@@ -142,62 +142,57 @@ class JointDiTBackbone(TransformerBackbone):
         return TextConditions(prompt, pooled), kept
 
 
-class _Known:
-    """What the denoiser's own layers make of time and the negative prompt alone, made for all steps
-    of a schedule at its first one.
+class _Known(KnownValues):
+    """The embedding of time and the negative prompts' pooled text, what each modulation layer makes
+    of it, and keys and values of the stream.
 
     Args:
         modulation: the modulation layers that are extrapolated, by name.
         joint: the attention whose stream is cached, where it is.
     """
 
+    backbone: JointDiTBackbone
+
     def __init__(
         self, backbone: JointDiTBackbone, modulation: Mapping[str, Any],
         joint: JointAttention | None,
     ) -> None:  # fmt: skip
-        self.backbone, self.modulation, self.joint = backbone, modulation, joint
+        super().__init__(backbone)
+        self.modulation, self.joint = modulation, joint
 
-    def take(self, guided: GuidedPass) -> None:
-        """Keep what is known for the time of the running call."""
-        negative = guided.negative
-        known = guided.cache.at_step(
-            self, lambda timesteps: self._make(negative, timesteps), self._modules,
-            lambda: self._size(negative),
-        )  # fmt: skip
-        if known is not None:
-            embedding, *made = known
-            guided.scratch["negative embedding"] = embedding
-            guided.scratch |= zip(self.modulation, made, strict=False)
-            if self.joint is not None:
-                self.joint.begin_known(guided, made[len(self.modulation) :])
-
-    def _make(self, negative: TextConditions, timesteps: torch.Tensor) -> list[torch.Tensor]:
-        """(T, N, ...) each: the embedding of time and the negative prompt's pooled text, what each
-        modulation layer makes of it, keys and values of the stream."""
-        backbone, n, steps = self.backbone, len(negative), len(timesteps)
+    def make(self, guided: GuidedPass, times: torch.Tensor) -> list[torch.Tensor]:
+        backbone, negative = self.backbone, guided.negative
+        steps = len(times) // len(negative)
         assert negative.pooled is not None
-        times = backbone.timestep(backbone.schedule_time(timesteps)).repeat_interleave(n)
         embedding = backbone.embed(times, negative.pooled.repeat(steps, 1))
         temb = F.silu(embedding)
         made = [embedding, *(layer.forward(temb) for layer in self.modulation.values())]
         if self.joint is not None:
             tokens = backbone.denoiser.context_embedder.forward(negative.embeds)
             made += self.joint.at_all_times(tokens.repeat(steps, 1, 1), embedding)
-        return [x.unflatten(0, (steps, n)) for x in made]
+        return made
 
-    def _size(self, negative: TextConditions) -> int:
-        width, values = self.backbone.denoiser.inner_dim, 1
+    def keep(self, guided: GuidedPass, known: Sequence[torch.Tensor]) -> None:
+        embedding, *made = known
+        guided.scratch["negative embedding"] = embedding
+        guided.scratch |= zip(self.modulation, made, strict=False)
         if self.joint is not None:
-            values += 2 * len(self.joint.blocks) * negative.embeds.shape[1]
-        made = width * values + sum(layer.out_features for layer in self.modulation.values())
-        return int(len(negative) * made * negative.embeds.element_size())
+            self.joint.begin_known(guided, made[len(self.modulation) :])
 
-    def _modules(self) -> Iterator[nn.Module]:
+    def modules(self) -> Iterator[nn.Module]:
         yield from self.backbone.embedders()
         for layer in self.modulation.values():
             yield from layer.modules()
         for block in self.joint.blocks.values() if self.joint is not None else ():
             yield from block.text_modules()
+
+    def size(self, guided: GuidedPass) -> int:
+        embeds = guided.negative.embeds
+        width, values = self.backbone.denoiser.inner_dim, 1
+        if self.joint is not None:
+            values += 2 * len(self.joint.blocks) * embeds.shape[1]
+        made = width * values + sum(layer.out_features for layer in self.modulation.values())
+        return int(len(embeds) * made * embeds.element_size())
 
 
 def _modulation(name: str) -> Callable[..., Any]:

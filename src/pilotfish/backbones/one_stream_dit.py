@@ -13,14 +13,18 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import Lumina2Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 
 from pilotfish.backbones.context import GuidedPass
 from pilotfish.backbones.hooks import Hooks
+from pilotfish.backbones.joined_transformer import (
+    JoinedTransformerBackbone,
+    NegativeStream,
+    NegativeText,
+    over_rows,
+)
 from pilotfish.backbones.joint_attention import attention, text_heads
-from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.guidance import renormalised_guidance
 from pilotfish.interface import TextConditions
 
@@ -41,6 +45,7 @@ class OneStreamDiTBackbone(JoinedTransformerBackbone):
     guidance_rule = staticmethod(partial(renormalised_guidance, dim=-1))
     other_negatives = True
     text_is_projected = True
+    embedders = ("time_caption_embed", "context_refiner")
 
     @property
     def last_layer(self) -> str:
@@ -48,67 +53,66 @@ class OneStreamDiTBackbone(JoinedTransformerBackbone):
 
     # -- hooks ------------------------------------------------------------------------------
 
-    def place_text(self, hooks: Hooks, first: str | None) -> None:
-        net = self.denoiser
-
+    def place_text(self, hooks: Hooks, stream: NegativeStream) -> None:
         def embedded(guided: GuidedPass, module: Any, args: Any, output: Any) -> Any:
-            """Time and the prompts are embedded: extrapolate these, and begin the negative
-            prompt's stream."""
-            embedding, text = output
-            embedder, given = module.caption_embedder, guided.negative
-            mask = _mask(given)
-            parts = [embedder, *embedder]
-            embeds = guided.cache.made_by(embedder, lambda: embedder.forward(given.embeds), parts)
-            if first is not None:
-                stream, positions = guided.cache.made_by(
-                    net.context_refiner, lambda: self._refined(embeds, mask, args[0]),
-                    [*parts, *net.context_refiner.modules()],
-                )  # fmt: skip
-                n = len(text)
-                guided.scratch["stream", first] = stream.expand(n, -1, -1)
-                guided.scratch["negative"] = (
-                    embedding, positions.expand(n, -1, -1), mask.expand(n, -1)
-                )  # fmt: skip
-            return embedding, guided.extrapolated_text(text, TextConditions(embeds, mask=mask))
+            """Time and the prompts are embedded: begin the negative prompts' stream, and
+            extrapolate these."""
+            guided.scratch["embedding"], text = output
+            stream.begin(guided)
+            negative = TextConditions(self.embedded_negative(guided), mask=_mask(guided.negative))
+            return output[0], guided.extrapolated_text(text, negative)
 
-        hooks.after(net.time_caption_embed, embedded)
+        hooks.after(self.denoiser.time_caption_embed, embedded)
 
-    def _refined(
-        self, embeds: torch.Tensor, mask: torch.Tensor, latents: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, L, d) the negative prompts as they enter the first block, and (N, L + I, k) the
-        positions of theirs and of the image's tokens."""
-        rope = self.denoiser.rope_embedder
-        latents = latents[:1].expand(len(embeds), -1, -1, -1)
-        _, of_text, of_image, *_ = rope.forward(latents, mask)
-        for layer in self.denoiser.context_refiner:
-            embeds = layer.forward(embeds, mask, of_text)
-        return embeds, torch.cat([of_text, of_image], 1)
+    def embedded_negative(self, guided: GuidedPass) -> torch.Tensor:
+        embedder = self.denoiser.time_caption_embed.caption_embedder
+        return guided.cache.made_by(
+            embedder, lambda: embedder.forward(guided.negative.embeds), [embedder, *embedder]
+        )
 
-    def attend(
-        self, guided: GuidedPass, name: str, block: Any, stream: torch.Tensor, q: torch.Tensor,
-        k: torch.Tensor, v: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
-        embedding, positions, mask = guided.scratch["negative"]
-        x, *rest = block.norm1.forward(stream, embedding)
-        layer, length, size = block.attn, stream.shape[1], q.shape[-1]
-
-        def joined(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-            both = torch.cat([text, image], 1)
-            return both.repeat_interleave(layer.heads // both.shape[2], 2)
-
-        def turned(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-            both = joined(text, image)
-            made: torch.Tensor = apply_rotary_emb(both, positions, use_real=False)
-            return made.to(both.dtype)
-
-        q_n, k_n, v_n = text_heads(layer, x, size)
-        counts = F.pad(mask.bool(), (0, q.shape[1]), value=True)
-        made = attention(
-            turned(q_n, q), turned(k_n, k), joined(v_n, v.unflatten(-1, (-1, size))),
-            counts[:, None, None], layer.scale,
+    def negative_text(self, guided: GuidedPass) -> NegativeText:
+        net = self.denoiser
+        embedder = net.time_caption_embed.caption_embedder
+        return guided.cache.made_by(
+            net.context_refiner, lambda: self._refined(guided, self.embedded_negative(guided)),
+            [embedder, *embedder, *net.context_refiner.modules()],
         )  # fmt: skip
-        return made[:, :length], made[:, length:], rest
+
+    def _refined(self, guided: GuidedPass, embeds: torch.Tensor) -> NegativeText:
+        """The negative prompts as they enter the first block, of their embeddings (N, L, d)."""
+        assert guided.call is not None
+        net, mask = self.denoiser, _mask(guided.negative)
+        sides = (self.patch * side for side in guided.call.latents.shape[-2:])
+        latents = embeds.new_empty(len(embeds), 1, *sides)  # its shape alone counts
+        _, of_text, of_image, *_ = net.rope_embedder.forward(latents, mask)
+        for layer in net.context_refiner:
+            embeds = layer.forward(embeds, mask, of_text)
+        return NegativeText(embeds, torch.cat([of_text, of_image], 1), mask.bool())
+
+    def embedding_at(
+        self, guided: GuidedPass, times: torch.Tensor, stream: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        embedder = self.denoiser.time_caption_embed
+        projected = embedder.time_proj.forward(times).type_as(stream)
+        made: torch.Tensor = embedder.timestep_embedder.forward(projected)
+        return made
+
+    def read(
+        self, name: str, block: Any, stream: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Any]:
+        x, *rest = block.norm1.forward(stream, embedding)
+        return text_heads(block.attn, x), rest
+
+    def rotated(self, x: torch.Tensor, positions: Any) -> torch.Tensor:
+        made: torch.Tensor = apply_rotary_emb(x, over_rows(positions, len(x)), use_real=False)
+        return made.to(x.dtype)
+
+    def attention(
+        self, block: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+        return attention(q, k, v, mask, block.attn.scale)
 
     def follow(
         self, block: Any, stream: torch.Tensor, text: torch.Tensor, rest: Any

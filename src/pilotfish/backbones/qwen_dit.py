@@ -16,16 +16,19 @@ from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import attention, clipped, text_heads
+from pilotfish.backbones.joined_transformer import (
+    JoinedTransformerBackbone,
+    NegativeStream,
+    NegativeText,
+)
+from pilotfish.backbones.joint_attention import clipped, text_heads
 from pilotfish.backbones.pipeline import shift_by_size
 from pilotfish.backbones.tokens import to_map, to_tokens
-from pilotfish.backbones.transformer import JoinedTransformerBackbone
 from pilotfish.guidance import renormalised_guidance
 from pilotfish.interface import TextConditions
 
@@ -58,25 +61,21 @@ class QwenDiTBackbone(JoinedTransformerBackbone):
     mask_argument = "encoder_hidden_states_mask"
     video_vae = True
     text_is_projected = True
+    embedders = ("txt_norm", "txt_in", "time_text_embed")
     guidance_rule = staticmethod(renormalised_by_token)
 
     # -- hooks ------------------------------------------------------------------------------
 
-    def place_text(self, hooks: Hooks, first: str | None) -> None:
+    def place_text(self, hooks: Hooks, stream: NegativeStream) -> None:
         net = self.denoiser
 
         def embedded(
             guided: GuidedPass, module: Any, args: Any, output: torch.Tensor
         ) -> torch.Tensor:
             """A norm comes before the layer, so the text is extrapolated after it."""
-            given = guided.negative
-            embeds = guided.cache.made_by(
-                module, lambda: module.forward(net.txt_norm.forward(given.embeds)),
-                (module, net.txt_norm),
-            )  # fmt: skip
-            negative = TextConditions(embeds, mask=given.mask)
-            if first is not None:
-                guided.scratch["stream", first] = embeds.expand(len(output), -1, -1)
+            stream.begin(guided)
+            embeds = self.embedded_negative(guided)
+            negative = TextConditions(embeds, mask=guided.negative.mask)
             assert guided.call is not None
             mask = guided.call.text.mask
             if mask is None:  # texts have several lengths: tokens do not correspond
@@ -90,26 +89,36 @@ class QwenDiTBackbone(JoinedTransformerBackbone):
             (lambda output: output.chunk(2)[0]) if net.zero_cond_t else (lambda output: output),
         )  # fmt: skip
 
-    def attend(
-        self, guided: GuidedPass, name: str, block: Any, stream: torch.Tensor, q: torch.Tensor,
-        k: torch.Tensor, v: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
-        of_attention, of_ff = block.txt_mod.forward(guided.scratch["embedding"]).chunk(2, -1)
+    def embedded_negative(self, guided: GuidedPass) -> torch.Tensor:
+        layer, norm = self.denoiser.txt_in, self.denoiser.txt_norm
+        return guided.cache.made_by(
+            layer, lambda: layer.forward(norm.forward(guided.negative.embeds)), (layer, norm)
+        )
+
+    def negative_text(self, guided: GuidedPass) -> NegativeText:
+        stream, mask = self.embedded_negative(guided), guided.negative.mask
+        of_image, of_text = self.denoiser.pos_embed.forward(
+            guided.scratch["shapes"], max_txt_seq_len=stream.shape[1], device=stream.device
+        )
+        positions = torch.cat([of_text, of_image])
+        return NegativeText(stream, positions, None if mask is None else mask.bool())
+
+    def embedding_at(
+        self, guided: GuidedPass, times: torch.Tensor, stream: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        made: torch.Tensor = self.denoiser.time_text_embed.forward(times.to(stream.dtype), stream)
+        return made
+
+    def read(
+        self, name: str, block: Any, stream: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Any]:
+        of_attention, of_ff = block.txt_mod.forward(embedding).chunk(2, -1)
         x, gate = block._modulate(block.txt_norm1.forward(stream), of_attention)
-        length, size = stream.shape[1], q.shape[-1]
-        of_image, of_text = self._positions(guided, length)
+        return text_heads(block.attn, x), (gate, of_ff)
 
-        def turned(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-            text = apply_rotary_emb_qwen(text, of_text, use_real=False)
-            image = apply_rotary_emb_qwen(image, of_image, use_real=False)
-            return torch.cat([text, image], 1)
-
-        q_n, k_n, v_n = text_heads(block.attn, x, size)
-        made = attention(
-            turned(q_n, q), turned(k_n, k), torch.cat([v_n, v.unflatten(-1, (-1, size))], 1),
-            self._joint_mask(guided, v),
-        )  # fmt: skip
-        return made[:, :length], made[:, length:], (gate, of_ff)
+    def rotated(self, x: torch.Tensor, positions: Any) -> torch.Tensor:
+        made: torch.Tensor = apply_rotary_emb_qwen(x, positions, use_real=False)
+        return made
 
     def follow(
         self, block: Any, stream: torch.Tensor, text: torch.Tensor, rest: Any
@@ -118,21 +127,6 @@ class QwenDiTBackbone(JoinedTransformerBackbone):
         stream = stream + gate * block.attn.to_add_out.forward(text)
         x, gate = block._modulate(block.txt_norm2.forward(stream), of_ff)
         return clipped(stream + gate * block.txt_mlp.forward(x))
-
-    def _positions(self, guided: GuidedPass, length: int) -> Any:
-        """The rotations of the image's tokens and of so many of the text."""
-        assert guided.call is not None
-        shapes, device = guided.scratch["shapes"], guided.call.latents.device
-        return self.denoiser.pos_embed.forward(shapes, max_txt_seq_len=length, device=device)
-
-    @staticmethod
-    def _joint_mask(guided: GuidedPass, image: torch.Tensor) -> torch.Tensor | None:
-        """(N, 1, 1, L + I) which tokens of the negative prompt and the image count."""
-        mask = guided.negative.mask
-        if mask is None:
-            return None
-        mask = F.pad(mask.bool(), (0, image.shape[1]), value=True)
-        return mask.expand(len(image), -1)[:, None, None]
 
     def image_start(self, guided: GuidedPass, tokens: torch.Tensor) -> int:
         return 0  # text and image are two streams everywhere

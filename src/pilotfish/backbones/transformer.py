@@ -1,24 +1,22 @@
 """What the families of transformers have in common: blocks of one width, in which the tokens of an
 image are all tokens or some of them.
 
-A family states where its layers are. Where its attention joins the tokens of text and image, it is
-a :class:`JoinedTransformerBackbone` and states how such a block takes the negative prompt's stream.
+A family states where its layers are. Where its attention joins the tokens of text and image, see
+:mod:`pilotfish.backbones.joined_transformer`.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from pilotfish.backbones.base import Backbone, plain
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.doubling import without_mask
-from pilotfish.backbones.extrapolation import up_to_last
-from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import joined_attention
 from pilotfish.backbones.tokens import patchify, to_map, to_tokens
 from pilotfish.interface import TextConditions
 
@@ -141,101 +139,52 @@ class TransformerBackbone(Backbone):
         return made if self.sign > 0 else -made
 
 
-class JoinedTransformerBackbone(TransformerBackbone):
-    """A transformer in which the tokens of text and image attend to each other.
+class KnownValues(ABC):
+    """What the denoiser's own layers make of time and the negative prompts alone, made for all
+    steps of a schedule at its first one. A subclass says what that is.
 
-    The negative prompt's tokens are a stream beside the pass: in each block they take the text's
-    layers (:meth:`attend`, :meth:`follow`), with the pass's own queries, keys and values of the
-    image.
+    Args:
+        backbone: of the denoiser.
     """
 
-    joint_attention_forms = ("whole",)
-    negative_stream_forms = ("joint",)
+    def __init__(self, backbone: TransformerBackbone) -> None:
+        self.backbone = backbone
 
-    def place(self, hooks: Hooks) -> None:
-        attention = up_to_last(
-            [name for name, _ in self.sites()["attention"]], hooks.guide.extrapolated
-        )
-        self.place_text(hooks, attention[0] if attention else None)
-        for name, following in zip(attention, [*attention[1:], None], strict=False):
-            self.place_attention(hooks, name, following)
-        self.place_residuals(hooks)
+    def take(self, guided: GuidedPass) -> None:
+        """Keep what is known for the time of the running call."""
+        known = guided.cache.at_step(
+            self, lambda timesteps: self._at_all(guided, timesteps), self.modules,
+            lambda: self.size(guided),
+        )  # fmt: skip
+        if known is not None:
+            self.keep(guided, known)
 
-    def place_text(self, hooks: Hooks, first: str | None) -> None:
-        """Begin the negative prompt's stream, ``scratch["stream", first]``, (N, L, d), when the
-        prompts are embedded; and keep what :meth:`attend` reads of the pass.
+    def _at_all(self, guided: GuidedPass, timesteps: torch.Tensor) -> list[torch.Tensor]:
+        """(T, N, ...) each, at the timesteps (T,) of a schedule."""
+        assert guided.call is not None
+        backbone, n = self.backbone, self.rows(guided)
+        # in the precision in which the denoiser is given them
+        timesteps = timesteps.to(torch.as_tensor(guided.call.timestep).dtype)
+        times = backbone.timestep(backbone.schedule_time(timesteps)).repeat_interleave(n)
+        return [x.unflatten(0, (-1, n)) for x in self.make(guided, times)]
 
-        Args:
-            first: the first attention layer; None where none is extrapolated.
-        """
-        if first is None:
-            return
-
-        def embedded(guided: GuidedPass, module: Any, args: Any, output: torch.Tensor) -> None:
-            text = guided.cache.made_by(
-                module, lambda: module.forward(guided.negative.embeds), [module]
-            )
-            guided.scratch["stream", first] = self.stream(text).expand(len(output), -1, -1)
-
-        hooks.after(hooks.modules[self.text_layer], embedded)
-
-    def stream(self, text: torch.Tensor) -> torch.Tensor:
-        """The stream that enters the first block, of embedded prompts (N, L, d)."""
-        return text
-
-    def place_attention(self, hooks: Hooks, name: str, following: str | None) -> None:
-        """Extrapolate one attention layer where the guide has a gain for it, and take the negative
-        prompt's stream to the next."""
-        layer, block = hooks.modules[name], hooks.modules[name.rpartition(".")[0]]
-
-        def attend(
-            guided: GuidedPass, stream: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-            v: torch.Tensor, output: torch.Tensor,
-        ) -> torch.Tensor | None:  # fmt: skip
-            image = (self.image_of(guided, x) for x in (q, k, v))
-            text, made, rest = self.attend(guided, name, block, stream, *image)
-            if following is not None:
-                followed = self.follow(block, stream, text.flatten(2), rest)
-                guided.scratch["stream", following] = followed
-            if not guided.extrapolates(name):
-                return None
-            whole = self.image_of(guided, output)
-            width = made.shape[2:].numel()
-            own = whole[..., :width].unflatten(-1, (layer.heads, -1))
-            changed = guided.extrapolate(name, own, made, by_head=True).flatten(2)
-            if width < whole.shape[-1]:  # a feed-forward layer shares the last projection
-                changed = torch.cat([changed.to(whole.dtype), whole[..., width:]], -1)
-            return self.with_image(guided, output, changed)
-
-        joined_attention(hooks, name, layer, attend)
+    def rows(self, guided: GuidedPass) -> int:
+        """How many rows the values have at one time: one for each negative prompt."""
+        return len(guided.negative)
 
     @abstractmethod
-    def attend(
-        self, guided: GuidedPass, name: str, block: Any, stream: torch.Tensor, q: torch.Tensor,
-        k: torch.Tensor, v: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
-        """Attention among the negative prompt's tokens and the image's in one block.
-
-        Args:
-            name: of the attention layer.
-            stream: (N, L, d) the negative prompt's tokens as they enter the block.
-            q: (N, I, heads, width) the pass's queries of the image, not rotated yet.
-            k: the keys, which may be of fewer heads.
-            v: (N, I, d) the values.
-
-        Returns:
-            (N, L, heads, width) the answer to the text's tokens, (N, I, heads, width) to the
-            image's, and what :meth:`follow` needs besides.
-        """
+    def make(self, guided: GuidedPass, times: torch.Tensor) -> list[torch.Tensor]:
+        """The values, (T N, ...) each, at times (T N,) as the denoiser is given them; all N
+        negative prompts at the first time come first."""
 
     @abstractmethod
-    def follow(
-        self, block: Any, stream: torch.Tensor, text: torch.Tensor, rest: Any
-    ) -> torch.Tensor:  # fmt: skip
-        """The stream as it enters the next block.
+    def keep(self, guided: GuidedPass, known: Sequence[torch.Tensor]) -> None:
+        """Keep the values (N, ...) of one time for the hooks of the running call."""
 
-        Args:
-            stream: (N, L, d) as it entered this block.
-            text: (N, L, d) the attention's answer to its tokens, before the last projection.
-            rest: from :meth:`attend`.
-        """
+    @abstractmethod
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules that :meth:`make` uses, and those that hold them."""
+
+    @abstractmethod
+    def size(self, guided: GuidedPass) -> int:
+        """The bytes of the values at one time."""

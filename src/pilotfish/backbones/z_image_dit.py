@@ -18,8 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pilotfish.backbones.context import DenoiserCall, GuidedPass
 from pilotfish.backbones.hooks import Hooks
-from pilotfish.backbones.joint_attention import attention, text_heads
-from pilotfish.backbones.transformer import JoinedTransformerBackbone
+from pilotfish.backbones.joined_transformer import (
+    JoinedTransformerBackbone,
+    NegativeStream,
+    NegativeText,
+    over_rows,
+)
+from pilotfish.backbones.joint_attention import text_heads
 from pilotfish.interface import TextConditions
 
 MULTIPLE = 32
@@ -39,6 +44,8 @@ class ZImageDiTBackbone(JoinedTransformerBackbone):
     text_layer = "cap_embedder.1"
     scale_offset = 1.0
     text_is_projected = True
+    text_first = False
+    embedders = ("cap_embedder", "context_refiner", "t_embedder")
 
     @property
     def patch(self) -> int:
@@ -50,43 +57,42 @@ class ZImageDiTBackbone(JoinedTransformerBackbone):
 
     # -- hooks ------------------------------------------------------------------------------
 
-    def place_text(self, hooks: Hooks, first: str | None) -> None:
+    def place_text(self, hooks: Hooks, stream: NegativeStream) -> None:
         net = self.denoiser
 
         def embedded(
             guided: GuidedPass, module: Any, args: Any, output: torch.Tensor
         ) -> torch.Tensor:
-            """The prompts' tokens, those of all samples in a row, are embedded: extrapolate these,
-            and begin the negative prompt's stream."""
+            """The prompts' tokens, those of all samples in a row, are embedded: begin the negative
+            prompts' stream, and extrapolate them."""
             assert guided.call is not None
+            stream.begin(guided)
             given, text = guided.negative, guided.call.text
-            embeds = guided.cache.made_by(
-                module, lambda: module.forward(given.embeds), [module, *module]
-            )
-            if first is not None:
-                stream, positions, mask = guided.cache.made_by(
-                    net.context_refiner, lambda: self._refined(guided, embeds),
-                    [module, *module, *net.context_refiner.modules()],
-                )  # fmt: skip
-                n = len(text)
-                guided.scratch["stream", first] = stream.expand(n, -1, -1)
-                guided.scratch["negative"] = positions.expand(n, -1, -1), mask.expand(n, -1)
             lengths = [padded(count) for count in _counts(text)]
             rows = pad_sequence(list(output.split(lengths)), batch_first=True)
             counts = F.pad(_mask(text), (0, rows.shape[1] - text.embeds.shape[1]))
-            made = guided.extrapolated_text(
-                rows, TextConditions(embeds, mask=_mask(given)), mask=counts
-            )
+            negative = TextConditions(self.embedded_negative(guided), mask=_mask(given))
+            made = guided.extrapolated_text(rows, negative, mask=counts)
             return torch.cat([row[:length] for row, length in zip(made, lengths, strict=True)])
 
         hooks.keep(net.t_embedder, "embedding")
         hooks.after(net.cap_embedder, embedded)
 
-    def _refined(
-        self, guided: GuidedPass, embeds: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(N, L, d) the negative prompts as they enter the first block, (N, I + L, k) the positions
-        of the image's tokens and of theirs, and (N, L) which of theirs count."""
+    def embedded_negative(self, guided: GuidedPass) -> torch.Tensor:
+        embedder = self.denoiser.cap_embedder
+        return guided.cache.made_by(
+            embedder, lambda: embedder.forward(guided.negative.embeds), [embedder, *embedder]
+        )
+
+    def negative_text(self, guided: GuidedPass) -> NegativeText:
+        net = self.denoiser
+        return guided.cache.made_by(
+            net.context_refiner, lambda: self._refined(guided, self.embedded_negative(guided)),
+            [net.cap_embedder, *net.cap_embedder, *net.context_refiner.modules()],
+        )  # fmt: skip
+
+    def _refined(self, guided: GuidedPass, embeds: torch.Tensor) -> NegativeText:
+        """The negative prompts as they enter the first block, of their embeddings (N, L, d)."""
         assert guided.call is not None
         net, device = self.denoiser, embeds.device
         height, width = guided.call.latents.shape[-2:]
@@ -108,30 +114,26 @@ class ZImageDiTBackbone(JoinedTransformerBackbone):
         for layer in net.context_refiner:
             stream = layer.forward(stream, mask, of_text)
         counted = torch.ones_like(stream[..., 0], dtype=torch.bool) if mask is None else mask
-        return stream, torch.cat([torch.stack(images), of_text], 1), counted
+        return NegativeText(stream, torch.cat([torch.stack(images), of_text], 1), counted)
 
-    def attend(
-        self, guided: GuidedPass, name: str, block: Any, stream: torch.Tensor, q: torch.Tensor,
-        k: torch.Tensor, v: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
-        positions, mask = guided.scratch["negative"]
-        embedding = guided.scratch["embedding"].to(stream.dtype)
-        scale, *rest = block.adaLN_modulation.forward(embedding)[:, None].chunk(4, -1)
+    def embedding_at(
+        self, guided: GuidedPass, times: torch.Tensor, stream: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        made: torch.Tensor = self.denoiser.t_embedder.forward(times * self.denoiser.t_scale)
+        return made
+
+    def read(
+        self, name: str, block: Any, stream: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Any]:
+        modulation = block.adaLN_modulation.forward(embedding.to(stream.dtype))
+        scale, *rest = modulation[:, None].chunk(4, -1)
         x = block.attention_norm1.forward(stream) * (1 + scale)
-        image, size = q.shape[1], q.shape[-1]
+        return text_heads(block.attention, x), rest
 
-        def turned(pixels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-            both = torch.cat([pixels, text], 1)
-            pairs = torch.view_as_complex(both.float().unflatten(-1, (-1, 2)))
-            made = torch.view_as_real(pairs * positions[:, :, None]).flatten(3)
-            return made.type_as(both)
-
-        q_n, k_n, v_n = text_heads(block.attention, x, size)
-        made = attention(
-            turned(q, q_n), turned(k, k_n), torch.cat([v.unflatten(-1, (-1, size)), v_n], 1),
-            F.pad(mask, (image, 0), value=True)[:, None, None],
-        )  # fmt: skip
-        return made[:, image:], made[:, :image], rest
+    def rotated(self, x: torch.Tensor, positions: Any) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        turned = pairs * over_rows(positions, len(x))[:, :, None]
+        return torch.view_as_real(turned).flatten(3).type_as(x)
 
     def follow(
         self, block: Any, stream: torch.Tensor, text: torch.Tensor, rest: Any
@@ -190,8 +192,10 @@ class ZImageDiTBackbone(JoinedTransformerBackbone):
     def __call__(
         self, latents: torch.Tensor, time: torch.Tensor, text: TextConditions, sizes: Any = None
     ) -> torch.Tensor:
+        given = [x for x in (text.embeds, text.mask) if x is not None]
+        texts = self.made_of("list", given, lambda: as_list(text))  # the same at every step
         made = self.denoiser(
-            list(latents[:, :, None].unbind()), self.timestep(time), as_list(text),
+            list(latents[:, :, None].unbind()), self.timestep(time), texts,
             patch_size=self.patch, return_dict=False,
         )[0]  # fmt: skip
         return self.sign * torch.stack(list(made)).squeeze(2)

@@ -89,7 +89,7 @@ class TinySettings:
     negative_stream: Literal["joint", "cached"] = "joint"
     """What the negative prompt's tokens attend to in such layers: also to the image's, as in the
     unconditional pass, or to each other alone. The second is computed once a call, for all images
-    and steps, and is for Stable Diffusion 3 alone."""
+    and steps."""
     modulation: bool = True
     """Whether the layers that read the pooled text, with the embedding of the timestep, are
     extrapolated."""
