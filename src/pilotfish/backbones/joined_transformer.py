@@ -107,6 +107,13 @@ class JoinedTransformerBackbone(TransformerBackbone):
         return NegativeText(self.embedded_negative(guided))
 
     def embedded_negative(self, guided: GuidedPass) -> torch.Tensor:
+        """(N, L, d) the negative prompts after :attr:`text_layer`, embedded once in a pass."""
+        made: torch.Tensor | None = guided.scratch.get("negative embeds")
+        if made is None:
+            made = guided.scratch["negative embeds"] = self.embed_negative(guided)
+        return made
+
+    def embed_negative(self, guided: GuidedPass) -> torch.Tensor:
         """(N, L, d) the negative prompts after :attr:`text_layer`."""
         layer: Any = self.denoiser.get_submodule(self.text_layer)
         made: torch.Tensor = guided.cache.made_by(

@@ -64,7 +64,7 @@ class OneStreamDiTBackbone(JoinedTransformerBackbone):
 
         hooks.after(self.denoiser.time_caption_embed, embedded)
 
-    def embedded_negative(self, guided: GuidedPass) -> torch.Tensor:
+    def embed_negative(self, guided: GuidedPass) -> torch.Tensor:
         embedder = self.denoiser.time_caption_embed.caption_embedder
         return guided.cache.made_by(
             embedder, lambda: embedder.forward(guided.negative.embeds), [embedder, *embedder]

@@ -89,7 +89,7 @@ class QwenDiTBackbone(JoinedTransformerBackbone):
             (lambda output: output.chunk(2)[0]) if net.zero_cond_t else (lambda output: output),
         )  # fmt: skip
 
-    def embedded_negative(self, guided: GuidedPass) -> torch.Tensor:
+    def embed_negative(self, guided: GuidedPass) -> torch.Tensor:
         layer, norm = self.denoiser.txt_in, self.denoiser.txt_norm
         return guided.cache.made_by(
             layer, lambda: layer.forward(norm.forward(guided.negative.embeds)), (layer, norm)

@@ -78,7 +78,7 @@ class ZImageDiTBackbone(JoinedTransformerBackbone):
         hooks.keep(net.t_embedder, "embedding")
         hooks.after(net.cap_embedder, embedded)
 
-    def embedded_negative(self, guided: GuidedPass) -> torch.Tensor:
+    def embed_negative(self, guided: GuidedPass) -> torch.Tensor:
         embedder = self.denoiser.cap_embedder
         return guided.cache.made_by(
             embedder, lambda: embedder.forward(guided.negative.embeds), [embedder, *embedder]
