@@ -16,7 +16,7 @@ from torch import nn
 
 from pilotfish import TinyGuide
 from pilotfish.backbones import Backbone, GuidedPass
-from pilotfish.backbones.cache import CallCache
+from pilotfish.backbones.cache import TABLE_BYTES, CallCache
 from pilotfish.guides import Guide
 from pilotfish.interface import GuideOutput, TextConditions
 from tests import components
@@ -150,6 +150,29 @@ def test_nothing_is_cached_while_gradients_are_computed(family: components.Famil
         call(family, denoiser)
         call(family, denoiser)
     assert calls == [4]
+
+
+@torch.no_grad()
+def test_what_is_too_large_for_all_steps_is_made_for_as_many_as_fit() -> None:
+    cache, schedule, made = CallCache(), torch.arange(7.0), list[int]()
+    text = components.FAMILIES["sd3"].text(1)
+
+    def make(timesteps: torch.Tensor) -> list[torch.Tensor]:
+        made.append(len(timesteps))
+        return [timesteps, 2 * timesteps]
+
+    def at(place: int, size: int) -> Any:
+        cache.find_table(schedule, place, 4.0, text, 1, lambda t: t, torch.device("cpu"))
+        return cache.at_step(size, make, lambda: (), lambda: size)
+
+    for place in range(7):
+        assert at(place, TABLE_BYTES // 3) == (place, 2 * place)
+    assert made == [3, 3, 1]
+    assert at(2, TABLE_BYTES) == (2, 4)  # as where an image is changed: later steps alone
+    assert at(3, TABLE_BYTES) == (3, 6)
+    assert at(3, 0) == (3, 6)
+    assert made == [3, 3, 1, 1, 1, 4]
+    assert at(3, TABLE_BYTES + 1) is None
 
 
 # -- a stream that is made for all steps, with a LoRA ------------------------------------------

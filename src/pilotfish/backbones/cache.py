@@ -14,8 +14,8 @@ from pilotfish.interface import Refresh, TextConditions
 
 T = TypeVar("T")
 TABLE_BYTES = 2**28
-"""Largest table of values at every step; a larger one is not made, and they are computed at each
-step."""
+"""Largest table of values at the steps of a schedule. It has as many steps as fit; where one does
+not, they are computed at each step."""
 TABLES = 2
 """Tables of a whole schedule that one call makes. A callback at every step makes each useless
 after one step; from then on modulations are computed at the step."""
@@ -33,8 +33,8 @@ class ScheduleTable:
         times: (T, 1) normalised times.
         w: (N,) the scale.
         place: the present step.
-        values: what the denoiser's own layers make of time and negative prompt, by its key: at
-            each step one tuple of tensors; None where that may not be kept.
+        values: what the denoiser's own layers make of time and negative prompt, by its key: one
+            tuple of tensors by the place of its step; None where that may not be kept.
         modulations: the guide's, from step ``first`` on; None where they are computed at each step.
         refresh: the one that they were made with.
     """
@@ -113,8 +113,8 @@ class CallCache:
         parts: Callable[[], Iterable[nn.Module]], size: Callable[[], int] = lambda: 0,
     ) -> tuple[torch.Tensor, ...] | None:  # fmt: skip
         """Values made of time and the negative prompt by ``parts`` of the denoiser, at this step;
-        made for the whole schedule at its first step. None where the schedule is not known,
-        :meth:`made_by` would not cache or they are too many.
+        made for this step and all that follow, or for as many as :data:`TABLE_BYTES` allows. None
+        where the schedule is not known, :meth:`made_by` would not cache or one step is too large.
 
         Args:
             make: (T,) timesteps -> (T, ...) each.
@@ -126,12 +126,16 @@ class CallCache:
         table = self._table
         if table is None or not self._in_schedule:
             return None
-        if key not in table.values:
-            table.values[key] = None
-            if _lasting(parts()) and size() * len(table.times) <= TABLE_BYTES:
-                made = make(table.schedule.to(table.times.device))
-                table.values[key] = list(zip(*(x.unbind() for x in made), strict=True))
-        steps = table.values[key]
+        steps = table.values.get(key, {})
+        if steps is not None and table.place not in steps:
+            left, bytes_each = len(table.times) - table.place, size()
+            fit = min(left, TABLE_BYTES // bytes_each) if bytes_each else left
+            steps = None
+            if fit and _lasting(parts()):
+                timesteps = table.schedule[table.place : table.place + fit]
+                made = make(timesteps.to(table.times.device))
+                steps = dict(enumerate(zip(*(x.unbind() for x in made), strict=True), table.place))
+            table.values[key] = steps
         found: tuple[torch.Tensor, ...] | None = None if steps is None else steps[table.place]
         return found
 
