@@ -148,7 +148,8 @@ def count_transformer(
         torch.ones(1, 32, dtype=torch.long) if masked else None,
     )
     *channels, _, _ = backbone.latent_shape()
-    latents = torch.zeros(1, *channels[:1], *[1] * len(channels[1:]), 8, 8)
+    # more tokens than joint attention samples, as in images of full size
+    latents = torch.zeros(1, *channels[:1], *[1] * len(channels[1:]), 40, 40)
     times = torch.tensor([0.75, 0.5, 0.25])
     schedule = times * backbone.num_train_timesteps
 
