@@ -149,7 +149,7 @@ def count_transformer(
     )
     *channels, _, _ = backbone.latent_shape()
     # more tokens than joint attention samples, as in images of full size
-    latents = torch.zeros(1, *channels[:1], *[1] * len(channels[1:]), 40, 40)
+    latents = torch.zeros(1, *channels[:1], *[1] * len(channels[1:]), 36, 36)
     times = torch.tensor([0.75, 0.5, 0.25])
     schedule = times * backbone.num_train_timesteps
 

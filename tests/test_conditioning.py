@@ -19,7 +19,7 @@ from pilotfish.conditioning import (
 )
 from pilotfish.interface import TextConditions
 from tests import components
-from tests.pipelines import pipelines
+from tests.pipelines import pipelines, specs
 
 TEXTS = ["cat", "a red cat", "dog"]
 PIPELINES = {
@@ -57,7 +57,7 @@ def both(pipe: Any, **negative: Any) -> tuple[TextConditions, TextConditions]:
         prompt=TEXTS, **more, **negative, device="cpu", num_images_per_prompt=1,
         do_classifier_free_guidance=True,
     )  # fmt: skip
-    if pipe.name in pipelines.MASKED:
+    if pipe.name in specs.MASKED:
         embeds, mask, other, other_mask = made
         return TextConditions(embeds, mask=mask), TextConditions(other, mask=other_mask)
     embeds, other, *pooled = made

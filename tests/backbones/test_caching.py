@@ -168,10 +168,10 @@ def test_what_is_too_large_for_all_steps_is_made_for_as_many_as_fit() -> None:
     for place in range(7):
         assert at(place, TABLE_BYTES // 3) == (place, 2 * place)
     assert made == [3, 3, 1]
-    assert at(2, TABLE_BYTES) == (2, 4)  # as where an image is changed: later steps alone
-    assert at(3, TABLE_BYTES) == (3, 6)
+    assert at(4, TABLE_BYTES // 2) == (4, 8)  # as where an image is changed
+    assert at(5, TABLE_BYTES // 2) == (5, 10)
     assert at(3, 0) == (3, 6)
-    assert made == [3, 3, 1, 1, 1, 4]
+    assert made == [3, 3, 1, 2, 7]
     assert at(3, TABLE_BYTES + 1) is None
 
 

@@ -29,6 +29,6 @@ def small_transformer(name: str, **layers: int) -> Shape:
 
 
 SMALL_SD3 = small_transformer(
-    "sd35-medium", num_layers=2, sample_size=16, pos_embed_max_size=16, dual_attention_layers=(0,)
+    "sd35-medium", num_layers=2, sample_size=16, pos_embed_max_size=18, dual_attention_layers=(0,)
 )
 SMALL_LUMINA2 = small_transformer("lumina2", num_layers=1, num_refiner_layers=1, sample_size=16)

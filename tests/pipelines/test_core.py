@@ -13,7 +13,7 @@ import torch
 from pilotfish.backbones.z_image_dit import as_conditions, as_list
 from pilotfish.interface import TextConditions
 from tests import editing
-from tests.pipelines import pipelines
+from tests.pipelines import specs
 from tests.pipelines.matrix import covered, family
 from tests.pipelines.pipelines import PROMPTS, Pipeline, build, guide, guided, plain, twin
 from tests.pipelines.test_conditions import load_lora, unload_lora
@@ -126,7 +126,7 @@ def encode(one: Pipeline, prompt: list[str], **call: Any) -> tuple[torch.Tensor,
 
 def masked(one: Pipeline) -> bool:
     """Whether the text of a pipeline has a mask."""
-    return any(name in type(one.pipe).__name__ for name in pipelines.MASKED)
+    return any(name in type(one.pipe).__name__ for name in specs.MASKED)
 
 
 def parts(text: TextConditions) -> list[torch.Tensor]:
@@ -157,7 +157,7 @@ def test_without_a_negative_prompt_the_guide_is_given_that_of_cfg(name: str) -> 
     # one serves all, where it is not encoded with images
     assert len(seen[0]) == (len(PROMPTS) if name == "Qwen-Image edit" else 1)
     shows(seen, encode(one, list(PROMPTS)))
-    if pipelines.PIPELINES[name].family == "SDXL":
+    if specs.PIPELINES[name].family == "SDXL":
         assert one.pipe.config.force_zeros_for_empty_prompt
         assert not seen[0].embeds.any()
 

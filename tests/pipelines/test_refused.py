@@ -13,7 +13,7 @@ from torch import nn
 
 from pilotfish import GuideError, TinyGuide
 from tests import components
-from tests.pipelines import pipelines, refused
+from tests.pipelines import refused, specs
 from tests.pipelines.matrix import covered
 from tests.pipelines.pipelines import build, guide, guided, plain
 
@@ -107,7 +107,7 @@ def test_perturbed_attention_is_refused_in_a_call(pipeline: str, name: str) -> N
             in_channels=16, out_channels=16, dual_attention_layers=(), qk_norm=None
         )
     one = build(name, pipeline, **parts)
-    used = TinyGuide.for_denoiser(one.denoiser, pipelines.PIPELINES[name].prediction_type).eval()
+    used = TinyGuide.for_denoiser(one.denoiser, specs.PIPELINES[name].prediction_type).eval()
     perturbed, conditional = (
         one.latents(pag_scale=3.0),
         one.latents(pag_scale=3.0, guidance_scale=1.0),

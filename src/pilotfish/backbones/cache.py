@@ -113,8 +113,9 @@ class CallCache:
         parts: Callable[[], Iterable[nn.Module]], size: Callable[[], int] = lambda: 0,
     ) -> tuple[torch.Tensor, ...] | None:  # fmt: skip
         """Values made of time and the negative prompt by ``parts`` of the denoiser, at this step;
-        made for this step and all that follow, or for as many as :data:`TABLE_BYTES` allows. None
-        where the schedule is not known, :meth:`made_by` would not cache or one step is too large.
+        made for the whole schedule at its first step, or for as many steps as :data:`TABLE_BYTES`
+        allows. None where the schedule is not known, :meth:`made_by` would not cache or one step
+        is too large.
 
         Args:
             make: (T,) timesteps -> (T, ...) each.
@@ -128,13 +129,14 @@ class CallCache:
             return None
         steps = table.values.get(key, {})
         if steps is not None and table.place not in steps:
-            left, bytes_each = len(table.times) - table.place, size()
-            fit = min(left, TABLE_BYTES // bytes_each) if bytes_each else left
+            total, bytes_each = len(table.times), size()
+            fit = min(total, TABLE_BYTES // bytes_each) if bytes_each else total
             steps = None
             if fit and _lasting(parts()):
-                timesteps = table.schedule[table.place : table.place + fit]
-                made = make(timesteps.to(table.times.device))
-                steps = dict(enumerate(zip(*(x.unbind() for x in made), strict=True), table.place))
+                # the same steps together wherever a call begins: their number decides rounding
+                first = table.place // fit * fit
+                made = make(table.schedule[first : first + fit].to(table.times.device))
+                steps = dict(enumerate(zip(*(x.unbind() for x in made), strict=True), first))
             table.values[key] = steps
         found: tuple[torch.Tensor, ...] | None = None if steps is None else steps[table.place]
         return found
