@@ -32,7 +32,7 @@ GUIDES: dict[str, Callable[..., Guide]] = {
     "full": FullGuide.for_denoiser,
 }
 """Makers of fresh guides. The second and third cache the negative prompt's stream of joint
-attention, and the third extrapolates by the text alone."""
+attention, and the third samples the image's tokens."""
 REFRESHED = ", refreshed"
 """After the name of a guide: its step after one with both passes, what that found being given."""
 
