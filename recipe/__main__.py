@@ -25,6 +25,7 @@ from recipe.finetunes import (
 from recipe.guides import StepGuidesStage, make_guide, make_sizes, make_step_guides
 from recipe.images import TEST_STYLES, TRAIN_STYLES, make_images
 from recipe.pages import draw_grid, write_pages
+from recipe.quantization import QuantizationStage, measure_quantization
 from recipe.scorer import ScorerStage, make_scorer
 from recipe.sd3 import make_sd3
 from recipe.transformer import compose
@@ -38,9 +39,10 @@ class Recipe:
     train_finetunes, test_finetunes, scorer, guides and step_guides, in this order; then sd3, a
     Stable Diffusion 3, and with --model sd3 the four stages of its fine-tunes and guides; then
     cards. The other stages are not part of the models: ablations compares forms of the guide;
-    sizes trains guides of other sizes in --work/sizes; transformer puts the results of the Stable
-    Diffusion 3's guide into one file; pages writes results into README and documents; screenshots
-    shows the app in docs/images."""
+    sizes trains guides of other sizes in --work/sizes; quantization compares guides that are
+    trained on a quantised base; transformer puts the results of the Stable Diffusion 3's guide
+    into one file; pages writes results into README and documents; screenshots shows the app in
+    docs/images."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -58,6 +60,7 @@ class Recipe:
             "cards",
             "ablations",
             "sizes",
+            "quantization",
             "transformer",
             "pages",
             "screenshots",
@@ -83,6 +86,7 @@ class Recipe:
     """What the stage of that name trains: tiny, full."""
     step_guides: StepGuidesStage = field(default_factory=StepGuidesStage)
     ablations: AblationsStage = field(default_factory=AblationsStage)
+    quantization: QuantizationStage = field(default_factory=QuantizationStage)
     bf16: bool | None = None
     """Train denoisers and guides in mixed precision. Default: where the processor has the
     arithmetic for it. The bundled models were trained with it, except the train_finetunes."""
@@ -174,6 +178,7 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "cards": lambda r: write_cards(r.target),
     "ablations": lambda r: run_ablations(r.work, r.ablations, bf16=r.mixed),
     "sizes": lambda r: make_sizes(r.work / "sizes", r.target, bf16=r.mixed),
+    "quantization": lambda r: measure_quantization(r.work, r.quantization, bf16=r.mixed),
     "transformer": lambda r: compose(Path("results/sd3")).save("results/transformer.json"),
     "pages": _pages,
     "screenshots": _screenshots,

@@ -27,6 +27,7 @@ from pilotfish.evaluation.results import CurveResult, NegativeResult, Run
 from pilotfish.evaluation.tables import curve_markdown, markdown, percent, with_interval
 from pilotfish.pipelines import Refreshed
 from pilotfish.pipelines.sampling import Attachable
+from recipe.quantization import QuantizationResult, quantization_text
 from recipe.transformer import TransformerResult
 
 TARGETS = {"8": {"base": (0.95, 1.05), "": (0.90, 1.15)}, "16": {"base": (1.0, 1.0)}}
@@ -60,6 +61,7 @@ def write_pages(root: Path) -> None:
         ("compare.md", "compare"): lambda p: compare_page(ComparisonResult.load(p), docs),
         ("method.md", "negative"): lambda p: negatives_text(NegativeResult.load(p)),
         ("train.md", "presets"): lambda p: presets_markdown(PresetsResult.load(p)),
+        ("train.md", "quantization"): lambda p: quantization_text(QuantizationResult.load(p)),
         ("transformers.md", "shapes"): lambda p: transformers_markdown(ShapesResult.load(p)),
         ("transformers.md", "transformer"): lambda p: transformer_text(TransformerResult.load(p)),
     }

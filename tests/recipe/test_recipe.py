@@ -33,6 +33,7 @@ from recipe.guides import (
     trained_on,
 )
 from recipe.loop import train
+from recipe.quantization import QuantizationResult, QuantizationStage, measure_quantization
 from recipe.vocabulary import write_prompts
 from tests import components
 from tests.training.runs import small_guide
@@ -157,3 +158,22 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path) -> Non
         run(tmp_path / "parts", stop=5)
     for one, other in zip(whole, run(tmp_path / "parts"), strict=True):
         assert torch.equal(one, other)
+
+
+def test_guides_of_quantised_bases_are_measured_on_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unet, kinds = bundled.load_model("base").unet, []
+
+    def distilled(config: DistillConfig) -> Guide:
+        kinds.append(config.base_quantization)
+        return components.randomise(small_guide(unet, "v_prediction"), seed=len(kinds))
+
+    monkeypatch.setattr("recipe.quantization.distill", distilled)
+    stage = QuantizationStage(("no", "fp8"), 1, 2, 1, 2, output=tmp_path / "found.json")
+    measure_quantization(tmp_path, stage, bf16=False)
+    assert kinds == ["no", "fp8"]
+    plain, quantised = QuantizationResult.load(stage.output).bases.values()
+    assert plain.trained_on_it == plain.on_plain == plain.plain_on_it
+    assert len({plain.on_plain, *vars(quantised).values()}) == 4
+    assert "| `fp8` | " in capsys.readouterr().out
