@@ -28,6 +28,7 @@ from recipe.pages import draw_grid, write_pages
 from recipe.quantization import QuantizationStage, measure_quantization
 from recipe.scorer import ScorerStage, make_scorer
 from recipe.sd3 import make_sd3
+from recipe.step_lora import StepLoraStage, make_step_lora
 from recipe.transformer import compose
 from recipe.unet import make_base
 from recipe.vocabulary import write_prompts
@@ -36,9 +37,9 @@ from recipe.vocabulary import write_prompts
 @dataclass(frozen=True)
 class Recipe:
     """Make the bundled models. ``all`` runs prompts, images, autoencoder, base, finetunes,
-    train_finetunes, test_finetunes, scorer, guides and step_guides, in this order; then sd3, a
-    Stable Diffusion 3, and with --model sd3 the four stages of its fine-tunes and guides; then
-    cards. The other stages are not part of the models: ablations compares forms of the guide;
+    train_finetunes, test_finetunes, scorer, guides, step_guides and step_lora, in this order; then
+    sd3, a Stable Diffusion 3, and with --model sd3 the four stages of its fine-tunes and guides;
+    then cards. The other stages are not part of the models: ablations compares forms of the guide;
     sizes trains guides of other sizes in --work/sizes; quantization compares guides that are
     trained on a quantised base; transformer puts the results of the Stable Diffusion 3's guide
     into one file; pages writes results into README and documents; screenshots shows the app in
@@ -56,6 +57,7 @@ class Recipe:
             "scorer",
             "guides",
             "step_guides",
+            "step_lora",
             "sd3",
             "cards",
             "ablations",
@@ -85,6 +87,7 @@ class Recipe:
     guides: tuple[str, ...] = ("tiny",)
     """What the stage of that name trains: tiny, full."""
     step_guides: StepGuidesStage = field(default_factory=StepGuidesStage)
+    step_lora: StepLoraStage = field(default_factory=StepLoraStage)
     ablations: AblationsStage = field(default_factory=AblationsStage)
     quantization: QuantizationStage = field(default_factory=QuantizationStage)
     bf16: bool | None = None
@@ -173,6 +176,9 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "guides": _guides,
     "step_guides": lambda r: make_step_guides(
         r.work, r.target, r.step_guides, bf16=r.mixed, base=r.model
+    ),
+    "step_lora": lambda r: make_step_lora(
+        r.images, r.target, r.work, r.step_lora, bf16=r.mixed
     ),
     "sd3": lambda r: make_sd3(r.target / "base", r.images, r.work, r.target / "sd3", bf16=r.mixed),
     "cards": lambda r: write_cards(r.target),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pilotfish.bundled import STEP_LORA
 from recipe.finetunes import STYLES as FINETUNES
 from recipe.finetunes import TEST_FINETUNES, TRAIN_FINETUNES, BaseName, finetune_folder
 from recipe.images import STYLES, TEST_STYLES, TRAIN_STYLES
@@ -98,6 +99,14 @@ def write_cards(target: Path) -> None:
             f"{kind} the base's UNet, far from the base in weights and in style. It is for "
             "evaluation: no guide was trained on it.",
             stage="test_finetunes", styles=(name,), licence=TEST_STYLES[name].licence.lower(),
+        )  # fmt: skip
+    if (target / STEP_LORA).is_dir():
+        card(
+            STEP_LORA, "Pilotfish base, 4 steps",
+            "A LoRA for the base's UNet with which it draws in 4 DDIM steps, distilled from 16 of "
+            "the base without guidance. CFG and guides work on it as on the base; no guide was "
+            "trained on it.",
+            stage="step_lora", styles=("noto",), licence="apache-2.0",
         )  # fmt: skip
     card(
         "scorer", "Pilotfish scorer",

@@ -16,6 +16,8 @@ from baselines.frontier.report import (
     summary_markdown,
 )
 from baselines.frontier.results import FrontierResult
+from baselines.guidances import GuidancesResult
+from baselines.guidances import table as guidances_markdown
 from benchmarks.measure import ShapesResult
 from benchmarks.presets import PresetsResult, presets_markdown
 from benchmarks.report import transformers_markdown
@@ -60,6 +62,7 @@ def write_pages(root: Path) -> None:
         ("steps.md", "steps"): lambda p: steps_page(CurveResult.load(p), docs),
         ("compare.md", "compare"): lambda p: compare_page(ComparisonResult.load(p), docs),
         ("method.md", "negative"): lambda p: negatives_text(NegativeResult.load(p)),
+        ("guidance.md", "guidances"): lambda p: guidances_text(GuidancesResult.load(p)),
         ("train.md", "presets"): lambda p: presets_markdown(PresetsResult.load(p)),
         ("train.md", "quantization"): lambda p: quantization_text(QuantizationResult.load(p)),
         ("transformers.md", "shapes"): lambda p: transformers_markdown(ShapesResult.load(p)),
@@ -148,6 +151,23 @@ def negatives_text(found: NegativeResult) -> str:
         f"{found.run.samples} held-out pairs, w = {scales}, {found.run.refreshes}; the whole "
         "result is in `results/negative.json`. With negative prompts the guidance error is "
         f"{models}."
+    )
+
+
+def guidances_text(found: GuidancesResult) -> str:
+    """The table of guidances and of the guides that were taught them."""
+    run = found.run
+    better = ""
+    for name, scales in found.better().items():
+        at = " and ".join(f"{w:g}" for w in scales)
+        better += f" {name} is better in all four scores than CFG at w = {at}."
+    return (
+        f"{guidances_markdown(found).rstrip()}\n\n"
+        f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, {run.samples:,} images "
+        f"for each row, {run.dtype}; the whole result is in `results/guidances.json`. *Kept* is "
+        "the share of the gain of the guide's own guidance over no guidance, in one pass a step "
+        "or with refreshes. The best of each guidance is in bold: the lowest fd_clip with at "
+        f"least the top-5 of CFG.{better}"
     )
 
 

@@ -28,7 +28,7 @@ from recipe.images import STYLES, TEST_STYLES, TRAIN_STYLES
 WEIGHTS = sorted(bundled.FOLDER.rglob("*.safetensors"))
 SOURCES: dict[str, tuple[str, ...]] = {
     "base": tuple(STYLES), "fluent": ("fluent",), "twemoji": ("twemoji",),
-    "emojione-lora": ("emojione",), "scorer": tuple(STYLES),
+    "emojione-lora": ("emojione",), bundled.STEP_LORA: ("noto",), "scorer": tuple(STYLES),
     "sd3": tuple(STYLES), "sd3-fluent": ("fluent",), "sd3-twemoji-lora": ("twemoji",),
     "sd3-emojione-lora": ("emojione",),
     **{f"train_finetunes/{of}{name}": (name,) for of in ("", "sd3-") for name in TRAIN_STYLES},
@@ -198,6 +198,29 @@ def test_every_guide_is_tiny_and_fits_every_model_of_its_base(
     (other,) = {*bundled.BASES} - {base}
     with pytest.raises(GuideError, match="made for another denoiser"):
         guide.attach(models[other])
+
+
+@torch.no_grad()
+def test_a_guide_works_on_a_step_lora(models: dict[str, Any]) -> None:
+    def draw(pipe: Any, steps: int, w: float = 1.0) -> torch.Tensor:
+        noise = [torch.Generator().manual_seed(seed) for seed in range(8)]
+        latents: torch.Tensor = pipe(
+            list(bundled.GRID_PROMPTS), guidance_scale=w, num_inference_steps=steps,
+            generator=noise, output_type="latent",
+        ).images  # fmt: skip
+        return latents
+
+    def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one - other).square().mean())
+
+    base, lora = models["base"], bundled.load_model(bundled.STEP_LORA)
+    many, few, none = draw(base, 16), draw(base, 4), draw(lora, 4)
+    assert distance(none, many) < 0.5 * distance(few, many)
+    cfg = draw(lora, 4, 4.0)
+    for refresh, most in ((0, 0.5), (1, 0.25)):
+        with bundled.load_guide().attached(lora, refresh=refresh):
+            assert distance(draw(lora, 4, 4.0), cfg) < most * distance(none, cfg)
+    assert torch.equal(draw(lora, 4, 4.0), cfg)
 
 
 # --- names -------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ MODELS = BASES["base"]
 """Those of the UNet, on which commands work where nothing is said."""
 STYLES = {name: style for models in BASES.values() for name, style in models.items()}
 """All of them."""
+STEP_LORA = "step-lora"
+"""The UNet's base with a LoRA that draws in 4 steps; no guide was trained on it."""
 GRID_PROMPTS = (
     "owl", "red apple", "rocket", "smiling face with sunglasses", "cactus",
     "birthday cake", "panda", "guitar",
@@ -86,7 +88,9 @@ def load_model(name: str = "base", dtype: torch.dtype = torch.float32) -> Any:
     if name not in names:
         raise ValueError(f"no bundled model {name!r}; there are {', '.join(names)}")
     folder, lora = package / name, package / f"{name}-lora"
-    if name not in STYLES:
+    if name == STEP_LORA:
+        lora = package / name
+    elif name not in STYLES:
         folder = lora = package / "test_finetunes" / name
     pipe: Any = load_pipeline(package / base_of(name), dtype=dtype)
     base = Backbone.of_pipeline(pipe)
@@ -144,15 +148,16 @@ def prompts(kind: Literal["captions", "training", "held_out"]) -> list[str]:
 
 
 def images(model: str) -> Path:
-    """The folder of real images in the style of one of :data:`BASES`' models.
+    """The folder of real images in the style of one of :data:`STYLES` or of :data:`STEP_LORA`.
 
     Raises:
         ValueError: there are no images of such a model.
         MissingPackageError: the bundled models are not installed.
     """
-    if model not in STYLES:
-        raise ValueError(f"no bundled images of {model!r}; there are those of {', '.join(STYLES)}")
-    return _folder("images") / STYLES[model]
+    styles = STYLES | {STEP_LORA: "noto"}
+    if model not in styles:
+        raise ValueError(f"no bundled images of {model!r}; there are those of {', '.join(styles)}")
+    return _folder("images") / styles[model]
 
 
 def train_finetune_names(base: str = "base") -> list[str]:
@@ -164,7 +169,7 @@ def train_finetune_names(base: str = "base") -> list[str]:
 
 def model_names() -> list[str]:
     """All that :func:`load_model` knows."""
-    return [*STYLES, *test_finetune_names()]
+    return [*STYLES, STEP_LORA, *test_finetune_names()]
 
 
 def test_finetune_names() -> list[str]:

@@ -17,8 +17,8 @@ class AppConfig:
     this machine and calls nothing outside it."""
 
     models: tuple[str, ...] = tuple(bundled.STYLES)
-    """Pipelines to choose from: base, fluent, twemoji, emojione, high-contrast, monotone,
-    streamline; sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids."""
+    """Pipelines to choose from: base, fluent, twemoji, emojione, step-lora, high-contrast,
+    monotone, streamline; sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids."""
     guide: tuple[str, ...] = ()
     """Guides to choose from: bundled ones, or folders or hub ids. Left out: those of the bundled
     bases among the models."""

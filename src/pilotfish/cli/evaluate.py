@@ -56,8 +56,8 @@ class EvaluateConfig:
     first and it is left out. NAME=GUIDE gives it a name in the result;
     guides for different numbers of steps that have one name make one line."""
     models: tuple[str, ...] = tuple(bundled.MODELS)
-    """Pipelines, the base first: base, fluent, twemoji, emojione, high-contrast, monotone,
-    streamline; sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids."""
+    """Pipelines, the base first: base, fluent, twemoji, emojione, step-lora, high-contrast,
+    monotone, streamline; sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids."""
     reference_images: tuple[str, ...] = ()
     """Folders of real images (metadata.jsonl), one for each model that is not bundled."""
     prompts: str | None = None

@@ -32,9 +32,9 @@ class InspectConfig:
     """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; sd3-tiny; or a folder or hub id.
     Left out: that of the bundled base."""
     models: tuple[str, ...] = ("base",)
-    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline; sd3,
-    sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids. Several with --scales, side by
-    side."""
+    """Pipelines: base, fluent, twemoji, emojione, step-lora, high-contrast, monotone, streamline;
+    sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids. Several with --scales, side
+    by side."""
     site: str | None = None
     """Site of the maps: the name of a module. Left out: the last site before the prediction
     that has a map."""

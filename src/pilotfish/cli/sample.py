@@ -35,9 +35,9 @@ class SampleConfig:
     prompts: str | None = None
     """Text file, one prompt a line."""
     models: tuple[str, ...] = ("base",)
-    """Pipelines: base, fluent, twemoji, emojione, high-contrast, monotone, streamline; sd3,
-    sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids. With more than one, each has a
-    folder of its own in --output."""
+    """Pipelines: base, fluent, twemoji, emojione, step-lora, high-contrast, monotone, streamline;
+    sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids. With more than one, each has
+    a folder of its own in --output."""
     guide: str | None = None
     """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; sd3-tiny; or a folder or hub id.
     Left out: that of the bundled base."""
