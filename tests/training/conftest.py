@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from pilotfish.training import validation
 from pilotfish.training.config import DistillConfig, StepsConfig
 from pilotfish.training.context import TrainingContext
 from tests.training.runs import PROMPTS, SHORT, VALIDATION
+
+
+@pytest.fixture(autouse=True)
+def _precision() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first precision
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)

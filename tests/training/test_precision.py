@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,6 @@ from pilotfish.training.stages import new_guide
 from tests.training.runs import same, train, train_steps
 
 Context = Callable[..., TrainingContext]
-
-
-@pytest.fixture(autouse=True)
-def _precision() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first precision
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def resumed(config: Any, tmp_path: Path) -> Any:

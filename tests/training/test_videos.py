@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
@@ -19,13 +17,6 @@ from tests.pipelines.pipelines import build
 from tests.training.runs import PROMPTS, VALIDATION, same, train, train_steps
 
 VIDEO: dict[str, Any] = {"num_frames": 5, "resolutions": ("32x16",)}
-
-
-@pytest.fixture(autouse=True)
-def _precision() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first precision
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def context(name: str) -> TrainingContext:

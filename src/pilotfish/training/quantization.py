@@ -52,6 +52,7 @@ def quantize(
         for name, layer in _linear_layers(denoiser).items():
             owner, _, leaf = name.rpartition(".")
             made = _by_bitsandbytes(bnb, layer, kind, dtype).to(device)
+            _keep_bias(made)
             setattr(denoiser.get_submodule(owner), leaf, made)
     nn.Module.to(denoiser, device)  # diffusers' own method warns
 
@@ -95,3 +96,18 @@ def _by_bitsandbytes(bnb: Any, layer: nn.Linear, kind: str, dtype: torch.dtype) 
     made.bias = layer.bias
     found: nn.Module = made.eval()
     return found
+
+
+def _keep_bias(layer: nn.Module) -> None:
+    """Undo after every pass that bitsandbytes casts a bias in place to the dtype of the layer's
+    input, which autocast brings to half precision: the base would change."""
+    kept: Any = layer.bias
+    if kept is None:
+        return
+    kept = kept.data
+
+    def restore(layer: Any, args: Any, output: Any) -> None:
+        if layer.bias.dtype != kept.dtype:
+            layer.bias.data = kept.to(layer.bias.device)
+
+    layer.register_forward_hook(restore)
