@@ -1,9 +1,11 @@
-"""The configurations of a saved pipeline, as they are bundled."""
+"""The files of a saved pipeline, as they are bundled."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
 
 
 def tidy_configs(folder: Path) -> None:
@@ -16,3 +18,11 @@ def tidy_configs(folder: Path) -> None:
         if "dtype" in config:
             config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def name_text_model(folder: Path) -> None:
+    """Give the weights of a saved ``CLIPTextModel`` the names ``text_model.*``, as published models
+    have them. Newer versions of transformers save shorter names, which 5.0 does not load."""
+    path, prefix = folder / "model.safetensors", "text_model."
+    named = {prefix + key.removeprefix(prefix): v for key, v in load_file(path).items()}
+    save_file(named, path, {"format": "pt"})

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from recipe.batches import Batches, DenoiserStage
-from recipe.configs import tidy_configs
+from recipe.configs import name_text_model, tidy_configs
 from recipe.loop import train
 from recipe.text import TOKENS, new_tokenizer
 from recipe.vocabulary import COLOURS, captions
@@ -123,3 +123,4 @@ def make_base(
         requires_safety_checker=False,
     ).save_pretrained(target)
     tidy_configs(target)
+    name_text_model(target / "text_encoder")

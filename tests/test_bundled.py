@@ -113,6 +113,14 @@ def test_a_base_works_with_stock_diffusers(name: str) -> None:
     assert images.isfinite().all()
 
 
+def test_every_version_of_transformers_can_read_the_names_of_a_text_encoder() -> None:
+    files = [*bundled.FOLDER.glob("*/text_encoder*/model.safetensors")]
+    read = [path for path in files if "T5" not in (path.parent / "config.json").read_text()]
+    assert len(read) == 3
+    for path in read:
+        assert all(key.startswith(("text_model.", "text_projection.")) for key in load_file(path))
+
+
 def test_a_stock_call_with_256_zero_tokens_draws_what_one_draws(models: dict[str, Any]) -> None:
     def draw(tokens: int, w: float = 4.0) -> torch.Tensor:
         images: torch.Tensor = models["sd3"](
