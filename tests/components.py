@@ -38,7 +38,7 @@ from diffusers import (
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
-    CLIPImageProcessorPil,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -301,7 +301,7 @@ def t5_encoder(tokenizer: CLIPTokenizer, kind: type[Any] = T5EncoderModel) -> T5
     return kind(config).eval()
 
 
-def image_encoder(size: int) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
+def image_encoder(size: int) -> tuple[CLIPVisionModel, CLIPImageProcessor]:
     """Of square images, with what makes them of this size."""
     torch.manual_seed(11)
     config = CLIPVisionConfig(
@@ -309,7 +309,7 @@ def image_encoder(size: int) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
         image_size=size, patch_size=8,
     )  # fmt: skip
     sizes = {"height": size, "width": size}
-    return CLIPVisionModel(config).eval(), CLIPImageProcessorPil(size=sizes, crop_size=sizes)
+    return CLIPVisionModel(config).eval(), CLIPImageProcessor(size=sizes, crop_size=sizes)
 
 
 # -- pipelines -----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import settings
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from pilotfish.evaluation.clip import Scorer
 from pilotfish.guides import ExternalGuide, FullGuide, Guide, TinyGuide
@@ -224,7 +224,7 @@ def clip(pipe: Any) -> tuple[CLIPModel, CLIPProcessor]:
     vision = shared | {"image_size": 16, "patch_size": 8}
     torch.manual_seed(6)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-    images = CLIPImageProcessorPil(
+    images = CLIPImageProcessor(
         size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16},
         do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.25] * 3,
     )  # fmt: skip

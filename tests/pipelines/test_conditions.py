@@ -16,7 +16,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from transformers import (
-    CLIPImageProcessorPil,
+    CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
@@ -57,7 +57,7 @@ def load_ip_adapter(one: Pipeline) -> None:
         image_size=SIDE, patch_size=8, projection_dim=WIDTH,
     )  # fmt: skip
     size = {"height": SIDE, "width": SIDE}
-    processor = CLIPImageProcessorPil(size=size, crop_size=size)
+    processor = CLIPImageProcessor(size=size, crop_size=size)
     encoder = CLIPVisionModelWithProjection(config).eval()
     one.pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
 
