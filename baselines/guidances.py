@@ -122,23 +122,6 @@ class GuidancesResult(Saved):
             found[name] = min(able, key=_distance) if able else max(mine, key=_top5)
         return found
 
-    def better(self) -> dict[str, list[float]]:
-        """For each point of another guidance with all its passes that is better than CFG at some w
-        in every score, that point's name and w: these w."""
-        whole = [p for p in self.points if not p.guide and p.guidance != "none"]
-        cfg = [p for p in whole if p.name == "cfg"]
-        found = {
-            f"{p.guidance} at w = {p.w:g}": [c.w for c in cfg if _dominates(p.scores, c.scores)]
-            for p in whole
-            if p.name != "cfg"
-        }
-        return {name: scales for name, scales in found.items() if scales}
-
-
-def _dominates(a: Scores, b: Scores) -> bool:
-    nearer = a.fd_clip < b.fd_clip
-    return nearer and a.top1 > b.top1 and a.top5 > b.top5 and a.cosine > b.cosine
-
 
 def _distance(point: GuidancePoint) -> float:
     return point.scores.fd_clip

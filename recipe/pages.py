@@ -157,17 +157,13 @@ def negatives_text(found: NegativeResult) -> str:
 def guidances_text(found: GuidancesResult) -> str:
     """The table of guidances and of the guides that were taught them."""
     run = found.run
-    better = ""
-    for name, scales in found.better().items():
-        at = " and ".join(f"{w:g}" for w in scales)
-        better += f" {name} is better in all four scores than CFG at w = {at}."
     return (
         f"{guidances_markdown(found).rstrip()}\n\n"
         f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, {run.samples:,} images "
         f"for each row, {run.dtype}; the whole result is in `results/guidances.json`. *Kept* is "
         "the share of the gain of the guide's own guidance over no guidance, in one pass a step "
         "or with refreshes. The best of each guidance is in bold: the lowest fd_clip with at "
-        f"least the top-5 of CFG.{better}"
+        "least the top-5 of CFG at its own lowest."
     )
 
 

@@ -69,20 +69,6 @@ def test_passes_are_counted_and_a_guide_stands_beside_what_it_was_taught(
     assert "own, refresh 2" in lines[-1]
 
 
-def test_what_is_better_than_cfg_is_better_in_every_score(found: GuidancesResult) -> None:
-    def point(name: str, w: float, *scores: float) -> guidances.GuidancePoint:
-        one = next(p for p in found.points if p.name == name and not p.guide)
-        return replace(one, w=w, scores=Scores(*scores))
-
-    made = replace(found, points=[
-        found.points[0], point("cfg", 2.0, 0.6, 0.7, 0.5, 2.0),
-        point("cfg", 3.0, 0.7, 0.8, 0.6, 3.0),
-        point("apg", 4.0, 0.8, 0.9, 0.7, 2.5), point("slg", 5.0, 0.8, 0.9, 0.6, 1.0),
-    ])  # fmt: skip
-    (apg, slg) = (p.guidance for p in made.points[-2:])
-    assert made.better() == {f"{apg} at w = 4": [3.0], f"{slg} at w = 5": [2.0]}
-
-
 def test_the_best_of_each_is_nearest_at_no_lower_top5(found: GuidancesResult) -> None:
     def points(name: str, *scores: tuple[float, float]) -> list[guidances.GuidancePoint]:
         one = next(p for p in found.points if p.name == name and not p.guide)
