@@ -91,8 +91,9 @@ def measure_quantization(work: Path, stage: QuantizationStage, *, bf16: bool) ->
         own = _errors([guides[kind], guides[plain]], kind, stage, bf16=bf16)
         (on_plain,) = _errors([guides[kind]], plain, stage, bf16=bf16)
         bases[kind] = QuantizedBase(own[0], on_plain, own[1])
+    some = "" if stage.kinds == KINDS else f" --quantization.kinds {' '.join(stage.kinds)}"
     run = QuantizationRun(
-        "python -m recipe quantization", machine(), versions(), stage.steps, stage.batch,
+        f"python -m recipe quantization{some}", machine(), versions(), stage.steps, stage.batch,
         stage.prompts, stage.num_inference_steps, stage.seed,
     )  # fmt: skip
     found = QuantizationResult(run, bases)
