@@ -60,9 +60,11 @@ class Times(Protocol):
 
 class _Thread(local):
     """What each thread has of its own. torch.compile reads it before every call and chooses the
-    code by it. A context variable would break the graph at each layer."""
+    code by it. A context variable would break the graph at each layer; a default of the class
+    would be what older versions of torch read."""
 
-    open: GuidedPass | None = None
+    def __init__(self) -> None:
+        self.open: GuidedPass | None = None
 
 
 _HERE = _Thread()
