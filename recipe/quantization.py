@@ -86,11 +86,11 @@ def measure_quantization(work: Path, stage: QuantizationStage, *, bf16: bool) ->
     folders = {kind: work / "quantization" / kind for kind in stage.kinds}
     guides = {kind: _distil(folders[kind], kind, stage, bf16=bf16) for kind in stage.kinds}
     plain = stage.kinds[0]
+    on_plain = _errors([*guides.values()], plain, stage, bf16=bf16)
     bases: dict[str, QuantizedBase] = {}
-    for kind in stage.kinds:
-        own = _errors([guides[kind], guides[plain]], kind, stage, bf16=bf16)
-        (on_plain,) = _errors([guides[kind]], plain, stage, bf16=bf16)
-        bases[kind] = QuantizedBase(own[0], on_plain, own[1])
+    for kind, there in zip(stage.kinds, on_plain, strict=True):
+        own, of_plain = _errors([guides[kind], guides[plain]], kind, stage, bf16=bf16)
+        bases[kind] = QuantizedBase(own, there, of_plain)
     some = "" if stage.kinds == KINDS else f" --quantization.kinds {' '.join(stage.kinds)}"
     run = QuantizationRun(
         f"python -m recipe quantization{some}", machine(), versions(), stage.steps, stage.batch,

@@ -38,6 +38,8 @@ STYLES = {name: style for models in BASES.values() for name, style in models.ite
 """All of them."""
 STEP_LORA = "step-lora"
 """The UNet's base with a LoRA that draws in 4 steps; no guide was trained on it."""
+REFERENCES = STYLES | {STEP_LORA: "noto"}
+"""The models whose style has bundled images, and that style."""
 GRID_PROMPTS = (
     "owl", "red apple", "rocket", "smiling face with sunglasses", "cactus",
     "birthday cake", "panda", "guitar",
@@ -148,16 +150,16 @@ def prompts(kind: Literal["captions", "training", "held_out"]) -> list[str]:
 
 
 def images(model: str) -> Path:
-    """The folder of real images in the style of one of :data:`STYLES` or of :data:`STEP_LORA`.
+    """The folder of real images in the style of one of :data:`REFERENCES`.
 
     Raises:
         ValueError: there are no images of such a model.
         MissingPackageError: the bundled models are not installed.
     """
-    styles = STYLES | {STEP_LORA: "noto"}
-    if model not in styles:
-        raise ValueError(f"no bundled images of {model!r}; there are those of {', '.join(styles)}")
-    return _folder("images") / styles[model]
+    if model not in REFERENCES:
+        known = ", ".join(REFERENCES)
+        raise ValueError(f"no bundled images of {model!r}; there are those of {known}")
+    return _folder("images") / REFERENCES[model]
 
 
 def train_finetune_names(base: str = "base") -> list[str]:

@@ -64,7 +64,7 @@ def model_sources(
         called = name if is_bundled else Path(name).name
         if called in models:
             raise ValueError(f"two models are called {called}; rename one of the folders")
-        if name in (*bundled.STYLES, bundled.STEP_LORA):
+        if name in bundled.REFERENCES:
             folder: Path | None = bundled.images(name)
         else:
             folder = Path(folders.pop(0)) if folders and not is_bundled else None
