@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, apply_layer_skip
+from packaging.version import Version
 
 from pilotfish import GuideError
 from pilotfish.guidances import Guidance
@@ -71,6 +73,8 @@ def test_refreshed_at_every_step_the_images_are_those_of_what_it_was_taught(name
 
 @pytest.mark.parametrize("name", ["SD3", "PixArt-Sigma", "Z-Image", "Qwen-Image", "FLUX.2 klein"])
 def test_every_family_runs_all_passes(name: str) -> None:
+    if name == "FLUX.2 klein" and Version(diffusers.__version__) < Version("0.42"):
+        pytest.skip("diffusers can skip its blocks from 0.42 on")
     stack = {"SD3": "transformer_blocks.1", "Z-Image": "layers.0"}.get(name, "transformer_blocks.0")
     guidance = Guidance("slg", degraded_scale=0.5, degraded_layers=(stack,))
     one = build(name)
