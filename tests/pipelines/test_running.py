@@ -235,18 +235,23 @@ def test_what_depends_on_the_schedule_alone_is_computed_once_for_all_steps(
 ) -> None:
     """Also where a pipeline gives its denoiser timesteps of its own."""
     one, call, times = build(name), {"num_inference_steps": 4}, list[tuple[int, ...]]()
-    modulations = TinyGuide.modulations
+    modulations, step_in, steps = TinyGuide.modulations, GuidedPass._step_in, list[int | None]()
 
     def counted(self: TinyGuide, time: torch.Tensor, *given: Any) -> Any:
         times.append(tuple(time.shape))
         return modulations(self, time, *given)
 
+    def found(self: GuidedPass, timestep: torch.Tensor, schedule: torch.Tensor) -> int | None:
+        steps.append(step_in(self, timestep, schedule))
+        return steps[-1]
+
     monkeypatch.setattr(TinyGuide, "modulations", counted)
+    monkeypatch.setattr(GuidedPass, "_step_in", found)
     with guide(name).attached(one.pipe):
         made = one.latents(**call)
     # a scheduler that is not told where it begins counts from its first step on
-    counts = one.pipe.scheduler.begin_index is None
-    assert times == [*[(2,)] * counts, (4, 2)]
+    assert steps[-4] in (None, 0) and steps[-3:] == [1, 2, 3]
+    assert times == [*[(2,)] * (steps[-4] is None), (4, 2)]
     monkeypatch.setattr(GuidedPass, "_scheduled", at_each_step)
     with guide(name).attached(one.pipe):
         torch.testing.assert_close(one.latents(**call), made, rtol=1e-3, atol=1e-4)
