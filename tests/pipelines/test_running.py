@@ -250,7 +250,8 @@ def test_what_depends_on_the_schedule_alone_is_computed_once_for_all_steps(
     with guide(name).attached(one.pipe):
         made = one.latents(**call)
     # a scheduler that is not told where it begins counts from its first step on
-    assert steps[-4] in (None, 0) and steps[-3:] == [1, 2, 3]
+    assert steps[-4] in (None, 0)
+    assert steps[-3:] == [1, 2, 3]
     assert times == [*[(2,)] * (steps[-4] is None), (4, 2)]
     monkeypatch.setattr(GuidedPass, "_scheduled", at_each_step)
     with guide(name).attached(one.pipe):
