@@ -56,8 +56,8 @@ def low_rank(x: torch.Tensor, made: torch.Tensor, path: Path, kernel: torch.Tens
     """A modulated :class:`LowRank` of x (N, entering, h, w), added to ``made`` (N, leaving, h, w),
     in as few operators as it has products."""
     n, entering, height, width = x.shape
-    path = path._replace(down=path.down[..., :entering])  # what is last may be left out: it is zero
     down, shift, up = (t if len(t) == n else t.expand(n, -1, -1) for t in path)
+    down = down[..., :entering]  # what is last may be left out: it is zero
     # (N, pixels, rank): the layout in which a depthwise convolution is fastest
     hidden = torch.baddbmm(shift.mT, x.flatten(2).mT, down.mT)
     hidden = hidden.mT.unflatten(2, (height, width))
