@@ -170,6 +170,25 @@ def test_a_cached_stream_is_made_once_for_all_steps(
         assert rows == [one] * len(gains) * steps
 
 
+@pytest.mark.parametrize("stream", ["cached", "joint"])
+def test_a_layer_may_have_no_gain(kind: str, stream: str) -> None:
+    """It is as with a gain of zero, and the stream runs through it."""
+    family = components.FAMILIES[kind]
+    denoiser, latents, text = family.denoiser(), family.latents(2), family.text(2)
+    gains = equal_gains(denoiser, 1.0)
+    some = dict(list(gains.items())[-1:])
+    zeros = {name: gain * (name in some) for name, gain in gains.items()}
+    made = [
+        in_steps(
+            denoiser, FixedGuide(GuideOutput(gains=given), negative_stream=stream), latents, text,
+            family.text(1, 5, seed=3),
+        )
+        for given in (some, zeros)
+    ]  # fmt: skip
+    assert len(gains) > 1
+    torch.testing.assert_close(*made)
+
+
 def test_a_fresh_guide_with_a_cached_stream_changes_nothing(kind: str) -> None:
     family = components.FAMILIES[kind]
     for dtype in (torch.float32, torch.bfloat16):
