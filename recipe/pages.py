@@ -125,6 +125,8 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
     """The plot of the frontier and its table."""
     run = found.run
     columns = groups(found, "base", bundled.test_finetune_names())
+    timed = any(entry.has_cost for entries in found.models.values() for entry in entries)
+    relative = "; FLOPs and speed are relative to CFG" if timed else ""
     save(frontier_plot(found, columns, list(run.guides)), docs / "images" / "frontier.png")
     return (
         f"![CFG gain kept, and distance to CFG, by passes](images/frontier.png)\n\n"
@@ -133,7 +135,7 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
         f"in their default places and of delta reuse, {run.baseline_samples:,} of the others; "
         "the whole result is in `results/frontier.json`. *Kept* is the share of CFG's gain in "
         "top-1 over no guidance, *latent MSE* that of the final latents to CFG's, relative to no "
-        "guidance; FLOPs and speed are relative to CFG.\n\n"
+        f"guidance{relative}.\n\n"
         f"{frontier_markdown(found, columns).rstrip()}"
     )
 

@@ -1,7 +1,7 @@
 """Stage ``transformer``: what the guide of the Stable Diffusion 3 keeps, in one file.
 
-It measures nothing itself. It takes ``results/sd3/``, which these commands write (docs/recipe.md
-has them in full), and writes ``results/transformer.json``:
+It measures nothing itself. It takes ``results/sd3/``, which these commands write (in full in
+docs/recipe.md), and writes ``results/transformer.json``:
 
 - ``frontier.json``: ``pilotfish compare --frontier --base sd3``;
 - ``guide.json``: ``pilotfish evaluate --refresh 0``, guidance error, its cosine and the cost;

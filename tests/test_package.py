@@ -57,6 +57,8 @@ def test_the_version_stands_in_one_place() -> None:
     assert f'__version__ = "{pilotfish.__version__}"' in models
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
     assert f"version: {pilotfish.__version__}" in citation
+    nodes = tomllib.loads((ROOT / "comfyui" / "pyproject.toml").read_text(encoding="utf-8"))
+    assert nodes["project"]["version"] == pilotfish.__version__
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == pilotfish.__version__
     for file in (ROOT / "pyproject.toml", ROOT / "assets" / "pyproject.toml"):

@@ -83,7 +83,7 @@ def test_many_users_get_the_images_of_their_seeds(
     prompts, models, guide = bundled.prompts("held_out"), list(bundled.MODELS), "tiny"
     requests = [
         (models[i % len(models)], guide, numbers.choice(prompts), "",
-         numbers.choice((2.0, 4.0, 7.5)), STEPS, numbers.randrange(2**16))
+         numbers.choice((2.0, 4.0, 7.5)), 0, STEPS, numbers.randrange(2**16))
         for i in range(REQUESTS)
     ]  # fmt: skip
     counts: Counter[str] = Counter()
