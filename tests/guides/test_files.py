@@ -67,6 +67,12 @@ def test_saved_and_loaded_a_guide_is_the_same(
         torch.testing.assert_close(draw(pipe), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_every_kind_may_recommend_refreshes(trained: Guide, tmp_path: Path) -> None:
+    trained.register_to_config(refresh_ratio=0.12)
+    trained.save_pretrained(tmp_path)
+    assert Guide.from_pretrained(tmp_path).refresh_ratio == 0.12
+
+
 def test_the_folder_has_the_format_of_diffusers(trained: Guide, tmp_path: Path) -> None:
     trained.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} >= {"config.json", WEIGHTS}

@@ -10,7 +10,8 @@ import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines.qwenimage import encoders
 
-from tests import editing
+from pilotfish.backbones import Backbone
+from tests import components, editing
 from tests.modular.pipelines import NAMES, W, build, guider
 from tests.pipelines.pipelines import guide
 
@@ -74,3 +75,8 @@ def test_an_image_is_edited(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> No
     conditional = one.latents(ClassifierFreeGuidance(guidance_scale=W, stop=0.0), **call)
     assert torch.equal(one.latents(guider(one, saved(name, trained=False)), **call), conditional)
     assert not torch.allclose(one.latents(guider(one, saved(name)), **call), conditional)
+
+
+def test_a_family_is_asked_without_a_standard_pipeline() -> None:
+    """FLUX.2 has a modular pipeline, too, and says of a standard one what it refuses."""
+    assert Backbone.of(components.FAMILIES["flux2"].denoiser()).refusal(None) is None

@@ -133,6 +133,21 @@ def test_the_denoiser_offloaded_layer_by_layer(name: str) -> None:
     is_conditional(one, name, changes=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "stream"),
+    [("SD3", "joint"), ("SD3", "cached"), ("AuraFlow", "cached"), ("Z-Image", "cached")],
+)
+def test_weights_that_come_when_the_denoiser_is_called(name: str, stream: str) -> None:
+    """As those of a denoiser that is offloaded as a whole to another device, here to none."""
+    one, used = build(name, alone=True), guide(name, negative_stream=stream)
+    hook = accelerate.hooks.AlignDevicesHook("cpu", offload=True, place_submodules=True)
+    with used.attached(one.pipe):
+        expected = one.latents()
+        accelerate.hooks.add_hook_to_module(one.denoiser, hook)
+        assert one.denoiser.device.type == "meta"
+        torch.testing.assert_close(one.latents(), expected, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", covered("attention slicing"))
 def test_attention_in_slices(name: str) -> None:
     one = build(name)

@@ -13,7 +13,7 @@ from pilotfish.conditioning import NULL, encoded
 from pilotfish.evaluation.speed import counted_rows
 from pilotfish.interface import GuideError
 from pilotfish.pipelines import Refreshed
-from pilotfish.pipelines.sampling import cfg_trajectories, decode, sample
+from pilotfish.pipelines.sampling import cfg_trajectories, decode, encode, sample
 from pilotfish.teacher import Teacher
 from tests.pipelines.pipelines import Pipeline, build, guide
 
@@ -174,3 +174,21 @@ def test_the_teachers_trajectory_is_the_pipelines_cfg(
     assert torch.equal(walked[0].latents, noise)
     if scale == 1.0:
         torch.testing.assert_close(last.cfg, last.conditional)
+
+
+def test_an_offloaded_vae_decodes_and_encodes() -> None:
+    one = build("SD", alone=True)
+    (expected,) = sample(one.pipe, ["cat"], seeds=[0], guidance_scale=4.0, num_inference_steps=2)
+    latents = encode(one.pipe, expected.image[None])
+    one.pipe.enable_sequential_cpu_offload(device="cpu")
+    assert one.pipe.vae.device.type == "meta"
+    (made,) = sample(one.pipe, ["cat"], seeds=[0], guidance_scale=4.0, num_inference_steps=2)
+    torch.testing.assert_close(made.image, expected.image)
+    torch.testing.assert_close(encode(one.pipe, expected.image[None]), latents)
+
+
+def test_the_progress_bar_stays_as_it_was() -> None:
+    one = build("SD", alone=True)
+    one.pipe.set_progress_bar_config(desc="mine", disable=False)
+    list(sample(one.pipe, ["cat"], seeds=[0], guidance_scale=4.0, num_inference_steps=2))
+    assert one.pipe._progress_bar_config == {"desc": "mine", "disable": False}

@@ -75,16 +75,23 @@ class Backbone(FamilyPipeline):
 
     def __init__(self, denoiser: Any) -> None:
         self.denoiser = denoiser
-        self._made: dict[str, tuple[tuple[torch.Tensor, ...], Any]] = {}
 
     def made_of(self, name: str, tensors: Sequence[torch.Tensor], make: Callable[[], T]) -> T:
-        """A value made of tensors, the same object as long as they are the same objects: what the
-        denoiser makes of the texts is kept over a call where these are."""
-        given, made = self._made.get(name, ((), None))
-        if not given or [*map(id, given)] != [*map(id, tensors)]:
-            self._made[name] = tuple(tensors), (made := make())
-        value: T = made
-        return value
+        """See :meth:`~pilotfish.backbones.cache.CallCache.same`, of the running call."""
+        guided = GuidedPass.current()
+        return make() if guided is None else guided.cache.same(name, tensors, make)
+
+    @staticmethod
+    def of_family(name: str) -> type[Backbone]:
+        """The backbone of a family's name, as guides have it in their signature.
+
+        Raises:
+            GuideError: there is none of that name.
+        """
+        found = {family.family: family for family in Backbone.registry}
+        if name not in found:
+            raise GuideError(f"no family of denoisers is called {name}; known: {', '.join(found)}")
+        return found[name]
 
     @staticmethod
     def of(denoiser: Any) -> Backbone:

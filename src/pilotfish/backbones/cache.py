@@ -73,13 +73,14 @@ class CallCache:
     def __init__(self) -> None:
         self._made: dict[nn.Module, Any] = {}
         self._of_tensor: tuple[torch.Tensor, Any] | None = None
+        self._of_tensors: dict[str, tuple[tuple[torch.Tensor, ...], Any]] = {}
         self._table: ScheduleTable | None = None
         self._in_schedule = False
         self._tables = 0
 
     def clear(self) -> None:
         """Forget all values, after the negative prompts or the denoiser have changed."""
-        self._made, self._of_tensor, self._table = {}, None, None
+        self._made, self._of_tensor, self._of_tensors, self._table = {}, None, {}, None
 
     def made_of(self, tensor: torch.Tensor, make: Callable[[], T]) -> T:
         """A value made of a tensor, made anew where it is another tensor than before."""
@@ -90,6 +91,15 @@ class CallCache:
                 self._of_tensor = kept
         made: T = kept[1]
         return made
+
+    def same(self, name: str, tensors: Sequence[torch.Tensor], make: Callable[[], T]) -> T:
+        """A value made of tensors, the same object as long as they are the same objects: what the
+        denoiser makes of the texts is kept over a call where these are."""
+        given, made = self._of_tensors.get(name, ((), None))
+        if not given or [*map(id, given)] != [*map(id, tensors)]:
+            self._of_tensors[name] = tuple(tensors), (made := make())
+        value: T = made
+        return value
 
     def made_by(
         self, module: nn.Module, make: Callable[[], T], parts: Iterable[nn.Module] = ()
@@ -114,8 +124,9 @@ class CallCache:
     ) -> tuple[torch.Tensor, ...] | None:  # fmt: skip
         """Values made of time and the negative prompt by ``parts`` of the denoiser, at this step;
         made for the whole schedule at its first step, or for as many steps as :data:`TABLE_BYTES`
-        allows. None where the schedule is not known, :meth:`made_by` would not cache or one step
-        is too large.
+        allows. None where the schedule is not known, :meth:`made_by` would not cache, one step is
+        too large, or the parts are still on another device, from which an offloaded denoiser moves
+        when it is called.
 
         Args:
             make: (T,) timesteps -> (T, ...) each.
@@ -127,15 +138,20 @@ class CallCache:
         table = self._table
         if table is None or not self._in_schedule:
             return None
-        steps = table.values.get(key, {})
+        steps, device = table.values.get(key, {}), table.times.device
         if steps is not None and table.place not in steps:
-            total, bytes_each = len(table.times), size()
-            fit = min(total, TABLE_BYTES // bytes_each) if bytes_each else total
+            used = list(parts())
+            if any(p.device != device for part in used for p in part.parameters(recurse=False)):
+                return None
+            fit = 0
+            if _lasting(used):
+                total, bytes_each = len(table.times), size()
+                fit = min(total, TABLE_BYTES // bytes_each) if bytes_each else total
             steps = None
-            if fit and _lasting(parts()):
+            if fit:
                 # the same steps together wherever a call begins: their number decides rounding
                 first = table.place // fit * fit
-                made = make(table.schedule[first : first + fit].to(table.times.device))
+                made = make(table.schedule[first : first + fit].to(device))
                 steps = dict(enumerate(zip(*(x.unbind() for x in made), strict=True), first))
             table.values[key] = steps
         found: tuple[torch.Tensor, ...] | None = None if steps is None else steps[table.place]

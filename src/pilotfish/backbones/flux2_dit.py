@@ -154,7 +154,7 @@ class Flux2DiTBackbone(JoinedTransformerBackbone):
     def refusal(self, pipe: Any) -> str | None:
         if self.denoiser.config.guidance_embeds:
             return "its denoiser takes in the guidance scale and needs no second pass"
-        if pipe.config.get("is_distilled"):
+        if pipe is not None and pipe.config.get("is_distilled"):
             return "its denoiser is distilled (is_distilled) and needs no second pass"
         return None
 

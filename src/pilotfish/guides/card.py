@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from pilotfish.backbones import Backbone
 from pilotfish.guidances import CFG
 
 if TYPE_CHECKING:
@@ -60,12 +61,13 @@ def model_card(
     listed = known if base_model or (known and "/" in known) else None
     title = (repo_id or f"{known or 'unnamed base'}, guide").rpartition("/")[2]
     (low, high), taught = guide.guidance_scale_range, guide.guidance
+    usage = _usage(guide)
     data = ModelCardData(
         base_model=listed,
         base_model_relation="adapter" if listed else None,
         library_name="pilotfish",
         license=licence,
-        pipeline_tag="text-to-image",
+        pipeline_tag="text-to-video" if usage["output"] == "frame" else "text-to-image",
         tags=list(TAGS),
         eval_results=list(results) or None,
         model_name=title if results else None,
@@ -80,7 +82,7 @@ def model_card(
         kind=type(guide).__name__,
         parameters=f"{guide.num_parameters():,}",
         low=f"{low:g}", high=f"{high:g}",
-        scale=f"{min(max(4.0, low), high):g}",
+        **usage,
         steps=len(guide.times) if guide.times else None,
         version=guide.config.pilotfish_version, refresh_ratio=f"{guide.refresh_ratio:.0%}",
         taught=None if taught == CFG else f"{taught.title} (`{taught}`)",
@@ -89,6 +91,31 @@ def model_card(
         licence=licence,
     )  # fmt: skip
     return card
+
+
+def _usage(guide: Guide) -> dict[str, Any]:
+    """What the guide's pipelines are called with, in the template's words."""
+    family = Backbone.of_family(guide.config.signature["family"])
+    low, high = guide.guidance_scale_range
+    scale = min(max(4.0, low), high) - family.scale_offset
+    steps = len(guide.times) if guide.times else None
+    call: dict[str, Any] = {family.scale_argument: f"{scale:g}"}
+    if family.separate_negative and family.default_negative is None:
+        call["negative_prompt"] = '" "'  # without one it makes no second pass
+    scheduler = None
+    if steps is None or guide.config.signature["prediction_type"] != "flow":
+        scheduler = "ddim" if steps else None
+        call["num_inference_steps"] = steps or 25
+    else:
+        scheduler = None if family.takes_times else "even"
+        for name, value in family(None).even_grid(steps).items():
+            many = isinstance(value, list)
+            call[name] = f"[{', '.join(f'{v:g}' for v in value)}]" if many else value
+    return {
+        "call": ", ".join(f"{name}={value}" for name, value in call.items()),
+        "scheduler": scheduler,
+        "output": "image" if family.temporal_factor is None else "frame",
+    }
 
 
 def _shape(guide: Guide) -> str:

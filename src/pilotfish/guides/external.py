@@ -43,6 +43,7 @@ class ExternalGuide(Guide, guide_type="external", settings=ExternalSettings):
         signature: of the denoiser, a UNet.
         guidance_scale_range: the (low, high) of w in training.
         times: of a guide distilled to few steps, those that it was trained at.
+        refresh_ratio: see :attr:`Guide.refresh_ratio`.
         trained_on: name and revision of the base, where they are known.
         teacher: see :class:`Guide`.
 
@@ -64,6 +65,7 @@ class ExternalGuide(Guide, guide_type="external", settings=ExternalSettings):
         rounds: int = 1,
         guidance_scale_range: tuple[float, float] = (1.0, 8.0),
         times: Sequence[float] | None = None,
+        refresh_ratio: float = 0.0,
         trained_on: dict[str, str] | None = None,
         teacher: dict[str, Any] | None = None,
         pilotfish_version: str = "0.2.0",

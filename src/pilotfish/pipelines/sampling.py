@@ -8,7 +8,7 @@ the teacher's own sampling step by step, for the guidance error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -100,14 +100,13 @@ def _drawn(
     batches: Iterable[slice], call: dict[str, Any],
 ) -> Iterator[Sample]:  # fmt: skip
     backbone = Backbone.of_pipeline(pipe)
-    pipe.set_progress_bar_config(disable=True)
     for batch in batches:
         texts, some = list(prompts[batch]), seeds[batch]
         negatives = negative_prompts and negative_prompts[batch]
         given = backbone.call_arguments(pipe, guidance_scale, len(texts), negatives, num_frames)
         given |= call
         # attached for one batch only: between two of them the pipeline is its owner's
-        with guide.attached(pipe) if guide is not None else nullcontext():
+        with guide.attached(pipe) if guide is not None else nullcontext(), _no_progress_bar(pipe):
             latents = pipe(
                 prompt=texts,
                 generator=[torch.Generator().manual_seed(s) for s in some],
@@ -122,6 +121,23 @@ def _drawn(
             yield Sample(text, seed, z, x)
 
 
+@contextmanager
+def _no_progress_bar(pipe: Any) -> Iterator[None]:
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+def _vae_device(pipe: Any) -> Any:
+    """Where the VAE computes: between two calls an offloaded one is elsewhere."""
+    vae = pipe.vae
+    offloaded = hasattr(vae, "_hf_hook") or hasattr(vae, "_diffusers_hook")
+    return pipe._execution_device if offloaded else vae.device
+
+
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """(N, C, h, w) latents to (N, 3, H, W) images in [-1, 1], as the pipeline decodes them; those
@@ -130,7 +146,7 @@ def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if overflows:
         vae.to(torch.float32)
-    latents = backbone.to_vae(vae, latents.to(vae.device, vae.dtype))
+    latents = backbone.to_vae(vae, latents.to(_vae_device(pipe), vae.dtype))
     *frames, height, width = latents.shape[2:]
     scale = backbone.vae_factor(pipe)
     count = at_once(prod(frames) * height * scale, width * scale)
@@ -154,7 +170,7 @@ def encode(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     vae, backbone = pipe.vae, Backbone.of_pipeline(pipe)
     parts = images.split(at_once(*images.shape[2:]))
     frames = [part[:, :, None] if backbone.video_vae else part for part in parts]
-    made = [vae.encode(part.to(vae.device, vae.dtype)) for part in frames]
+    made = [vae.encode(part.to(_vae_device(pipe), vae.dtype)) for part in frames]
     # Sana's has no distribution
     found = [e.latent_dist.mean if hasattr(e, "latent_dist") else e.latent for e in made]
     latents = torch.cat(found).float().cpu()
