@@ -79,8 +79,9 @@ class CallCache:
         self._tables = 0
 
     def clear(self) -> None:
-        """Forget all values, after the negative prompts or the denoiser have changed."""
-        self._made, self._of_tensor, self._of_tensors, self._table = {}, None, {}, None
+        """Forget all values but those of :meth:`same`, after the negative prompts or the denoiser
+        have changed."""
+        self._made, self._of_tensor, self._table = {}, None, None
 
     def made_of(self, tensor: torch.Tensor, make: Callable[[], T]) -> T:
         """A value made of a tensor, made anew where it is another tensor than before."""
