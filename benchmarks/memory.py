@@ -9,6 +9,7 @@ of the base are frozen.
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 import weakref
@@ -17,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -76,6 +77,9 @@ class TensorMemory(TorchDispatchMode):
     """Counts the bytes of the live tensors that operators create while it is active, each storage
     once, of real and of fake tensors.
 
+    The garbage collector is off meanwhile. Its runs depend on how many objects the process has
+    made before, and so would the peak.
+
     Attributes:
         current: bytes now.
         peak: bytes at most.
@@ -85,6 +89,17 @@ class TensorMemory(TorchDispatchMode):
         super().__init__()
         self.current = self.peak = 0
         self._storages: set[int] = set()
+        self._collects = False
+
+    def __enter__(self) -> Self:
+        self._collects = gc.isenabled()
+        gc.disable()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        if self._collects:
+            gc.enable()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -45,6 +46,19 @@ def test_live_tensors_are_counted_and_freed_ones_are_not() -> None:
         assert memory.current == 4000  # a view holds it
         del view
     assert (memory.current, memory.peak) == (0, 8000)
+
+
+def test_the_count_does_not_depend_on_the_garbage_collector() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.it, self.tensor = self, torch.zeros(1000)
+
+    before = gc.isenabled()
+    with TensorMemory() as memory:
+        for _ in range(3 * gc.get_threshold()[0]):
+            Cycle()
+        assert memory.current == memory.peak == 3 * gc.get_threshold()[0] * 4000
+    assert gc.isenabled() == before
 
 
 @given(st.integers(0, 1000), st.lists(st.integers(1, 40), min_size=3), st.integers(0, 3000))
