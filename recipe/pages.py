@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -102,10 +102,10 @@ def readme_text(found: FrontierResult, *others: FrontierResult) -> str:
         f"kept, with its 95 % interval. *Guided*: the guide, one pass in each step. "
         f"*refresh={REFRESH}*: both passes in {REFRESH} of the {run.num_inference_steps} steps, "
         f"the guide in the others. *w*: the guidance scale.{speed}\n\n"
-        f"Measured by {' and '.join(f'`{one.run.command}`' for one in every)} on {run.machine}, "
-        f"seed {run.seed}, {run.samples:,} images for each model and column, {run.dtype}; the "
-        f"whole result is in [results/frontier.json](results/frontier.json){also}. {sizes} of the "
-        f"denoiser's, and {'were' if others else 'was'} trained on none of these fine-tunes."
+        f"{_measured(every)}, seed {run.seed}, {run.samples:,} images for each model and column, "
+        f"{run.dtype}; the commands and the whole result are in "
+        f"[results/frontier.json](results/frontier.json){also}. {sizes} of the denoiser's, and "
+        f"{'were' if others else 'was'} trained on none of these fine-tunes."
     )
 
 
@@ -125,17 +125,18 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
     """The plot of the frontier and its table."""
     run = found.run
     columns = groups(found, "base", bundled.test_finetune_names())
+    commands = "\n".join(["```bash", *run.commands, "```"])
     timed = any(entry.has_cost for entries in found.models.values() for entry in entries)
     relative = "; FLOPs and speed are relative to CFG" if timed else ""
     save(frontier_plot(found, columns, list(run.guides)), docs / "images" / "frontier.png")
     return (
         f"![CFG gain kept, and distance to CFG, by passes](images/frontier.png)\n\n"
-        f"Measured by `{run.command}` on {run.machine}, seed {run.seed}, w = "
+        f"{_measured([found])}, seed {run.seed}, w = "
         f"{run.guidance_scale:g}, {run.dtype}, {run.samples:,} images for each point of our guides "
         f"in their default places and of delta reuse, {run.baseline_samples:,} of the others; "
         "the whole result is in `results/frontier.json`. *Kept* is the share of CFG's gain in "
         "top-1 over no guidance, *latent MSE* that of the final latents to CFG's, relative to no "
-        f"guidance{relative}.\n\n"
+        f"guidance{relative}. The commands:\n\n{commands}\n\n"
         f"{frontier_markdown(found, columns).rstrip()}"
     )
 
@@ -244,6 +245,12 @@ def compare_page(found: ComparisonResult, docs: Path) -> str:
         plot = f"![CFG gain kept against cost]({image})"
         parts += [f"### {BUDGETS[budget]}", plot, comparison_markdown(found, budget)]
     return "\n\n".join(part.rstrip() for part in parts)
+
+
+def _measured(every: Sequence[FrontierResult]) -> str:
+    """On which machines."""
+    machines = dict.fromkeys(machine for one in every for machine in one.run.machines)
+    return f"Measured on {' and '.join(machines)}"
 
 
 def _run(run: Run, where: str) -> str:

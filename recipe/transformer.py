@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from baselines.frontier.results import FrontierResult, FrontierRun
-from pilotfish.evaluation.results import Cost, Interval, NegativeResult, Result, Run, Saved
+from baselines.frontier.results import FrontierResult
+from pilotfish.evaluation.results import Cost, Interval, NegativeResult, Result, Saved
 from pilotfish.guidance_error import GuidanceError
 
 GUIDE = "sd3-tiny"
@@ -88,13 +88,10 @@ def compose(parts: Path) -> TransformerResult:
             model.guidance_error, model.guidance_error.cosine,
             {passes: found.models[name].ratio for passes, found in negatives.items()},
         )  # fmt: skip
-    runs: list[Run | FrontierRun] = [
-        frontier.run,
-        guide.run,
-        *(found.run for found in negatives.values()),
-    ]
+    runs = [guide.run, *(found.run for found in negatives.values())]
     run = TransformerRun(
-        [r.command for r in runs], list(dict.fromkeys(r.machine for r in runs)),
+        [*frontier.run.commands, *(r.command for r in runs)],
+        list(dict.fromkeys([*frontier.run.machines, *(r.machine for r in runs)])),
         guide.run.versions, guide.run.seed,
     )  # fmt: skip
     return TransformerResult(run, models, guide.cost)

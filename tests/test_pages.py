@@ -119,7 +119,7 @@ def frontier(guide: str = "tiny", *models: str) -> FrontierResult:
         )  # fmt: skip
 
     entries = [entry("none", 0), entry("cfg", 25), entry(guide, 0), entry(guide, REFRESH)]
-    noted = FrontierRun("a command", 0, 100, 50, 4.0, 25, 50, "0", "bfloat16", "one", {})
+    noted = FrontierRun(["a command"], 0, 100, 50, 4.0, 25, 50, "0", "bfloat16", ["one"], {})
     noted.guides[guide] = GuideSize("tiny", 1234, 0.01)
     return FrontierResult(noted, dict.fromkeys(models or ("base", "fluent"), entries))
 

@@ -87,8 +87,8 @@ def main(arguments: Sequence[str]) -> None:
     pipe = base[1].load()
     sizes = {name: GuideSize.of(guide, pipe, name) for name, guide in guides.items()}
     run = FrontierRun(
-        shlex.join(["pilotfish", "compare", *arguments]),
-        prompts=f"{crc32(repr(names).encode()):08x}", machine=machine(), versions=versions(),
+        [shlex.join(["pilotfish", "compare", *arguments])],
+        prompts=f"{crc32(repr(names).encode()):08x}", machines=[machine()], versions=versions(),
         dtype=config.dtype, guides=sizes, **settings_of(config),
     )  # fmt: skip
     with progress_bars() as progress:

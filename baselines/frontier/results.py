@@ -68,19 +68,19 @@ class FrontierRun:
     """How to repeat it.
 
     Attributes:
-        command: the last one that added entries.
+        commands: those that added entries, in their order.
         samples: images for each point of our guides and of delta reuse.
         baseline_samples: images for each point of the others, a part of the same images.
         num_inference_steps: of all but few-step guides.
         reference_steps: of CFG and no guidance, to which few-step guides are compared.
         prompts: checksum of the names.
         dtype: precision of the models.
-        machine: the processor's model and the number of threads.
+        machines: the processors' models and the numbers of threads, in the order of their use.
         guides: sizes of our guides.
         weights: checksums of models and guides.
     """
 
-    command: str
+    commands: list[str]
     seed: int
     samples: int
     baseline_samples: int
@@ -89,7 +89,7 @@ class FrontierRun:
     reference_steps: int
     prompts: str
     dtype: str
-    machine: str
+    machines: list[str]
     versions: dict[str, str]
     guides: dict[str, GuideSize] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
@@ -100,6 +100,11 @@ class FrontierRun:
             self.seed, self.samples, self.baseline_samples, self.guidance_scale,
             self.num_inference_steps, self.reference_steps, self.prompts, self.dtype,
         )  # fmt: skip
+
+    def note(self, other: FrontierRun) -> None:
+        """Add the commands and machines of another run that are not there yet."""
+        for own, added in ((self.commands, other.commands), (self.machines, other.machines)):
+            own.extend(one for one in added if one not in own)
 
 
 @dataclass(frozen=True)

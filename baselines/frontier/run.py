@@ -134,7 +134,7 @@ class Frontier:
     _dropped: set[tuple[str, Key]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
-        self.found = FrontierResult(self.run, {})
+        self.found = FrontierResult(replace(self.run, commands=[], machines=[]), {})
         if self.file.is_file():
             before = FrontierResult.load(self.file)
             if before.run.settings() != self.run.settings():
@@ -143,7 +143,7 @@ class Frontier:
                     "another --output"
                 )
             sizes = before.run.guides | self.run.guides
-            run = replace(self.run, weights=before.run.weights, guides=sizes)
+            run = replace(before.run, versions=self.run.versions, guides=sizes)
             self.found = FrontierResult(run, before.models)
         config = self.config
         every = candidates(
@@ -184,13 +184,14 @@ class Frontier:
             self._measure(model)
         if self.config.timed_rounds and self.base[0] in self.found.models:
             self._measure_cost()
-        self.save()  # with this command, also where nothing was missing
         return self.found
 
     def save(self) -> None:
-        """Write the result, with what other commands have added to the file since it was read."""
+        """Write the result with this command, and with what other commands have added to the file
+        since it was read."""
         if self.file.is_file():
             now = FrontierResult.load(self.file)
+            self.found.run.note(now.run)
             for name, weights in now.run.weights.items():
                 self.found.run.weights.setdefault(name, weights)
             for name, size in now.run.guides.items():
@@ -200,6 +201,7 @@ class Frontier:
                     dropped = (model, entry.key) in self._dropped
                     if not dropped and self.found.find(model, entry.key) is None:
                         self.found.put(model, entry)
+        self.found.run.note(self.run)
         self.found.save(self.file)
 
     # -- images ---------------------------------------------------------------------------
@@ -312,7 +314,7 @@ class Frontier:
     def _measure_cost(self) -> None:
         """FLOPs, and the wall clock of all methods in turns, on the base; other models have the
         same where they take as many passes."""
-        base = self.base[0]
+        base, before = self.base[0], {k: [*v] for k, v in self.found.models.items()}
         measured = [(one, self.found.find(base, one.key)) for one in self.candidates]
         points = [(one, entry) for one, entry in measured if entry is not None]
         if not all(entry.has_cost for _, entry in points):
@@ -350,7 +352,8 @@ class Frontier:
                 if same is not None and math.isclose(same.passes, entry.passes):
                     cost = {name: getattr(same, name) for name in NO_COST}
                     self.found.models[model][i] = replace(entry, **cost)
-        self.save()
+        if self.found.models != before:
+            self.save()
 
 
 def _weights(pipe: Any) -> str:

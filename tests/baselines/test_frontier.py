@@ -62,17 +62,18 @@ def start(
 
     def make(folder: str = "run", config: FrontierConfig = CONFIG, **changed: Any) -> Frontier:
         noted = FrontierRun(
-            "a command",
+            ["a command"],
             prompts="0",
             dtype="float32",
-            machine="one",
+            machines=["one"],
             versions={},
             **settings_of(config),
         )
-        given: dict[str, Any] = {"models": models, "guides": guides, "trained": {}} | changed
+        given: dict[str, Any] = {"models": models, "guides": guides, "trained": {}, "run": noted}
+        given |= changed
         return Frontier(
             config, base=("base", models["base"]), scorer=scorer, names=names,
-            train_prompts=["cat", "a"], run=noted, file=tmp_path / folder / "frontier.json",
+            train_prompts=["cat", "a"], file=tmp_path / folder / "frontier.json",
             folder=tmp_path / folder / "references", log=lambda line: None, **given,
         )  # fmt: skip
 
@@ -139,6 +140,21 @@ def test_pieces_add_up_to_the_same_frontier(start: Start) -> None:
     assert figures_of(start("parts", config).measure()) == figures_of(whole)
     timed = start("parts", replace(config, rounds=1)).measure()
     assert all(entry.has_cost for entry in timed.models["base"])
+
+
+def test_a_result_names_the_commands_that_measured_it(start: Start) -> None:
+    def measured(command: str, machine: str, *refresh: int) -> list[str]:
+        config = replace(CONFIG, methods=("mine",), refresh=refresh)
+        frontier = start(config=config)
+        run = replace(frontier.run, commands=[command], machines=[machine])
+        start(config=config, run=run).measure()
+        found = FrontierResult.load(frontier.file).run
+        return [*found.commands, *found.machines]
+
+    assert measured("first", "one", 1) == ["first", "one"]
+    assert measured("second", "one", 1, 2) == ["first", "second", "one"]
+    assert measured("nothing new", "another", 1) == ["first", "second", "one"]
+    assert measured("third", "another", 3) == ["first", "second", "third", "one", "another"]
 
 
 def test_pieces_may_be_measured_at_the_same_time(start: Start) -> None:
@@ -283,7 +299,7 @@ def entry(**changed: Any) -> FrontierEntry:
 
 
 def result(**models: list[FrontierEntry]) -> FrontierResult:
-    noted = FrontierRun("a command", 0, 100, 50, 4.0, 25, 50, "0", "float32", "one", {})
+    noted = FrontierRun(["a command"], 0, 100, 50, 4.0, 25, 50, "0", "float32", ["one"], {})
     return FrontierResult(noted, models)
 
 

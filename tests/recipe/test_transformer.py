@@ -40,7 +40,9 @@ def entry(method: str, refresh: int, steps: int = 25, setting: str = "") -> Fron
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
-    run = FrontierRun("pilotfish compare", 0, 10, 10, 4.0, 25, 50, "", "bfloat16", "another", {})
+    run = FrontierRun(
+        ["pilotfish compare"], 0, 10, 10, 4.0, 25, 50, "", "bfloat16", ["another"], {}
+    )
     entries = [
         entry("sd3-tiny", 0), entry("sd3-tiny", 3), entry("sd3-tiny", 3, setting="even"),
         entry("sd3-tiny", 2, steps=8), entry("delta-reuse", 5),

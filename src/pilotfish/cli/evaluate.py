@@ -50,11 +50,11 @@ class EvaluateConfig:
     --help."""
 
     guide: tuple[str, ...] = ()
-    """Guide: tiny (or tiny-16, tiny-8, tiny-4, with as many steps), sd3-tiny, or a folder or hub
-    id. Left out: that of the bundled base. With --steps and --guidance_scales several, also
-    guidance-interval and adaptive-guidance in a clone; or none, where a model of your own comes
-    first and it is left out. NAME=GUIDE gives it a name in the result;
-    guides for different numbers of steps that have one name make one line."""
+    """Guide: tiny, or sd3-tiny for sd3; tiny-16, tiny-8, tiny-4, sd3-tiny-16, sd3-tiny-8 or
+    sd3-tiny-4, with as many steps; or a folder or hub id. Left out: that of the bundled base.
+    With --steps and --guidance_scales several, also guidance-interval and adaptive-guidance in a
+    clone; or none, where a model of your own comes first and it is left out. NAME=GUIDE gives it a
+    name in the result; guides for different numbers of steps that have one name make one line."""
     models: tuple[str, ...] = tuple(bundled.MODELS)
     """Pipelines, the base first: base, fluent, twemoji, emojione, step-lora, high-contrast,
     monotone, streamline; sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids."""

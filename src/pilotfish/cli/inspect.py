@@ -29,8 +29,8 @@ class InspectConfig:
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ("owl",)
     """One or more prompts, prompt i from seed ``seed + i``. Maps are the mean over them."""
     guide: str | None = None
-    """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; sd3-tiny; or a folder or hub id.
-    Left out: that of the bundled base."""
+    """Guide: tiny, or sd3-tiny for sd3; tiny-16, tiny-8, tiny-4, sd3-tiny-16, sd3-tiny-8 or
+    sd3-tiny-4 for so many steps; or a folder or hub id. Left out: that of the bundled base."""
     models: tuple[str, ...] = ("base",)
     """Pipelines: base, fluent, twemoji, emojione, step-lora, high-contrast, monotone, streamline;
     sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids. Several with --scales, side

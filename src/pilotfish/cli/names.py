@@ -77,8 +77,7 @@ def model_sources(
 
 
 def open_guide(name: str) -> Guide:
-    """A bundled guide (tiny, or tiny-16, tiny-8, tiny-4 for so many steps) or a guide's folder
-    or hub id."""
+    """A bundled guide (:func:`pilotfish.bundled.guide_names`) or a guide's folder or hub id."""
     return bundled.open_guide(name)
 
 

@@ -39,8 +39,8 @@ class SampleConfig:
     sd3, sd3-fluent, sd3-twemoji, sd3-emojione; or folders or hub ids. With more than one, each has
     a folder of its own in --output."""
     guide: str | None = None
-    """Guide: tiny; tiny-16, tiny-8 or tiny-4 for so many steps; sd3-tiny; or a folder or hub id.
-    Left out: that of the bundled base."""
+    """Guide: tiny, or sd3-tiny for sd3; tiny-16, tiny-8, tiny-4, sd3-tiny-16, sd3-tiny-8 or
+    sd3-tiny-4 for so many steps; or a folder or hub id. Left out: that of the bundled base."""
     mode: Literal["none", "cfg", "guided"] = "guided"
     """guided: the guide, with both passes in the steps of --refresh. cfg: two passes. none: one
     pass, no guidance."""
