@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from benchmarks.measure import ShapeResult, ShapesResult, call_speedup
 from benchmarks.memory import WEIGHTS, TrainingMemory
 from benchmarks.shapes import SHAPES
+from benchmarks.step import REFRESHED
 
 REFRESH, STEPS = 3, 25
 """Steps with both passes, of so many."""
@@ -19,14 +20,27 @@ APART = {"text encoders": "text encoders", "vae": "VAE, float32"}
 
 
 def transformers_markdown(found: ShapesResult) -> str:
-    """A table of costs, one of memory, and the commands that counted them."""
+    """A table of costs, one of memory, and one of the wall clock of those that were timed, with
+    their commands."""
     names = [n for n in found.shapes if n in SHAPES and "full" not in SHAPES[n].guides]
     shapes = {name: found.shapes[name] for name in names}
     counted = {name: shape for name, shape in shapes.items() if shape.training}
     commands = [shape.command for shape in shapes.values()]
     commands += [memory.command for shape in shapes.values() for memory in shape.training.values()]
-    texts = [_costs(shapes), _memory(counted) if counted else ""]
-    texts.append("Counted by " + "; ".join(f"`{c}`" for c in dict.fromkeys(commands)) + ".")
+    texts = [
+        _costs(shapes),
+        _memory(counted) if counted else "",
+        f"Counted by {_joined(commands)}.",
+    ]
+    timed = {
+        (name, key): shape
+        for key, shape in found.shapes.items()
+        if (name := key.partition(",")[0]) in names and shape.speedup
+    }
+    if timed:
+        machines = " and ".join(dict.fromkeys(shape.machine for shape in timed.values()))
+        by = _joined([shape.command for shape in timed.values()])
+        texts += [_wall_clock(timed), f"Timed by {by} on {machines}."]
     return "\n\n".join(filter(None, texts)) + "\n"
 
 
@@ -48,6 +62,28 @@ def _costs(shapes: dict[str, ShapeResult]) -> str:
                 f"{operators.added:,} / {operators.plain:,}" if operators else "",
             ))  # fmt: skip
     return markdown_table(head, rows)
+
+
+def _wall_clock(timed: dict[tuple[str, str], ShapeResult]) -> str:
+    head = (
+        "wall clock of CFG over", "pixels", "no guidance", "guided",
+        f"with {REFRESH} refreshes in {STEPS} steps",
+    )  # fmt: skip
+    rows = []
+    for (name, key), shape in timed.items():
+        side, speedup = shape.side or SHAPES[name].side, shape.speedup["1"]
+        for kind in (kind for kind in shape.guides if kind in speedup):
+            after = call_speedup(speedup.get(kind + REFRESHED, speedup[kind]), REFRESH, STEPS)
+            rows.append((
+                key.replace(name, name + FORMS.get(kind, ""), 1),
+                f"{side:,} × {side:,}" if side else "video",
+                *(f"{ratio:.2f}" for ratio in (speedup["none"], speedup[kind], after)),
+            ))  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def _joined(commands: Sequence[str]) -> str:
+    return "; ".join(f"`{command}`" for command in dict.fromkeys(commands))
 
 
 def _memory(shapes: dict[str, ShapeResult]) -> str:

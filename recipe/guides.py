@@ -57,12 +57,17 @@ SIZES: dict[str, dict[str, Any]] = {
 SIZE_STEPS = 500
 
 
+STEP_TRAIN_STEPS: dict[BaseName, int] = {"base": 200, "sd3": 400}
+"""Training steps of a round of guides for few steps."""
+
+
 @dataclass(frozen=True)
 class StepGuidesStage:
     """How guides for few steps are trained."""
 
     steps: tuple[int, ...] = (16, 8, 4)
-    max_train_steps: int = 200
+    max_train_steps: int | None = None
+    """Of a round. Default: 200 for base, 400 for sd3."""
     learning_rate: float = 1.5e-3
 
 
@@ -129,7 +134,7 @@ def make_step_guides(
     first = target / "guides" / guide_name("tiny", base)
     config = StepsConfig(
         output=str(work / guide_name("step_guides", base)), guide=str(first), teacher="cfg",
-        steps=stage.steps, max_train_steps=stage.max_train_steps,
+        steps=stage.steps, max_train_steps=stage.max_train_steps or STEP_TRAIN_STEPS[base],
         learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=200,
         report_to="none", resume="latest", mixed_precision="bf16" if bf16 else "no", pool=512,
         finetune_prob=0.75, replay_reuse=2, negative_prompt_prob=0.25,

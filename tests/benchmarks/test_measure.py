@@ -10,6 +10,7 @@ from rich.console import Console
 
 from benchmarks.command import shapes_table
 from benchmarks.measure import ShapeResult, ShapesResult, call_speedup, measure_shape, result_key
+from benchmarks.report import transformers_markdown
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.step import SamplingStep
 from tests.benchmarks.small import SMALL, SMALL_LUMINA2, SMALL_SD3, SMALL_XL
@@ -109,6 +110,22 @@ def test_images_of_another_size_are_timed(tmp_path: Path) -> None:
         SamplingStep(SHAPES["wan-1.3b"], torch.device("meta"), torch.float32, side=64)
     with pytest.raises(ValueError, match="no full guide fits SD3Transformer2DModel"):
         SamplingStep(SMALL_SD3, torch.device("cpu"), torch.float32, ["full"])
+
+
+def test_a_page_has_the_wall_clock_of_transformers_that_were_timed() -> None:
+    counted = measure_shape(SMALL_SD3, command="count", batch_sizes=())
+    timed = measure_shape(SMALL_SD3, command="time", rounds=1, dtype=torch.bfloat16)
+    shapes = {"sd35-medium": counted, "sd35-large": counted}
+    assert "wall clock" not in transformers_markdown(ShapesResult(shapes))
+    shapes |= {"sd35-medium, bfloat16": timed, "sd15": timed}
+    text = transformers_markdown(ShapesResult(shapes))
+    rows = [line for line in text.splitlines() if "bfloat16 | 1,024 × 1,024 |" in line]
+    forms = ("", ", cached stream", ", cached stream, sampled")
+    for form, kind, row in zip(forms, SMALL_SD3.guides, rows, strict=True):
+        speeds = [timed.speedup["1"][mode] for mode in ("none", kind)]
+        assert row.startswith(f"| sd35-medium{form}, bfloat16 |")
+        assert [f"{speed:.2f}" for speed in speeds] == row.split(" | ")[2:4]
+    assert text.rstrip().endswith(f"Timed by `time` on {timed.machine}.")
 
 
 def test_zero_rounds_are_refused() -> None:
