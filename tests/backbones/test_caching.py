@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
@@ -139,6 +141,19 @@ def test_two_denoisers_in_one_pass_have_caches_of_their_own(family: components.F
             return [call(family, denoiser) for denoiser in denoisers][-1]
 
     assert torch.equal(last(one, other), last(other))
+
+
+def test_texts_are_gone_after_the_call(family: components.Family) -> None:
+    denoiser, guide = prepared(family)
+    backbone, text, negative = Backbone.of(denoiser), family.text(2), family.text(1, 5, seed=3)
+    guided = opened(guide, negative)
+    with torch.no_grad(), guided.open():
+        for _ in range(2):
+            backbone(family.latents(2), TIME, text)
+    kept = [weakref.ref(one.embeds) for one in (text, negative)]
+    del text, negative, guided
+    gc.collect()
+    assert [one() for one in kept] == [None, None]
 
 
 def test_nothing_is_cached_while_gradients_are_computed(family: components.Family) -> None:
