@@ -125,7 +125,6 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
     """The plot of the frontier and its table."""
     run = found.run
     columns = groups(found, "base", bundled.test_finetune_names())
-    commands = "\n".join(["```bash", *run.commands, "```"])
     timed = any(entry.has_cost for entries in found.models.values() for entry in entries)
     relative = "; FLOPs and speed are relative to CFG" if timed else ""
     save(frontier_plot(found, columns, list(run.guides)), docs / "images" / "frontier.png")
@@ -136,7 +135,7 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
         f"in their default places and of delta reuse, {run.baseline_samples:,} of the others; "
         "the whole result is in `results/frontier.json`. *Kept* is the share of CFG's gain in "
         "top-1 over no guidance, *latent MSE* that of the final latents to CFG's, relative to no "
-        f"guidance{relative}. The commands:\n\n{commands}\n\n"
+        f"guidance{relative}. The commands:\n\n{_bash(run.commands)}\n\n"
         f"{frontier_markdown(found, columns).rstrip()}"
     )
 
@@ -176,11 +175,13 @@ def transformer_text(found: TransformerResult) -> str:
     first, speeds = models[0], found.cost.cfg_over_guided.items()
     kept = "kept, {} passes", lambda m, n: with_interval(m.gain_kept[n], *astuple(m.interval[n]))
     near = "latent MSE, {} passes", lambda m, n: f"{m.latent_mse_ratio[n]:.3f}"
+    few = "top-1, {} passes", lambda m, n: percent(m.few_steps[n])
     negative = "negative ratio, {} passes", lambda m, n: f"{m.negative_ratio[n]:.2f}"
     rows = [
         (title.format(n), *(cell(model, n) for model in models))
         for (title, cell), passes in (
-            (kept, first.gain_kept), (near, first.gain_kept), (negative, first.negative_ratio)
+            (kept, first.gain_kept), (near, first.gain_kept), (negative, first.negative_ratio),
+            (few, first.few_steps),
         )
         for n in passes
     ]  # fmt: skip
@@ -189,10 +190,15 @@ def transformer_text(found: TransformerResult) -> str:
     run = found.run
     return (
         f"{markdown(['', *found.models], rows).rstrip()}\n\n"
-        f"Measured by {'; '.join(f'`{command}`' for command in run.commands)} on "
-        f"{', '.join(run.machines)}, seed {run.seed}; the whole result is in "
-        "`results/transformer.json`. Wall clock on the base, CFG over the guide: "
-        f"{', '.join(f'{ratio:.2f} at batch {batch}' for batch, ratio in speeds)}."
+        "*Kept* is the share of CFG's gain in top-1 over no guidance, with its 95 % interval; "
+        "*latent MSE* that of the final latents to CFG's, relative to no guidance; *negative "
+        "ratio* the guidance error where every prompt has another name as its negative prompt, "
+        "over that with the null prompt; *top-1* that of the guides for few steps, relative to CFG "
+        f"in {run.reference_steps} steps. Guidance error and cosine are of one pass in every step. "
+        "Wall clock on the base, CFG over the guide in one pass a step: "
+        f"{', '.join(f'{ratio:.2f} at batch {batch}' for batch, ratio in speeds)}. "
+        f"Measured on {' and '.join(run.machines)}, seed {run.seed}; the whole result is in "
+        f"`results/transformer.json`. The commands:\n\n{_bash(run.commands)}"
     )
 
 
@@ -251,6 +257,10 @@ def _measured(every: Sequence[FrontierResult]) -> str:
     """On which machines."""
     machines = dict.fromkeys(machine for one in every for machine in one.run.machines)
     return f"Measured on {' and '.join(machines)}"
+
+
+def _bash(commands: Sequence[str]) -> str:
+    return "\n".join(["```bash", *commands, "```"])
 
 
 def _run(run: Run, where: str) -> str:

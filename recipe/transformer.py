@@ -10,7 +10,7 @@ docs/recipe.md), and writes ``results/transformer.json``:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from baselines.frontier.results import FrontierResult
@@ -33,6 +33,8 @@ class TransformerModel:
         guidance_error: of one pass in every step.
         cosine: of what the guide and what CFG add, there.
         negative_ratio: the guidance error with negative prompts over that with the null prompt.
+        few_steps: of the guides for few steps, top-1 relative to that of CFG with the reference
+            steps of the frontier.
     """
 
     gain_kept: dict[str, float]
@@ -41,16 +43,19 @@ class TransformerModel:
     guidance_error: GuidanceError
     cosine: float
     negative_ratio: dict[str, float]
+    few_steps: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TransformerRun:
-    """The commands of the parts, their machines and library versions."""
+    """The commands of the parts, their machines and library versions, and the steps of CFG to which
+    guides for few steps are compared."""
 
     commands: list[str]
     machines: list[str]
     versions: dict[str, str]
     seed: int
+    reference_steps: int
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,25 @@ def compose(parts: Path) -> TransformerResult:
             for entry in frontier.models[name]
             if entry.method == GUIDE and entry.steps == steps and not entry.setting
         }
+        most = frontier.run.reference_steps
+        cfg = frontier.find(name, ("cfg", str(most), "", most))
+        few = {
+            f"{entry.passes:g}": entry.top1 / cfg.top1
+            for entry in frontier.models[name]
+            if cfg and entry.method.startswith(f"{GUIDE}-")
+        }
         models[name] = TransformerModel(
             {passes: entry.gain_kept for passes, entry in kept.items()},
             {passes: Interval(*entry.interval) for passes, entry in kept.items()},
             {passes: entry.latent_mse_ratio for passes, entry in kept.items()},
             model.guidance_error, model.guidance_error.cosine,
             {passes: found.models[name].ratio for passes, found in negatives.items()},
+            dict(sorted(few.items(), key=lambda item: float(item[0]))),
         )  # fmt: skip
     runs = [guide.run, *(found.run for found in negatives.values())]
     run = TransformerRun(
         [*frontier.run.commands, *(r.command for r in runs)],
         list(dict.fromkeys([*frontier.run.machines, *(r.machine for r in runs)])),
-        guide.run.versions, guide.run.seed,
+        guide.run.versions, guide.run.seed, frontier.run.reference_steps,
     )  # fmt: skip
     return TransformerResult(run, models, guide.cost)

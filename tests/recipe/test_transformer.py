@@ -45,7 +45,8 @@ def parts(tmp_path: Path) -> Path:
     )
     entries = [
         entry("sd3-tiny", 0), entry("sd3-tiny", 3), entry("sd3-tiny", 3, setting="even"),
-        entry("sd3-tiny", 2, steps=8), entry("delta-reuse", 5),
+        entry("sd3-tiny-8", 2, steps=8), entry("sd3-tiny-8", 0, steps=8), entry("delta-reuse", 5),
+        replace(entry("cfg", 50, steps=50), top1=0.8),
     ]  # fmt: skip
     FrontierResult(run, {"sd3": entries}).save(tmp_path / "frontier.json")
     scores, agreement = Scores(0.5, 0.8, 0.3, 9.0), Agreement(20.0, 0.9, 0.9)
@@ -72,8 +73,10 @@ def test_the_file_has_each_model_by_its_passes(parts: Path) -> None:
     assert len(found.run.commands) == 4
     text = transformer_text(found)
     assert "| kept, 28 passes | 93 % (83–103) |" in text
+    assert model.few_steps == {"8": 0.5 / 0.8, "10": 0.5 / 0.8}
+    assert "| top-1, 10 passes | 62 % |" in text
     assert "| negative ratio, 25 passes | 1.15 |" in text
-    assert "CFG over the guide: 1.70 at batch 8" in text
+    assert "CFG over the guide in one pass a step: 1.70 at batch 8" in text
     found.save(parts / "transformer.json")
     assert TransformerResult.load(parts / "transformer.json") == found
 
