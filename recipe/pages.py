@@ -102,10 +102,11 @@ def readme_text(found: FrontierResult, *others: FrontierResult) -> str:
         f"kept, with its 95 % interval. *Guided*: the guide, one pass in each step. "
         f"*refresh={REFRESH}*: both passes in {REFRESH} of the {run.num_inference_steps} steps, "
         f"the guide in the others. *w*: the guidance scale.{speed}\n\n"
-        f"{_measured(every)}, seed {run.seed}, {run.samples:,} images for each model and column, "
-        f"{run.dtype}; the commands and the whole result are in "
-        f"[results/frontier.json](results/frontier.json){also}. {sizes} of the denoiser's, and "
-        f"{'were' if others else 'was'} trained on none of these fine-tunes."
+        f"Measured by {' and '.join(f'`{c}`' for one in every for c in one.run.commands)} on "
+        f"{_machines(every)}, seed {run.seed}, {run.samples:,} images for each model and column, "
+        f"{run.dtype}; the whole result is in [results/frontier.json](results/frontier.json)"
+        f"{also}. {sizes} of the denoiser's, and {'were' if others else 'was'} trained on none of "
+        "these fine-tunes."
     )
 
 
@@ -130,7 +131,7 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
     save(frontier_plot(found, columns, list(run.guides)), docs / "images" / "frontier.png")
     return (
         f"![CFG gain kept, and distance to CFG, by passes](images/frontier.png)\n\n"
-        f"{_measured([found])}, seed {run.seed}, w = "
+        f"Measured on {_machines([found])}, seed {run.seed}, w = "
         f"{run.guidance_scale:g}, {run.dtype}, {run.samples:,} images for each point of our guides "
         f"in their default places and of delta reuse, {run.baseline_samples:,} of the others; "
         "the whole result is in `results/frontier.json`. *Kept* is the share of CFG's gain in "
@@ -253,10 +254,8 @@ def compare_page(found: ComparisonResult, docs: Path) -> str:
     return "\n\n".join(part.rstrip() for part in parts)
 
 
-def _measured(every: Sequence[FrontierResult]) -> str:
-    """On which machines."""
-    machines = dict.fromkeys(machine for one in every for machine in one.run.machines)
-    return f"Measured on {' and '.join(machines)}"
+def _machines(every: Sequence[FrontierResult]) -> str:
+    return " and ".join(dict.fromkeys(machine for one in every for machine in one.run.machines))
 
 
 def _bash(commands: Sequence[str]) -> str:
