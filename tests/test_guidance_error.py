@@ -103,6 +103,14 @@ def test_it_depends_on_the_seed_and_not_on_batches(pipe: Any, moved: Guide) -> N
     assert whole == pytest.approx(parts, rel=1e-4)
 
 
+def test_progress_counts_the_batches_of_all_scales(pipe: Any, guide: Guide) -> None:
+    trajectories = Trajectories.of_pipeline(pipe, PROMPTS, batch_size=2, **SHORT)
+    calls: list[tuple[int, int]] = []
+    pipeline_guidance_error(pipe, guide, trajectories, progress=lambda *at: calls.append(at))
+    assert calls == [(i, 4) for i in range(5)]
+    assert len([*trajectories]) == 4
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_the_prompts(pipe: Any, moved: Guide, count: int) -> None:
     sums: list[Sums] = []

@@ -141,6 +141,10 @@ class Trajectories:
         path = backbone.noise_path(pipe)
         return cls(teacher, path, mine, negative[mine], noise[mine].to(denoiser.device), **settings)
 
+    def __len__(self) -> int:
+        """How many batches there are, over all w."""
+        return len(self.guidance_scales) * math.ceil(len(self.prompt) / self.batch_size)
+
     def __iter__(self) -> Iterator[tuple[float, torch.Tensor, Iterable[TeacherStep]]]:
         """(w, places (n,) of a batch among the prompts, its steps), batch after batch."""
         for w in self.guidance_scales:
@@ -167,6 +171,7 @@ def guidance_error(
     student: Student, trajectories: Trajectories, *, with_negative: bool = True,
     refresh: RefreshSteps = 0,
     gather: Callable[[Sums], Sequence[Sums]] = lambda sums: [sums],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GuidanceError:  # fmt: skip
     """The guidance error of a student along the trajectories of its teacher.
 
@@ -176,12 +181,15 @@ def guidance_error(
         refresh: the steps of a trajectory that run both passes: how many, what ratio, or which.
             They count as the others do.
         gather: the sums of all processes, from those of this one.
+        progress: called before the first batch and after each with how many are done, and of how
+            many.
     """
     sums: Sums = {}
     teacher, prompts = trajectories.teacher, trajectories.teacher.prompts
     few_steps = student.guide.times is not None
     doubled = places(refresh, trajectories.num_inference_steps, few_steps=few_steps)
-    for w, index, steps in trajectories:
+    progress(0, len(trajectories))
+    for batch, (w, index, steps) in enumerate(trajectories, 1):
         negative = trajectories.negative[index]
         if not with_negative:
             negative = torch.full_like(negative, NULL)
@@ -199,6 +207,7 @@ def guidance_error(
             key = (w, round(float(step.time[0]), 4))
             pairs = (guided, step.cfg), (step.conditional, step.cfg), (guided, step.conditional)
             _add(sums, key, *(_distance(a, b) for a, b in pairs))
+        progress(batch, len(trajectories))
     total: Sums = {}
     for some in gather(sums):
         for key, distances in some.items():

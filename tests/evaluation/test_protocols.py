@@ -51,25 +51,46 @@ def test_the_solver_runs_on_the_noise_of_the_model(make_pipe: Callable[[str], An
     assert "_use_default_values" not in rows.scheduler_facts(pipe), "its order is by chance"
 
 
-def test_a_flow_model_keeps_its_scheduler_and_has_no_rule_for_unets(
+def test_a_flow_model_keeps_its_scheduler(
     scorer: Scorer, randomise: Callable[[Guide], Guide], tmp_path: Path
 ) -> None:
     pipe = build("SD3", alone=True).pipe
     guide = randomise(TinyGuide.for_denoiser(pipe.transformer, "flow"))
     settings = ProtocolSettings("drawbench", CASES, num_inference_steps=2)
-    left_out: list[str] = []
     found = run_protocol(
         settings, {"sd3": ModelSource(lambda: pipe)}, {"mine": guide},
         rows.methods({"mine": guide}, (0,), (1,), DeltaReuse, 2),
-        Scorers(clip_score=Cosines(scorer, 100.0)), tmp_path, command="", log=left_out.append,
+        Scorers(clip_score=Cosines(scorer, 100.0)), tmp_path, command="",
     )  # fmt: skip
     assert isinstance(found, ProtocolResult)
     assert {name: row.passes for name, row in found.models["sd3"].items()} == {
-        "none": 2, "cfg": 4, "mine-refresh-0": 2,
+        "none": 2, "cfg": 4, "mine-refresh-0": 2, "delta-reuse-1": 3,
     }  # fmt: skip
     assert found.run.schedulers == {"sd3": "FlowMatchEulerDiscreteScheduler"}
     assert found.run.guidance_scale == 4.5
-    assert left_out == ["sd3: delta reuse, refresh=1 needs a UNet and is left out"]
+
+
+def test_a_rule_for_other_denoisers_is_left_out(
+    make_pipe: Callable[[str], Any], scorer: Scorer, tmp_path: Path
+) -> None:
+    none, cfg, reuse = rows.methods({}, (), (1,), DeltaReuse, 2)
+    assert reuse.refusal(make_pipe("epsilon")) == cfg.refusal(make_pipe("epsilon")) == ""
+    refusal = reuse.refusal(build("AuraFlow", alone=True).pipe)
+    assert refusal.startswith("delta reuse is made for Stable Diffusion")
+
+    def refuse() -> Any:
+        raise ValueError("made for others")
+
+    left_out: list[str] = []
+    found = run_protocol(
+        ProtocolSettings("drawbench", CASES, num_inference_steps=2),
+        {"sd": ModelSource(lambda: make_pipe("epsilon"))}, {},
+        [none, cfg, replace(reuse, make=refuse)],
+        Scorers(clip_score=Cosines(scorer, 100.0)), tmp_path, command="", log=left_out.append,
+    )  # fmt: skip
+    assert isinstance(found, ProtocolResult)
+    assert [*found.models["sd"]] == ["none", "cfg"]
+    assert left_out == ["sd: delta reuse, refresh=1 is left out: made for others"]
 
 
 def test_a_guide_for_few_steps_is_refused(guide: Guide, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from pilotfish.evaluation.results import (
     versions,
 )
 from pilotfish.evaluation.run import as_json, dtype_name, frames_setting
-from pilotfish.guidance_error import Trajectories, pipeline_guidance_error
+from pilotfish.guidance_error import GuidanceError, Trajectories, pipeline_guidance_error
 from pilotfish.guides import Guide
 from pilotfish.pipelines import Reference, Refreshed
 from pilotfish.pipelines.attach import check
@@ -77,12 +77,17 @@ def evaluate_negatives_of_model(
         num_inference_steps=num_inference_steps, process=process(), guidance=guide.guidance,
         num_frames=num_frames,
     )  # fmt: skip
-    report("guidance error", 0, 1)
-    error = partial(pipeline_guidance_error, pipe, guide, refresh=refresh, gather=gather_objects)
-    null = error(trajectories())
+
+    def error(what: str, walk: Trajectories, *, with_negative: bool = True) -> GuidanceError:
+        return pipeline_guidance_error(
+            pipe, guide, walk, refresh=refresh, gather=gather_objects, with_negative=with_negative,
+            progress=partial(report, f"guidance error, {what}"),
+        )  # fmt: skip
+
+    null = error("null prompt", trajectories())
     cfg_walk = trajectories(negative_prompts=negative_prompts, cache=True)
-    conditioned, ignoring = error(cfg_walk), error(cfg_walk, with_negative=False)
-    report("guidance error", 1, 1)
+    conditioned = error("negative prompts", cfg_walk)
+    ignoring = error("negative prompts ignored", cfg_walk, with_negative=False)
     report("images", 0, len(prompts))
     method, reference = Refreshed(guide, refresh), Reference(guide.guidance)
     latents, agreement = LatentMeter(), {name: AgreementMeter() for name in CONDITIONS}

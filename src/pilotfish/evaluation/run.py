@@ -108,16 +108,15 @@ def evaluate_model(
     agreement = {mode: AgreementMeter() for mode in ("guided", "none")}
     latents = LatentMeter()
     report = progress or (lambda what, done, total: None)
-    report("guidance error", 0, 1)
     trajectories = Trajectories.of_pipeline(
         pipe, validation_prompts, guidance_scales=guidance_scales, seed=seed,
         num_inference_steps=num_inference_steps, batch_size=batch_size, process=process(),
         guidance=guide.guidance, num_frames=num_frames,
     )  # fmt: skip
     error = pipeline_guidance_error(
-        pipe, guide, trajectories, refresh=refresh, gather=gather_objects
-    )
-    report("guidance error", 1, 1)
+        pipe, guide, trajectories, refresh=refresh, gather=gather_objects,
+        progress=partial(report, "guidance error"),
+    )  # fmt: skip
     report("images", 0, samples)
     done = 0
     for batches in draw_modes(

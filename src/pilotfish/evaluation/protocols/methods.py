@@ -34,7 +34,6 @@ class Method:
         make: what a pipeline samples with; None is the pipeline's own CFG.
         guided: whether it has the w of the protocol; else 1.
         guide: name of the guide; empty: none.
-        unet_only: whether it works with UNets alone.
         with_negative: whether the images have the negative prompts.
     """
 
@@ -43,12 +42,17 @@ class Method:
     make: Callable[[], Attachable | None] = lambda: None
     guided: bool = True
     guide: str = ""
-    unet_only: bool = False
     with_negative: bool = False
 
-    def fits(self, pipe: Any) -> bool:
-        """Whether it works with the denoiser of a pipeline."""
-        return not self.unet_only or getattr(pipe, "unet", None) is not None
+    def refusal(self, pipe: Any) -> str:
+        """Why it does not work with a pipeline; empty: it does."""
+        try:
+            if (method := self.make()) is not None:
+                with method.attached(pipe):
+                    pass
+            return ""
+        except ValueError as error:
+            return str(error)
 
 
 NONE = Method("none", TITLES["none"], guided=False)
@@ -91,12 +95,9 @@ def methods(
         ]  # fmt: skip
     if make_reuse is not None:
         found += [
-            Method(
-                f"delta-reuse-{k}", f"delta reuse, refresh={k}", partial(make_reuse, k),
-                unet_only=True,
-            )
+            Method(f"delta-reuse-{k}", f"delta reuse, refresh={k}", partial(make_reuse, k))
             for k in dict.fromkeys(delta_reuse)
-        ]  # fmt: skip
+        ]
     return found
 
 

@@ -176,8 +176,8 @@ class Sampling:
         }  # fmt: skip
         found: dict[str, ImageFolder] = {}
         for row in rows:
-            if not row.fits(pipe):
-                self.log(f"{name}: {row.title} needs a UNet and is left out")
+            if refusal := row.refusal(pipe):
+                self.log(f"{name}: {row.title} is left out: {refusal}")
                 continue
             own = facts | {
                 "method": row.name, "guide": self.weights.get(row.guide, "none"),
