@@ -13,6 +13,7 @@ from baselines.frontier.report import (
     frontier_markdown,
     frontier_plot,
     groups,
+    summary,
     summary_markdown,
 )
 from baselines.frontier.results import FrontierResult
@@ -89,6 +90,7 @@ def readme_text(found: FrontierResult, *others: FrontierResult) -> str:
     every = (found, *others)
     together = replace(found, models={k: v for one in every for k, v in one.models.items()})
     models = [name for name in bundled.STYLES if name in together.models]
+    shown = summary(together, columns, models)
     timed = any(entry.has_cost for name in models for entry in together.models[name])
     also = " and [results/sd3/frontier.json](results/sd3/frontier.json)" if others else ""
     guides = [one.run.guides[bundled.guide_of(next(iter(one.models)))] for one in every]
@@ -102,11 +104,11 @@ def readme_text(found: FrontierResult, *others: FrontierResult) -> str:
         f"kept, with its 95 % interval. *Guided*: the guide, one pass in each step. "
         f"*refresh={REFRESH}*: both passes in {REFRESH} of the {run.num_inference_steps} steps, "
         f"the guide in the others. *w*: the guidance scale.{speed}\n\n"
-        f"Measured by {' and '.join(f'`{c}`' for one in every for c in one.run.commands)} on "
-        f"{_machines(every)}, seed {run.seed}, {run.samples:,} images for each model and column, "
-        f"{run.dtype}; the whole result is in [results/frontier.json](results/frontier.json)"
-        f"{also}. {sizes} of the denoiser's, and {'were' if others else 'was'} trained on none of "
-        "these fine-tunes."
+        f"Measured by {' and '.join(f'`{command}`' for command in shown.commands)} on "
+        f"{' and '.join(shown.machines)}, seed {run.seed}, {run.samples:,} images for each model "
+        f"and column, {run.dtype}; the whole result is in "
+        f"[results/frontier.json](results/frontier.json){also}. {sizes} of the denoiser's, "
+        f"and {'were' if others else 'was'} trained on none of these fine-tunes."
     )
 
 
@@ -131,12 +133,12 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
     save(frontier_plot(found, columns, list(run.guides)), docs / "images" / "frontier.png")
     return (
         f"![CFG gain kept, and distance to CFG, by passes](images/frontier.png)\n\n"
-        f"Measured on {_machines([found])}, seed {run.seed}, w = "
+        f"Measured on {' and '.join(found.machines)}, seed {run.seed}, w = "
         f"{run.guidance_scale:g}, {run.dtype}, {run.samples:,} images for each point of our guides "
         f"in their default places and of delta reuse, {run.baseline_samples:,} of the others; "
         "the whole result is in `results/frontier.json`. *Kept* is the share of CFG's gain in "
         "top-1 over no guidance, *latent MSE* that of the final latents to CFG's, relative to no "
-        f"guidance{relative}. The commands:\n\n{_bash(run.commands)}\n\n"
+        f"guidance{relative}. The commands:\n\n{_bash(found.commands)}\n\n"
         f"{frontier_markdown(found, columns).rstrip()}"
     )
 
@@ -252,10 +254,6 @@ def compare_page(found: ComparisonResult, docs: Path) -> str:
         plot = f"![CFG gain kept against cost]({image})"
         parts += [f"### {BUDGETS[budget]}", plot, comparison_markdown(found, budget)]
     return "\n\n".join(part.rstrip() for part in parts)
-
-
-def _machines(every: Sequence[FrontierResult]) -> str:
-    return " and ".join(dict.fromkeys(machine for one in every for machine in one.run.machines))
 
 
 def _bash(commands: Sequence[str]) -> str:

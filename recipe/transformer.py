@@ -103,8 +103,8 @@ def compose(parts: Path) -> TransformerResult:
         )  # fmt: skip
     runs = [guide.run, *(found.run for found in negatives.values())]
     run = TransformerRun(
-        [*frontier.run.commands, *(r.command for r in runs)],
-        list(dict.fromkeys([*frontier.run.machines, *(r.machine for r in runs)])),
+        [*frontier.commands, *(r.command for r in runs)],
+        list(dict.fromkeys([*frontier.machines, *(r.machine for r in runs)])),
         guide.run.versions, guide.run.seed, frontier.run.reference_steps,
     )  # fmt: skip
     return TransformerResult(run, models, guide.cost)

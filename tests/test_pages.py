@@ -115,11 +115,12 @@ def frontier(guide: str = "tiny", *models: str) -> FrontierResult:
     def entry(method: str, refresh: int) -> FrontierEntry:
         return FrontierEntry(
             method, refresh, 25, 25 + refresh, 0.5, 0.9, (0.8, 1.0), 0.9, 0.1, 4.0, 1.1,
-            {"1": 1.4, "8": 1.7}, samples=100, seed=0,
+            {"1": 1.4, "8": 1.7}, 100, 0, f"measure {method}", "one",
         )  # fmt: skip
 
-    entries = [entry("none", 0), entry("cfg", 25), entry(guide, 0), entry(guide, REFRESH)]
-    noted = FrontierRun(["a command"], 0, 100, 50, 4.0, 25, 50, "0", "bfloat16", ["one"], {})
+    entries = [entry("none", 0), entry("cfg", 25), entry(guide, 0), entry(guide, REFRESH),
+               entry("not shown", 1)]  # fmt: skip
+    noted = FrontierRun(0, 100, 50, 4.0, 25, 50, "0", "bfloat16", {})
     noted.guides[guide] = GuideSize("tiny", 1234, 0.01)
     return FrontierResult(noted, dict.fromkeys(models or ("base", "fluent"), entries))
 
@@ -131,6 +132,8 @@ def test_the_readme_compares_the_guide_without_and_with_refreshes() -> None:
     assert "| top-1, fluent | 50 % |" in text
     assert "1,234 parameters, 1.00%" in text
     assert "| speed, base, batch 8 | 1.70× |" in text
+    by = "Measured by `measure none` and `measure tiny` and `measure cfg` on one, seed 0"
+    assert by in text, "not what measured other entries"
 
 
 def test_the_readme_has_both_bases() -> None:

@@ -87,9 +87,8 @@ def main(arguments: Sequence[str]) -> None:
     pipe = base[1].load()
     sizes = {name: GuideSize.of(guide, pipe, name) for name, guide in guides.items()}
     run = FrontierRun(
-        [shlex.join(["pilotfish", "compare", *arguments])],
-        prompts=f"{crc32(repr(names).encode()):08x}", machines=[machine()], versions=versions(),
-        dtype=config.dtype, guides=sizes, **settings_of(config),
+        prompts=f"{crc32(repr(names).encode()):08x}", versions=versions(), dtype=config.dtype,
+        guides=sizes, **settings_of(config),
     )  # fmt: skip
     with progress_bars() as progress:
         frontier = Frontier(
@@ -97,7 +96,8 @@ def main(arguments: Sequence[str]) -> None:
             open_scorer(config.scorer, models), names,
             load_prompts(config.train_prompts) if config.train_prompts
             else bundled.prompts("training"),
-            run, Path(config.output), Path(config.references), progress, test_models=far,
+            run, shlex.join(["pilotfish", "compare", *arguments]), machine(), Path(config.output),
+            Path(config.references), progress, test_models=far,
         )  # fmt: skip
         found = frontier.measure()
     columns = groups(found, base[0], far)

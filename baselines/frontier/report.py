@@ -87,6 +87,26 @@ def frontier_markdown(found: FrontierResult, columns: Groups) -> str:
     return markdown([headings[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
+def summary(
+    found: FrontierResult, columns: Mapping[str, tuple[str, int]], models: Sequence[str]
+) -> FrontierResult:
+    """The entries of :func:`summary_markdown`, in the order of its columns.
+
+    Raises:
+        KeyError: one of them is not measured.
+    """
+    steps = found.run.num_inference_steps
+    return found.only(
+        {
+            model: [
+                (bundled.guide_of(model) if method == "guide" else method, str(refresh), "", steps)
+                for method, refresh in columns.values()
+            ]
+            for model in models
+        }
+    )
+
+
 def summary_markdown(
     found: FrontierResult, columns: Mapping[str, tuple[str, int]], models: Sequence[str],
     bold: str = "",
@@ -103,26 +123,21 @@ def summary_markdown(
     Raises:
         KeyError: one of them is not measured.
     """
-    steps = found.run.num_inference_steps
-
-    def entry(model: str, title: str) -> FrontierEntry:
-        method, refresh = columns[title]
-        method = bundled.guide_of(model) if method == "guide" else method
-        one = found.find(model, (method, str(refresh), "", steps))
-        if one is None:
-            raise KeyError(f"{method} with {refresh} refreshes is not measured on {model}")
-        return one
+    chosen = summary(found, columns, models)
 
     def row(title: str, model: str, cell: Callable[[FrontierEntry], str]) -> tuple[str, ...]:
-        cells = {name: cell(entry(model, name)) for name in columns}
+        cells = dict(zip(columns, map(cell, chosen.models[model]), strict=True))
         return title, *(f"**{c}**" if name == bold else c for name, c in cells.items())
 
     rows = [row(f"top-1, {model}", model, _with_gain) for model in models]
     rows.append(row("denoiser passes", models[0], lambda e: f"{e.passes:g}"))
     for base in [model for model in models if model in bundled.BASES]:
-        if all(entry(base, name).has_cost for name in columns):
+        if all(entry.has_cost for entry in chosen.models[base]):
             rows += [row(f"speed, {base}, batch {b}", base, partial(_speed, b)) for b in ("1", "8")]
-    return markdown([f"w = {found.run.guidance_scale:g}, {steps} steps", *columns], rows)
+    run = found.run
+    return markdown(
+        [f"w = {run.guidance_scale:g}, {run.num_inference_steps} steps", *columns], rows
+    )
 
 
 def _second_passes(entry: FrontierEntry) -> str:

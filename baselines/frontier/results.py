@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from pilotfish.evaluation.results import GuideSize, Saved
 
@@ -33,6 +35,8 @@ class FrontierEntry:
             method.
         samples: images.
         seed: of the first image; the others follow.
+        command: which measured it.
+        machine: the processor's model and the number of threads.
         setting: what else tells it from other entries of the method.
     """
 
@@ -50,6 +54,8 @@ class FrontierEntry:
     cfg_over_it: dict[str, float]
     samples: int
     seed: int
+    command: str
+    machine: str
     setting: str = ""
 
     @property
@@ -65,22 +71,21 @@ class FrontierEntry:
 
 @dataclass(frozen=True)
 class FrontierRun:
-    """How to repeat it.
+    """What the entries have in common.
 
     Attributes:
-        commands: those that added entries, in their order.
         samples: images for each point of our guides and of delta reuse.
         baseline_samples: images for each point of the others, a part of the same images.
         num_inference_steps: of all but few-step guides.
         reference_steps: of CFG and no guidance, to which few-step guides are compared.
         prompts: checksum of the names.
         dtype: precision of the models.
-        machines: the processors' models and the numbers of threads, in the order of their use.
         guides: sizes of our guides.
         weights: checksums of models and guides.
+        cost_command: which measured the cost of all entries in one run; empty: none did.
+        cost_machine: of that.
     """
 
-    commands: list[str]
     seed: int
     samples: int
     baseline_samples: int
@@ -89,10 +94,11 @@ class FrontierRun:
     reference_steps: int
     prompts: str
     dtype: str
-    machines: list[str]
     versions: dict[str, str]
     guides: dict[str, GuideSize] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+    cost_command: str = ""
+    cost_machine: str = ""
 
     def settings(self) -> tuple[float | str, ...]:
         """What all entries of a result have in common."""
@@ -100,11 +106,6 @@ class FrontierRun:
             self.seed, self.samples, self.baseline_samples, self.guidance_scale,
             self.num_inference_steps, self.reference_steps, self.prompts, self.dtype,
         )  # fmt: skip
-
-    def note(self, other: FrontierRun) -> None:
-        """Add the commands and machines of another run that are not there yet."""
-        for own, added in ((self.commands, other.commands), (self.machines, other.machines)):
-            own.extend(one for one in added if one not in own)
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,33 @@ class FrontierResult(Saved):
         """The entry of that key, if it is measured."""
         return next((e for e in self.models.get(model, ()) if e.key == key), None)
 
+    @property
+    def commands(self) -> list[str]:
+        """Those that measured the entries, then that of the cost."""
+        every = [entry.command for entries in self.models.values() for entry in entries]
+        return _each_once([*every, self.run.cost_command])
+
+    @property
+    def machines(self) -> list[str]:
+        """Likewise."""
+        every = [entry.machine for entries in self.models.values() for entry in entries]
+        return _each_once([*every, self.run.cost_machine])
+
+    def only(self, models: Mapping[str, Sequence[Key]]) -> Self:
+        """The result with some of its entries.
+
+        Raises:
+            KeyError: one of them is not measured.
+        """
+        chosen: dict[str, list[FrontierEntry]] = {}
+        for model, keys in models.items():
+            chosen[model] = []
+            for key in keys:
+                if (entry := self.find(model, key)) is None:
+                    raise KeyError(f"{key[0]} with {key[1]} refreshes is not measured on {model}")
+                chosen[model].append(entry)
+        return replace(self, models=chosen)
+
     def put(self, model: str, entry: FrontierEntry) -> None:
         """Add an entry, or replace the one of its key."""
         entries = self.models.setdefault(model, [])
@@ -126,3 +154,7 @@ class FrontierResult(Saved):
                 entries[i] = entry
                 return
         entries.append(entry)
+
+
+def _each_once(texts: Iterable[str]) -> list[str]:
+    return [text for text in dict.fromkeys(texts) if text]

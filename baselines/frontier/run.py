@@ -106,7 +106,9 @@ class Frontier:
         trained: baselines by name.
         names: prompts of the images, among which the scorer must find each image's own.
         train_prompts: of the trajectories that LinearAG is fitted on.
-        run: how to repeat it.
+        run: what all entries have in common.
+        command: the command line that repeats this part.
+        machine: the processor's model and the number of threads.
         file: of the result.
         folder: for the images of no guidance and CFG.
         test_models: names of those for which all points have ``baseline_samples`` images.
@@ -125,6 +127,8 @@ class Frontier:
     names: Sequence[str]
     train_prompts: Sequence[str]
     run: FrontierRun
+    command: str
+    machine: str
     file: Path
     folder: Path
     progress: Progress | None = None
@@ -134,7 +138,7 @@ class Frontier:
     _dropped: set[tuple[str, Key]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
-        self.found = FrontierResult(replace(self.run, commands=[], machines=[]), {})
+        self.found = FrontierResult(self.run, {})
         if self.file.is_file():
             before = FrontierResult.load(self.file)
             if before.run.settings() != self.run.settings():
@@ -187,11 +191,11 @@ class Frontier:
         return self.found
 
     def save(self) -> None:
-        """Write the result with this command, and with what other commands have added to the file
-        since it was read."""
+        """Write the result, with what other commands have added to the file since it was read."""
         if self.file.is_file():
             now = FrontierResult.load(self.file)
-            self.found.run.note(now.run)
+            if now.run.cost_command and not self.found.run.cost_command:
+                self._note_cost(now.run.cost_command, now.run.cost_machine)
             for name, weights in now.run.weights.items():
                 self.found.run.weights.setdefault(name, weights)
             for name, size in now.run.guides.items():
@@ -201,8 +205,11 @@ class Frontier:
                     dropped = (model, entry.key) in self._dropped
                     if not dropped and self.found.find(model, entry.key) is None:
                         self.found.put(model, entry)
-        self.found.run.note(self.run)
         self.found.save(self.file)
+
+    def _note_cost(self, command: str, machine: str) -> None:
+        run = replace(self.found.run, cost_command=command, cost_machine=machine)
+        self.found = replace(self.found, run=run)
 
     # -- images ---------------------------------------------------------------------------
 
@@ -261,7 +268,8 @@ class Frontier:
                     none, cfg = (part_of(x, every, config.baseline_samples) for x in (none, cfg))
             entry = FrontierEntry(
                 method=one.method, refresh=one.refresh, steps=one.steps, seed=config.seed,
-                setting=one.setting, **NO_COST, **figures(own, none, cfg, images.prompt),
+                command=self.command, machine=self.machine, setting=one.setting, **NO_COST,
+                **figures(own, none, cfg, images.prompt),
             )  # fmt: skip
             self.found.put(model, entry)
             self.save()
@@ -346,6 +354,7 @@ class Frontier:
                     "cfg_over_it": {str(b): speed_up(r, name) for b, r in rounds.items()},
                 }
                 self.found.put(base, replace(entry, **cost))
+            self._note_cost(self.command, self.machine)
         for model, entries in self.found.models.items():
             for i, entry in enumerate(entries):
                 same = self.found.find(base, entry.key)

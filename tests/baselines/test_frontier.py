@@ -37,6 +37,7 @@ CONFIG = FrontierConfig(
 KEYS = {
     "method", "refresh", "steps", "passes", "top1", "gain_kept", "interval", "top5_kept",
     "latent_mse_ratio", "fd", "flops_over_none", "cfg_over_it", "samples", "seed", "setting",
+    "command", "machine",
 }  # fmt: skip
 Start = Callable[..., Frontier]
 
@@ -61,15 +62,11 @@ def start(
     }
 
     def make(folder: str = "run", config: FrontierConfig = CONFIG, **changed: Any) -> Frontier:
-        noted = FrontierRun(
-            ["a command"],
-            prompts="0",
-            dtype="float32",
-            machines=["one"],
-            versions={},
-            **settings_of(config),
-        )
-        given: dict[str, Any] = {"models": models, "guides": guides, "trained": {}, "run": noted}
+        noted = FrontierRun(prompts="0", dtype="float32", versions={}, **settings_of(config))
+        given: dict[str, Any] = {
+            "models": models, "guides": guides, "trained": {}, "run": noted,
+            "command": "a command", "machine": "one",
+        }  # fmt: skip
         given |= changed
         return Frontier(
             config, base=("base", models["base"]), scorer=scorer, names=names,
@@ -146,9 +143,9 @@ def test_a_result_names_the_commands_that_measured_it(start: Start) -> None:
     def measured(command: str, machine: str, *refresh: int) -> list[str]:
         config = replace(CONFIG, methods=("mine",), refresh=refresh)
         frontier = start(config=config)
-        run = replace(frontier.run, commands=[command], machines=[machine])
-        start(config=config, run=run).measure()
-        found = FrontierResult.load(frontier.file).run
+        frontier.command, frontier.machine = command, machine
+        frontier.measure()
+        found = FrontierResult.load(frontier.file)
         return [*found.commands, *found.machines]
 
     assert measured("first", "one", 1) == ["first", "one"]
@@ -292,13 +289,13 @@ def test_the_figures_of_a_part_are_those_of_its_images() -> None:
 def entry(**changed: Any) -> FrontierEntry:
     plain = FrontierEntry(
         "tiny", 3, 25, 28.0, 0.5, 0.9, (0.8, 0.95), 0.9, 0.1, 4.0, 1.12, {"1": 1.5, "8": 1.7},
-        samples=100, seed=0,
+        samples=100, seed=0, command="a command", machine="one",
     )  # fmt: skip
     return replace(plain, **changed)
 
 
 def result(**models: list[FrontierEntry]) -> FrontierResult:
-    noted = FrontierRun(["a command"], 0, 100, 50, 4.0, 25, 50, "0", "float32", ["one"], {})
+    noted = FrontierRun(0, 100, 50, 4.0, 25, 50, "0", "float32", {})
     return FrontierResult(noted, models)
 
 

@@ -34,15 +34,13 @@ def entry(method: str, refresh: int, steps: int = 25, setting: str = "") -> Fron
     gain, passes = 0.9 + refresh / 100, float(steps + refresh)
     return FrontierEntry(
         method, refresh, steps, passes, 0.5, gain, (gain - 0.1, gain + 0.1), 0.9, 0.1, 3.0, 1.1,
-        {"8": 1.7}, 10, 0, setting,
+        {"8": 1.7}, 10, 0, "pilotfish compare", "another", setting,
     )  # fmt: skip
 
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
-    run = FrontierRun(
-        ["pilotfish compare"], 0, 10, 10, 4.0, 25, 50, "", "bfloat16", ["another"], {}
-    )
+    run = FrontierRun(0, 10, 10, 4.0, 25, 50, "", "bfloat16", {})
     entries = [
         entry("sd3-tiny", 0), entry("sd3-tiny", 3), entry("sd3-tiny", 3, setting="even"),
         entry("sd3-tiny-8", 2, steps=8), entry("sd3-tiny-8", 0, steps=8), entry("delta-reuse", 5),
