@@ -175,7 +175,12 @@ def guidances_text(found: GuidancesResult) -> str:
 def transformer_text(found: TransformerResult) -> str:
     """What the guide of the Stable Diffusion 3 keeps of CFG: a column for each model."""
     models = list(found.models.values())
-    first, speeds = models[0], found.cost.cfg_over_guided.items()
+    first = models[0]
+    speeds = [
+        f"{ratio:.2f} in {passes} passes at batch {batch}"
+        for passes, by_batch in found.cost.items()
+        for batch, ratio in by_batch.items()
+    ]
     kept = "kept, {} passes", lambda m, n: with_interval(m.gain_kept[n], *astuple(m.interval[n]))
     near = "latent MSE, {} passes", lambda m, n: f"{m.latent_mse_ratio[n]:.3f}"
     few = "top-1, {} passes", lambda m, n: percent(m.few_steps[n])
@@ -198,8 +203,7 @@ def transformer_text(found: TransformerResult) -> str:
         "ratio* the guidance error where every prompt has another name as its negative prompt, "
         "over that with the null prompt; *top-1* that of the guides for few steps, relative to CFG "
         f"in {run.reference_steps} steps. Guidance error and cosine are of one pass in every step. "
-        "Wall clock on the base, CFG over the guide in one pass a step: "
-        f"{', '.join(f'{ratio:.2f} at batch {batch}' for batch, ratio in speeds)}. "
+        f"Wall clock on the base, CFG over the guide: {', '.join(speeds)}. "
         f"Measured on {' and '.join(run.machines)}, seed {run.seed}; the whole result is in "
         f"`results/transformer.json`. The commands:\n\n{_bash(run.commands)}"
     )

@@ -3,9 +3,8 @@
 It measures nothing itself. It takes ``results/sd3/``, which these commands write (in full in
 docs/recipe.md), and writes ``results/transformer.json``:
 
-- ``frontier.json``: ``pilotfish compare --frontier --base sd3``;
-- ``guide.json``: ``pilotfish evaluate --refresh 0``, guidance error, its cosine and the cost;
-- ``negative-K.json``: ``pilotfish evaluate --negative_prompts --refresh K``.
+- ``frontier.json``: ``pilotfish compare --frontier --base sd3``, the gain kept and the cost;
+- ``negative-K.json``: ``pilotfish evaluate --negative_prompts --refresh K``, guidance errors.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from baselines.frontier.results import FrontierResult
-from pilotfish.evaluation.results import Cost, Interval, NegativeResult, Result, Saved
+from baselines.frontier.results import FrontierEntry, FrontierResult
+from pilotfish.evaluation.results import Interval, NegativeResult, Saved
 from pilotfish.guidance_error import GuidanceError
 
 GUIDE = "sd3-tiny"
@@ -60,11 +59,11 @@ class TransformerRun:
 
 @dataclass(frozen=True)
 class TransformerResult(Saved):
-    """The models, and the cost on the base."""
+    """The models, and the wall clock on the base: CFG over the guide, by passes and batch size."""
 
     run: TransformerRun
     models: dict[str, TransformerModel]
-    cost: Cost
+    cost: dict[str, dict[str, float]]
 
 
 def compose(parts: Path) -> TransformerResult:
@@ -74,18 +73,14 @@ def compose(parts: Path) -> TransformerResult:
         ResultError: a file is missing or no such result.
     """
     frontier = FrontierResult.load(parts / "frontier.json")
-    guide = Result.load(parts / "guide.json")
-    steps = guide.run.num_inference_steps
+    steps = frontier.run.num_inference_steps
     negatives = {
         str(steps + k): NegativeResult.load(parts / f"negative-{k}.json") for k in REFRESHES
     }
+    one_pass = negatives[str(steps)].models
+    guided = {name: _by_passes(frontier, name) for name in one_pass}
     models = {}
-    for name, model in guide.models.items():
-        kept = {
-            f"{entry.passes:g}": entry
-            for entry in frontier.models[name]
-            if entry.method == GUIDE and entry.steps == steps and not entry.setting
-        }
+    for name, kept in guided.items():
         most = frontier.run.reference_steps
         cfg = frontier.find(name, ("cfg", str(most), "", most))
         few = {
@@ -97,14 +92,26 @@ def compose(parts: Path) -> TransformerResult:
             {passes: entry.gain_kept for passes, entry in kept.items()},
             {passes: Interval(*entry.interval) for passes, entry in kept.items()},
             {passes: entry.latent_mse_ratio for passes, entry in kept.items()},
-            model.guidance_error, model.guidance_error.cosine,
+            one_pass[name].null, one_pass[name].null.cosine,
             {passes: found.models[name].ratio for passes, found in negatives.items()},
             dict(sorted(few.items(), key=lambda item: float(item[0]))),
         )  # fmt: skip
-    runs = [guide.run, *(found.run for found in negatives.values())]
+    runs = [found.run for found in negatives.values()]
     run = TransformerRun(
         [*frontier.commands, *(r.command for r in runs)],
         list(dict.fromkeys([*frontier.machines, *(r.machine for r in runs)])),
-        guide.run.versions, guide.run.seed, frontier.run.reference_steps,
+        frontier.run.versions, frontier.run.seed, frontier.run.reference_steps,
     )  # fmt: skip
-    return TransformerResult(run, models, guide.cost)
+    base = next(iter(guided.values()))
+    cost = {passes: entry.cfg_over_it for passes, entry in base.items() if entry.has_cost}
+    return TransformerResult(run, models, cost)
+
+
+def _by_passes(frontier: FrontierResult, model: str) -> dict[str, FrontierEntry]:
+    """The entries of the guide in its default places."""
+    return {
+        f"{entry.passes:g}": entry
+        for entry in frontier.models[model]
+        if entry.method == GUIDE and entry.steps == frontier.run.num_inference_steps
+        and not entry.setting
+    }  # fmt: skip

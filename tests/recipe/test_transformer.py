@@ -10,16 +10,11 @@ import pytest
 from baselines.frontier.results import FrontierEntry, FrontierResult, FrontierRun
 from pilotfish.evaluation.results import (
     Agreement,
-    Cost,
     GuideSize,
-    Interval,
-    ModelResult,
     NegativeModel,
     NegativeResult,
-    Result,
     ResultError,
     Run,
-    Scores,
 )
 from pilotfish.guidance_error import GuidanceError
 from recipe.pages import transformer_text
@@ -47,15 +42,10 @@ def parts(tmp_path: Path) -> Path:
         replace(entry("cfg", 50, steps=50), top1=0.8),
     ]  # fmt: skip
     FrontierResult(run, {"sd3": entries}).save(tmp_path / "frontier.json")
-    scores, agreement = Scores(0.5, 0.8, 0.3, 9.0), Agreement(20.0, 0.9, 0.9)
-    model = ModelResult(
-        ERROR, 0.2, 0.9, Interval(0.8, 1.0), 0.9, {"cfg": scores}, {"guided": agreement}
-    )
-    cost = Cost({"8": 1.7}, {"8": 1.9}, {"cfg": 2}, {"cfg": 50.0})
-    Result({"sd3": model}, SIZE, cost, RUN).save(tmp_path / "guide.json")
+    agreement = Agreement(20.0, 0.9, 0.9)
     for k, ratio in ((0, 1.15), (3, 1.05)):
         negative = NegativeModel(ERROR, ERROR, ERROR, ratio, 2.0, 0.2, {"null": agreement})
-        run_k = replace(RUN, refresh=k)
+        run_k = replace(RUN, refresh=k, command=f"evaluate --refresh {k}")
         NegativeResult({"sd3": negative}, SIZE, run_k).save(tmp_path / f"negative-{k}.json")
     return tmp_path
 
@@ -68,13 +58,14 @@ def test_the_file_has_each_model_by_its_passes(parts: Path) -> None:
     assert model.negative_ratio == {"25": 1.15, "28": 1.05}
     assert (model.guidance_error.mean, model.cosine) == (0.3, 0.9)
     assert found.run.machines == ["another", "some machine"]
-    assert len(found.run.commands) == 4
+    assert found.run.commands == ["pilotfish compare", *(f"evaluate --refresh {k}" for k in (0, 3))]
+    assert found.cost == {"25": {"8": 1.7}, "28": {"8": 1.7}}
     text = transformer_text(found)
     assert "| kept, 28 passes | 93 % (83–103) |" in text
     assert model.few_steps == {"8": 0.5 / 0.8, "10": 0.5 / 0.8}
     assert "| top-1, 10 passes | 62 % |" in text
     assert "| negative ratio, 25 passes | 1.15 |" in text
-    assert "CFG over the guide in one pass a step: 1.70 at batch 8" in text
+    assert "CFG over the guide: 1.70 in 25 passes at batch 8, 1.70 in 28" in text
     found.save(parts / "transformer.json")
     assert TransformerResult.load(parts / "transformer.json") == found
 
