@@ -78,8 +78,8 @@ def run_ablations(work: Path, stage: AblationsStage, *, bf16: bool) -> None:
             DistillConfig(
                 output=str(folder), max_train_steps=stage.steps, seed=stage.seed,
                 train_batch_size=stage.batch, validation_steps=stage.steps, report_to="none",
-                resume="latest", mixed_precision="bf16" if bf16 else "no", lr_warmup_steps=30,
-                replay_capacity=2048, **settings,
+                resume_from_checkpoint="latest", mixed_precision="bf16" if bf16 else "no",
+                lr_warmup_steps=30, replay_capacity=2048, **settings,
             )
         )  # fmt: skip
         rows[name] = measure(guide, held_out, stage, bf16=bf16)

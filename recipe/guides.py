@@ -78,7 +78,7 @@ def distil(
     return distill(
         DistillConfig(
             output=str(folder), checkpointing_steps=100, validation_steps=200, report_to="none",
-            resume="latest", mixed_precision="bf16" if bf16 else "no",
+            resume_from_checkpoint="latest", mixed_precision="bf16" if bf16 else "no",
             init_from=str(init_from) if init_from else None, **settings,
         )
     )  # fmt: skip
@@ -136,8 +136,9 @@ def make_step_guides(
         output=str(work / guide_name("step_guides", base)), guide=str(first), teacher="cfg",
         steps=stage.steps, max_train_steps=stage.max_train_steps or STEP_TRAIN_STEPS[base],
         learning_rate=stage.learning_rate, checkpointing_steps=100, validation_steps=200,
-        report_to="none", resume="latest", mixed_precision="bf16" if bf16 else "no", pool=512,
-        finetune_prob=0.75, replay_reuse=2, negative_prompt_prob=0.25,
+        report_to="none", resume_from_checkpoint="latest",
+        mixed_precision="bf16" if bf16 else "no", pool=512, finetune_prob=0.75,
+        replay_reuse=2, negative_prompt_prob=0.25,
         first_step_refresh_prob=0.5, lr_warmup_steps=20, ema_decay=0.98, replay_capacity=2048,
         **trained_on(target, base),
     )  # fmt: skip

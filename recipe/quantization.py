@@ -109,8 +109,8 @@ def _distil(folder: Path, kind: str, stage: QuantizationStage, *, bf16: bool) ->
             gradient_checkpointing=kind != "no", cache_embeddings=str(folder.parent / "embeddings"),
             max_train_steps=stage.steps, train_batch_size=stage.batch, seed=stage.seed,
             validation_steps=stage.steps, checkpointing_steps=50, report_to="none",
-            resume="latest", mixed_precision="bf16" if bf16 else "no", lr_warmup_steps=30,
-            replay_capacity=2048,
+            resume_from_checkpoint="latest", mixed_precision="bf16" if bf16 else "no",
+            lr_warmup_steps=30, replay_capacity=2048,
         )
     )  # fmt: skip
 

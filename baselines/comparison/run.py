@@ -247,8 +247,8 @@ class Comparison:
     ) -> DistillConfig:
         config = self.config
         settings: dict[str, Any] = {
-            "output": str(self.folder / name / key), "guide_type": name, "resume": "latest",
-            "max_train_steps": steps, "learning_rate": rate,
+            "output": str(self.folder / name / key), "guide_type": name,
+            "resume_from_checkpoint": "latest", "max_train_steps": steps, "learning_rate": rate,
             "train_batch_size": config.train_batch_size,
             "mixed_precision": config.mixed_precision,
             "gradient_checkpointing": config.gradient_checkpointing,

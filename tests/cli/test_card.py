@@ -275,7 +275,10 @@ def test_the_command_repeats_the_training(config: Any) -> None:
 
 def test_what_makes_no_difference_is_left_out(tmp_path: Path) -> None:
     config = DistillConfig(
-        output=str(tmp_path), resume="latest", report_to="none", checkpointing_steps=3
+        output=str(tmp_path),
+        resume_from_checkpoint="latest",
+        report_to="none",
+        checkpointing_steps=3,
     )
     config.save(tmp_path / "config.json")
     line = f"pilotfish distill --output {tmp_path.name}"

@@ -277,7 +277,9 @@ def test_a_new_demo_deletes_its_own_training_alone(
     folders = [tmp_path / name / "guide" for name in ("distill", demo.TRAINING)]
     for folder in folders:
         folder.mkdir(parents=True)
-    assert cli.main(["demo", "--output", str(tmp_path), "--resume", "latest"]) == 130
+    assert (
+        cli.main(["demo", "--output", str(tmp_path), "--resume_from_checkpoint", "latest"]) == 130
+    )
     assert [folder.exists() for folder in folders] == [True, True]
     assert cli.main(["demo", "--output", str(tmp_path)]) == 130
     assert [folder.exists() for folder in folders] == [True, False]
@@ -297,7 +299,7 @@ def test_a_demo_shows_both_guides_and_the_recorded_figures(
     monkeypatch.setattr(demo, "distill", distill)
     flags = ["--num_inference_steps", "1", "--rounds", "1", "--output", str(tmp_path)]
     assert cli.main(["demo", *flags]) == 0
-    assert trained[0].resume is None
+    assert trained[0].resume_from_checkpoint is None
     assert len(Path(trained[0].prompts).read_text().splitlines()) > 1000
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     bases = [base for base in bundled.BASES if bundled.guide_names(base)]

@@ -48,7 +48,14 @@ def test_both_stages_from_a_base_of_ones_own(
     when, before = four.stat().st_mtime_ns, load_file(made)
     shutil.rmtree(made.parent)
     shutil.rmtree(made.parent.parent / "checkpoint-4")  # as if it had been stopped at step 2
-    free = ("--resume", "latest", "--validation_steps", "2", "--checkpointing_steps", "1")
+    free = (
+        "--resume_from_checkpoint",
+        "latest",
+        "--validation_steps",
+        "2",
+        "--checkpointing_steps",
+        "1",
+    )
     code, error = say(*steps, *free, "--learning_rate", "0.1", "--seed", "1")
     assert (code, error.count("\n")) == (1, 1)
     assert "learning_rate is None in the finished round, 0.1 in the configuration; seed is" in error
@@ -63,7 +70,7 @@ def test_both_stages_from_a_base_of_ones_own(
     assert (code, error.count("\n")) == (1, 1)
     assert "steps-4: it began with other weights than the guide has now" in error
     first_weights.write_bytes(kept)
-    assert say(*steps, "--resume", "latest")[0] == 0
+    assert say(*steps, "--resume_from_checkpoint", "latest")[0] == 0
     assert four.stat().st_mtime_ns == when
     again = load_file(made)
     assert again.keys() == before.keys()

@@ -177,7 +177,7 @@ def test_a_distilled_guide_remembers_its_base_and_follows_it(folder: Path, tmp_p
     assert Guide.from_pretrained(run / "guide").trained_on == Origin("my-base")
     assert str(tmp_path) not in (run / "guide" / "config.json").read_text()
     moved = folder.rename(tmp_path / "moved")
-    more = ["--max_train_steps", "2", "--resume", "latest"]
+    more = ["--max_train_steps", "2", "--resume_from_checkpoint", "latest"]
     assert cli.main([*arguments, str(moved), *more]) == 0
     assert Guide.from_pretrained(run / "guide").trained_on == Origin("moved")
 

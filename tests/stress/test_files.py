@@ -256,7 +256,7 @@ def test_a_damaged_checkpoint_loads_as_it_was_or_is_refused(
         torch.manual_seed(0)
         guide = TinyGuide.for_denoiser(model.unet, "epsilon", rank=0, head=4)
         context = TrainingContext(model, ["cat", "dog"], ["a"])
-        resuming = replace(config, resume="latest")
+        resuming = replace(config, resume_from_checkpoint="latest")
         return GuidanceTrainer(resuming, context, guide, log=lambda line: None)
 
     trainer().run()

@@ -36,7 +36,7 @@ class Training:
     def __init__(self, config: DistillConfig) -> None:
         self.folder = Path(config.output)
         self.settings = self.folder.with_suffix(".json")
-        replace(config, resume="latest").save(self.settings)
+        replace(config, resume_from_checkpoint="latest").save(self.settings)
         self.log = self.folder.with_suffix(".log")
 
     def start(self) -> subprocess.Popen[bytes] | forked.Forked:

@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_earlier_ones_intact(
     monkeypatch.setattr(checksums, "save_file", half_written(full))
     with pytest.raises(CheckpointError, match="No space left on device") as caught:
         save_checkpoint(tmp_path, step, {}, FACTS)
-    assert "--resume latest" in str(caught.value)
+    assert "--resume_from_checkpoint latest" in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     assert set(load_checkpoint(tmp_path / "checkpoint-1").tensors) == set(TENSORS)
 

@@ -131,7 +131,7 @@ def test_augmentation_resumes_exactly_and_gives_another_guide(
     whole = train(config, given := context())
     assert checksum(given.denoiser) == checksum(context().denoiser)
     resume = str(tmp_path / "run" / "checkpoint-2")
-    again = replace(config, output=str(tmp_path / "again"), resume=resume)
+    again = replace(config, output=str(tmp_path / "again"), resume_from_checkpoint=resume)
     assert same(whole, train(again, context()))
     alone = replace(config, output=str(tmp_path / "alone"), train_finetunes=())
     assert not same(whole, train(alone, context()))

@@ -62,7 +62,10 @@ def test_a_resumed_run_teaches_the_same(config: DistillConfig, context: Make) ->
     train(config, context())
     for other in (CFG, replace(APG, eta=0.9)):
         with pytest.raises(ConfigError, match=r"teacher is .*apg.* in the checkpoint"):
-            train(replace(config, teacher=other, resume="latest", max_train_steps=6), context())
+            train(
+                replace(config, teacher=other, resume_from_checkpoint="latest", max_train_steps=6),
+                context(),
+            )
 
 
 def test_a_guide_of_cfg_may_be_taught_another(saved_base: DistillConfig) -> None:

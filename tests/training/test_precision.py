@@ -25,7 +25,7 @@ Context = Callable[..., TrainingContext]
 
 def resumed(config: Any, tmp_path: Path) -> Any:
     checkpoint = str(Path(config.output) / "checkpoint-2")
-    return replace(config, output=str(tmp_path / "again"), resume=checkpoint)
+    return replace(config, output=str(tmp_path / "again"), resume_from_checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, {"base_dtype": "bf16"}])

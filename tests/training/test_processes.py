@@ -81,8 +81,8 @@ def test_two_processes_give_what_one_gives(
     middle, first = list_checkpoints(two)[0], list_checkpoints(one)[0]
     assert saved_streams(middle) == [0, 1]
     # begun on two, finished on one, and the other way round
-    assert close(one, on_one(elsewhere("again", resume=str(middle))))
-    assert close(one, on_two(elsewhere("back", resume=str(first))))
+    assert close(one, on_one(elsewhere("again", resume_from_checkpoint=str(middle))))
+    assert close(one, on_two(elsewhere("back", resume_from_checkpoint=str(first))))
 
 
 @forked.NEEDED
@@ -122,8 +122,10 @@ def test_a_sharded_guide_is_the_guide(saved_base: DistillConfig, tmp_path: Path)
     assert close(plain, sharded)
     # begun in one way, finished in the other
     first, middle = list_checkpoints(plain)[0], list_checkpoints(sharded)[0]
-    assert close(plain, on_two(elsewhere("there", resume=str(first)), script=script))
-    assert close(plain, on_one(elsewhere("back", resume=str(middle))))
+    assert close(
+        plain, on_two(elsewhere("there", resume_from_checkpoint=str(first)), script=script)
+    )
+    assert close(plain, on_one(elsewhere("back", resume_from_checkpoint=str(middle))))
 
 
 def test_on_policy_samples_are_refused_under_fsdp(

@@ -54,7 +54,7 @@ def test_data_sets_train_what_a_text_file_trains(config: DistillConfig, tmp_path
     shard(tmp_path / "p.tar", TEXTS)
     shards = replace(config, prompts=str(tmp_path / "p.tar"), output=str(tmp_path / "shards"))
     resumed = replace(column, output=str(tmp_path / "resumed"),
-                      resume=str(tmp_path / "run" / "checkpoint-2"))  # fmt: skip
+                      resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))  # fmt: skip
     other = replace(text, output=str(tmp_path / "other"), seed=1)
     for one in (text, column, shards, resumed, other):
         distill(one)

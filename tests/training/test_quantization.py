@@ -51,11 +51,13 @@ def test_it_trains_resumes_and_fits_the_plain_base(
     assert stored(given.denoiser) < 0.8 * size
     latest = Path(config.output) / "checkpoint-2"
     assert json.loads((latest / "state.json").read_text())["base_sha256"] == plain
-    again = replace(config, output=str(tmp_path / "again"), resume=str(latest))
+    again = replace(config, output=str(tmp_path / "again"), resume_from_checkpoint=str(latest))
     assert same(whole, train(again, context(family)))
     words = f"base_quantization is {kind} in the checkpoint, no in the configuration"
     with pytest.raises(ConfigError, match=words):
-        train(replace(again, base_quantization="no", resume="latest"), context(family))
+        train(
+            replace(again, base_quantization="no", resume_from_checkpoint="latest"), context(family)
+        )
     # the plain base has the same sites, and is guided by it
     saved = Guide.from_pretrained(Path(config.output) / "guide")
     other = context(family)

@@ -50,12 +50,14 @@ def test_every_batch_draws_a_size_and_a_resumed_run_the_same(
     }
     drawn.clear()
     latest = str(Path(config.output) / "checkpoint-2")
-    again = replace(config, output=str(tmp_path / "again"), resume=latest)
+    again = replace(config, output=str(tmp_path / "again"), resume_from_checkpoint=latest)
     assert same(whole, train(again, context(name)))
     assert drawn == first[len(first) // 2 :]
     # a row of three images for each validation prompt, of the first two sizes
     assert Image.open(Path(config.output) / "validation" / "step-4.png").size == (72, 32)
-    other = replace(again, output=config.output, resume="latest", resolutions=SIZES[:2])
+    other = replace(
+        again, output=config.output, resume_from_checkpoint="latest", resolutions=SIZES[:2]
+    )
     with pytest.raises(ConfigError, match=r"resolutions is \['16x16', '24x16', '16x32'\] in the"):
         train(other, context(name))
 

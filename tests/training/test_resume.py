@@ -37,7 +37,7 @@ def test_resumed_equals_uninterrupted(
     config = replace(config, training_samples=source, gradient_accumulation_steps=accumulation)
     whole = train(config, context())
     path = str(Path(config.output) / "checkpoint-2")
-    again = replace(config, output=str(tmp_path / "again"), resume=path)
+    again = replace(config, output=str(tmp_path / "again"), resume_from_checkpoint=path)
     assert same(whole, train(again, context()))
 
 
@@ -51,7 +51,9 @@ def test_a_lower_rate_on_resume_counts(
 
     def resumed(name: str, **changes: Any) -> tuple[Guide, dict[str, Any]]:
         folder = tmp_path / name
-        guide = train(replace(config, output=str(folder), resume=path, **changes), context())
+        guide = train(
+            replace(config, output=str(folder), resume_from_checkpoint=path, **changes), context()
+        )
         return guide, json.loads((folder / "checkpoint-4" / "state.json").read_text())
 
     slower, facts = resumed("slower", learning_rate=1e-3)
@@ -68,7 +70,7 @@ def test_another_run_is_refused_and_changes_nothing(
     train(config, context())
     folder = Path(config.output)
     file = folder / "config.json"
-    before, latest = file.read_text(), replace(config, resume="latest")
+    before, latest = file.read_text(), replace(config, resume_from_checkpoint="latest")
     with pytest.raises(ConfigError, match="holds the checkpoints of an earlier run"):
         train(config, context())
     for changes, words in (
@@ -79,7 +81,10 @@ def test_another_run_is_refused_and_changes_nothing(
             "base_dtype is fp32 in the checkpoint, bf16 in the configuration",
         ),
         ({"pool": 16}, "the pool has 8 latents in the checkpoint, 16 in the configuration"),
-        ({"resume": str(folder / "checkpoint-2")}, "later than checkpoint-2, up to checkpoint-4"),
+        (
+            {"resume_from_checkpoint": str(folder / "checkpoint-2")},
+            "later than checkpoint-2, up to checkpoint-4",
+        ),
     ):
         with pytest.raises(ConfigError, match=words):
             train(replace(latest, **changes), context())
@@ -101,7 +106,7 @@ def test_another_run_is_refused_and_changes_nothing(
         train(latest, context())
     for step in (4, 6):
         shutil.rmtree(folder / f"checkpoint-{step}")
-    train(replace(config, resume=str(folder / "checkpoint-2")), context())
+    train(replace(config, resume_from_checkpoint=str(folder / "checkpoint-2")), context())
     assert len(list_checkpoints(folder)) == 2
 
 
@@ -109,8 +114,14 @@ def test_another_run_is_refused_and_changes_nothing(
     ("settings", "error", "words"),
     [
         ({}, ConfigError, "holds the checkpoints of an earlier run"),
-        ({"resume": "{run}/checkpoint-2"}, ConfigError, "later than checkpoint-2, up to"),
-        ({"resume": "{run}/checkpoint-9"}, CheckpointError, "there is no such folder"),
+        (
+            {"resume_from_checkpoint": "{run}/checkpoint-2"}, ConfigError,
+            "later than checkpoint-2, up to",
+        ),
+        (
+            {"resume_from_checkpoint": "{run}/checkpoint-9"}, CheckpointError,
+            "there is no such folder",
+        ),
         ({"output": "{run}/new", "prompts": "{run}/gone.txt"}, ValueError, "gone.txt"),
         (
             {"output": "{run}/new", "training_samples": "noised", "train_images": "{run}"},
@@ -141,7 +152,7 @@ def test_a_validation_that_fails_loses_nothing(
             train(config, context())
     failing.assert_called_once()
     assert [p.name for p in list_checkpoints(Path(config.output))] == ["checkpoint-3"]
-    train(replace(config, resume="latest"), context())
+    train(replace(config, resume_from_checkpoint="latest"), context())
 
 
 @pytest.mark.parametrize(
@@ -172,7 +183,7 @@ def test_signals_save_and_stop(
             train(stopped, context())
     assert len(list_checkpoints(tmp_path / "stopped")) == (ended is Interrupted)
     if signals == (signal.SIGTERM,):
-        resumed = train(replace(stopped, resume="latest"), context())
+        resumed = train(replace(stopped, resume_from_checkpoint="latest"), context())
         assert same(train(config, context()), resumed)
 
 
@@ -196,6 +207,6 @@ def test_kill_9_then_resume_gives_the_same_guide(saved_base: DistillConfig, tmp_
     assert killed.wait() == -signal.SIGKILL
     assert list_checkpoints(tmp_path / "killed")
     assert not (tmp_path / "killed" / "guide").exists()
-    assert start("killed", "--resume", "latest").wait() == 0
+    assert start("killed", "--resume_from_checkpoint", "latest").wait() == 0
     one, two = ((tmp_path / f / WEIGHTS).read_bytes() for f in ("whole", "killed"))
     assert one == two

@@ -64,7 +64,7 @@ def test_it_learns_resumes_and_leaves_teacher_and_base_as_they_were(
     assert checksum(given.denoiser) == base
     assert student.times == tuple(given.path.grid(2)[:-1].tolist())
     path = str(Path(config.output) / "checkpoint-20")
-    again = replace(config, output=str(tmp_path / "again"), resume=path)
+    again = replace(config, output=str(tmp_path / "again"), resume_from_checkpoint=path)
     assert same(student, train_steps(again, context("v_prediction"), initial("v_prediction")))
 
 
@@ -102,7 +102,9 @@ def test_both_stages_train_every_family(
     rows = json.loads((Path(config.output) / "history.json").read_text())
     assert 0 < rows[-1]["guidance_error"] < 1.5
     path = str(Path(config.output) / "checkpoint-2")
-    resumed = train(replace(config, output=str(tmp_path / "again"), resume=path), context())
+    resumed = train(
+        replace(config, output=str(tmp_path / "again"), resume_from_checkpoint=path), context()
+    )
     assert same(trained, resumed)
     with warnings.catch_warnings():  # validation takes the steps that are trained
         warnings.filterwarnings("error", "this guide was distilled")
@@ -116,7 +118,7 @@ def test_a_checkpoint_continues_under_its_own_teacher(
 ) -> None:
     config = replace(steps_config, teacher="cfg", teacher_scale_multiplier=1.5, max_train_steps=2)
     train_steps(config, context(), initial())
-    again = replace(config, resume="latest", teacher_scale_multiplier=1.25)
+    again = replace(config, resume_from_checkpoint="latest", teacher_scale_multiplier=1.25)
     with pytest.raises(ConfigError, match=r"teacher_scale_multiplier is 1\.5 in the checkpoint, 1"):
         train_steps(again, context(), initial())
     again = replace(again, teacher="guide", teacher_scale_multiplier=1.0)

@@ -102,13 +102,13 @@ def test_a_guide_is_trained_further(
         distill(other)
     made = context()
     with pytest.raises(ConfigError, match=r"Cannot continue training .*: training_samples is "):
-        distill(replace(again, resume="latest", training_samples="on_policy"))
+        distill(replace(again, resume_from_checkpoint="latest", training_samples="on_policy"))
     other = "checkpoint-2 began with another guide; its SHA-256 differs"
     with pytest.raises(ConfigError, match=other):
-        distill(replace(again, resume="latest", init_from=None))
+        distill(replace(again, resume_from_checkpoint="latest", init_from=None))
     randomise(deepcopy(first)).save_pretrained(folder)
     with pytest.raises(ConfigError, match=other):
-        distill(replace(again, resume="latest"))
+        distill(replace(again, resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize("prob", [0.0, 1.0])

@@ -44,10 +44,10 @@ def test_a_video_is_trained_in_half_precision_and_resumes(
     # two prompts: without guidance, CFG, guided; of each the middle frame
     assert Image.open(Path(config.output) / "validation" / "step-4.png").size == (3 * 32, 2 * 16)
     again = replace(config, output=str(tmp_path / "again"))
-    resumed = replace(again, resume=str(Path(config.output) / "checkpoint-2"))
+    resumed = replace(again, resume_from_checkpoint=str(Path(config.output) / "checkpoint-2"))
     assert same(whole, train(resumed, context(name)))
     with pytest.raises(ConfigError, match="num_frames is 5 in the checkpoint, 9 in the conf"):
-        train(replace(config, num_frames=9, resume="latest"), context(name))
+        train(replace(config, num_frames=9, resume_from_checkpoint="latest"), context(name))
 
 
 def test_fewer_steps_are_distilled_of_videos(

@@ -52,7 +52,7 @@ class DemoConfig:
     rounds: int = 5
     """Rounds of the side-by-side timing."""
     seed: int = 0
-    resume: str | None = None
+    resume_from_checkpoint: str | None = None
     """``latest``: continue a distillation that was interrupted."""
     output: str = "runs/demo"
     """Folder of the page and the guide."""
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(DemoConfig, args=list(arguments), prog="pilotfish demo", use_underscores=True)
     folder = Path(config.output)
     training = folder / TRAINING
-    if config.resume is None and training.exists():
+    if config.resume_from_checkpoint is None and training.exists():
         shutil.rmtree(training)
     short, images = distill_short(config, training), {}
     bases = [base for base in bundled.BASES if bundled.guide_names(base)]
@@ -120,7 +120,8 @@ def distill_short(config: DemoConfig, folder: Path) -> Guide:
         DistillConfig(
             output=str(folder), prompts=str(prompts),
             validation_prompts=str(bundled.FOLDER / "prompts" / "held_out.txt"),
-            max_train_steps=config.max_train_steps, seed=config.seed, resume=config.resume,
+            max_train_steps=config.max_train_steps, seed=config.seed,
+            resume_from_checkpoint=config.resume_from_checkpoint,
             # few samples, so small pools: the latents must leave the noise
             train_batch_size=32, pool=64, replay_capacity=2048, lr_warmup_steps=10,
             checkpointing_steps=20, validation_steps=config.max_train_steps, report_to="none",

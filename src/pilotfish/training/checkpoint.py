@@ -141,22 +141,22 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
 
     Raises:
         ConfigError: the run would not resume, but the folder holds checkpoints of an earlier one;
-            or it holds later ones than the named one, which the next ``--resume latest`` would
-            take.
+            or it holds later ones than the named one, which the next
+            ``--resume_from_checkpoint latest`` would take.
         CheckpointError: the named one does not exist.
     """
     kept = list_checkpoints(folder)
     if resume is None:
         if kept:
             raise ConfigError(
-                f"{folder} holds the checkpoints of an earlier run; --resume latest continues it, "
-                "another --output keeps it"
+                f"{folder} holds the checkpoints of an earlier run; "
+                "--resume_from_checkpoint latest continues it, another --output keeps it"
             )
         return None
     if resume == "latest":
         return kept[-1] if kept else None
     if not Path(resume).is_dir():
-        raise CheckpointError(f"--resume {resume}: there is no such folder")
+        raise CheckpointError(f"--resume_from_checkpoint {resume}: there is no such folder")
     if Path(resume).resolve() in [p.resolve() for p in kept[:-1]]:
         raise ConfigError(
             f"{folder} holds checkpoints later than {Path(resume).name}, up to {kept[-1].name}: "
@@ -200,7 +200,7 @@ def atomic_folder(
         shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(
             f"could not write {final}: {error}. Earlier checkpoints are intact; free some space "
-            "and run the same command with --resume latest"
+            "and run the same command with --resume_from_checkpoint latest"
         ) from error
 
 

@@ -153,7 +153,7 @@ class TrainingConfig:
     """Steps between checkpoints."""
     checkpoints_total_limit: PositiveInt | None = 2
     """Checkpoints to keep; None keeps all."""
-    resume: Text | None = None
+    resume_from_checkpoint: Text | None = None
     """``latest`` or a checkpoint's folder. The result is the same, bit for bit, as without the
     interruption."""
     validation_steps: PositiveInt = 500

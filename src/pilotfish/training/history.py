@@ -16,8 +16,8 @@ from pilotfish.training.config import ConfigError, DistillConfig, StepsConfig, T
 SMOOTHING = 0.98
 """Weight of the old value in the smoothed figures, which average some fifty micro-batches."""
 OF_THE_MACHINE = (
-    "resume", "report_to", "checkpointing_steps", "checkpoints_total_limit", "cache_embeddings",
-    "offload_text_encoders",
+    "resume_from_checkpoint", "report_to", "checkpointing_steps", "checkpoints_total_limit",
+    "cache_embeddings", "offload_text_encoders",
 )  # fmt: skip
 """Settings that do not change the guide."""
 

@@ -254,7 +254,9 @@ def distill(config: DistillConfig) -> Guide:
         CheckpointError: ``resume`` names a folder that does not exist.
         GuideError: the guide of ``init_from`` cannot be read, or was made for another base.
     """
-    find_checkpoint(Path(config.output), config.resume)  # refuses before anything is loaded
+    find_checkpoint(
+        Path(config.output), config.resume_from_checkpoint
+    )  # refuses before anything is loaded
     found = bundled.open_guide(config.init_from) if config.init_from else None
     if found is not None:
         config = with_settings_of(found, config)
@@ -287,13 +289,18 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
             began with another guide or comes after one that is not finished.
         GuideError: the guide does not fit the base.
     """
-    if config.resume not in (None, "latest"):
-        raise ConfigError(f"stage 2 resumes with --resume latest only, not {config.resume}")
-    folders, guide = {n: Path(config.output) / f"steps-{n}" for n in config.steps}, initial
-    if config.resume is None and any(folder.exists() for folder in folders.values()):
+    if config.resume_from_checkpoint not in (None, "latest"):
         raise ConfigError(
-            f"{config.output} holds rounds of an earlier run; --resume latest continues it, "
-            "another --output keeps it"
+            "stage 2 resumes with --resume_from_checkpoint latest only, not "
+            f"{config.resume_from_checkpoint}"
+        )
+    folders, guide = {n: Path(config.output) / f"steps-{n}" for n in config.steps}, initial
+    if config.resume_from_checkpoint is None and any(
+        folder.exists() for folder in folders.values()
+    ):
+        raise ConfigError(
+            f"{config.output} holds rounds of an earlier run; "
+            "--resume_from_checkpoint latest continues it, another --output keeps it"
         )
     unfinished: Path | None = None
     finished: dict[int, Guide] = {}
@@ -322,9 +329,9 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
 
 
 FREE = (
-    "output", "resume", "steps", "report_to", "checkpointing_steps", "checkpoints_total_limit",
-    "validation_steps", "validation_prompts", "num_validation_images", "gradient_checkpointing",
-    "cache_embeddings", "offload_text_encoders",
+    "output", "resume_from_checkpoint", "steps", "report_to", "checkpointing_steps",
+    "checkpoints_total_limit", "validation_steps", "validation_prompts", "num_validation_images",
+    "gradient_checkpointing", "cache_embeddings", "offload_text_encoders",
 )  # fmt: skip
 """Settings that do not change a finished round; of ``steps``, those after it."""
 

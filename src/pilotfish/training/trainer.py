@@ -217,8 +217,8 @@ class Trainer:
             Interrupted: SIGTERM or Ctrl-C; a checkpoint was saved first.
         """
         try:
-            found = find_checkpoint(self.folder, self.config.resume)
-            if found is None and self.config.resume is not None:
+            found = find_checkpoint(self.folder, self.config.resume_from_checkpoint)
+            if found is None and self.config.resume_from_checkpoint is not None:
                 self.log(f"no checkpoint in {self.folder}; starting from the beginning")
             self.streams = self.make_streams(found)
             if found is not None:
@@ -242,7 +242,7 @@ class Trainer:
     def _begin(self) -> None:
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace(self.config, resume=None).save(self.folder / "config.json")
+            replace(self.config, resume_from_checkpoint=None).save(self.folder / "config.json")
         if self.accelerator.log_with:
             self.accelerator.init_trackers("pilotfish")
 
@@ -281,7 +281,8 @@ class Trainer:
             self.checkpoints.save(self.streams)
         if stopping and not last:
             raise Interrupted(
-                f"stopped at step {step}; run the same command with --resume latest to continue"
+                f"stopped at step {step}; run the same command with "
+                "--resume_from_checkpoint latest to continue"
             )
 
     def _validate(self) -> None:
