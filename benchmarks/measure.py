@@ -25,13 +25,13 @@ class ShapeResult:
     Attributes:
         parameters: of the denoiser.
         guides: the size of each.
-        flops: of one step of one image, by mode.
+        flops: of one image in the mean step of a call, by mode.
         dtype: of weights and activations.
         command: the command line that repeats it.
         machine: of the wall clock.
         speedup: wall clock of CFG over that of each other mode, by batch size: medians over
             rounds in which the modes take turns.
-        seconds: median of one step, by batch size and mode.
+        seconds: median of the mean step of a call, by batch size and mode.
         peak_bytes: peak memory of one step with the weights, by batch size and mode.
         training: the memory of a training step, by guide.
         largest_batch: by device ("float16, 24 GiB") and mode.
@@ -113,7 +113,7 @@ def measure_shape(
         if compiled:
             notice(f"batch {batch}: compiling {', '.join(modes)}")
             for mode in modes:
-                step.run(mode, batch)
+                step.run(mode, batch, steps=2)
         notice(f"batch {batch}: {rounds + 1} rounds of {', '.join(modes)}")
         result.peak_bytes[str(batch)] = {
             mode: peak_bytes(partial(step.run, mode, batch), step.device) for mode in modes

@@ -1,4 +1,4 @@
-"""Markdown tables of the transformers at full size: what a tiny guide costs, and their memory."""
+"""Markdown tables of denoisers at full size: what a guide costs, and their memory."""
 
 from __future__ import annotations
 
@@ -7,29 +7,37 @@ from collections.abc import Sequence
 from benchmarks.measure import ShapeResult, ShapesResult, call_speedup
 from benchmarks.memory import WEIGHTS, TrainingMemory
 from benchmarks.shapes import SHAPES
-from benchmarks.step import REFRESHED
+from benchmarks.step import REFRESHED, STEPS
 
-REFRESH, STEPS = 3, 25
-"""Steps with both passes, of so many."""
+REFRESH = 3
+"""Steps with both passes of a call."""
 FORMS = {
-    "tiny-cached": ", cached stream", "tiny-sampled": ", cached stream, sampled"
+    "tiny-cached": ", cached stream", "tiny-sampled": ", cached stream, sampled",
+    "full": ", full guide",
 }  # fmt: skip
-"""Forms of a guide after the name of a denoiser."""
+"""Guides that are not the default, after the name of a denoiser."""
+MODES = {"none": "no guidance", "cfg": "CFG", "tiny": "guided", "full": "full guide"}
 APART = {"text encoders": "text encoders", "vae": "VAE, float32"}
 """Parts that need not be on the device with the denoiser."""
 
 
-def transformers_markdown(found: ShapesResult) -> str:
-    """A table of costs, one of memory, and one of the wall clock of those that were timed, with
-    their commands."""
-    names = [n for n in found.shapes if n in SHAPES and "full" not in SHAPES[n].guides]
+def shapes_markdown(found: ShapesResult, unets: bool) -> str:
+    """A table of costs, those of memory, and one of the wall clock of those that were timed, with
+    their commands.
+
+    Args:
+        unets: whether it has the UNets or the transformers.
+    """
+    names = [n for n in found.shapes if n in SHAPES and ("full" in SHAPES[n].guides) == unets]
     shapes = {name: found.shapes[name] for name in names}
     counted = {name: shape for name, shape in shapes.items() if shape.training}
+    held = {name: shape for name, shape in shapes.items() if shape.largest_batch}
     commands = [shape.command for shape in shapes.values()]
     commands += [memory.command for shape in shapes.values() for memory in shape.training.values()]
     texts = [
         _costs(shapes),
         _memory(counted) if counted else "",
+        _largest_batches(held) if held else "",
         f"Counted by {_joined(commands)}.",
     ]
     timed = {
@@ -46,7 +54,7 @@ def transformers_markdown(found: ShapesResult) -> str:
 
 def _costs(shapes: dict[str, ShapeResult]) -> str:
     head = (
-        "denoiser", "parameters", "text tokens", "tiny guide", "FLOPs, guided over plain",
+        "denoiser", "parameters", "text tokens", "guide", "FLOPs, guided over plain",
         "CFG over guided, by FLOPs", f"with {REFRESH} refreshes in {STEPS} steps",
         "operators: added / plain pass",
     )  # fmt: skip
@@ -91,18 +99,32 @@ def _memory(shapes: dict[str, ShapeResult]) -> str:
         return title, *(f"{value / 2**30:.1f}" for value in values)
 
     rows = []
-    for weights in WEIGHTS:
-        key = ", ".join(("tiny", *[weights] * bool(weights)))
+    for guide, weights in (*(("tiny", weights) for weights in WEIGHTS), ("full", "")):
+        key = ", ".join((guide, *[weights] * bool(weights)))
         found = [shape.training[key] for shape in shapes.values() if key in shape.training]
         if len(found) < len(shapes):
             continue
         stored = weights or found[0].dtype
-        for mode, title in (("cfg", "CFG"), ("tiny", "guided")):
-            rows.append(row(f"sampling, {title}, {stored}", [m.sampling[mode] for m in found]))
-        rows.append(row(f"training, {stored}", [_training(m) for m in found]))
+        rows += [
+            row(f"sampling, {MODES[mode]}, {stored}", [m.sampling[mode] for m in found])
+            for mode in (("cfg", "tiny") if guide == "tiny" else (guide,))
+        ]
+        title = "training" + FORMS.get(guide, "")
+        rows.append(row(f"{title}, {stored}", [_training(m) for m in found]))
     first = [shape.training["tiny"] for shape in shapes.values()]
     rows += [row(title, [m.parts[part] for m in first]) for part, title in APART.items()]
     return markdown_table(("GiB, batch 1", *shapes), rows)
+
+
+def _largest_batches(shapes: dict[str, ShapeResult]) -> str:
+    found = [shape.largest_batch for shape in shapes.values()]
+    rows = [
+        (f"{title}, {device}", *(f"{batches[device][mode]:,}" for batches in found))
+        for device in found[0]
+        for mode, title in MODES.items()
+        if all(mode in batches.get(device, ()) for batches in found)
+    ]
+    return markdown_table(("largest batch", *shapes), rows)
 
 
 def _training(memory: TrainingMemory) -> float:

@@ -13,15 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks.integers import KnownIntegers
 from benchmarks.shapes import Shape
-from pilotfish.backbones import Backbone, watch_hooks
+from pilotfish.backbones import Backbone, GuidedPass, watch_hooks
 from pilotfish.evaluation.results import GuideSize
 from pilotfish.evaluation.speed import denoiser_flops
 from pilotfish.guides import FullGuide, Guide, TinyGuide
 from pilotfish.interface import Refresh, TextConditions
-from pilotfish.teacher import Denoiser, Student
+from pilotfish.teacher import Denoiser
 
 GUIDES: dict[str, Callable[..., Guide]] = {
     "tiny": TinyGuide.for_denoiser,
@@ -33,6 +34,8 @@ GUIDES: dict[str, Callable[..., Guide]] = {
 }
 """Makers of fresh guides. The second and third cache the negative prompt's stream of joint
 attention, and the third samples the image's tokens."""
+STEPS = 25
+"""Steps of the call whose mean step is measured: a guide makes some things once a call."""
 REFRESHED = ", refreshed"
 """After the name of a guide: its step after one with both passes, what that found being given."""
 
@@ -118,8 +121,9 @@ class SamplingStep:
 
     @contextmanager
     def prepared(self, mode: str, batch: int) -> Iterator[Callable[[], object]]:
-        """A function that runs one step of ``batch`` images. Hooks and inputs are in place, as
-        they are in a pipeline before its first step. CFG runs its two passes as one call."""
+        """A function that runs one step of a call of ``batch`` images, and when it is called again
+        the next one. Hooks and inputs are in place, as they are in a pipeline. CFG runs its two
+        passes as one denoiser call."""
         rows = 2 * batch if mode == "cfg" else batch
         z = torch.zeros(rows, *self.latents, device=self.device, dtype=self.dtype)
         t, prompts = torch.full((rows,), 0.5, device=self.device), self.prompts(rows)
@@ -129,18 +133,35 @@ class SamplingStep:
             return
         if name != mode:
             refresh = Refresh(t, z, z, z, z, t, torch.ones(rows, device=self.device))
-        student = Student(self.guides[name], self.denoiser, self.sizes)
-        scale = torch.full((rows,), 4.0, device=self.device)
+        guide, negative, place = self.guides[name], self.prompts(1), -1
+        hooks = self.backbone.install(guide)
+        schedule = None
+        if not isinstance(z, FakeTensor):  # a step is found by its place in memory
+            schedule = torch.full((STEPS,), 0.5 * self.backbone.num_train_timesteps).to(z.device)
+        guided = GuidedPass(
+            guide, lambda: 4.0, lambda: negative, timesteps=lambda: schedule, step=lambda: place,
+            hooks=hooks,
+        )  # fmt: skip
+
+        def next_step() -> None:
+            nonlocal place
+            place += 1
+            self.base(z, t, prompts)
+
         try:
-            yield partial(student, z, t, prompts, self.prompts(1), scale, refresh)
+            with guided.open():
+                if refresh is not None:
+                    guided.refresh = self.backbone.refresh_on_grid(refresh)
+                yield next_step
         finally:
-            student.hooks.remove()
+            hooks.remove()
 
     @torch.no_grad()
-    def run(self, mode: str, batch: int) -> None:
-        """Run one step of ``batch`` images."""
+    def run(self, mode: str, batch: int, steps: int = 1) -> None:
+        """Run the first steps of a call of ``batch`` images."""
         with KnownIntegers(), self.prepared(mode, batch) as step:
-            step()
+            for _ in range(steps):
+                step()
 
     def prompts(self, rows: int) -> TextConditions:
         """Text conditions of zeros."""
@@ -153,21 +174,31 @@ class SamplingStep:
         return TextConditions(zeros(rows, shape.tokens, width), pooled, mask)
 
     def flops(self, mode: str) -> int:
-        """FLOPs of one step of one image."""
-        return denoiser_flops(self, partial(self.run, mode, 1))
+        """FLOPs of one image in the mean step of a call."""
+        first, two = (denoiser_flops(self, partial(self.run, mode, 1, n)) for n in (1, 2))
+        return int(mean_step(first, two - first))
 
     def seconds(self, mode: str, batch: int) -> float:
-        """Wall clock of one step."""
+        """Wall clock of the mean step of a call."""
         with torch.no_grad(), self.prepared(mode, batch) as step:
-            self._synchronize()
-            start = time.perf_counter()
-            step()
-            self._synchronize()
-            return time.perf_counter() - start
+            first = self._timed(step)
+            return mean_step(first, first if mode in ("none", "cfg") else self._timed(step))
+
+    def _timed(self, step: Callable[[], object]) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        step()
+        self._synchronize()
+        return time.perf_counter() - start
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def mean_step(first: float, later: float) -> float:
+    """What a step costs in the mean of a call, from what its first and each later one does."""
+    return (first + (STEPS - 1) * later) / STEPS
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from baselines.guidances import GuidancesResult
 from baselines.guidances import table as guidances_markdown
 from benchmarks.measure import ShapesResult
 from benchmarks.presets import PresetsResult, presets_markdown
-from benchmarks.report import transformers_markdown
+from benchmarks.report import shapes_markdown
 from pilotfish import bundled
 from pilotfish.evaluation.grids import draw_models, sheet
 from pilotfish.evaluation.images import bundled_models
@@ -66,7 +66,8 @@ def write_pages(root: Path) -> None:
         ("guidance.md", "guidances"): lambda p: guidances_text(GuidancesResult.load(p)),
         ("train.md", "presets"): lambda p: presets_markdown(PresetsResult.load(p)),
         ("train.md", "quantization"): lambda p: quantization_text(QuantizationResult.load(p)),
-        ("transformers.md", "shapes"): lambda p: transformers_markdown(ShapesResult.load(p)),
+        ("scale.md", "shapes"): lambda p: shapes_markdown(ShapesResult.load(p), unets=True),
+        ("transformers.md", "shapes"): lambda p: shapes_markdown(ShapesResult.load(p), unets=False),
         ("transformers.md", "transformer"): lambda p: transformer_text(TransformerResult.load(p)),
     }
     for (page, name), text in pages.items():
@@ -176,10 +177,10 @@ def transformer_text(found: TransformerResult) -> str:
     """What the guide of the Stable Diffusion 3 keeps of CFG: a column for each model."""
     models = list(found.models.values())
     first = models[0]
+    batches = " and ".join(next(iter(found.cost.values())))
     speeds = [
-        f"{ratio:.2f} in {passes} passes at batch {batch}"
+        f"{' and '.join(f'{ratio:.2f}' for ratio in by_batch.values())} in {passes} passes"
         for passes, by_batch in found.cost.items()
-        for batch, ratio in by_batch.items()
     ]
     kept = "kept, {} passes", lambda m, n: with_interval(m.gain_kept[n], *astuple(m.interval[n]))
     near = "latent MSE, {} passes", lambda m, n: f"{m.latent_mse_ratio[n]:.3f}"
@@ -203,9 +204,9 @@ def transformer_text(found: TransformerResult) -> str:
         "ratio* the guidance error where every prompt has another name as its negative prompt, "
         "over that with the null prompt; *top-1* that of the guides for few steps, relative to CFG "
         f"in {run.reference_steps} steps. Guidance error and cosine are of one pass in every step. "
-        f"Wall clock on the base, CFG over the guide: {', '.join(speeds)}. "
-        f"Measured on {' and '.join(run.machines)}, seed {run.seed}; the whole result is in "
-        f"`results/transformer.json`. The commands:\n\n{_bash(run.commands)}"
+        f"Wall clock on the base, CFG over the guide at batch {batches}: {', '.join(speeds)}. "
+        f"Measured in {run.dtype} on {' and '.join(run.machines)}, seed {run.seed}; the whole "
+        f"result is in `results/transformer.json`. The commands:\n\n{_bash(run.commands)}"
     )
 
 

@@ -47,13 +47,14 @@ class TransformerModel:
 
 @dataclass(frozen=True)
 class TransformerRun:
-    """The commands of the parts, their machines and library versions, and the steps of CFG to which
-    guides for few steps are compared."""
+    """The commands of the parts, their machines and library versions, the precision, and the steps
+    of CFG to which guides for few steps are compared."""
 
     commands: list[str]
     machines: list[str]
     versions: dict[str, str]
     seed: int
+    dtype: str
     reference_steps: int
 
 
@@ -100,7 +101,7 @@ def compose(parts: Path) -> TransformerResult:
     run = TransformerRun(
         [*frontier.commands, *(r.command for r in runs)],
         list(dict.fromkeys([*frontier.machines, *(r.machine for r in runs)])),
-        frontier.run.versions, frontier.run.seed, frontier.run.reference_steps,
+        frontier.run.versions, frontier.run.seed, frontier.run.dtype, frontier.run.reference_steps,
     )  # fmt: skip
     base = next(iter(guided.values()))
     cost = {passes: entry.cfg_over_it for passes, entry in base.items() if entry.has_cost}

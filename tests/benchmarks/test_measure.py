@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from rich.console import Console
 
 from benchmarks.command import shapes_table
 from benchmarks.measure import ShapeResult, ShapesResult, call_speedup, measure_shape, result_key
-from benchmarks.report import transformers_markdown
+from benchmarks.report import shapes_markdown
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.step import SamplingStep
+from pilotfish.evaluation.speed import denoiser_flops
 from tests.benchmarks.small import SMALL, SMALL_LUMINA2, SMALL_SD3, SMALL_XL
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,14 @@ def test_a_step_after_a_refresh_costs_little_more() -> None:
     step = SamplingStep(SMALL, torch.device("meta"), torch.float32)
     assert step.refreshed == ("tiny, refreshed",)
     assert 1 < step.flops("tiny, refreshed") / step.flops("tiny") < 1.05
+
+
+def test_what_a_call_makes_once_is_spread_over_its_steps() -> None:
+    step, guide = SamplingStep(SMALL_SD3, torch.device("meta"), torch.float32), "tiny-cached"
+    first, two = (denoiser_flops(step, partial(step.run, guide, 1, n)) for n in (1, 2))
+    assert two - first < first, "the negative prompt's stream is made at the first step alone"
+    assert step.flops(guide) == int((first + 24 * (two - first)) / 25)
+    assert step.flops("cfg") == 2 * step.flops("none")
 
 
 def test_a_call_lies_between_cfg_and_its_steps() -> None:
@@ -116,9 +126,9 @@ def test_a_page_has_the_wall_clock_of_transformers_that_were_timed() -> None:
     counted = measure_shape(SMALL_SD3, command="count", batch_sizes=())
     timed = measure_shape(SMALL_SD3, command="time", rounds=1, dtype=torch.bfloat16)
     shapes = {"sd35-medium": counted, "sd35-large": counted}
-    assert "wall clock" not in transformers_markdown(ShapesResult(shapes))
+    assert "wall clock" not in shapes_markdown(ShapesResult(shapes), unets=False)
     shapes |= {"sd35-medium, bfloat16": timed, "sd15": timed}
-    text = transformers_markdown(ShapesResult(shapes))
+    text = shapes_markdown(ShapesResult(shapes), unets=False)
     rows = [line for line in text.splitlines() if "bfloat16 | 1,024 × 1,024 |" in line]
     forms = ("", ", cached stream", ", cached stream, sampled")
     for form, kind, row in zip(forms, SMALL_SD3.guides, rows, strict=True):

@@ -65,7 +65,7 @@ def test_the_file_has_each_model_by_its_passes(parts: Path) -> None:
     assert model.few_steps == {"8": 0.5 / 0.8, "10": 0.5 / 0.8}
     assert "| top-1, 10 passes | 62 % |" in text
     assert "| negative ratio, 25 passes | 1.15 |" in text
-    assert "CFG over the guide: 1.70 in 25 passes at batch 8, 1.70 in 28" in text
+    assert "CFG over the guide at batch 8: 1.70 in 25 passes, 1.70 in 28 passes." in text
     found.save(parts / "transformer.json")
     assert TransformerResult.load(parts / "transformer.json") == found
 

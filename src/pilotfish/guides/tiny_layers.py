@@ -61,7 +61,9 @@ def low_rank(x: torch.Tensor, made: torch.Tensor, path: Path, kernel: torch.Tens
     # (N, pixels, rank): the layout in which a depthwise convolution is fastest
     hidden = torch.baddbmm(shift.mT, x.flatten(2).mT, down.mT)
     hidden = hidden.mT.unflatten(2, (height, width))
-    hidden = F.silu(F.conv2d(hidden, kernel, padding=1, groups=len(kernel)))
+    hidden = F.conv2d(hidden, kernel, padding=1, groups=len(kernel))
+    # on many pixels a third map of this size would be the peak of a step's memory
+    hidden = F.silu(hidden, inplace=not torch.is_grad_enabled())
     return torch.baddbmm(made.flatten(2), up, hidden.flatten(2)).view_as(made)
 
 
