@@ -166,7 +166,7 @@ def largest_batches(
         reserved: bytes of everything else on it, such as text encoders and VAE.
     """
     with FakeTensorMode(), TensorMemory() as tensors:
-        step = SamplingStep(shape, torch.device("cpu"), dtype)
+        step = SamplingStep(shape, torch.device("cpu"), dtype, known_schedule=False)
         left = memory - reserved
         return {m: largest(partial(_step_bytes, step, tensors, m), left) for m in step.modes}
 
@@ -183,7 +183,7 @@ def sampling_bytes(
     guide; those of the denoiser as :func:`stored_bytes` counts them."""
     stored, converted = stored_bytes(shape, dtype, weights)
     with FakeTensorMode(), TensorMemory() as tensors:
-        step = SamplingStep(shape, torch.device("cpu"), dtype)
+        step = SamplingStep(shape, torch.device("cpu"), dtype, known_schedule=False)
         added = stored + converted - module_bytes(step.denoiser)
         return {m: _step_bytes(step, tensors, m, batch) + added for m in step.modes}
 

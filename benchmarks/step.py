@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks.integers import KnownIntegers
 from benchmarks.shapes import Shape
@@ -53,6 +52,8 @@ class SamplingStep:
         side: pixels of the images, each way; left out, the pipeline's default.
         size: (height, width) of the images, in place of a side.
         settings: of the guides, other than the defaults.
+        known_schedule: whether the guide is given all times of the call at once, as in a pipeline.
+            Not on fake tensors: a step is found by its place in memory.
 
     Raises:
         ValueError: a guide that does not fit, or a size of a video.
@@ -62,13 +63,14 @@ class SamplingStep:
         self, shape: Shape, device: torch.device, dtype: torch.dtype,
         guides: Collection[str] | None = None, guide_dtype: torch.dtype | None = None,
         compiled: bool = False, side: int | None = None, size: tuple[int, int] | None = None,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None, known_schedule: bool = True,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         guides = shape.guides if guides is None else guides
         if unfit := [name for name in guides if name not in shape.guides]:
             raise ValueError(f"no {unfit[0]} guide fits {shape.denoiser.__name__}")
         self.shape, self.device, self.dtype = shape, device, dtype
+        self.known_schedule = known_schedule
         with device, default_dtype(dtype):
             self.denoiser: Any = shape.denoiser(**shape.config)
         self.backbone = Backbone.of(self.denoiser)
@@ -135,12 +137,10 @@ class SamplingStep:
             refresh = Refresh(t, z, z, z, z, t, torch.ones(rows, device=self.device))
         guide, negative, place = self.guides[name], self.prompts(1), -1
         hooks = self.backbone.install(guide)
-        schedule = None
-        if not isinstance(z, FakeTensor):  # a step is found by its place in memory
-            schedule = torch.full((STEPS,), 0.5 * self.backbone.num_train_timesteps).to(z.device)
+        schedule = torch.full((STEPS,), 0.5 * self.backbone.num_train_timesteps).to(self.device)
         guided = GuidedPass(
-            guide, lambda: 4.0, lambda: negative, timesteps=lambda: schedule, step=lambda: place,
-            hooks=hooks,
+            guide, lambda: 4.0, lambda: negative, step=lambda: place, hooks=hooks,
+            timesteps=lambda: schedule if self.known_schedule else None,
         )  # fmt: skip
 
         def next_step() -> None:

@@ -92,19 +92,17 @@ def readme_text(found: FrontierResult, *others: FrontierResult) -> str:
     together = replace(found, models={k: v for one in every for k, v in one.models.items()})
     models = [name for name in bundled.STYLES if name in together.models]
     shown = summary(together, columns, models)
-    timed = any(entry.has_cost for name in models for entry in together.models[name])
     also = " and [results/sd3/frontier.json](results/sd3/frontier.json)" if others else ""
     guides = [one.run.guides[bundled.guide_of(next(iter(one.models)))] for one in every]
     sizes = " and ".join(f"{g.parameters:,} parameters, {g.share:.2%}" for g in guides)
     sizes = f"The guides have {sizes}" if others else f"The guide has {sizes}"
-    speed = " *Speed*: relative to CFG." if timed else ""
     return (
         f"{summary_markdown(together, columns, models, best).rstrip()}\n\n"
         "*Top-1*: the share of images whose prompt a small CLIP ranks first among all names; it "
         "takes no part in training. After it the share of CFG's gain over no guidance that is "
         f"kept, with its 95 % interval. *Guided*: the guide, one pass in each step. "
         f"*refresh={REFRESH}*: both passes in {REFRESH} of the {run.num_inference_steps} steps, "
-        f"the guide in the others. *w*: the guidance scale.{speed}\n\n"
+        f"the guide in the others. *w*: the guidance scale.\n\n"
         f"Measured by {' and '.join(f'`{command}`' for command in shown.commands)} on "
         f"{' and '.join(shown.machines)}, seed {run.seed}, {run.samples:,} images for each model "
         f"and column, {run.dtype}; the whole result is in "
@@ -130,7 +128,8 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
     run = found.run
     columns = groups(found, "base", bundled.test_finetune_names())
     timed = any(entry.has_cost for entries in found.models.values() for entry in entries)
-    relative = "; FLOPs and speed are relative to CFG" if timed else ""
+    cost = f"by `{run.cost_command}` on {run.cost_machine}"
+    relative = f"; FLOPs and speed are relative to CFG, timed {cost}" if timed else ""
     save(frontier_plot(found, columns, list(run.guides)), docs / "images" / "frontier.png")
     return (
         f"![CFG gain kept, and distance to CFG, by passes](images/frontier.png)\n\n"

@@ -97,14 +97,14 @@ def compose(parts: Path) -> TransformerResult:
             {passes: found.models[name].ratio for passes, found in negatives.items()},
             dict(sorted(few.items(), key=lambda item: float(item[0]))),
         )  # fmt: skip
+    base = next(iter(guided.values()))
+    cost = {passes: entry.cfg_over_it for passes, entry in base.items() if entry.has_cost}
     runs = [found.run for found in negatives.values()]
     run = TransformerRun(
-        [*frontier.commands, *(r.command for r in runs)],
+        [*frontier.commands, *[frontier.run.cost_command] * bool(cost), *(r.command for r in runs)],
         list(dict.fromkeys([*frontier.machines, *(r.machine for r in runs)])),
         frontier.run.versions, frontier.run.seed, frontier.run.dtype, frontier.run.reference_steps,
     )  # fmt: skip
-    base = next(iter(guided.values()))
-    cost = {passes: entry.cfg_over_it for passes, entry in base.items() if entry.has_cost}
     return TransformerResult(run, models, cost)
 
 

@@ -131,7 +131,6 @@ def test_the_readme_compares_the_guide_without_and_with_refreshes() -> None:
     assert "| denoiser passes | 25 | 25 | **28** | 50 |" in text
     assert "| top-1, fluent | 50 % |" in text
     assert "1,234 parameters, 1.00%" in text
-    assert "| speed, base, batch 8 | 1.70× |" in text
     by = "Measured by `measure none` and `measure tiny` and `measure cfg` on one, seed 0"
     assert by in text, "not what measured other entries"
 

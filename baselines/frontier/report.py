@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -111,8 +110,8 @@ def summary_markdown(
     found: FrontierResult, columns: Mapping[str, tuple[str, int]], models: Sequence[str],
     bold: str = "",
 ) -> str:  # fmt: skip
-    """A column for each of a few entries: top-1 accuracy and the CFG gain kept on each model,
-    passes and speed.
+    """A column for each of a few entries: top-1 accuracy and the CFG gain kept on each model, and
+    passes.
 
     Args:
         columns: title -> method and steps with both passes; ``guide`` is the bundled guide of each
@@ -131,9 +130,6 @@ def summary_markdown(
 
     rows = [row(f"top-1, {model}", model, _with_gain) for model in models]
     rows.append(row("denoiser passes", models[0], lambda e: f"{e.passes:g}"))
-    for base in [model for model in models if model in bundled.BASES]:
-        if all(entry.has_cost for entry in chosen.models[base]):
-            rows += [row(f"speed, {base}, batch {b}", base, partial(_speed, b)) for b in ("1", "8")]
     run = found.run
     return markdown(
         [f"w = {run.guidance_scale:g}, {run.num_inference_steps} steps", *columns], rows
@@ -143,10 +139,6 @@ def summary_markdown(
 def _second_passes(entry: FrontierEntry) -> str:
     known = [] if math.isnan(entry.refresh) else [f"{entry.refresh:g}"]
     return ", ".join([*known, *([entry.setting] if entry.setting else [])])
-
-
-def _speed(batch: str, entry: FrontierEntry) -> str:
-    return f"{entry.cfg_over_it[batch]:.2f}×"
 
 
 def _with_gain(entry: FrontierEntry) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -121,15 +121,13 @@ class FrontierResult(Saved):
 
     @property
     def commands(self) -> list[str]:
-        """Those that measured the entries, then that of the cost."""
-        every = [entry.command for entries in self.models.values() for entry in entries]
-        return _each_once([*every, self.run.cost_command])
+        """Those that measured the entries, without their cost."""
+        return list(dict.fromkeys(e.command for every in self.models.values() for e in every))
 
     @property
     def machines(self) -> list[str]:
         """Likewise."""
-        every = [entry.machine for entries in self.models.values() for entry in entries]
-        return _each_once([*every, self.run.cost_machine])
+        return list(dict.fromkeys(e.machine for every in self.models.values() for e in every))
 
     def only(self, models: Mapping[str, Sequence[Key]]) -> Self:
         """The result with some of its entries.
@@ -154,7 +152,3 @@ class FrontierResult(Saved):
                 entries[i] = entry
                 return
         entries.append(entry)
-
-
-def _each_once(texts: Iterable[str]) -> list[str]:
-    return [text for text in dict.fromkeys(texts) if text]

@@ -332,8 +332,6 @@ def test_a_summary_has_a_column_for_each_entry_that_is_asked_for() -> None:
         "| top-1, base | 20 % | **50 %, 90 % (80–95)** | 60 % |",
         "| top-1, other | 20 % | **40 %, 90 % (80–95)** | 60 % |",
         "| denoiser passes | 28 | **28** | 50 |",
-        "| speed, base, batch 1 | 1.50× | **1.50×** | 1.50× |",
-        "| speed, base, batch 8 | 1.70× | **1.70×** | 1.70× |",
     ]
     with pytest.raises(KeyError, match="tiny with 5 refreshes is not measured on base"):
         summary_markdown(found, {"K = 5": ("tiny", 5)}, ["base"])

@@ -35,7 +35,7 @@ def entry(method: str, refresh: int, steps: int = 25, setting: str = "") -> Fron
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
-    run = FrontierRun(0, 10, 10, 4.0, 25, 50, "", "bfloat16", {})
+    run = FrontierRun(0, 10, 10, 4.0, 25, 50, "", "bfloat16", {}, cost_command="time")
     entries = [
         entry("sd3-tiny", 0), entry("sd3-tiny", 3), entry("sd3-tiny", 3, setting="even"),
         entry("sd3-tiny-8", 2, steps=8), entry("sd3-tiny-8", 0, steps=8), entry("delta-reuse", 5),
@@ -58,7 +58,8 @@ def test_the_file_has_each_model_by_its_passes(parts: Path) -> None:
     assert model.negative_ratio == {"25": 1.15, "28": 1.05}
     assert (model.guidance_error.mean, model.cosine) == (0.3, 0.9)
     assert found.run.machines == ["another", "some machine"]
-    assert found.run.commands == ["pilotfish compare", *(f"evaluate --refresh {k}" for k in (0, 3))]
+    negatives = [f"evaluate --refresh {k}" for k in (0, 3)]
+    assert found.run.commands == ["pilotfish compare", "time", *negatives]
     assert found.cost == {"25": {"8": 1.7}, "28": {"8": 1.7}}
     text = transformer_text(found)
     assert "| kept, 28 passes | 93 % (83–103) |" in text
