@@ -60,6 +60,7 @@ def write_pages(root: Path) -> None:
     pages: dict[tuple[str, str], Callable[[Path], str]] = {
         ("README.md", "frontier"): lambda p: readme_text(*frontiers(p)),
         ("refresh.md", "frontier"): lambda p: refresh_page(FrontierResult.load(p), docs),
+        ("steps.md", "frontier"): lambda p: few_steps_text(FrontierResult.load(p)),
         ("steps.md", "steps"): lambda p: steps_page(CurveResult.load(p), docs),
         ("compare.md", "compare"): lambda p: compare_page(ComparisonResult.load(p), docs),
         ("method.md", "negative"): lambda p: negatives_text(NegativeResult.load(p)),
@@ -140,6 +141,35 @@ def refresh_page(found: FrontierResult, docs: Path) -> str:
         "top-1 over no guidance, *latent MSE* that of the final latents to CFG's, relative to no "
         f"guidance{relative}. The commands:\n\n{_bash(found.commands)}\n\n"
         f"{frontier_markdown(found, columns).rstrip()}"
+    )
+
+
+def few_steps_text(found: FrontierResult) -> str:
+    """Top-1 of the guides for few steps relative to CFG with the reference steps, on the base and
+    its fine-tunes."""
+    run, most = found.run, found.run.reference_steps
+    models = [name for name in bundled.BASES["base"] if name in found.models]
+    cfg = found.only({name: [("cfg", str(most), "", most)] for name in models})
+    guides = [name for name in run.guides if name != bundled.guide_of("base")]
+    every = [entry for entry in found.models[models[0]] if entry.method in guides]
+    shown = found.only({name: [entry.key for entry in every] for name in models})
+    rows = [
+        (
+            entry.method, f"{entry.refresh:g}", f"{entry.passes:g}",
+            *(percent(shown.models[m][i].top1 / cfg.models[m][0].top1) for m in models),
+            *(f"{shown.models[m][i].latent_mse_ratio:.3f}" for m in models[:1]),
+        )
+        for i, entry in enumerate(every)
+    ]  # fmt: skip
+    rows.sort(key=lambda row: (guides.index(row[0]), row[1]))
+    head = ["guide", "second passes", "passes", *models, f"latent MSE, {models[0]}"]
+    return (
+        f"{markdown(head, rows).rstrip()}\n\n"
+        f"Top-1 relative to that of CFG with {most} steps, {2 * most} passes; the latent MSE is "
+        "that to its latents, relative to no guidance. Measured in "
+        f"{run.dtype} on {' and '.join(shown.machines)}, seed {run.seed}, {run.samples:,} images "
+        f"for each point; the whole result is in `results/frontier.json`. The commands:\n\n"
+        f"{_bash(shown.commands)}"
     )
 
 

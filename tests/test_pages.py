@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from pilotfish.evaluation.results import (
 from recipe.pages import (
     REFRESH,
     compare_page,
+    few_steps_text,
     negatives_text,
     readme_text,
     refresh_page,
@@ -146,6 +148,20 @@ def test_the_refresh_page_has_the_plot_and_every_point(tmp_path: Path) -> None:
     text = refresh_page(frontier(), tmp_path)
     assert (tmp_path / "images" / "frontier.png").is_file()
     assert text.count("| Pilotfish, tiny |") == 2
+
+
+def test_guides_for_few_steps_are_compared_with_cfg_of_many() -> None:
+    found = frontier()
+    found.run.guides["tiny-4"] = GuideSize("tiny-4", 1234, 0.01)
+    plain = found.models["base"][1]
+    few = replace(plain, method="tiny-4", steps=4, refresh=2, passes=6.0, top1=0.45)
+    many = replace(plain, refresh=50, steps=50, passes=100.0)
+    for name in found.models:
+        found.models[name] = [*found.models[name], few, many]
+    text = few_steps_text(found)
+    assert "| guide | second passes | passes | base | fluent | latent MSE, base |" in text
+    assert "| tiny-4 | 2 | 6 | 90 % | 90 % | 0.100 |" in text
+    assert text.count("| tiny") == 1, "no guide for any number of steps"
 
 
 def test_a_page_without_marks_is_named(tmp_path: Path) -> None:
