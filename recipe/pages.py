@@ -157,7 +157,7 @@ def few_steps_text(found: FrontierResult) -> str:
         (
             entry.method, f"{entry.refresh:g}", f"{entry.passes:g}",
             *(percent(shown.models[m][i].top1 / cfg.models[m][0].top1) for m in models),
-            *(f"{shown.models[m][i].latent_mse_ratio:.3f}" for m in models[:1]),
+            f"{entry.latent_mse_ratio:.3f}",
         )
         for i, entry in enumerate(every)
     ]  # fmt: skip

@@ -138,6 +138,18 @@ def test_a_page_has_the_wall_clock_of_transformers_that_were_timed() -> None:
     assert text.rstrip().endswith(f"Timed by `time` on {timed.machine}.")
 
 
+def test_a_page_of_unets_has_the_full_guide_and_the_largest_batches() -> None:
+    counted = measure_shape(SMALL, command="count", batch_sizes=())
+    counted.largest_batch["float16, 24 GiB"] = {"none": 1343, "cfg": 671, "tiny": 1200, "full": 900}
+    shapes = ShapesResult({"sd15": counted, "sd35-medium": counted})
+    text = shapes_markdown(shapes, unets=True)
+    assert "| sd15, full guide |" in text
+    assert "| largest batch | sd15 |" in text
+    assert "| guided, float16, 24 GiB | 1,200 |" in text
+    assert "sd35-medium" not in text
+    assert "sd15" not in shapes_markdown(shapes, unets=False)
+
+
 def test_zero_rounds_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one round"):
         measure_shape(SMALL, command="none", rounds=0)

@@ -28,6 +28,7 @@ from benchmarks.memory import (
 )
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.step import SamplingStep
+from pilotfish.guides.tiny_layers import LowRank, Path, low_rank
 from tests.benchmarks.small import LARGER, SMALL, SMALL_LUMINA2, SMALL_SD3, SMALL_XL
 
 HALF = torch.bfloat16
@@ -87,6 +88,15 @@ def test_a_step_on_fake_tensors_takes_what_a_real_step_takes(shape: Shape) -> No
             guide = step.guides[mode].parameters() if mode in step.guides else ()
             weights = sum(p.nbytes for p in [*step.denoiser.parameters(), *guide])
             assert found[mode] == weights + memory.peak - before, mode
+
+
+def test_a_low_rank_addition_holds_two_maps_at_most() -> None:
+    network, x = LowRank(8, 4, 64), torch.zeros(1, 8, 32, 32)
+    path = Path(network.down[None], torch.zeros(1, 64, 1), network.up[None])
+    kernel, one = network.kernel(), 64 * 32 * 32 * 4
+    with torch.no_grad(), TensorMemory() as memory:
+        low_rank(x, torch.zeros(1, 4, 32, 32), path, kernel)
+    assert 2 * one <= memory.peak < 2.5 * one
 
 
 def test_cfg_holds_half_as_many_images_and_a_guide_nearly_all() -> None:

@@ -251,12 +251,11 @@ def distill(config: DistillConfig) -> Guide:
     Raises:
         ConfigError: the guide of ``init_from`` is of another type, or a setting that is not at its
             default differs from its own; and as :func:`find_checkpoint`.
-        CheckpointError: ``resume`` names a folder that does not exist.
+        CheckpointError: ``resume_from_checkpoint`` names a folder that does not exist.
         GuideError: the guide of ``init_from`` cannot be read, or was made for another base.
     """
-    find_checkpoint(
-        Path(config.output), config.resume_from_checkpoint
-    )  # refuses before anything is loaded
+    # refuses before anything is loaded
+    find_checkpoint(Path(config.output), config.resume_from_checkpoint)
     found = bundled.open_guide(config.init_from) if config.init_from else None
     if found is not None:
         config = with_settings_of(found, config)
@@ -274,8 +273,8 @@ def distill(config: DistillConfig) -> Guide:
 
 
 def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
-    """Stage 2, all rounds; each guide is saved in ``output/steps-<n>/guide``. With ``resume``,
-    finished rounds are not repeated.
+    """Stage 2, all rounds; each guide is saved in ``output/steps-<n>/guide``. With
+    ``resume_from_checkpoint``, finished rounds are not repeated.
 
     Args:
         initial: the guide to begin with, from stage 1.
@@ -284,9 +283,9 @@ def distill_steps(config: StepsConfig, initial: Guide) -> dict[int, Guide]:
         The guides by their number of steps.
 
     Raises:
-        ConfigError: the folder holds an earlier run and ``resume`` is not set, or ``resume`` names
-            a checkpoint, though every round has its own; or a finished round had other settings,
-            began with another guide or comes after one that is not finished.
+        ConfigError: the folder holds an earlier run and ``resume_from_checkpoint`` is not set, or
+            it names a checkpoint, though every round has its own; or a finished round had other
+            settings, began with another guide or comes after one that is not finished.
         GuideError: the guide does not fit the base.
     """
     if config.resume_from_checkpoint not in (None, "latest"):
